@@ -1,0 +1,69 @@
+"""Errors, sorted by who must act.
+
+```
+ElasticTrainError
+├── UserError            you: the job, the recipe or the data must change
+│   ├── ConfigError        a setting of the job
+│   ├── RecipeError        the recipe's code (import, model, optimizer, loss)
+│   ├── DataError          the data set (missing, empty, wrong schema, changed)
+│   └── CheckpointMismatch the checkpoint does not belong to this job
+├── ClusterError         whoever runs the cluster: machines, storage, network
+│   ├── WorkerStartError   a worker could not start
+│   ├── CapacityError      the job does not fit on what is there
+│   └── CorruptCheckpoint  stored bytes differ from their hash
+├── PeerLost             nobody: a peer is gone; the controller forms a new generation
+└── InternalError        us: an invariant of elastictrain does not hold; please report it
+```
+
+Every message says what was got, what was expected and which setting to change.
+"""
+
+from __future__ import annotations
+
+
+class ElasticTrainError(Exception):
+    """Base of all errors that elastictrain raises on purpose."""
+
+
+class UserError(ElasticTrainError):
+    """The job, the recipe or the data must change."""
+
+
+class ConfigError(UserError):
+    """A setting of the job is wrong; the message names the setting."""
+
+
+class RecipeError(UserError):
+    """The recipe's code failed or asks for something that cannot be done."""
+
+
+class DataError(UserError):
+    """The data set is missing, empty, has the wrong schema, or has changed."""
+
+
+class CheckpointMismatch(UserError):
+    """The checkpoint belongs to another model, optimizer or data set; the message lists the differences."""
+
+
+class ClusterError(ElasticTrainError):
+    """Machines, storage or network must be mended."""
+
+
+class WorkerStartError(ClusterError):
+    """A worker process could not start; the message holds its traceback."""
+
+
+class CapacityError(ClusterError):
+    """The job does not fit on the cluster as it is."""
+
+
+class CorruptCheckpoint(ClusterError):
+    """Stored bytes differ from their recorded hash."""
+
+
+class PeerLost(ElasticTrainError):
+    """A peer of the process group is gone or has given up; the step is redone by the next generation."""
+
+
+class InternalError(ElasticTrainError):
+    """An invariant of elastictrain does not hold: a bug of ours."""
