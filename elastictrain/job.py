@@ -1,0 +1,250 @@
+"""The job: recipe + data + number of lanes + steps + policies. What a user submits, in Python or as YAML.
+
+Everything that belongs to the mathematics (recipe, data, lanes, seed, numerics) is here and nowhere else; what the
+cluster looks like is only in `workers`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
+
+from elastictrain.errors import ConfigError
+
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+class Data(_Settings):
+    """Where samples come from. `path`: a file, folder or glob (or a list of them), local or any fsspec URL."""
+
+    kind: Literal["parquet", "jsonl"]
+    path: str | tuple[str, ...]
+    text_column: str | None = None
+    """The column to tokenise and pack. None: table mode, every column of `columns` is an array of the batch."""
+    columns: tuple[str, ...] | None = None
+    tokenizer: str = "bytes"
+    """`bytes`, or the path of a Hugging Face `tokenizers` JSON file."""
+    sequence_length: PositiveInt | None = None
+    """Tokens per packed sequence; needed with `text_column`."""
+    shuffle: Literal["window", "none"] = "window"
+    window_row_groups: PositiveInt = 2
+    rows_per_block: PositiveInt = 1024
+    """JSONL has no row groups: lines per block."""
+    storage_options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _modes(self) -> Self:
+        if (self.text_column is None) != (self.sequence_length is None):
+            raise ValueError("data.text_column and data.sequence_length belong together: set both or neither")
+        return self
+
+
+class Workers(_Settings):
+    """How many workers, and what each of them gets."""
+
+    min: PositiveInt = 1
+    """Below this the run parks and waits."""
+    max: PositiveInt = 1
+    start: PositiveInt | None = None
+    """Workers at the start; default `max`."""
+    spares: Annotated[int, Field(ge=0)] = 0
+    """Worker processes that are imported, warmed and waiting."""
+    replace: bool = True
+    """Start a new worker for every one that is lost (it joins at a commit)."""
+    cpus: Annotated[float, Field(ge=0)] = 1.0
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+    lane_shares: dict[int, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Relative speed by worker number: how many lanes it gets. Default even."""
+    block_shares: dict[int, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """Relative memory by worker number: how much of the state it owns. Default even."""
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"workers.min={self.min} > workers.max={self.max}; lower workers.min or raise workers.max")
+        if self.start is not None and not self.min <= self.start <= self.max:
+            raise ValueError(f"workers.start={self.start} is outside workers.min={self.min} .. workers.max={self.max}")
+        return self
+
+    @property
+    def initial(self) -> int:
+        return self.max if self.start is None else self.start
+
+
+class Checkpoint(_Settings):
+    """Where and how often the state is stored. `path`: a folder or any fsspec URL."""
+
+    path: str
+    every_steps: PositiveInt = 100
+    keep: PositiveInt = 3
+    at_end: bool = True
+    storage_options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Numerics(_Settings):
+    """What belongs to the mathematics besides recipe, data, lanes and seed. Set in every worker before the first tensor."""
+
+    compute_dtype: Literal["f32", "bf16"] = "f32"
+    """dtype of the forward and backward; master weights and optimizer state are always fp32."""
+    threads: PositiveInt = 1
+    """Intra-op CPU threads per worker."""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    deterministic: bool = True
+    strict: bool = False
+    """Refuse a worker or a checkpoint whose numerics differ, instead of reporting it."""
+
+
+class Job(_Settings):
+    """A training job. See the field docs; `load_job` reads the same from YAML."""
+
+    name: str = "run"
+    recipe: Any
+    """An object with `model()`, `optimizer(params)` and `loss(model, batch)`, or "module:Class" / "file.py:Class"."""
+    recipe_args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the recipe class, when `recipe` is given by name."""
+    data: Data
+    lanes: PositiveInt = 8
+    """L: micro-batch slots of a step. Fixed for the life of the job; 4 to 8 lanes per worker are a good choice."""
+    lane_batch_size: PositiveInt = 1
+    """Samples per lane and step. The global batch is lanes x lane_batch_size."""
+    micro_batches: PositiveInt = 1
+    """Cut a lane's samples into this many backward passes (less memory, same lane)."""
+    steps: PositiveInt
+    seed: int = 0
+    clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    on_nan: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: stop the run, or skip the step on all workers alike."""
+    evaluate_every: PositiveInt | None = None
+    """Call the recipe's `evaluate` at every commit whose step is a multiple of this, and at the last one."""
+    workers: Workers = Workers()
+    checkpoint: Checkpoint | None = None
+    numerics: Numerics = Numerics()
+    gradients: Literal["sum", "hand_over"] = "sum"
+    """Sum lanes locally before the exchange (less traffic), or hand them to their owners one by one (less memory)."""
+    ownership: Literal["sliced", "whole"] = "sliced"
+    """Blocks are slices of parameters, or (optimizers that need whole matrices) whole parameters."""
+    block_elements: Annotated[int, Field(ge=4096, multiple_of=4096)] | None = None
+    """Elements per block; default chosen from the size of the model alone."""
+    mirrors: bool = True
+    """Keep a second holder of every block. Off only to measure what it costs."""
+    run_dir: str | None = None
+    """Folder for events, metrics, plots; default `runs/<name>-<time>`."""
+
+    @field_validator("recipe")
+    @classmethod
+    def _recipe_is_usable(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            if ":" not in value:
+                raise ValueError(f'recipe={value!r}: expected "module:Class" or "file.py:Class"')
+            return value
+        missing = [name for name in ("model", "optimizer", "loss") if not callable(getattr(value, name, None))]
+        if missing:
+            raise ValueError(f"recipe={value!r} has no {', '.join(f'{name}()' for name in missing)}")
+        return value
+
+    @field_serializer("recipe")
+    def _recipe_by_name(self, value: Any) -> str:
+        return value if isinstance(value, str) else f"{type(value).__module__}:{type(value).__qualname__}"
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.workers.max > self.lanes:
+            raise ValueError(
+                f"lanes={self.lanes} < workers.max={self.workers.max}: every worker needs a lane; "
+                "raise lanes or lower workers.max"
+            )
+        if self.lane_batch_size % self.micro_batches:
+            raise ValueError(
+                f"lane_batch_size={self.lane_batch_size} is not a multiple of micro_batches={self.micro_batches}"
+            )
+        return self
+
+    def __init__(self, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise ConfigError(explain(error, type(self))) from None
+
+
+def explain(error: ValidationError, model: type[BaseModel], where: str = "job") -> str:
+    """All that is wrong, a line each: setting, what was got, what was expected; unknown keys with the nearest one."""
+    lines = []
+    for problem in error.errors():
+        path = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            known = _keys_at(model, problem["loc"][:-1])
+            key = str(problem["loc"][-1])
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known settings: {', '.join(sorted(known))}"
+            lines.append(f"{where}: unknown setting {path!r}{hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"{where}: setting {path!r} is missing")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{where}: {path + ': ' if path else ''}{message} (got {_short(problem['input'])})")
+    return "\n".join(lines)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _keys_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    current: type[BaseModel] = model
+    for part in loc:
+        field = current.model_fields.get(str(part))
+        if field is None:
+            return []
+        options = [field.annotation, *get_args(field.annotation)]
+        nested = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+        if not nested:
+            return []
+        current = nested[0]
+    return list(current.model_fields)
+
+
+def parse_job(raw: Mapping[str, Any], *, where: str = "job") -> Job:
+    """Build a job from plain data. Raises ConfigError naming every wrong setting."""
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{where}: expected a mapping of settings, got {type(raw).__name__}")
+    try:
+        return Job.model_validate(dict(raw))
+    except ValidationError as error:
+        raise ConfigError(explain(error, Job, where)) from None
+
+
+def load_job(path: str | Path, **overrides: Any) -> Job:
+    """Read `job.yaml`. `overrides` replace top-level settings. Raises ConfigError."""
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"job file {file}: no such file; expected YAML with at least recipe, data and steps")
+    try:
+        raw = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{file}: expected a mapping of settings, got {type(raw).__name__}")
+    return parse_job(raw | overrides, where=str(file))
+
+
+def dump_job(job: Job) -> str:
+    """The job as YAML, every setting spelled out; `load_job` reads it back."""
+    return yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,61 @@
+"""What the controller and the workers say to each other about a generation. Plain frozen records; no torch, no Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from elastictrain.layout import Layout, Move
+
+
+@dataclass(frozen=True, slots=True)
+class ParkReport:
+    """A promise (invariant R3): from now on only a newer generation moves this worker's state.
+
+    `applied_step`: the last step whose apply has ended here (0: initial state). `sealed_generation`: the newest
+    generation whose seal this worker has seen complete. `gathered`: the compute-dtype parameters of `applied_step` are
+    whole here. `vote`: the result of the vote for `applied_step`, byte for byte (None right after a seal that saw no
+    step yet, or when it may be forgotten: R1). `holds_next`: this worker holds its reduced gradients and a complete
+    vote for `applied_step + 1` that it has not applied.
+    """
+
+    worker: int
+    generation: int
+    applied_step: int
+    sealed_generation: int
+    gathered: bool
+    vote: bytes | None = None
+    holds_next: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """Where a generation takes its state from when it does not come from live holders.
+
+    `step` 0 with `checkpoint` None is the recipe's initial state.
+    """
+
+    step: int
+    checkpoint: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class FormPlan:
+    """All that a worker needs to enter a generation.
+
+    `step` is the commit at which the generation is sealed. Workers that have applied only `step - 1` roll forward with
+    `roll_forward` (the vote result that a survivor applied), under `previous`, the layout in force when it was voted.
+    Then `moves` copy blocks, then the owners publish parameters to the workers in `gather_to`, then the seal.
+    """
+
+    generation: int
+    step: int
+    layout: Layout
+    previous: Layout | None
+    moves: tuple[Move, ...]
+    roll_forward: bytes | None
+    restore: Restore | None
+    gather_to: tuple[int, ...]
+    store: str
+    published_step: int = 0
+    checkpointed_step: int = 0
+    joiners: tuple[int, ...] = field(default=())
