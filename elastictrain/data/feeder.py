@@ -1,0 +1,137 @@
+"""Batches as torch tensors, read ahead in one background thread."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+
+from elastictrain.data.reader import LaneReader
+from elastictrain.errors import DataError
+
+Place = tuple[int, int]
+"""(step, lane)"""
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Feeder:
+    """Hands out `(step, lane)` as tensors on `device`; what `expect` names is read ahead.
+
+    Reading ahead changes when a batch is read and never what is in it. A batch that nobody expected is read by
+    the caller. An error in the thread is raised by the `batch` call that wanted its result, and by no other.
+    """
+
+    def __init__(
+        self, reader: LaneReader, device: torch.device | str = "cpu", *, depth: int = 4, deadline_s: float = 600.0
+    ) -> None:
+        """Start the thread. `depth`: batches that may lie ready; `deadline_s`: longest wait for one batch."""
+        if depth < 1:
+            raise ValueError(f"depth is {depth}; expected at least 1")
+        self._reader, self._device = reader, torch.device(device)
+        self._depth, self._deadline_s = depth, deadline_s
+        self._changed = threading.Condition()
+        self._wanted: deque[Place] = deque()
+        self._ready: dict[Place, Tensors | Exception] = {}
+        self._in_flight: Place | None = None
+        self._keep_in_flight = True
+        self._closed = False
+        self._thread = threading.Thread(target=self._read_ahead, name="elastictrain-feeder", daemon=True)
+        self._thread.start()
+
+    def expect(self, upcoming: Iterable[Place]) -> None:
+        """Say which batches come next, in order; replaces what was expected before.
+
+        When lanes move, only the work done ahead for places that are no longer named is thrown away.
+        """
+        with self._changed:
+            places = list(dict.fromkeys(upcoming))
+            named = set(places)
+            self._ready = {place: result for place, result in self._ready.items() if place in named}
+            self._keep_in_flight = self._in_flight in named
+            self._wanted = deque(
+                place
+                for place in places
+                if place not in self._ready and not (self._keep_in_flight and place == self._in_flight)
+            )
+            self._changed.notify_all()
+
+    def batch(self, step: int, lane: int) -> Tensors:
+        """Return batch `step` of `lane` on the device; a batch is handed out once per reading.
+
+        Raises what `LaneReader.batch` raises, and DataError if reading takes longer than the deadline.
+        """
+        place = (step, lane)
+        deadline = time.monotonic() + self._deadline_s
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the Feeder is closed")
+            while place not in self._ready and place == self._in_flight and self._keep_in_flight:
+                remaining = deadline - time.monotonic()
+                if remaining <= 0 or self._closed:
+                    raise DataError(
+                        f"step {step}, lane {lane}: the data were not read within {self._deadline_s:.0f} s. "
+                        "Look at the storage behind data.path"
+                    )
+                self._changed.wait(remaining)
+            result = self._ready.pop(place, None)
+            if result is None and place in self._wanted:
+                self._wanted.remove(place)  # asked for out of turn: no need to wait for those before it
+            self._changed.notify_all()
+        if result is None:
+            result = self._read(place)
+        if isinstance(result, Exception):
+            raise result
+        return {name: tensor.to(self._device, non_blocking=True) for name, tensor in result.items()}
+
+    def close(self) -> None:
+        """Stop the thread and wait for it; may be called twice. The reader stays open."""
+        with self._changed:
+            self._closed = True
+            self._wanted.clear()
+            self._ready.clear()
+            self._changed.notify_all()
+        self._thread.join(self._deadline_s)
+        if self._thread.is_alive():
+            raise DataError(f"a read did not end within {self._deadline_s:.0f} s. Look at the storage behind data.path")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _read(self, place: Place) -> Tensors:
+        arrays = self._reader.batch(*place)
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        if self._device.type == "cuda":  # a copy from pinned memory runs beside the computation
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return tensors
+
+    def _read_ahead(self) -> None:
+        while True:
+            with self._changed:
+                while not self._closed and (not self._wanted or len(self._ready) >= self._depth):
+                    self._changed.wait()  # ended by expect, batch or close; nothing of the run hangs on it
+                if self._closed:
+                    return
+                place = self._wanted.popleft()
+                self._in_flight, self._keep_in_flight = place, True
+            result: Tensors | Exception
+            try:
+                result = self._read(place)
+            except Exception as error:
+                result = error
+            with self._changed:
+                if self._keep_in_flight and not self._closed:
+                    self._ready[place] = result
+                self._in_flight = None
+                self._changed.notify_all()

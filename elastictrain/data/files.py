@@ -1,0 +1,137 @@
+"""Finding the files of a source through fsspec: a file, a folder, a glob, or a list of those."""
+
+from __future__ import annotations
+
+import itertools
+import posixpath
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from elastictrain.errors import DataError
+
+SUFFIXES = {"parquet": (".parquet", ".pq"), "jsonl": (".jsonl", ".ndjson", ".json")}
+_COMPRESSED = (".gz", ".bz2", ".zst", ".xz", ".zip", ".lz4")
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One file. `name` is relative to what all files share, so that moved data keep their fingerprint."""
+
+    path: str
+    name: str
+    size_bytes: int
+    version: str  # changes when the file is written again; local to this store, not part of the fingerprint
+
+
+@dataclass(frozen=True)
+class FileSet:
+    """The files of a source, sorted by path, and the file system they lie on."""
+
+    filesystem: Any
+    files: tuple[DataFile, ...]
+
+    def open(self, number: int) -> Any:
+        """Open a file for reading. Raises DataError if it has gone, or has changed size, since it was listed."""
+        file = self.files[number]
+        try:
+            handle = self.filesystem.open(file.path, "rb")
+            size = int(handle.seek(0, 2))
+        except OSError as error:
+            raise DataError(
+                f"{file.path}: could not be read ({error}). The file was there when the run opened data.path"
+            ) from error
+        if size != file.size_bytes:
+            handle.close()
+            raise DataError(
+                f"{file.path}: changed since the run opened it (expected {file.size_bytes} bytes, got {size}). "
+                "Data must not be written to while a run reads them: restore the file, or write to a new data.path"
+            )
+        handle.seek(0)
+        return handle
+
+
+def find_files(path: str | Sequence[str], kind: str, storage_options: dict[str, Any] | None = None) -> FileSet:
+    """List the files of `path`, sorted by path.
+
+    In a folder, files with the suffixes of `kind` count, at any depth; names that start with `.` or `_` do not.
+    Raises DataError: nothing there, nothing of that kind there, files on two file systems, a file named twice.
+    """
+    patterns = [path] if isinstance(path, str) else list(path)
+    if not patterns:
+        raise DataError("data.path is an empty list. Expected a file, a folder, a glob, or a list of them")
+    filesystem: Any = None
+    found: list[str] = []
+    for pattern in patterns:
+        fs, found_here = _expand(str(pattern), kind, storage_options or {})
+        if filesystem is not None and fs.protocol != filesystem.protocol:
+            raise DataError(f"data.path lies on two file systems ({filesystem.protocol} and {fs.protocol})")
+        filesystem = fs
+        found += found_here
+    found.sort()
+    for one, other in itertools.pairwise(found):
+        if one == other:
+            raise DataError(f"data.path names {one} twice: its samples would be used twice. Name it once")
+    root = posixpath.commonpath([posixpath.dirname(name) for name in found]) if found else ""
+    return FileSet(filesystem, tuple(_describe(filesystem, name, root) for name in found))
+
+
+def _expand(pattern: str, kind: str, storage_options: dict[str, Any]) -> tuple[Any, list[str]]:
+    if "://" not in pattern:
+        pattern = str(Path(pattern).expanduser())
+    try:
+        fs, name = fsspec.core.url_to_fs(pattern, **storage_options)
+    except (ImportError, ValueError, TypeError) as error:
+        raise DataError(
+            f"data.path: {pattern!r} cannot be opened ({error}). "
+            "Expected a path or a URL of a file system that fsspec knows, with its package installed, "
+            "and data.storage_options that it accepts"
+        ) from error
+    try:
+        return fs, _list(fs, name, pattern, kind)
+    except OSError as error:
+        raise DataError(f"data.path: {pattern!r} cannot be listed ({error})") from error
+
+
+def _list(fs: Any, name: str, pattern: str, kind: str) -> list[str]:
+    suffixes = SUFFIXES[kind]
+    if any(character in name for character in "*?[") and not fs.exists(name):
+        found = sorted(str(hit) for hit in fs.glob(name) if not fs.isdir(hit))
+        if not found:
+            raise DataError(f"data.path: no file matches {pattern!r}")
+    elif fs.isdir(name):
+        inside = sorted(str(hit) for hit in fs.find(name))
+        found = [hit for hit in inside if hit.lower().endswith(suffixes) and not _is_hidden(hit, name)]
+        if not found:
+            there = ", ".join(posixpath.basename(hit) for hit in inside[:5]) or "nothing"
+            raise DataError(
+                f"data.path: the folder {pattern!r} holds no file ending in {' or '.join(suffixes)} "
+                f"(it holds {there}). Set data.path to the folder of the data, or data.kind to its format"
+            )
+    elif fs.exists(name):
+        found = [str(name)]
+    else:
+        raise DataError(f"data.path: {pattern!r} does not exist")
+    for hit in found:
+        if kind == "jsonl" and hit.lower().endswith(_COMPRESSED):
+            raise DataError(
+                f"{hit}: compressed JSON lines cannot be read from the middle. "
+                "Decompress the file, or convert it to Parquet and set data.kind: parquet"
+            )
+    return found
+
+
+def _is_hidden(path: str, folder: str) -> bool:
+    relative = path[len(folder) :] if path.startswith(folder) else path
+    return any(part.startswith((".", "_")) for part in relative.split("/") if part)
+
+
+def _describe(fs: Any, path: str, root: str) -> DataFile:
+    info = fs.info(path)
+    marks = ("ETag", "etag", "md5Hash", "versionId", "mtime", "LastModified", "last_modified", "created")
+    version = "|".join(f"{mark}={info[mark]}" for mark in marks if info.get(mark) is not None)
+    name = posixpath.relpath(path, root) if root else path
+    return DataFile(path, name, int(info["size"]), version)

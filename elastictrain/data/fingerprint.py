@@ -1,0 +1,96 @@
+"""The fingerprint of a source: everything that a batch depends on besides the seed and the step. Pure.
+
+It is stored with every checkpoint. Two equal fingerprints mean the same batches; `fingerprint_difference` says
+in words how two differ. Names of files are relative to what they share and no times are in it, so that data
+which were only moved or copied are the same data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_MAX_LISTED_FILES = 1000  # beyond, only the hash over all files is kept; manifests must stay small
+_MAX_SENTENCES_PER_KIND = 5
+
+
+def seal_fingerprint(content: Mapping[str, Any], files: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the fingerprint of `content` and of every file (`name`, `bytes`, `rows`, `blocks`, `hash`)."""
+    body = {**content, "file_count": len(files), "files_hash": _digest(list(files))}
+    listed = list(files) if len(files) <= _MAX_LISTED_FILES else None
+    return {**body, "files": listed, "hash": _digest(body)}
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+_SENTENCES = {
+    "kind": "the format was {old} and is now {new} (data.kind)",
+    "text_column": "the text column was {old} and is now {new} (data.text_column)",
+    "schema": "the columns were {old} and are now {new} (data.columns)",
+    "tokenizer": "the tokenizer was {old} and is now {new} (data.tokenizer)",
+    "packing": "packing was {old} and is now {new} (data.sequence_length)",
+    "lanes": "the number of lanes was {old} and is now {new} (lanes)",
+    "lane_batch_size": "the samples per lane and step were {old} and are now {new} (lane_batch_size)",
+    "shuffle": "the order was {old} and is now {new} (data.shuffle)",
+    "window_row_groups": "the shuffle window was {old} row groups and is now {new} (data.window_row_groups)",
+    "rows_per_block": "the lines per block were {old} and are now {new} (data.rows_per_block)",
+    "order_version": "the order of an epoch was version {old} and is now {new} (another version of elastictrain)",
+    "file_count": "there were {old} files and are now {new} (data.path)",
+    "samples": "there were {old} samples and are now {new}",
+}
+
+
+def fingerprint_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Say how the source differs from the one before; an empty list if batches are the same.
+
+    `old` and `new` are `Source.fingerprint`s; each sentence names what was, what is, and the setting.
+    """
+    if old.get("hash") == new.get("hash"):
+        return []
+    sentences = [
+        sentence.format(old=_show(old.get(key)), new=_show(new.get(key)))
+        for key, sentence in _SENTENCES.items()
+        if old.get(key) != new.get(key)
+    ]
+    if old.get("files_hash") != new.get("files_hash"):
+        sentences += _file_differences(old.get("files"), new.get("files"))
+    if not sentences:
+        others = sorted(k for k in {*old, *new} - {"hash", "files"} if old.get(k) != new.get(k))
+        sentences = [f"the content differs ({', '.join(others) or 'hash'})"]
+    return sentences
+
+
+def _file_differences(old: Sequence[Mapping[str, Any]] | None, new: Sequence[Mapping[str, Any]] | None) -> list[str]:
+    if old is None or new is None:
+        return ["the content of the files differs (too many files to keep a list of them)"]
+    before = {str(file["name"]): file for file in old}
+    after = {str(file["name"]): file for file in new}
+    changed = [name for name in before if name in after and before[name] != after[name]]
+    return [
+        *_some([f"{name} is missing" for name in before if name not in after]),
+        *_some([f"{name} is new" for name in after if name not in before]),
+        *_some([f"{name} has changed ({_file_change(before[name], after[name])})" for name in changed]),
+    ]
+
+
+def _file_change(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    parts = [f"{old[key]} {key}, now {new[key]}" for key in ("bytes", "rows", "blocks") if old[key] != new[key]]
+    return "; ".join(parts) or "other content of the same size"
+
+
+def _some(sentences: list[str]) -> list[str]:
+    more = len(sentences) - _MAX_SENTENCES_PER_KIND
+    return [*sentences[:_MAX_SENTENCES_PER_KIND], *([f"… and {more} more like this"] if more > 0 else [])]
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(" ".join(map(str, item)) if isinstance(item, list) else str(item) for item in value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    return "none" if value is None else str(value)

@@ -1,0 +1,203 @@
+"""The order of the data: which samples are batch `step` of lane `lane`. Pure; knows no files and no workers.
+
+The source is a list of blocks (row groups) with known numbers of samples. In every epoch
+
+1. the blocks are put in a permuted order: the *stream* of the epoch;
+2. the stream is cut into `lanes` equal contiguous segments by sample count, one per lane. What does not fill
+   a whole step of all lanes is the end of the stream: it is left out of this epoch (`dropped_per_epoch`), and
+   as the stream is permuted anew in the next epoch it is another part each time;
+3. inside a lane, the blocks of the segment are taken `window_blocks` at a time; the samples of such a window
+   are permuted.
+
+So a lane needs `window_blocks` decoded blocks at a time, reads are sequential within a block, and any position
+is found in O(log blocks) after an O(blocks log blocks) set-up per epoch: there is nothing to skip on resuming.
+
+The permutation is our own, because NumPy promises no stable stream of its generators over versions.
+**Specification** (`ORDER_VERSION` 1, held by golden vectors in the tests):
+
+- `derive_key(purpose, *numbers)`: BLAKE2b with an 8-byte digest, read as a little-endian integer, of the ASCII
+  text `elastictrain-order-1|purpose|n1|n2|…` with the numbers in decimal;
+- `permutation(key, n)`: element `i` gets the 64-bit sort key `mix(key + (i + 1) * 0x9E3779B97F4A7C15 mod 2**64)`,
+  `mix` being the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
+  generators", OOPSLA 2014); the permutation is the stable ascending argsort of the sort keys.
+
+Blocks are keyed by (seed, epoch), windows by (seed, epoch, lane, window). Hashing the tuple, and not adding the
+epoch to the seed, keeps runs with neighbouring seeds unrelated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+ORDER_VERSION = 1
+
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+
+Int64Array = npt.NDArray[np.int64]
+
+
+def derive_key(purpose: str, *numbers: int) -> int:
+    """Return the 64-bit key of `purpose` and `numbers` (see the specification above)."""
+    text = "|".join([f"elastictrain-order-{ORDER_VERSION}", purpose, *(str(int(n)) for n in numbers)])
+    return int.from_bytes(hashlib.blake2b(text.encode("ascii"), digest_size=8).digest(), "little")
+
+
+def permutation(key: int, n: int) -> Int64Array:
+    """Return the permutation of `0 … n-1` that belongs to `key`; shape [n], int64."""
+    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is what SplitMix64 asks for
+        z = np.uint64(key) + np.arange(1, n + 1, dtype=np.uint64) * _GAMMA
+        z = (z ^ (z >> np.uint64(30))) * _MIX_1
+        z = (z ^ (z >> np.uint64(27))) * _MIX_2
+        z = z ^ (z >> np.uint64(31))
+    return np.argsort(z, kind="stable").astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Samples `[start, stop)` of block `block`."""
+
+    block: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Window:
+    """Positions `[start, stop)` of a lane's segment in one epoch: `pieces` in a row, then permuted by `key`.
+
+    `key` is None when the source is not shuffled.
+    """
+
+    epoch: int
+    lane: int
+    number: int
+    start: int
+    stop: int
+    pieces: tuple[Piece, ...]
+    key: int | None
+
+    def permutation(self) -> Int64Array:
+        """Position `start + i` holds the sample number `permutation()[i]` of the joined pieces."""
+        count = self.stop - self.start
+        return np.arange(count, dtype=np.int64) if self.key is None else permutation(self.key, count)
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """One epoch's stream: block `blocks[i]` holds the stream positions `[starts[i], starts[i+1])`."""
+
+    blocks: Int64Array
+    starts: Int64Array
+
+
+class LaneOrder:
+    """The order of a source for a seed, a number of lanes and a lane batch size.
+
+    `block_rows[b]` is the number of samples of block `b` (empty blocks are allowed and never visited).
+    Nothing here depends on how many workers there are.
+    """
+
+    def __init__(
+        self,
+        block_rows: npt.ArrayLike,
+        *,
+        seed: int,
+        lanes: int,
+        lane_batch_size: int,
+        window_blocks: int = 2,
+        shuffle: bool = True,
+    ) -> None:
+        if lanes < 1 or lane_batch_size < 1 or window_blocks < 1:
+            raise ValueError(
+                f"lanes ({lanes}), lane_batch_size ({lane_batch_size}) and window_blocks ({window_blocks}) "
+                "must be at least 1"
+            )
+        self.block_rows: Int64Array = np.asarray(block_rows, dtype=np.int64)
+        self.seed, self.lanes, self.lane_batch_size = seed, lanes, lane_batch_size
+        self.window_blocks, self.shuffle = window_blocks, shuffle
+        self.samples = int(self.block_rows.sum())
+        self.steps_per_epoch = self.samples // (lanes * lane_batch_size)
+        self.samples_per_lane = self.steps_per_epoch * lane_batch_size
+        self.dropped_per_epoch = self.samples - self.samples_per_lane * lanes
+        self._filled: Int64Array = np.flatnonzero(self.block_rows).astype(np.int64)
+        self._streams: dict[int, _Stream] = {}
+
+    def _stream(self, epoch: int) -> _Stream:
+        stream = self._streams.get(epoch)
+        if stream is None:
+            blocks = self._filled
+            if self.shuffle:
+                blocks = blocks[permutation(derive_key("blocks", self.seed, epoch), len(blocks))]
+            starts = np.zeros(len(blocks) + 1, dtype=np.int64)
+            np.cumsum(self.block_rows[blocks], out=starts[1:])
+            stream = _Stream(blocks, starts)
+            kept = dict(list(self._streams.items())[-1:])  # at an epoch's border lanes are in two epochs
+            self._streams = {**kept, epoch: stream}
+        return stream
+
+    def window_at(self, epoch: int, lane: int, position: int) -> Window:
+        """Return the window that holds `position` (0 ≤ position < samples_per_lane) of a lane in an epoch."""
+        if not (0 <= lane < self.lanes and 0 <= position < self.samples_per_lane and epoch >= 0):
+            raise IndexError(
+                f"epoch {epoch}, lane {lane}, position {position}: expected epoch >= 0, "
+                f"lane < {self.lanes}, position < {self.samples_per_lane}"
+            )
+        stream = self._stream(epoch)
+        segment_start = lane * self.samples_per_lane
+        segment_stop = segment_start + self.samples_per_lane
+        first = _block_at(stream.starts, segment_start)
+        number = (_block_at(stream.starts, segment_start + position) - first) // self.window_blocks
+        low = first + number * self.window_blocks
+        high = min(low + self.window_blocks, len(stream.blocks))
+        start = max(segment_start, int(stream.starts[low]))
+        stop = min(segment_stop, int(stream.starts[high]))
+        pieces = tuple(
+            Piece(
+                block=int(stream.blocks[i]),
+                start=max(start - int(stream.starts[i]), 0),
+                stop=min(stop, int(stream.starts[i + 1])) - int(stream.starts[i]),
+            )
+            for i in range(low, high)
+            if int(stream.starts[i]) < stop
+        )
+        key = derive_key("window", self.seed, epoch, lane, number) if self.shuffle else None
+        return Window(epoch, lane, number, start - segment_start, stop - segment_start, pieces, key)
+
+    def locate_step(self, step: int) -> tuple[int, int]:
+        """Return (epoch, first position in every lane) of `step`."""
+        if self.steps_per_epoch == 0 or step < 0:
+            raise IndexError(f"step {step}: the source has {self.steps_per_epoch} steps per epoch")
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        return epoch, step_in_epoch * self.lane_batch_size
+
+    def spans(self, step: int, lane: int) -> Iterator[tuple[Window, int, int]]:
+        """Yield the windows that batch `step` of `lane` touches, each with its `[start, stop)` in the window."""
+        epoch, position = self.locate_step(step)
+        stop = position + self.lane_batch_size
+        while position < stop:
+            window = self.window_at(epoch, lane, position)
+            end = min(stop, window.stop)
+            yield window, position - window.start, end - window.start
+            position = end
+
+    def samples_of(self, step: int, lane: int) -> tuple[Int64Array, Int64Array]:
+        """Return (block, row in the block) of every sample of a batch, in order; shapes [lane_batch_size]."""
+        blocks, rows = [], []
+        for window, start, stop in self.spans(step, lane):
+            piece_blocks = [np.full(p.stop - p.start, p.block, dtype=np.int64) for p in window.pieces]
+            piece_rows = [np.arange(p.start, p.stop, dtype=np.int64) for p in window.pieces]
+            chosen = window.permutation()[start:stop]
+            blocks.append(np.concatenate(piece_blocks)[chosen])
+            rows.append(np.concatenate(piece_rows)[chosen])
+        return np.concatenate(blocks), np.concatenate(rows)
+
+
+def _block_at(starts: Int64Array, position: int) -> int:
+    return int(np.searchsorted(starts, position, side="right")) - 1

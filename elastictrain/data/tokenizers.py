@@ -1,0 +1,122 @@
+"""Tokenizers: `bytes`, or a Hugging Face `tokenizers` JSON file.
+
+A tokenizer turns a column of documents into one array of tokens, every document followed by the
+end-of-document token; an empty or null document gives that token alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Protocol
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from elastictrain.data.packing import TokenArray
+from elastictrain.errors import DataError
+
+# Names that widely used vocabularies give to the end of a document, the most specific first.
+END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+
+
+class Tokenizer(Protocol):
+    """What a source needs of a tokenizer."""
+
+    name: str
+    fingerprint: str  # changes whenever any document could give other tokens
+    vocabulary_size: int  # all tokens are below this, the end of a document included
+    end_of_document: int
+
+    def encode(self, documents: pa.ChunkedArray) -> TokenArray:
+        """Return the tokens of all documents in order; shape [tokens]."""
+
+
+class BytesTokenizer:
+    """UTF-8 bytes as tokens 0 … 255, the end of a document as 256; one pass over Arrow's buffers."""
+
+    name = "bytes"
+    fingerprint = "bytes-1"
+    vocabulary_size = 257
+    end_of_document = 256
+
+    def encode(self, documents: pa.ChunkedArray) -> TokenArray:
+        """Return uint16 tokens; see the class."""
+        column = pc.fill_null(documents.cast(pa.large_binary()), b"").combine_chunks()
+        if isinstance(column, pa.ChunkedArray):  # an empty chunked array stays chunked in some versions
+            column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], pa.large_binary())
+        count = len(column)
+        if count == 0:
+            return np.zeros(0, dtype=np.uint16)
+        _, offsets_buffer, data_buffer = column.buffers()
+        offsets = np.frombuffer(offsets_buffer, dtype=np.int64)[column.offset : column.offset + count + 1]
+        first, last = int(offsets[0]), int(offsets[-1])
+        data = np.frombuffer(data_buffer, dtype=np.uint8)[first:last] if last > first else np.zeros(0, np.uint8)
+        tokens = np.full(len(data) + count, self.end_of_document, dtype=np.uint16)
+        is_byte = np.ones(len(tokens), dtype=bool)
+        is_byte[offsets[1:] - first + np.arange(count)] = False
+        tokens[is_byte] = data
+        return tokens
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizers` JSON file. Special tokens are not added; truncation and padding are switched off.
+
+    The end of a document is the first of `END_OF_DOCUMENT_NAMES` that the vocabulary has; if it has none,
+    a token is added behind the vocabulary.
+    """
+
+    def __init__(self, path: str, storage_options: dict[str, Any]) -> None:
+        try:
+            from tokenizers import Tokenizer as RustTokenizer
+        except ImportError as error:
+            raise DataError(
+                f"data.tokenizer is {path!r}, a tokenizers file, but the package 'tokenizers' is not installed. "
+                "Install it with: pip install 'elastictrain[tokenizers]', or set data.tokenizer: bytes"
+            ) from error
+        content = _read_tokenizer_file(path, storage_options)
+        try:
+            self._tokenizer = RustTokenizer.from_buffer(content)
+        except Exception as error:  # the package raises bare Exception
+            raise DataError(
+                f"data.tokenizer: {path!r} is not a Hugging Face tokenizers JSON file ({error}). "
+                "Expected a file written by Tokenizer.save, usually called tokenizer.json"
+            ) from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        size = max(vocabulary.values(), default=-1) + 1
+        known = [vocabulary[name] for name in END_OF_DOCUMENT_NAMES if name in vocabulary]
+        self.end_of_document = known[0] if known else size
+        self.vocabulary_size = max(size, self.end_of_document + 1)
+        self.name = path
+        self.fingerprint = "huggingface-1-" + hashlib.sha256(content).hexdigest()
+
+    def encode(self, documents: pa.ChunkedArray) -> TokenArray:
+        """Return int32 tokens; see the class."""
+        texts = [text or "" for text in documents.to_pylist()]
+        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        end = np.asarray([self.end_of_document], dtype=np.int32)
+        parts = [part for e in encodings for part in (np.asarray(e.ids, dtype=np.int32), end)]
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
+
+
+def _read_tokenizer_file(path: str, storage_options: dict[str, Any]) -> bytes:
+    try:
+        with fsspec.open(path, "rb", **storage_options) as file:
+            content: bytes = file.read()
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"data.tokenizer: {path!r} could not be read ({error}). "
+            "Expected 'bytes' or the path of a Hugging Face tokenizers JSON file"
+        ) from error
+    return content
+
+
+def load_tokenizer(name: str, storage_options: dict[str, Any] | None = None) -> Tokenizer:
+    """Return the tokenizer that `data.tokenizer` names.
+
+    Raises DataError: the file is missing or is no tokenizers file, or the package is not installed.
+    """
+    return BytesTokenizer() if name == "bytes" else HuggingFaceTokenizer(name, storage_options or {})
