@@ -7,13 +7,15 @@ cluster looks like is only in `workers`.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast, get_args
 
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -24,11 +26,38 @@ from pydantic import (
 
 from elastictrain.errors import ConfigError
 
-PositiveInt = Annotated[int, Field(ge=1)]
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass as _ModelType
+else:
+    _ModelType = type(BaseModel)
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+def not_a_switch(value: object) -> object:
+    """YAML reads `yes` and `on` as True, and True counts as 1: `steps: yes` must not be a run of one step."""
+    if isinstance(value, bool):
+        raise ValueError(f"expected a whole number (got the switch {value})")
+    return value
+
+
+PositiveInt = Annotated[int, BeforeValidator(not_a_switch), Field(ge=1)]
+
+
+class _SaysWhichSetting(_ModelType):
+    """`Workers(min=0)` in Python raises the same ConfigError as `workers: {min: 0}` in YAML.
+
+    On the metaclass, because pydantic would call an `__init__` of ours for nested settings too, and lose their path.
+    """
+
+    def __call__(self, *args: Any, **settings: Any) -> Any:
+        try:
+            return super().__call__(*args, **settings)
+        except ValidationError as error:
+            raise ConfigError(explain(error, cast("type[BaseModel]", self), self.__name__)) from None
+
+
+class _Settings(BaseModel, metaclass=_SaysWhichSetting):
+    # A job is written down and read back: infinities and NaN do not survive that, and no setting needs them.
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
 
 class Data(_Settings):
@@ -64,7 +93,7 @@ class Workers(_Settings):
     max: PositiveInt = 1
     start: PositiveInt | None = None
     """Workers at the start; default `max`."""
-    spares: Annotated[int, Field(ge=0)] = 0
+    spares: Annotated[int, BeforeValidator(not_a_switch), Field(ge=0)] = 0
     """Worker processes that are imported, warmed and waiting."""
     replace: bool = True
     """Start a new worker for every one that is lost (it joins at a commit)."""
@@ -99,7 +128,7 @@ class Checkpoint(_Settings):
 
 
 class Numerics(_Settings):
-    """What belongs to the mathematics besides recipe, data, lanes and seed. Set in every worker before the first tensor."""
+    """What belongs to the mathematics besides recipe, data, lanes and seed: set in a worker before its first tensor."""
 
     compute_dtype: Literal["f32", "bf16"] = "f32"
     """dtype of the forward and backward; master weights and optimizer state are always fp32."""
@@ -156,12 +185,18 @@ class Job(_Settings):
             return value
         missing = [name for name in ("model", "optimizer", "loss") if not callable(getattr(value, name, None))]
         if missing:
-            raise ValueError(f"recipe={value!r} has no {', '.join(f'{name}()' for name in missing)}")
+            raise ValueError(
+                f"recipe={_short(value)} has no {', '.join(f'{name}()' for name in missing)}; expected an object with "
+                'model(), optimizer(params) and loss(model, batch), or "module:Class"'
+            )
         return value
 
     @field_serializer("recipe")
     def _recipe_by_name(self, value: Any) -> str:
-        return value if isinstance(value, str) else f"{type(value).__module__}:{type(value).__qualname__}"
+        if isinstance(value, str):
+            return value
+        named = value if isinstance(value, type) else type(value)
+        return f"{named.__module__}:{named.__qualname__}"
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -176,30 +211,44 @@ class Job(_Settings):
             )
         return self
 
-    def __init__(self, **settings: Any) -> None:
-        try:
-            super().__init__(**settings)
-        except ValidationError as error:
-            raise ConfigError(explain(error, type(self))) from None
-
 
 def explain(error: ValidationError, model: type[BaseModel], where: str = "job") -> str:
     """All that is wrong, a line each: setting, what was got, what was expected; unknown keys with the nearest one."""
-    lines = []
+    lines: dict[str, None] = {}
     for problem in error.errors():
-        path = ".".join(str(part) for part in problem["loc"])
+        parts = tuple(part for part in problem["loc"] if not _UNION_TAG.match(str(part)))
+        path = ".".join(str(part) for part in parts)
         if problem["type"] == "extra_forbidden":
-            known = _keys_at(model, problem["loc"][:-1])
-            key = str(problem["loc"][-1])
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known settings: {', '.join(sorted(known))}"
-            lines.append(f"{where}: unknown setting {path!r}{hint}")
+            text = f"unknown setting {path!r}{nearest(str(parts[-1]), _keys_at(model, parts[:-1]))}"
         elif problem["type"] == "missing":
-            lines.append(f"{where}: setting {path!r} is missing")
+            text = f"setting {path!r} is missing"
+        elif problem["type"] == "value_error":  # ours: names the setting and what was got
+            text = problem["msg"].removeprefix("Value error, ")
+            text = text if _last(parts) in text else f"{path}: {text}"
         else:
-            message = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{where}: {path + ': ' if path else ''}{message} (got {_short(problem['input'])})")
+            text = f"{path + ': ' if path else ''}{problem['msg']} (got {_short(problem['input'])})"
+        lines[f"{where}: {text}"] = None
     return "\n".join(lines)
+
+
+_UNION_TAG = re.compile(r"^(str|tuple\[.*\])$")
+"""pydantic names the branch of a union in an error's place; the user wrote only the setting."""
+
+
+def _last(parts: tuple[int | str, ...]) -> str:
+    return str(parts[-1]) if parts else ""
+
+
+def nearest(key: str, known: Sequence[str], noun: str = "settings") -> str:
+    """The end of an "unknown ..." message: the nearest known word, or all of them."""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known {noun}: {', '.join(sorted(known))}" if known else ""
+
+
+def _kind(raw: object) -> str:
+    return "nothing (an empty file)" if raw is None else type(raw).__name__
 
 
 def _short(value: object) -> str:
@@ -224,7 +273,7 @@ def _keys_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
 def parse_job(raw: Mapping[str, Any], *, where: str = "job") -> Job:
     """Build a job from plain data. Raises ConfigError naming every wrong setting."""
     if not isinstance(raw, Mapping):
-        raise ConfigError(f"{where}: expected a mapping of settings, got {type(raw).__name__}")
+        raise ConfigError(f"{where}: expected a mapping of settings, got {_kind(raw)}")
     try:
         return Job.model_validate(dict(raw))
     except ValidationError as error:
@@ -237,14 +286,14 @@ def load_job(path: str | Path, **overrides: Any) -> Job:
     if not file.is_file():
         raise ConfigError(f"job file {file}: no such file; expected YAML with at least recipe, data and steps")
     try:
-        raw = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{file}: expected a mapping of settings, got {type(raw).__name__}")
+        raise ConfigError(f"{file}: expected a mapping of settings, got {_kind(raw)}")
     return parse_job(raw | overrides, where=str(file))
 
 
 def dump_job(job: Job) -> str:
     """The job as YAML, every setting spelled out; `load_job` reads it back."""
-    return yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False)
+    return yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -77,10 +77,39 @@ def warmup_cosine(step: int, *, warmup_steps: int, total_steps: int, floor: floa
 
 
 def load_recipe(reference: object, arguments: Mapping[str, Any] | None = None) -> Any:
-    """The recipe object for `Job.recipe`. Raises RecipeError when it does not import or has no such class."""
-    if not isinstance(reference, str):
-        return reference
+    """The recipe object for `Job.recipe`: a "module:Class" or "file.py:Class", a class, or an object as it is.
+
+    Raises RecipeError when it does not import, has no such class, cannot be built or lacks one of the three methods.
+    """
+    found = _find(reference) if isinstance(reference, str) else reference
+    recipe = found
+    if isinstance(found, type):
+        try:
+            recipe = found(**(arguments or {}))
+        except Exception as error:
+            raise RecipeError(
+                f"recipe={reference!r}: {found.__name__}(**recipe_args) failed with "
+                f"recipe_args={dict(arguments or {})}: {type(error).__name__}: {error}"
+            ) from error
+    missing = [name for name in ("model", "optimizer", "loss") if not _has(recipe, name)]
+    if missing:
+        raise RecipeError(
+            f"recipe={reference!r}: {type(recipe).__name__} has no {', '.join(f'{name}()' for name in missing)}; "
+            "expected model(), optimizer(params) and loss(model, batch)"
+        )
+    return recipe
+
+
+def _has(recipe: object, method: str) -> bool:
+    """The base class defines all three only to say what they are: inheriting its version is not having it."""
+    found = getattr(recipe, method, None)
+    return callable(found) and getattr(found, "__func__", found) is not getattr(Recipe, method)
+
+
+def _find(reference: str) -> Any:
     source, _, name = reference.rpartition(":")
+    if not source or not name:
+        raise RecipeError(f'recipe={reference!r}: expected "module:Class" or "file.py:Class"')
     module = _load_file(Path(source), reference) if source.endswith(".py") else _import(source, reference)
     found: Any = module
     for part in name.split("."):
@@ -92,23 +121,16 @@ def load_recipe(reference: object, arguments: Mapping[str, Any] | None = None) -
                 f"recipe={reference!r}: {source} has no {name!r}; it defines {', '.join(classes) or 'no classes'}"
             )
         found = getattr(found, part)
-    try:
-        recipe = found(**(arguments or {})) if isinstance(found, type) else found
-    except TypeError as error:
-        raise RecipeError(f"recipe={reference!r}: {name}(**recipe_args) failed: {error}; check recipe_args") from error
-    missing = [n for n in ("model", "optimizer", "loss") if not callable(getattr(recipe, n, None))]
-    if missing:
-        raise RecipeError(f"recipe={reference!r}: {name} has no {', '.join(missing)}")
-    return recipe
+    return found
 
 
 def _import(module: str, reference: str) -> ModuleType:
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except Exception as error:  # a module is the user's code: it may raise anything
         raise RecipeError(
-            f"recipe={reference!r} does not import: {error}; expected a module on the Python path of the workers "
-            "or a file, as in recipe: path/to/recipe.py:Class"
+            f"recipe={reference!r} does not import: {type(error).__name__}: {error}; expected a module on the Python "
+            "path of the workers or a file, as in recipe: path/to/recipe.py:Class"
         ) from error
 
 
