@@ -1,0 +1,73 @@
+"""Checkpoints that any world saves and any other loads: safetensors packs and one manifest, verified by hash.
+
+```python
+store = Store("/runs/a/checkpoints")
+part = PackWriter(store, step=1000, attempt="a7f3c2", writer="w0003").write([Piece(...), ...])
+manifest = commit(store, step=1000, attempt="a7f3c2", generation=7, parts=[part, ...], tree={...})
+reader = Reader(store, newest(store))
+weights = reader.read_flat("model/layers.0.weight", 0, 4096)
+```
+
+Stands alone: needs neither Ray nor torch nor elastictrain, and never pickles.
+"""
+
+from __future__ import annotations
+
+from elastictrain_checkpoint.boxes import box_runs, flat_range_to_boxes
+from elastictrain_checkpoint.check import Problem, digest, verify
+from elastictrain_checkpoint.commit import Skipped, commit, list_steps, load, newest
+from elastictrain_checkpoint.dtypes import ITEM_BYTES
+from elastictrain_checkpoint.errors import (
+    AlreadyCommitted,
+    CheckpointError,
+    CorruptData,
+    IncompleteCheckpoint,
+    InvalidManifest,
+    InvalidPiece,
+    NoCheckpoint,
+    StaleGeneration,
+)
+from elastictrain_checkpoint.hashing import DIGEST_BLOCK_ELEMENTS, block_hashes, combine_digest
+from elastictrain_checkpoint.manifest import Manifest, parse_manifest
+from elastictrain_checkpoint.pack import PackWriter, Piece
+from elastictrain_checkpoint.part import Part
+from elastictrain_checkpoint.reader import Reader, Request
+from elastictrain_checkpoint.retain import Pruned, discard, prune
+from elastictrain_checkpoint.store import Backend, Store
+
+__all__ = [
+    "DIGEST_BLOCK_ELEMENTS",
+    "ITEM_BYTES",
+    "AlreadyCommitted",
+    "Backend",
+    "CheckpointError",
+    "CorruptData",
+    "IncompleteCheckpoint",
+    "InvalidManifest",
+    "InvalidPiece",
+    "Manifest",
+    "NoCheckpoint",
+    "PackWriter",
+    "Part",
+    "Piece",
+    "Problem",
+    "Pruned",
+    "Reader",
+    "Request",
+    "Skipped",
+    "StaleGeneration",
+    "Store",
+    "block_hashes",
+    "box_runs",
+    "combine_digest",
+    "commit",
+    "digest",
+    "discard",
+    "flat_range_to_boxes",
+    "list_steps",
+    "load",
+    "newest",
+    "parse_manifest",
+    "prune",
+    "verify",
+]

@@ -1,0 +1,108 @@
+"""Checking a checkpoint from end to end: every byte against its sum, and the digest from the bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from elastictrain_checkpoint.dtypes import item_bytes, num_elements
+from elastictrain_checkpoint.errors import CorruptData
+from elastictrain_checkpoint.hashing import DIGEST_BLOCK_ELEMENTS, block_hashes, block_sum, combine_digest
+from elastictrain_checkpoint.manifest import Manifest
+from elastictrain_checkpoint.reader import Reader, corrupt
+from elastictrain_checkpoint.store import Store
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
+
+WINDOW_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One block (or file) that is not as written.
+
+    Attributes:
+        file: path in the store.
+        block: number of the block in the file; None if the whole file is meant.
+        tensors: names of the tensors with bytes in it; none if only the header is hit.
+        message: all of it in a sentence.
+
+    """
+
+    file: str
+    block: int | None
+    tensors: tuple[str, ...]
+    message: str
+
+
+def verify(store: Store, manifest: Manifest, progress: Progress | None = None) -> list[Problem]:
+    """Read every byte of every pack and compare it with its block sum; an empty list means sound."""
+    problems: list[Problem] = []
+    done, total = 0, manifest.size_bytes
+    for number, file in enumerate(manifest.files):
+        size = store.size(manifest.paths[number])
+        if size != file.size_bytes:
+            why = "the file is missing" if size is None else f"the file has {size} bytes, not {file.size_bytes}"
+            block = None if size is None or size > file.size_bytes else size // manifest.block_bytes
+            problems.append(_problem(corrupt(manifest, number, block, why)))
+        done_before = done
+        for at in range(0, min(size or 0, file.size_bytes), WINDOW_BYTES):
+            problems += _verify_window(store, manifest, number, at)
+            done = min(at + WINDOW_BYTES, file.size_bytes) + done_before
+            if progress:
+                progress(done, total)
+        done = done_before + file.size_bytes
+    if progress:
+        progress(done, total)
+    return _once(problems)
+
+
+def _verify_window(store: Store, manifest: Manifest, number: int, at: int) -> list[Problem]:
+    block = manifest.block_bytes
+    buffer = memoryview(bytearray(min(WINDOW_BYTES, manifest.files[number].size_bytes - at)))
+    got = store.read_into(manifest.paths[number], at, buffer)
+    problems = []
+    for offset in range(0, got, block):
+        which = (at + offset) // block
+        if block_sum(buffer[offset : min(offset + block, got)]) != int(manifest.sums[number][which]):
+            error = corrupt(manifest, number, which, "its hash differs from the manifest's")
+            problems.append(_problem(error))
+    return problems
+
+
+def _problem(error: CorruptData) -> Problem:
+    return Problem(error.file, error.block, error.tensors, str(error))
+
+
+def _once(problems: list[Problem]) -> list[Problem]:
+    """A block that is cut short fails its hash too: say it once."""
+    return list({(problem.file, problem.block): problem for problem in reversed(problems)}.values())[::-1]
+
+
+def digest(store: Store, manifest: Manifest, progress: Progress | None = None) -> str:
+    """The digest of the state, computed from the stored bytes (each checked against its sum on the way).
+
+    Equal to ``manifest.digest`` for a sound checkpoint, and to `combine_digest` over the live state.
+
+    Raises:
+        CorruptData: bytes are not those that were written.
+
+    """
+    reader = Reader(store, manifest)
+    total = sum(num_elements(shape) * item_bytes(dtype) for dtype, shape in manifest.tensors.values())
+    done = 0
+    whole: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
+    for name in manifest.table.names:
+        dtype, shape = manifest.tensors[name]
+        item, count = item_bytes(dtype), num_elements(shape)
+        step = DIGEST_BLOCK_ELEMENTS * max(1, WINDOW_BYTES // (DIGEST_BLOCK_ELEMENTS * item))
+        hashes = []
+        for start in range(0, count, step):
+            data = reader.read_flat(name, start, min(start + step, count))
+            hashes.append(block_hashes(data, item))
+            done += data.nbytes
+            if progress:
+                progress(done, total)
+        whole[name] = (dtype, shape, b"".join(hashes))
+    return combine_digest(whole, manifest.alias)

@@ -1,0 +1,247 @@
+"""The commit: from the votes of the writers to a checkpoint that exists, and back to the newest one.
+
+Protocol (torchsnapshot and Orbax commit with metadata last; here it is also created only once, and never
+renamed over): writers make packs durable under names that are never used again, and vote; one coordinator
+checks that the votes make a whole, and publishes the manifest. Before that call nothing exists, after it
+everything does. A crash leaves garbage, never a torn checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from elastictrain_checkpoint.errors import (
+    AlreadyCommitted,
+    CorruptData,
+    IncompleteCheckpoint,
+    InvalidManifest,
+    NoCheckpoint,
+    StaleGeneration,
+)
+from elastictrain_checkpoint.hashing import (
+    CELL_HASH_BYTES,
+    SUM_BLOCK_BYTES,
+    combine_digest,
+    unbase64,
+)
+from elastictrain_checkpoint.manifest import Manifest, parse_manifest, write_manifest
+from elastictrain_checkpoint.part import FileRecord, Part, PartTensor, check_names
+from elastictrain_checkpoint.paths import LATEST, MANIFEST, manifest_path, parse_step_folder, step_folder
+from elastictrain_checkpoint.store import Store
+
+
+def commit(
+    store: Store,
+    *,
+    step: int,
+    attempt: str,
+    generation: int,
+    parts: Sequence[Part],
+    tree: Any = None,
+    aliases: Mapping[str, str] | None = None,
+    info: Mapping[str, Any] | None = None,
+    now: datetime.datetime | None = None,
+) -> Manifest:
+    """Make the parts of one attempt the checkpoint of ``step``.
+
+    Args:
+        store: where the parts were written.
+        step: the step.
+        attempt: as in every part.
+        generation: grows with every new coordinator; a step committed under a newer one is never touched.
+        parts: all votes, in any order.
+        tree: state that is not tensors (see `elastictrain_checkpoint.tagged`).
+        aliases: further name → tensor it is tied to.
+        info: facts about the run (world, versions); readers need none of them.
+        now: time of the commit; the clock's if not given.
+
+    To commit the same attempt again, for example after a lost answer, is fine and gives the manifest that
+    is there.
+
+    Raises:
+        IncompleteCheckpoint: a gap, an overlap, parts that disagree, a pack that is not as voted.
+        AlreadyCommitted: the step has a manifest; the message says whose. `discard` removes a step.
+        StaleGeneration: … and it is of a newer generation.
+        InvalidPiece: the tree or a name cannot be written.
+
+    """
+    check_names(attempt=attempt)
+    files, tensors = _join(parts, step, attempt)
+    raw = write_manifest(
+        step=step,
+        attempt=attempt,
+        generation=generation,
+        time=now or datetime.datetime.now(datetime.UTC),
+        info=info or {},
+        block_bytes=SUM_BLOCK_BYTES,
+        digest=_digest(tensors, aliases or {}),
+        files=files,
+        tensors=tensors,
+        alias=aliases or {},
+        tree=tree,
+    )
+    try:
+        manifest = parse_manifest(raw)
+    except InvalidManifest as error:
+        raise IncompleteCheckpoint(f"step {step}, attempt {attempt}: {error}") from None
+    for complaint in wrong_sizes(store, manifest):
+        raise IncompleteCheckpoint(f"step {step}, attempt {attempt}: {complaint}; nothing was committed")
+    return _publish(store, manifest)
+
+
+def _publish(store: Store, manifest: Manifest) -> Manifest:
+    with contextlib.suppress(FileExistsError):
+        store.publish(manifest.path, manifest.raw)
+    # Read back in any case: storage without a conditional create may have let two of us through.
+    there = store.read_all(manifest.path)
+    if there != manifest.raw:
+        return _same_or_refuse(manifest, there)
+    # Only a hint, and the checkpoint exists: nothing that happens to the hint may fail the commit.
+    with contextlib.suppress(OSError):
+        store.put(LATEST, f"{manifest.step}\n".encode())
+    return manifest
+
+
+def _same_or_refuse(manifest: Manifest, there: bytes) -> Manifest:
+    step = manifest.step
+    try:
+        other = parse_manifest(there, step)
+    except InvalidManifest as error:
+        raise AlreadyCommitted(
+            f"step {step} has a manifest that cannot be read ({error}); it is not overwritten. "
+            f"discard(store, {step}) removes that step"
+        ) from None
+    who = f"attempt {other.attempt} of generation {other.generation} at {other.time}"
+    if other.generation > manifest.generation:
+        raise StaleGeneration(f"step {step} was committed by {who}; generation {manifest.generation} is out of date")
+    if _content(other) != _content(manifest):
+        raise AlreadyCommitted(
+            f"step {step} was committed by {who}; attempt {manifest.attempt} of generation "
+            f"{manifest.generation} changes nothing. discard(store, {step}) removes that step"
+        )
+    return other
+
+
+def _content(manifest: Manifest) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(manifest.raw)
+    return {key: value for key, value in document.items() if key not in ("time", "self")}
+
+
+def _join(parts: Sequence[Part], step: int, attempt: str) -> tuple[list[FileRecord], dict[str, PartTensor]]:
+    """Put the parts together; chunks are renumbered to the joint list of files."""
+    files: list[FileRecord] = []
+    tensors: dict[str, PartTensor] = {}
+    seen: dict[str, str] = {}
+    for part in sorted(parts, key=lambda part: (part.writer, [file.path for file in part.files])):
+        if (part.step, part.attempt) != (step, attempt):
+            raise IncompleteCheckpoint(
+                f"part of {part.writer} is of step {part.step}, attempt {part.attempt}; "
+                f"expected step {step}, attempt {attempt}"
+            )
+        for file in part.files:
+            if seen.setdefault(file.path, part.writer) != part.writer or file in files:
+                raise IncompleteCheckpoint(f"{file.path} is in two parts ({seen[file.path]}, {part.writer})")
+        for name, share in part.tensors.items():
+            whole = tensors.setdefault(name, PartTensor(dtype=share.dtype, shape=share.shape, chunks=[], cells=[]))
+            if (whole.dtype, whole.shape) != (share.dtype, share.shape):
+                raise IncompleteCheckpoint(
+                    f"{name}: {part.writer} has {share.dtype} {share.shape}, others have {whole.dtype} {whole.shape}"
+                )
+            whole.chunks.extend((len(files) + file, *rest) for file, *rest in share.chunks)  # type: ignore[misc]
+            whole.cells.extend(share.cells)
+        files.extend(part.files)
+    return files, tensors
+
+
+def _digest(tensors: Mapping[str, PartTensor], aliases: Mapping[str, str]) -> str:
+    whole = {}
+    for name, record in tensors.items():
+        cells = []
+        reached = 0
+        for first, text in sorted(record.cells):
+            hashes = unbase64(text)
+            if first != reached:
+                gap = "missing" if first > reached else "twice"
+                raise IncompleteCheckpoint(f"{name}: cells {sorted((reached, first))} of the digest are {gap}")
+            reached += len(hashes) // CELL_HASH_BYTES
+            cells.append(hashes)
+        whole[name] = (record.dtype, record.shape, b"".join(cells))
+    try:
+        return combine_digest(whole, aliases)
+    except ValueError as error:
+        raise IncompleteCheckpoint(f"the parts do not cover every tensor: {error}") from None
+
+
+def wrong_sizes(store: Store, manifest: Manifest) -> list[str]:
+    """Complaints about packs that are missing or not of the size in the manifest."""
+    out = []
+    for file, path in zip(manifest.files, manifest.paths, strict=True):
+        size = store.size(path)
+        if size != file.size_bytes:
+            out.append(f"{path} is {'missing' if size is None else f'{size} bytes'}, not {file.size_bytes} bytes")
+    return out
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A step that looks like a checkpoint and is none, and why."""
+
+    step: int
+    why: str
+
+
+def list_steps(store: Store) -> list[int]:
+    """Steps that have a manifest, ascending; whether it can be believed is another question."""
+    steps = (parse_step_folder(name) for name in store.list())
+    return sorted(step for step in steps if step is not None and MANIFEST in store.list(step_folder(step)))
+
+
+def load(store: Store, step: int) -> Manifest:
+    """The manifest of one step, checked, its packs present with their sizes.
+
+    Raises:
+        NoCheckpoint: there is no such step; the message lists those that are.
+        InvalidManifest: the manifest cannot be believed.
+        CorruptData: a pack is missing or cut short.
+
+    """
+    try:
+        raw = store.read_all(manifest_path(step))
+    except (FileNotFoundError, NotADirectoryError):
+        there = ", ".join(map(str, list_steps(store)[-10:])) or "none"
+        raise NoCheckpoint(f"{store.url} has no checkpoint of step {step}; steps there: {there}") from None
+    manifest = parse_manifest(raw, step)
+    for complaint in wrong_sizes(store, manifest):
+        raise CorruptData(f"step {step}: {complaint}")
+    return manifest
+
+
+def newest(store: Store, skipped: list[Skipped] | None = None) -> Manifest | None:
+    """The newest step that is whole: its manifest can be believed and its packs have their sizes.
+
+    Bytes are checked when they are read (`Reader`) or by `verify`.
+
+    Args:
+        store: where.
+        skipped: newer steps that were passed over are appended, with the reason.
+
+    """
+    steps = set(list_steps(store))
+    # A stale listing may miss the last step. The hint is believed no further than that there may be such a
+    # step.
+    with contextlib.suppress(OSError, ValueError):
+        hint = int(store.read_all(LATEST))
+        if store.size(manifest_path(hint)) is not None:
+            steps.add(hint)
+    for step in sorted(steps, reverse=True):
+        try:
+            return load(store, step)
+        except CorruptData as error:
+            if skipped is not None:
+                skipped.append(Skipped(step, str(error)))
+    return None

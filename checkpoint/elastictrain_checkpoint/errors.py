@@ -1,0 +1,62 @@
+"""What can go wrong, sorted by who must act.
+
+```
+CheckpointError
+├── InvalidPiece          the caller: a piece, a name or a tree that the format cannot hold
+├── IncompleteCheckpoint  the caller: the parts do not tile every tensor, or a pack is not as voted
+├── AlreadyCommitted      the caller: another attempt has committed this step
+│   └── StaleGeneration     … under a newer generation: this caller is not the coordinator any more
+├── NoCheckpoint          the caller: there is no such step
+└── CorruptData           storage: bytes differ from their hash, are cut short or missing
+    └── InvalidManifest     … or the manifest itself cannot be believed
+```
+"""
+
+from __future__ import annotations
+
+
+class CheckpointError(Exception):
+    """Base of all errors that this library raises on purpose."""
+
+
+class InvalidPiece(CheckpointError, ValueError):
+    """Something was handed in that the format cannot hold; nothing was written for it."""
+
+
+class IncompleteCheckpoint(CheckpointError):
+    """The parts of an attempt do not make a checkpoint; nothing was committed."""
+
+
+class AlreadyCommitted(CheckpointError):
+    """The step has a manifest, and a manifest is never overwritten."""
+
+
+class StaleGeneration(AlreadyCommitted):
+    """The step was committed under a newer generation."""
+
+
+class NoCheckpoint(CheckpointError):
+    """There is no checkpoint at the step that was asked for."""
+
+
+class CorruptData(CheckpointError):
+    """Stored bytes are not those that were written.
+
+    Attributes:
+        file: path in the store, or "" where no single file is meant.
+        block: number of the block in the file, or None where the whole file is meant.
+        tensors: names of the tensors with bytes in that block (or file).
+
+    """
+
+    def __init__(
+        self, message: str, *, file: str = "", block: int | None = None, tensors: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(message)
+        self.file = file
+        self.block = block
+        self.tensors = tensors
+
+
+class InvalidManifest(CorruptData):
+    """A manifest that cannot be believed: unreadable, altered, unknown version, or contradicting itself."""

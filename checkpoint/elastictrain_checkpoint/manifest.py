@@ -1,0 +1,277 @@
+"""The manifest: one JSON document that says what a checkpoint is. A step exists if and only if its manifest
+does.
+
+The text is canonical (one way to write each document) and ends with a hash of itself, so that any changed
+byte is found. Nothing in it is believed before it is checked: see `parse_manifest`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import xxhash
+from pydantic import Field, ValidationError
+
+from elastictrain_checkpoint import tagged
+from elastictrain_checkpoint.errors import InvalidManifest, InvalidPiece
+from elastictrain_checkpoint.hashing import DIGEST_ALGORITHM, Sums, root_sum, unpack_sums
+from elastictrain_checkpoint.part import (
+    Count,
+    FileRecord,
+    ShortName,
+    Strict,
+    TensorRecord,
+    check_tensor_names,
+    describe,
+)
+from elastictrain_checkpoint.paths import manifest_path, resolve_pack
+from elastictrain_checkpoint.table import ChunkTable, build_table
+
+FORMAT = "elastictrain.ckpt"
+VERSION = 1
+
+
+class HashSpec(Strict):
+    """How files are hashed."""
+
+    algo: Literal["xxh3-64"] = "xxh3-64"
+    block: int = Field(ge=1 << 12, le=1 << 28)
+
+
+class DigestSpec(Strict):
+    """The digest and how it is made."""
+
+    algo: str = DIGEST_ALGORITHM
+    hex: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class Document(Strict):
+    """The JSON document, field by field. ``base`` lists the other steps whose packs are used."""
+
+    format: Literal["elastictrain.ckpt"] = "elastictrain.ckpt"
+    version: Literal[1] = 1
+    step: Count
+    attempt: ShortName
+    generation: int = Field(ge=0, lt=1 << 60)
+    time: str
+    info: dict[str, Any]
+    hash: HashSpec
+    digest: DigestSpec
+    files: list[FileRecord]
+    tensors: dict[str, TensorRecord]
+    alias: dict[str, str]
+    tree: Any
+    base: list[Count]
+    self_hash: str = Field(alias="self")
+
+
+@dataclass(frozen=True, eq=False)
+class Manifest:
+    """A checkpoint that was committed, checked and ready to be read.
+
+    Attributes:
+        step, attempt, generation: who committed what.
+        time: when, UTC, ISO 8601.
+        info: facts about the run that wrote it; readers need none of them.
+        digest: digest of the state, 64 hexadecimal digits.
+        block_bytes: bytes that share one sum.
+        files: packs; ``paths[i]`` is where ``files[i]`` lies in the store, ``sums[i]`` its block sums.
+        tensors: name → (dtype, shape), aliases not among them.
+        alias: further name → name of the tensor it is tied to.
+        tree: state that is not tensors.
+        base: other steps whose packs this one uses; they must be kept.
+        table: where every element lies.
+        raw: the text.
+
+    """
+
+    step: int
+    attempt: str
+    generation: int
+    time: str
+    info: dict[str, Any]
+    digest: str
+    block_bytes: int
+    files: tuple[FileRecord, ...]
+    paths: tuple[str, ...]
+    sums: tuple[Sums, ...] = field(repr=False)
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = field(repr=False)
+    alias: dict[str, str] = field(repr=False)
+    tree: Any = field(repr=False)
+    base: tuple[int, ...]
+    table: ChunkTable = field(repr=False)
+    raw: bytes = field(repr=False)
+
+    @property
+    def path(self) -> str:
+        """Where the manifest lies in the store."""
+        return manifest_path(self.step)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all packs."""
+        return sum(file.size_bytes for file in self.files)
+
+    def resolve(self, name: str) -> str:
+        """The tensor that a name, possibly an alias, stands for.
+
+        Raises:
+            KeyError: neither a tensor nor an alias.
+
+        """
+        name = self.alias.get(name, name)
+        if name not in self.tensors:
+            raise KeyError(f"step {self.step} has no tensor {name!r}")
+        return name
+
+
+def write_manifest(
+    *,
+    step: int,
+    attempt: str,
+    generation: int,
+    time: datetime.datetime,
+    info: Mapping[str, Any],
+    block_bytes: int,
+    digest: str,
+    files: list[FileRecord],
+    tensors: Mapping[str, TensorRecord],
+    alias: Mapping[str, str],
+    tree: Any,
+) -> bytes:
+    """Text of a manifest. It may still contradict itself: whoever writes one parses it before it is
+    published.
+
+    Raises:
+        InvalidPiece: the tree or info hold something that JSON cannot give back.
+
+    """
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": step,
+        "attempt": attempt,
+        "generation": generation,
+        "time": time.astimezone(datetime.UTC).isoformat(timespec="milliseconds"),
+        "info": {str(key): tagged.encode(value, f"info.{key}") for key, value in info.items()},
+        "hash": {"algo": "xxh3-64", "block": block_bytes},
+        "digest": {"algo": DIGEST_ALGORITHM, "hex": digest},
+        "files": [file.model_dump(by_alias=True) for file in files],
+        "tensors": {
+            name: {"dtype": record.dtype, "shape": record.shape, "chunks": record.chunks}
+            for name, record in sorted(tensors.items())
+        },
+        "alias": dict(sorted(alias.items())),
+        "tree": tagged.encode(tree),
+        "base": [],
+    }
+    return _canonical({**document, "self": _self_hash(document)})
+
+
+def _canonical(document: Mapping[str, Any]) -> bytes:
+    return json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _self_hash(document: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(_canonical(document))
+
+
+def parse_manifest(raw: bytes, step: int | None = None) -> Manifest:
+    """Read a manifest and believe nothing.
+
+    Checked: the text is canonical and its hash right, the version is known, every path is that of a pack
+    inside the store, every chunk lies in its file, every tensor is tiled exactly, sums fit sizes, aliases
+    resolve.
+
+    Args:
+        raw: the text.
+        step: the step of the folder that it was found in, if known.
+
+    Raises:
+        InvalidManifest: saying what is wrong.
+
+    """
+    where = "manifest" if step is None else manifest_path(step)
+    try:
+        document = _check_text(raw)
+        if step is not None and document.step != step:
+            raise ValueError(f"it says step {document.step}, but lies in the folder of step {step}")
+        return _check_document(document, raw)
+    except ValidationError as error:
+        raise InvalidManifest(f"{where}: {describe(error)}", file=where) from None
+    except (ValueError, RecursionError, InvalidPiece) as error:
+        raise InvalidManifest(f"{where}: {error or type(error).__name__}", file=where) from None
+
+
+def _check_text(raw: bytes) -> Document:
+    document = json.loads(raw)
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ValueError(f'not a checkpoint manifest (no "format": "{FORMAT}")')
+    if document.get("version") != VERSION:
+        raise ValueError(
+            f"version {document.get('version')!r}; this library reads version {VERSION}: "
+            f"use the library that wrote it, or a newer one"
+        )
+    if _canonical(document) != raw:
+        raise ValueError("the text was altered after it was written (not canonical)")
+    claimed = document.pop("self", None)
+    if claimed != _self_hash(document):
+        raise ValueError("the text was altered after it was written (its own hash differs)")
+    return Document.model_validate_json(raw)
+
+
+def _check_document(document: Document, raw: bytes) -> Manifest:
+    check_tensor_names([*document.tensors, *document.alias])
+    paths = _check_paths(document)
+    sums = tuple(_check_sums(file, document.hash.block) for file in document.files)
+    if document.digest.algo != DIGEST_ALGORITHM:
+        raise ValueError(f"digest algorithm {document.digest.algo!r}, expected {DIGEST_ALGORITHM!r}")
+    for alias, target in document.alias.items():
+        if alias in document.tensors or target not in document.tensors:
+            raise ValueError(f"alias {alias!r} → {target!r}: it is a tensor itself, or its target is not one")
+    return Manifest(
+        step=document.step,
+        attempt=document.attempt,
+        generation=document.generation,
+        time=document.time,
+        info={key: tagged.decode(value) for key, value in document.info.items()},
+        digest=document.digest.hex,
+        block_bytes=document.hash.block,
+        files=tuple(document.files),
+        paths=paths,
+        sums=sums,
+        tensors={name: (record.dtype, tuple(record.shape)) for name, record in document.tensors.items()},
+        alias=document.alias,
+        tree=tagged.decode(document.tree),
+        base=tuple(document.base),
+        table=build_table(document.tensors, document.files),
+        raw=raw,
+    )
+
+
+def _check_paths(document: Document) -> tuple[str, ...]:
+    paths = []
+    for file in document.files:
+        found = resolve_pack(document.step, file.path)
+        if found is None:
+            raise ValueError(f"path {file.path!r} is not that of a pack inside the store")
+        if found[0] != document.step and found[0] not in document.base:
+            raise ValueError(f"path {file.path!r} leads to step {found[0]}, which is not listed in base")
+        paths.append(found[1])
+    if len(set(paths)) != len(paths):
+        raise ValueError("a file is listed twice")
+    return tuple(paths)
+
+
+def _check_sums(file: FileRecord, block: int) -> Sums:
+    sums = unpack_sums(file.sums)
+    want = -(-file.size_bytes // block)
+    if len(sums) != want:
+        raise ValueError(f"{file.path}: {len(sums)} block sums, expected {want} for {file.size_bytes} bytes")
+    if root_sum(sums) != file.root:
+        raise ValueError(f"{file.path}: the block sums do not fit their root")
+    return sums

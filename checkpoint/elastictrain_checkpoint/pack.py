@@ -1,0 +1,237 @@
+"""Packs: immutable safetensors files, streamed, one writer each.
+
+A pack is a plain safetensors file, so any tool can open it. Three things are chosen within that format: the
+header is padded to 4 KiB, tensors are ordered by the size of their elements (all stay aligned), and
+``DCP_SHARDING_INFO`` says where each box lies, so that stock ``torch.distributed.checkpoint`` loads the
+attempt's folder as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from elastictrain_checkpoint.boxes import Box, flat_range_to_boxes, strides
+from elastictrain_checkpoint.dtypes import as_bytes, item_bytes, num_elements
+from elastictrain_checkpoint.errors import InvalidPiece
+from elastictrain_checkpoint.hashing import (
+    DIGEST_BLOCK_ELEMENTS,
+    block_hashes,
+    pack_sums,
+    reblock,
+    root_sum,
+    to_base64,
+    unpack_sums,
+)
+from elastictrain_checkpoint.part import FileRecord, Part, PartTensor, check_names, check_tensor_names
+from elastictrain_checkpoint.paths import step_folder
+from elastictrain_checkpoint.store import Store
+
+HEADER_ALIGN_BYTES = 4096
+DEFAULT_PACK_BYTES = 512 << 20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A flat run of elements of one tensor.
+
+    Attributes:
+        name: the tensor's name, the same for every piece of it.
+        dtype: safetensors name, "F32", "BF16", …
+        shape: shape of the *whole* tensor, row-major.
+        start: first element of the run; on the digest grid (`DIGEST_BLOCK_ELEMENTS`).
+        data: C-contiguous buffer of the elements; the run ends on the grid or with the tensor.
+
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    data: Any = field(repr=False)
+
+
+@dataclass(frozen=True)
+class BoxData:
+    """A box of one tensor and its bytes, row-major: what a pack holds under one key."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    box: Box
+    view: memoryview = field(repr=False)
+
+
+def cut_piece(piece: Piece) -> list[BoxData]:
+    """Check a piece and cut it into boxes, without copying.
+
+    Raises:
+        InvalidPiece: unknown type, run outside the tensor, or off the digest grid.
+
+    """
+    check_tensor_names([piece.name])
+    size = item_bytes(piece.dtype)
+    count = num_elements(piece.shape)
+    view = as_bytes(piece.data, piece.name)
+    elements, odd = divmod(len(view), size)
+    start, stop = piece.start, piece.start + elements
+    if odd:
+        raise InvalidPiece(f"{piece.name}: {len(view)} bytes are not whole elements of {piece.dtype} ({size} bytes)")
+    if not 0 <= start <= stop <= count:
+        raise InvalidPiece(
+            f"{piece.name}: elements [{start}, {stop}) do not lie in shape {list(piece.shape)} ({count} elements)"
+        )
+    off = [at for at in (start, stop) if at % DIGEST_BLOCK_ELEMENTS and at != count]
+    if off and elements:
+        raise InvalidPiece(
+            f"{piece.name}: elements [{start}, {stop}) of {count}: {off[0]} is neither a multiple of "
+            f"{DIGEST_BLOCK_ELEMENTS} nor the tensor's end; move the cut to the digest grid"
+        )
+    step = strides(piece.shape)
+    out = []
+    for offsets, sizes in flat_range_to_boxes(piece.shape, start, stop):
+        at = (sum(o * s for o, s in zip(offsets, step, strict=True)) - start) * size if elements else 0
+        out.append(
+            BoxData(
+                piece.name, piece.dtype, tuple(piece.shape), (offsets, sizes), view[at : at + math.prod(sizes) * size]
+            )
+        )
+    return out
+
+
+def plan_packs(boxes: Sequence[BoxData], target_bytes: int) -> list[list[BoxData]]:
+    """Share boxes out to packs: at most one box of a tensor in each, filled up to about the target.
+
+    First fit, in the order given; inside a pack, larger elements first. Pure and deterministic.
+    """
+    packs: list[list[BoxData]] = []
+    names: list[set[str]] = []
+    room: list[int] = []
+    for box in boxes:
+        for number in range(len(packs)):
+            if box.name not in names[number] and len(box.view) <= room[number]:
+                break
+        else:
+            number = len(packs)
+            packs.append([])
+            names.append(set())
+            room.append(target_bytes)
+        packs[number].append(box)
+        names[number].add(box.name)
+        room[number] -= len(box.view)
+    return [sorted(pack, key=lambda box: -item_bytes(box.dtype)) for pack in packs]
+
+
+def pack_header(boxes: Sequence[BoxData]) -> bytes:
+    """Safetensors header for these boxes in this order, padded with spaces up to the next 4 KiB."""
+    sharding = {box.name: {"saved_offsets": list(box.box[0])} for box in boxes}
+    header: dict[str, Any] = {
+        "__metadata__": {
+            "format": "pt",
+            "DCP_VERSION": "1.0",
+            "DCP_SHARDING_INFO": json.dumps(sharding, separators=(",", ":")),
+        }
+    }
+    at = 0
+    for box in boxes:
+        header[box.name] = {
+            "dtype": box.dtype,
+            "shape": list(box.box[1]),
+            "data_offsets": [at, at + len(box.view)],
+        }
+        at += len(box.view)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(len(text) + 8) % HEADER_ALIGN_BYTES)
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_pack(store: Store, path: str, boxes: Sequence[BoxData]) -> FileRecord:
+    """Stream one pack to ``path``; durable on return. The record's path is the last two segments.
+
+    Raises:
+        FileExistsError: pack names are used once.
+        OSError: storage failed.
+
+    """
+    header = pack_header(boxes)
+    sums: list[int] = []
+
+    def stream() -> Iterator[memoryview]:
+        yield memoryview(header)
+        for box in boxes:
+            yield box.view
+
+    size = store.create(path, reblock(stream(), sums))
+    packed = pack_sums(sums)
+    return FileRecord(
+        path="/".join(path.split("/")[-2:]),
+        size_bytes=size,
+        data_start=len(header),
+        sums=packed,
+        root=root_sum(unpack_sums(packed)),
+    )
+
+
+class PackWriter:
+    """Writes the packs of one writer in one attempt.
+
+    Args:
+        store: where.
+        step: the step that the state belongs to.
+        attempt: name that no other attempt at this step has, for example random digits.
+        writer: name that no other writer in this attempt has.
+        pack_bytes: packs are filled up to about this size; a single larger box makes a larger pack.
+
+    """
+
+    def __init__(
+        self, store: Store, *, step: int, attempt: str, writer: str, pack_bytes: int = DEFAULT_PACK_BYTES
+    ) -> None:
+        check_names(attempt=attempt, writer=writer)
+        self._store = store
+        self._step = step
+        self._attempt = attempt
+        self._writer = writer
+        self._pack_bytes = pack_bytes
+        self._next_pack = 0
+        self._folder = f"{step_folder(step)}/{attempt}"
+
+    def write(self, pieces: Sequence[Piece]) -> Part:
+        """Write pieces into new packs, durable on return, and give the vote for them. May be called again.
+
+        Raises:
+            InvalidPiece: a piece that the format cannot hold; then nothing was written.
+            FileExistsError: another writer of the same name is, or was, in this attempt.
+            OSError: storage failed; packs that were finished before stay as garbage.
+
+        """
+        boxes = [box for piece in pieces for box in cut_piece(piece)]
+        tensors: dict[str, PartTensor] = {}
+        for piece in pieces:
+            record = tensors.setdefault(
+                piece.name, PartTensor(dtype=piece.dtype, shape=list(piece.shape), chunks=[], cells=[])
+            )
+            if (record.dtype, record.shape) != (piece.dtype, list(piece.shape)):
+                raise InvalidPiece(
+                    f"{piece.name}: pieces disagree, {record.dtype} {record.shape} and "
+                    f"{piece.dtype} {list(piece.shape)}"
+                )
+            view = as_bytes(piece.data, piece.name)
+            if len(view):
+                hashes = block_hashes(view, item_bytes(piece.dtype))
+                record.cells.append((piece.start // DIGEST_BLOCK_ELEMENTS, to_base64(hashes)))
+        files = []
+        for pack in plan_packs(boxes, self._pack_bytes):
+            name = f"{self._writer}-{self._next_pack:02d}.safetensors"
+            self._next_pack += 1
+            files.append(write_pack(self._store, f"{self._folder}/{name}", pack))
+            at = files[-1].data_start
+            for box in pack:
+                offsets, sizes = box.box
+                tensors[box.name].chunks.append((len(files) - 1, at, list(offsets), list(sizes)))
+                at += len(box.view)
+        return Part(step=self._step, attempt=self._attempt, writer=self._writer, files=files, tensors=tensors)

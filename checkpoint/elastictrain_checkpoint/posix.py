@@ -1,0 +1,150 @@
+"""A local disk or a mounted file system: every call that must be durable is synced, files and folders
+alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+
+
+class PosixBackend:
+    """See `elastictrain_checkpoint.store.Store` for the contract."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def create(self, path: str, blocks: Iterable[memoryview]) -> int:
+        target = self.root / path
+        made = self._make_folders(target.parent)
+        file = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            try:
+                size = sum(_write_all(file, block) for block in blocks)
+                # An error here is final: after a failed fsync the kernel may have dropped the pages, so
+                # that a second fsync would succeed without the data being anywhere.
+                os.fsync(file)
+            finally:
+                os.close(file)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(target)  # noqa: PTH108
+            raise
+        self._sync_folders(target.parent, made)
+        return size
+
+    def publish(self, path: str, data: bytes) -> None:
+        target = self.root / path
+        made = self._make_folders(target.parent)
+        draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+        try:
+            self._write_draft(draft, data, sync=True)
+            os.link(draft, target)  # fails if the target is there, and shows it whole or not at all
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            # No hard links here (FAT, some FUSE mounts): still created once; a torn file fails its own hash.
+            self._write_draft(target, data, sync=True)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(draft)  # noqa: PTH108
+        self._sync_folders(target.parent, made)
+
+    def put(self, path: str, data: bytes) -> None:
+        target = self.root / path
+        self._make_folders(target.parent)
+        draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+        self._write_draft(draft, data, sync=False)
+        os.replace(draft, target)  # noqa: PTH105
+
+    def read_into(self, path: str, start: int, out: memoryview) -> int:
+        file = os.open(self.root / path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            filled = 0
+            while filled < len(out):
+                count = os.preadv(file, [out[filled:]], start + filled)
+                if count == 0:
+                    break
+                filled += count
+            return filled
+        finally:
+            os.close(file)
+
+    def read_all(self, path: str) -> bytes:
+        return (self.root / path).read_bytes()
+
+    def size(self, path: str) -> int | None:
+        try:
+            found = (self.root / path).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return None if stat.S_ISDIR(found.st_mode) else found.st_size
+
+    def modified_s(self, path: str) -> float:
+        return (self.root / path).stat().st_mtime
+
+    def list(self, path: str) -> list[str]:
+        try:
+            return os.listdir(self.root / path)  # noqa: PTH208
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def remove(self, path: str) -> None:
+        target = self.root / path
+        with contextlib.suppress(FileNotFoundError):
+            if target.is_dir() and not target.is_symlink():
+                os.rmdir(target)  # noqa: PTH106
+            else:
+                os.unlink(target)  # noqa: PTH108
+            _sync_folder(target.parent)
+
+    def _write_draft(self, target: Path, data: bytes, *, sync: bool) -> None:
+        file = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            _write_all(file, memoryview(data))
+            if sync:
+                os.fsync(file)
+        finally:
+            os.close(file)
+
+    def _make_folders(self, folder: Path) -> Path:
+        """Make ``folder``; gives the topmost folder whose entries may be new."""
+        top = folder
+        while top != self.root.parent and not top.is_dir():
+            top = top.parent
+        os.makedirs(folder, exist_ok=True)  # noqa: PTH103
+        return top
+
+    def _sync_folders(self, folder: Path, made_below: Path) -> None:
+        """Sync the entries of every folder from ``folder`` up to the root (or higher, where those were made).
+
+        Also those that were there before: a writer that made them may have died before it synced them.
+        """
+        last = made_below if made_below == self.root.parent else self.root
+        while True:
+            _sync_folder(folder)
+            if folder in (last, folder.parent):
+                return
+            folder = folder.parent
+
+
+def _write_all(file: int, data: memoryview) -> int:
+    size = len(data)
+    while len(data):
+        data = data[os.write(file, data) :]
+    return size
+
+
+def _sync_folder(folder: Path) -> None:
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

@@ -1,0 +1,108 @@
+"""Any fsspec file system: object stores and memory.
+
+An object appears whole when its upload ends, so there is nothing to sync. Where the file system offers a
+conditional create (S3 since 2024, GCS, memory) a manifest is published with it. Elsewhere there remains a
+window between look and put; it is harmless while one coordinator, fenced by its generation, commits, which
+the commit checks by reading back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import inspect
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+_publishing = threading.Lock()
+"""Serialises look and put inside one process, for file systems whose own create is not atomic (memory)."""
+
+
+class RemoteBackend:
+    """See `elastictrain_checkpoint.store.Store` for the contract."""
+
+    def __init__(self, system: Any, root: str) -> None:
+        self.system = system
+        self.root = root.rstrip("/")
+
+    def create(self, path: str, blocks: Iterable[memoryview]) -> int:
+        full = self._full(path)
+        if self.system.exists(full):
+            raise FileExistsError(f"{full} exists; pack names are used once")
+        file = self.system.open(full, "wb")
+        size = 0
+        try:
+            for block in blocks:
+                size += len(block)
+                file.write(block)
+        except BaseException:
+            # close() would complete the upload: throw the parts away instead.
+            with contextlib.suppress(Exception):
+                file.discard()
+            with contextlib.suppress(Exception):
+                self.system.rm_file(full)
+            raise
+        file.close()
+        return size
+
+    def publish(self, path: str, data: bytes) -> None:
+        full = self._full(path)
+        with _publishing:
+            self.system.invalidate_cache()
+            if self.system.exists(full):
+                raise FileExistsError(full)
+            if "mode" in inspect.signature(self._pipe()).parameters:
+                self.system.pipe_file(full, data, mode="create")
+            else:
+                self.system.pipe_file(full, data)
+
+    def put(self, path: str, data: bytes) -> None:
+        self.system.pipe_file(self._full(path), data)
+
+    def read_into(self, path: str, start: int, out: memoryview) -> int:
+        data = self.system.cat_file(self._full(path), start=start, end=start + len(out))
+        out[: len(data)] = data
+        return len(data)
+
+    def read_all(self, path: str) -> bytes:
+        return bytes(self.system.cat_file(self._full(path)))
+
+    def size(self, path: str) -> int | None:
+        self.system.invalidate_cache()
+        try:
+            info = self.system.info(self._full(path))
+        except FileNotFoundError:
+            return None
+        return None if info["type"] == "directory" else int(info["size"])
+
+    def modified_s(self, path: str) -> float:
+        info = self.system.info(self._full(path))
+        if info["type"] == "directory":
+            return 0.0  # an object store's folder has no age of its own: only what lies in it counts
+        when = self.system.modified(self._full(path))
+        if when.tzinfo is None:
+            when = when.replace(tzinfo=datetime.UTC)
+        return float(when.timestamp())
+
+    def list(self, path: str) -> list[str]:
+        self.system.invalidate_cache()
+        try:
+            found = self.system.ls(self._full(path) if path else self.root, detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return [name.rstrip("/").rsplit("/", 1)[-1] for name in found]
+
+    def remove(self, path: str) -> None:
+        full = self._full(path)
+        with contextlib.suppress(FileNotFoundError):
+            if self.system.isdir(full):
+                self.system.rmdir(full)
+            else:
+                self.system.rm_file(full)
+
+    def _full(self, path: str) -> str:
+        return f"{self.root}/{path}"
+
+    def _pipe(self) -> Any:
+        return getattr(self.system, "_pipe_file", self.system.pipe_file)

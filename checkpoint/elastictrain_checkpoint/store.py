@@ -1,0 +1,126 @@
+"""Storage in nine verbs, none of which renames, locks or overwrites data.
+
+What the commit protocol asks of storage is little, so that a local disk, NFS, memory and S3-like stores
+behave alike: a file is created exactly once and is durable when the call returns; one small file can be
+*published*, that is, appear whole or not at all, and only if it was not there. Paths are relative to the
+store's root, with ``/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from elastictrain_checkpoint.errors import InvalidPiece
+from elastictrain_checkpoint.posix import PosixBackend
+from elastictrain_checkpoint.remote import RemoteBackend
+
+
+class Backend(Protocol):
+    """What a kind of storage must do; see `Store` for the meaning of each verb."""
+
+    def create(self, path: str, blocks: Iterable[memoryview]) -> int: ...
+    def publish(self, path: str, data: bytes) -> None: ...
+    def put(self, path: str, data: bytes) -> None: ...
+    def read_into(self, path: str, start: int, out: memoryview) -> int: ...
+    def read_all(self, path: str) -> bytes: ...
+    def size(self, path: str) -> int | None: ...
+    def modified_s(self, path: str) -> float: ...
+    def list(self, path: str) -> list[str]: ...
+    def remove(self, path: str) -> None: ...
+
+
+class Store:
+    """A folder on a local disk or any fsspec file system.
+
+    Args:
+        url: a path, ``file:///…``, ``memory://…``, ``s3://bucket/…`` or whatever fsspec knows.
+        backend: storage of another kind; ``url`` is then only its name.
+
+    """
+
+    def __init__(self, url: str | Path, *, backend: Backend | None = None) -> None:
+        self.url = str(url)
+        self._backend = backend or _backend(self.url)
+
+    def __repr__(self) -> str:
+        return f"Store({self.url!r})"
+
+    def create(self, path: str, blocks: Iterable[memoryview]) -> int:
+        """Stream ``blocks`` into a new file; durable on return. Gives its size in bytes.
+
+        A block may be reused by its producer when the next one is asked for. If the stream fails, the file
+        is removed as far as possible; a torn file can remain, under a name that nothing refers to.
+
+        Raises:
+            FileExistsError: the file is there; it is left as it is.
+            OSError: storage failed (full, broken …).
+
+        """
+        return self._backend.create(_checked(path), blocks)
+
+    def publish(self, path: str, data: bytes) -> None:
+        """Make a small file appear whole and durable, only if there is none of that name.
+
+        Raises:
+            FileExistsError: there is one; it is left as it is.
+
+        """
+        self._backend.publish(_checked(path), data)
+
+    def put(self, path: str, data: bytes) -> None:
+        """Write a small file over whatever was there. Only for hints: not durable, last writer wins."""
+        self._backend.put(_checked(path), data)
+
+    def read_into(self, path: str, start: int, out: memoryview) -> int:
+        """Fill ``out`` with the bytes from ``start`` on; gives how many there were (less only at the end of
+        the file).
+
+        Raises:
+            FileNotFoundError: there is no such file.
+
+        """
+        return self._backend.read_into(_checked(path), start, out)
+
+    def read_all(self, path: str) -> bytes:
+        """Whole content of a small file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+
+        """
+        return self._backend.read_all(_checked(path))
+
+    def size(self, path: str) -> int | None:
+        """Bytes of a file; None if there is no such file."""
+        return self._backend.size(_checked(path))
+
+    def modified_s(self, path: str) -> float:
+        """When the file (or folder, where there are folders) was last written, in seconds since 1970."""
+        return self._backend.modified_s(_checked(path))
+
+    def list(self, path: str = "") -> list[str]:
+        """Names directly below a folder, sorted; empty if there is no such folder."""
+        return sorted(self._backend.list(_checked(path) if path else ""))
+
+    def remove(self, path: str) -> None:
+        """Remove a file or an empty folder, durably; fine if it is not there."""
+        self._backend.remove(_checked(path))
+
+
+def _backend(url: str) -> Backend:
+    system, root = fsspec.core.url_to_fs(url)
+    if isinstance(system, LocalFileSystem):
+        return PosixBackend(Path(root))
+    return RemoteBackend(system, root)
+
+
+def _checked(path: str) -> str:
+    parts = path.split("/")
+    if any(part in ("", ".", "..") for part in parts) or "\\" in path or "\0" in path:
+        raise InvalidPiece(f"path {path!r} is not a plain relative path inside the store")
+    return path
