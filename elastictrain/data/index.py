@@ -126,7 +126,8 @@ def cache_path(key: Any) -> Path:
 def load_cached(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]] | None:
     """Return the arrays and the notes of a cache file; None if there is none or it is broken."""
     try:
-        with np.load(path, allow_pickle=False) as file:  # a zip: reading a member checks its CRC
+        # A zip: reading a member checks its CRC. Opened here, because np.load leaks the handle of a broken file.
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         notes = json.loads(arrays.pop("notes").tobytes())
     except FileNotFoundError:

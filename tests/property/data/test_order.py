@@ -146,7 +146,7 @@ def test_first_key_of_splitmix64_is_the_published_one() -> None:
 
 @pytest.mark.parametrize(("step", "lane"), [(-1, 0), (0, 2), (0, -1)])
 def test_places_that_do_not_exist(step: int, lane: int) -> None:
-    with pytest.raises(IndexError, match="expected|steps per epoch"):
+    with pytest.raises(IndexError, match=r"expected|steps per epoch"):
         LaneOrder([10], seed=0, lanes=2, lane_batch_size=1).samples_of(step, lane)
 
 

@@ -1,0 +1,161 @@
+"""The feeder: the same bits with and without reading ahead, whatever was expected and however lanes move."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from elastictrain.data import LaneReader, open_source
+from elastictrain.data.feeder import Feeder, Place
+from elastictrain.errors import DataError
+from elastictrain.job import Data
+
+
+class FakeReader:
+    """Counts reads; a read of a place in `gates` waits for its gate, one in `broken` fails."""
+
+    def __init__(self) -> None:
+        self.reads: list[Place] = []
+        self.gates: dict[Place, threading.Event] = {}
+        self.broken: set[Place] = set()
+        self.progress = threading.Condition()
+
+    def batch(self, step: int, lane: int) -> dict[str, np.ndarray[Any, Any]]:
+        with self.progress:
+            self.reads.append((step, lane))
+            self.progress.notify_all()
+        if (step, lane) in self.gates:
+            assert self.gates[step, lane].wait(30)
+        if (step, lane) in self.broken:
+            raise DataError(f"broken at {step}, {lane}")
+        return {"x": np.asarray([step, lane])}
+
+    def wait_for_reads(self, count: int) -> None:
+        with self.progress:
+            assert self.progress.wait_for(lambda: len(self.reads) >= count, timeout=30)
+
+
+def feeder_of(reader: FakeReader, **settings: Any) -> Feeder:
+    return Feeder(reader, **settings)  # type: ignore[arg-type]
+
+
+def test_bits_are_the_same_with_and_without_reading_ahead(tmp_path: Path) -> None:
+    table = pa.table({"text": [f"document {i}" for i in range(200)]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=20)
+    spec = Data(kind="parquet", path=str(tmp_path), text_column="text", sequence_length=16)
+
+    def reader() -> LaneReader:
+        return LaneReader(open_source(spec, seed=1, lanes=4, lane_batch_size=2))
+
+    plain = reader()
+    steps = 2 * plain.source.steps_per_epoch
+    places = [(step, lane) for step in range(steps) for lane in range(4)]
+    expected = [plain.batch(*place)["tokens"].tobytes() for place in places]
+    with Feeder(reader()) as feeder:
+        got = []
+        for at, place in enumerate(places):
+            if at % 3 == 0:
+                feeder.expect(places[at : at + 9])
+            batch = feeder.batch(*place)["tokens"]
+            assert batch.dtype == torch.int64
+            got.append(batch.numpy().tobytes())
+    assert got == expected
+
+
+def test_expected_batches_are_read_once_in_order_and_no_more_than_depth() -> None:
+    reader = FakeReader()
+    with feeder_of(reader, depth=3) as feeder:
+        feeder.expect([(0, lane) for lane in range(8)])
+        reader.wait_for_reads(3)
+        assert reader.reads == [(0, 0), (0, 1), (0, 2)]
+        for lane in range(8):
+            assert feeder.batch(0, lane)["x"].tolist() == [0, lane]
+    assert sorted(reader.reads) == [(0, lane) for lane in range(8)]
+
+
+def test_only_the_work_of_moved_lanes_is_thrown_away() -> None:
+    reader = FakeReader()
+    with feeder_of(reader, depth=4) as feeder:
+        feeder.expect([(5, 0), (5, 1), (5, 2), (5, 3)])
+        reader.wait_for_reads(4)
+        assert feeder.batch(5, 3)["x"].tolist() == [5, 3]  # the fourth is read: all four lay ready or were taken
+        feeder.expect([(5, 0), (5, 1), (5, 7)])  # lane 2 has left, lane 7 has come
+        for lane in (0, 1, 7):
+            assert feeder.batch(5, lane)["x"].tolist() == [5, lane]
+        assert reader.reads.count((5, 0)) == reader.reads.count((5, 1)) == reader.reads.count((5, 7)) == 1
+        assert feeder.batch(5, 2)["x"].tolist() == [5, 2]
+        assert reader.reads.count((5, 2)) == 2
+
+
+def test_a_batch_in_flight_for_a_lane_that_left_is_dropped() -> None:
+    reader = FakeReader()
+    reader.gates[0, 0] = threading.Event()
+    with feeder_of(reader) as feeder:
+        feeder.expect([(0, 0)])
+        reader.wait_for_reads(1)
+        feeder.expect([(0, 1)])
+        reader.gates[0, 0].set()
+        assert feeder.batch(0, 1)["x"].tolist() == [0, 1]
+        assert (0, 0) not in feeder._ready
+
+
+def test_asked_for_out_of_turn_does_not_wait_for_the_rest() -> None:
+    reader = FakeReader()
+    reader.gates[0, 0] = threading.Event()
+    with feeder_of(reader) as feeder:
+        feeder.expect([(0, 0), (0, 1)])
+        reader.wait_for_reads(1)
+        assert feeder.batch(0, 1)["x"].tolist() == [0, 1]
+        assert feeder.batch(9, 9)["x"].tolist() == [9, 9]  # expected by nobody
+        reader.gates[0, 0].set()
+        assert feeder.batch(0, 0)["x"].tolist() == [0, 0]
+    assert reader.reads == [(0, 0), (0, 1), (9, 9)]
+
+
+def test_an_error_in_the_thread_is_raised_by_its_batch_alone() -> None:
+    reader = FakeReader()
+    reader.broken.add((0, 1))
+    with feeder_of(reader) as feeder:
+        feeder.expect([(0, 0), (0, 1), (0, 2)])
+        assert feeder.batch(0, 0)["x"].tolist() == [0, 0]
+        with pytest.raises(DataError, match="broken at 0, 1"):
+            feeder.batch(0, 1)
+        assert feeder.batch(0, 2)["x"].tolist() == [0, 2]
+        reader.broken.clear()  # the storage is back
+        assert feeder.batch(0, 1)["x"].tolist() == [0, 1]
+
+
+def test_a_read_that_hangs_is_an_error_after_the_deadline() -> None:
+    reader = FakeReader()
+    reader.gates[0, 0] = threading.Event()
+    feeder = feeder_of(reader, deadline_s=0.05)
+    feeder.expect([(0, 0)])
+    reader.wait_for_reads(1)
+    with pytest.raises(DataError, match="step 0, lane 0: the data were not read within"):
+        feeder.batch(0, 0)
+    with pytest.raises(DataError, match="did not end within"):
+        feeder.close()
+    reader.gates[0, 0].set()
+    feeder.close()
+
+
+def test_close_joins_and_may_be_called_twice() -> None:
+    feeder = feeder_of(FakeReader())
+    feeder.expect([(0, 0), (1, 0)])
+    feeder.close()
+    feeder.close()
+    assert not feeder._thread.is_alive()
+    with pytest.raises(RuntimeError, match="closed"):
+        feeder.batch(0, 0)
+
+
+def test_depth_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="depth is 0"):
+        feeder_of(FakeReader(), depth=0)
