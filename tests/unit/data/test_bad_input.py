@@ -93,7 +93,7 @@ def test_wrong_schema_in_one_of_many_files(tmp_path: Path) -> None:
     for number in range(4):
         write(tmp_path / f"{number}.parquet", x=[1.0] * 20, y=[1] * 20)
     write(tmp_path / "2.parquet", x=["1"] * 20, y=[1] * 20)
-    table = {"text_column": None, "sequence_length": None}
+    table: dict[str, Any] = {"text_column": None, "sequence_length": None}
     refused(
         lambda: opened(tmp_path, **table),
         "2.parquet: its columns differ",
@@ -121,7 +121,7 @@ def test_missing_text_column(tmp_path: Path) -> None:
 
 
 def test_a_column_that_cannot_be_stacked(tmp_path: Path) -> None:
-    table = {"text_column": None, "sequence_length": None}
+    table: dict[str, Any] = {"text_column": None, "sequence_length": None}
     write(tmp_path / "a.parquet", x=[1] * 20, name=["n"] * 20)
     refused(lambda: opened(tmp_path, **table), "column 'name' has type string", "data.columns")
     refused(lambda: opened(tmp_path, columns=("z",), **table), "data.columns names 'z'", "x: int64")
@@ -134,7 +134,7 @@ def test_a_column_that_cannot_be_stacked(tmp_path: Path) -> None:
 
 
 def test_nulls_in_a_table(tmp_path: Path) -> None:
-    table = {"text_column": None, "sequence_length": None}
+    table: dict[str, Any] = {"text_column": None, "sequence_length": None}
     write(tmp_path / "a.parquet", x=[1] * 15 + [None] + [1] * 4)
     source = opened(tmp_path, **table)
     refused(lambda: source.read_block(1), "row group 1, column 'x': 1 null value(s)", "data.columns")
@@ -181,7 +181,7 @@ def test_invalid_json_line_is_named(tmp_path: Path, line: str, words: str) -> No
 
 
 def test_json_keys_of_two_types(tmp_path: Path) -> None:
-    table = {"text_column": None, "sequence_length": None}
+    table: dict[str, Any] = {"text_column": None, "sequence_length": None}
     lines = ['{"x": 1}'] * 15 + ['{"x": [1]}'] * 15
     write_lines(tmp_path / "a.jsonl", lines)
     refused(lambda: opened(tmp_path, "jsonl", **table), "a.jsonl, lines 11 to 21", "one type in all lines")
@@ -197,7 +197,7 @@ def test_compressed_json_lines(tmp_path: Path) -> None:
 
 def test_fewer_samples_than_a_step(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", x=list(range(15)))
-    table = {"text_column": None, "sequence_length": None}
+    table: dict[str, Any] = {"text_column": None, "sequence_length": None}
     assert opened(tmp_path, lanes=5, lane_batch_size=3, **table).steps_per_epoch == 1
     refused(
         lambda: opened(tmp_path, lanes=4, lane_batch_size=4, **table),

@@ -199,7 +199,7 @@ def test_the_index_cache_is_used_and_a_broken_one_is_made_again(
     first = text_source(folder, kind).fingerprint
     (cached,) = index_cache.iterdir()
     told: list[str] = []
-    spec = Data(kind=kind, path=str(folder), text_column="text", sequence_length=16, rows_per_block=11)  # type: ignore[arg-type]
+    spec = Data(kind=kind, path=str(folder), text_column="text", sequence_length=16, rows_per_block=11)
 
     def reopen() -> dict[str, Any]:
         told.clear()
