@@ -15,6 +15,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.filesize import decimal
+from rich.markup import escape
+from rich.pretty import Pretty
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
@@ -44,7 +46,7 @@ def ls(store: Where, as_json: AsJson = False) -> None:
         table = Table("step", "attempt", "generation", "time (UTC)", "tensors", "bytes", "digest", "state")
         for row in rows:
             shown = [row.get(key, "") for key in ("attempt", "generation", "time", "tensors")]
-            state = "[green]sound" if row["sound"] else f"[red]{row['problem']}"
+            state = "[green]sound" if row["sound"] else f"[red]{escape(row['problem'])}"
             size = decimal(row["bytes"]) if "bytes" in row else ""
             table.add_row(str(row["step"]), *map(str, shown), size, row.get("digest", "")[:16], state)
         Console().print(table)
@@ -73,12 +75,12 @@ def show(store: Where, step: Step = None, as_json: AsJson = False) -> None:
         dtype, shape = manifest.tensors[name]
         chunks = manifest.table.bounds[number + 1] - manifest.table.bounds[number]
         size = num_elements(shape) * item_bytes(dtype)
-        table.add_row(name, dtype, str(list(shape)), decimal(size), str(chunks))
+        table.add_row(escape(name), dtype, str(list(shape)), decimal(size), str(chunks))
     for alias, target in manifest.alias.items():
-        table.add_row(alias, "→", target, "", "")
+        table.add_row(escape(alias), "→", escape(target), "", "")
     console.print(table)
     for title, value in (("info", manifest.info), ("tree", manifest.tree)):
-        console.print(f"[bold]{title}[/]", value)
+        console.print(f"[bold]{title}[/]", Pretty(value))
 
 
 @app.command("verify")

@@ -17,7 +17,7 @@ import xxhash
 from pydantic import Field, ValidationError
 
 from elastictrain_checkpoint import tagged
-from elastictrain_checkpoint.errors import InvalidManifest, InvalidPiece
+from elastictrain_checkpoint.errors import InvalidManifest
 from elastictrain_checkpoint.hashing import DIGEST_ALGORITHM, Sums, root_sum, unpack_sums
 from elastictrain_checkpoint.part import (
     Count,
@@ -203,7 +203,7 @@ def parse_manifest(raw: bytes, step: int | None = None) -> Manifest:
         return _check_document(document, raw)
     except ValidationError as error:
         raise InvalidManifest(f"{where}: {describe(error)}", file=where) from None
-    except (ValueError, RecursionError, InvalidPiece) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise InvalidManifest(f"{where}: {error or type(error).__name__}", file=where) from None
 
 

@@ -192,7 +192,7 @@ class Reader:
         self.read_bytes += got
         if got != len(out):
             number = (start + got) // self._manifest.block_bytes
-            raise self._corrupt(file, number, f"the file ends after {start + got} bytes")
+            raise self._corrupt(file, number, f"the file is cut short ({got} of {len(out)} bytes from {start} on)")
 
     def _keep(self, file: int, number: int, data: bytes) -> None:
         self._kept[file, number] = data

@@ -1,0 +1,106 @@
+"""States, worlds and stores for the checkpoint tests."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from elastictrain_checkpoint import (
+    DIGEST_BLOCK_ELEMENTS,
+    ITEM_BYTES,
+    Manifest,
+    PackWriter,
+    Part,
+    Piece,
+    Store,
+    block_hashes,
+    combine_digest,
+    commit,
+)
+
+State = dict[str, tuple[str, tuple[int, ...], bytes]]
+"""name → (dtype, shape, bytes of the whole tensor)."""
+
+SPECS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "model/embed.weight": ("F32", (300, 100)),
+    "model/half": ("BF16", (3, 50, 70)),
+    "model/scalar": ("F64", ()),
+    "model/empty": ("F32", (0, 5)),
+    "model/flags": ("BOOL", (9000,)),
+    "optim/step": ("I64", (7,)),
+}
+
+
+def memory_store() -> Store:
+    return Store(f"memory://{uuid.uuid4().hex}")
+
+
+def make_state(specs: Mapping[str, tuple[str, tuple[int, ...]]] = SPECS, seed: int = 0) -> State:
+    rng = np.random.default_rng(seed)
+    return {
+        name: (dtype, shape, rng.bytes(math.prod(shape) * ITEM_BYTES[dtype])) for name, (dtype, shape) in specs.items()
+    }
+
+
+def cut(state: State, cuts: Sequence[float]) -> list[list[Piece]]:
+    """Pieces of each writer: tensor by tensor, cut at these fractions (moved to the digest grid)."""
+    writers: list[list[Piece]] = [[] for _ in range(len(cuts) + 1)]
+    for name, (dtype, shape, data) in state.items():
+        count, item = math.prod(shape), ITEM_BYTES[dtype]
+        edges = [int(c * count) // DIGEST_BLOCK_ELEMENTS * DIGEST_BLOCK_ELEMENTS for c in sorted(cuts)]
+        borders = [0, *edges, count]
+        for writer, (start, stop) in enumerate(itertools.pairwise(borders)):
+            if start < stop or (count == 0 and writer == 0):
+                writers[writer].append(Piece(name, dtype, shape, start, data[start * item : stop * item]))
+    return writers
+
+
+def write_parts(
+    store: Store, state: State, cuts: Sequence[float] = (0.5,), *, step: int, attempt: str, **writer: Any
+) -> list[Part]:
+    return [
+        PackWriter(store, step=step, attempt=attempt, writer=f"w{i:04d}", **writer).write(pieces)
+        for i, pieces in enumerate(cut(state, cuts))
+    ]
+
+
+def save(
+    store: Store,
+    state: State,
+    cuts: Sequence[float] = (0.5,),
+    *,
+    step: int = 1000,
+    attempt: str = "a1",
+    generation: int = 1,
+    pack_bytes: int = 1 << 30,
+    **rest: Any,
+) -> Manifest:
+    parts = write_parts(store, state, cuts, step=step, attempt=attempt, pack_bytes=pack_bytes)
+    return commit(store, step=step, attempt=attempt, generation=generation, parts=parts, **rest)
+
+
+def live_digest(state: State, aliases: Mapping[str, str] | None = None) -> str:
+    """Digest without any storage, as the engine takes it from its memory."""
+    return combine_digest({n: (d, s, block_hashes(data, ITEM_BYTES[d])) for n, (d, s, data) in state.items()}, aliases)
+
+
+def sign(document: dict[str, Any]) -> bytes:
+    """A manifest's text with a right hash of itself, whatever lies it tells."""
+    document = {key: value for key, value in document.items() if key != "self"}
+    body = json.dumps(document, separators=(",", ":")).encode()
+    hashed = xxhash.xxh3_128_hexdigest(body)
+    return json.dumps({**document, "self": hashed}, separators=(",", ":")).encode()
+
+
+def flip(store: Store, path: str, at: int, mask: int = 1) -> None:
+    """Flip bits of one byte of a file, behind the library's back."""
+    data = bytearray(store.read_all(path))
+    data[at] ^= mask
+    store.put(path, bytes(data))

@@ -1,0 +1,139 @@
+"""`ckpt`: what a person and a script see."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from elastictrain_checkpoint import Store
+from elastictrain_checkpoint.cli import app
+from tests.unit.checkpoint.build import flip, live_digest, make_state, save
+
+STATE = make_state()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    place = Store(tmp_path / "ckpt")
+    for step in (10, 20):
+        save(
+            place,
+            make_state(seed=step),
+            step=step,
+            tree={"lr": 0.1, "betas": (0.9, 0.99)},
+            aliases={"model/head": "model/embed.weight"},
+            info={"world": 4},
+        )
+    return place
+
+
+def run(*args: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, list(args), env={"COLUMNS": "200"})
+    assert result.exit_code == code, result.output
+    return result.output if code == 2 else result.stdout
+
+
+def run_json(*args: str, code: int = 0) -> Any:
+    return json.loads(run(*args, "--json", code=code))
+
+
+def test_ls(store: Store) -> None:
+    text = run("ls", store.url)
+    digests = [live_digest(make_state(seed=step), {"model/head": "model/embed.weight"}) for step in (10, 20)]
+    for step, digest in zip((10, 20), digests, strict=True):
+        [line] = [line for line in text.splitlines() if f"│ {step} " in line]
+        assert "a1" in line
+        assert "sound" in line
+        assert digest[:16] in line
+    rows = run_json("ls", store.url)
+    assert [(row["step"], row["sound"], row["digest"], row["tensors"]) for row in rows] == [
+        (10, True, digests[0], 6),
+        (20, True, digests[1], 6),
+    ]
+    flip(store, "step-00000010/MANIFEST.json", 60)
+    text = run("ls", store.url, code=1)
+    assert "step-00000010/MANIFEST.json: " in text
+    assert text.count("sound") == 1
+    assert [row["sound"] for row in run_json("ls", store.url, code=1)] == [False, True]
+
+
+def test_show(store: Store) -> None:
+    text = run("show", store.url, "--step", "10")
+    for part in ("step 10", "attempt a1", "model/embed.weight", "[300, 100]", "BF16", "model/head", "betas", "world"):
+        assert part in text
+    save(store, make_state({"layer[bold].w[0]": ("U8", (3,))}), step=5, tree="[red]text")
+    odd = run("show", store.url, "--step", "5")
+    assert "layer[bold].w[0]" in odd
+    assert "[red]text" in odd
+    shown = run_json("show", store.url)
+    assert shown["step"] == 20
+    assert shown["tensors"]["model/half"] == {"dtype": "BF16", "shape": [3, 50, 70]}
+    assert shown["tree"] == {"lr": 0.1, "betas": {"$tuple": [0.9, 0.99]}}
+    assert shown["alias"] == {"model/head": "model/embed.weight"}
+
+
+def test_verify(store: Store) -> None:
+    assert "step 20: sound" in run("verify", store.url)
+    assert run_json("verify", store.url, "--all") == [
+        {"step": step, "sound": True, "problems": []} for step in (10, 20)
+    ]
+    flip(store, "step-00000010/a1/w0000-00.safetensors", 4100)
+    text = run("verify", store.url, "--all", code=1)
+    assert "step 10: damaged" in text
+    assert "step 20: sound" in text
+    assert "step-00000010/a1/w0000-00.safetensors, block 0" in text
+    [found] = run_json("verify", store.url, "--step", "10", code=1)
+    [problem] = found["problems"]
+    assert (problem["file"], problem["block"]) == ("step-00000010/a1/w0000-00.safetensors", 0)
+    assert "model/embed.weight" in problem["tensors"]
+    run("verify", store.url)  # the newest is sound
+    store.remove("step-00000010/a1/w0000-00.safetensors")
+    assert "is missing" in run("verify", store.url, "--all", code=1)
+    flip(store, "step-00000020/MANIFEST.json", 60)
+    assert [entry["sound"] for entry in run_json("verify", store.url, "--all", code=1)] == [False, False]
+
+
+def test_digest(store: Store) -> None:
+    want = live_digest(make_state(seed=20), {"model/head": "model/embed.weight"})
+    assert run("digest", store.url).strip() == want
+    assert run_json("digest", store.url, "--step", "20") == {
+        "step": 20,
+        "digest": want,
+        "recorded": want,
+        "equal": True,
+    }
+    flip(store, "step-00000010/a1/w0000-00.safetensors", 4100)
+    assert run("digest", store.url, "--step", "10", code=1) == ""
+
+
+def test_a_digest_that_differs_from_the_manifest_is_a_problem(store: Store) -> None:
+    from tests.unit.checkpoint.build import sign
+
+    told = json.loads(store.read_all("step-00000020/MANIFEST.json"))
+    told["digest"]["hex"] = "0" * 64
+    store.put("step-00000020/MANIFEST.json", sign(told))
+    assert run_json("digest", store.url, code=1)["equal"] is False
+
+
+@pytest.mark.parametrize("command", ["show", "verify", "digest"])
+def test_wrong_use_ends_with_2_and_a_reason(store: Store, tmp_path: Path, command: str) -> None:
+    assert "has no checkpoint of step 15; steps there: 10, 20" in run(command, store.url, "--step", "15", code=2)
+    assert "is not there" in run(command, str(tmp_path / "nowhere"), code=2)
+    assert "cannot open" in run(command, "nosuchprotocol://x", code=2)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    assert "has no sound checkpoint" in run(command, str(tmp_path / "other"), code=2)
+    run(command, store.url, "--step", "-1", code=2)
+
+
+@pytest.mark.parametrize("command", ["show", "digest", "verify"])
+def test_a_damaged_newest_is_passed_over_aloud(store: Store, command: str) -> None:
+    flip(store, "step-00000020/MANIFEST.json", 60)
+    result = CliRunner().invoke(app, [command, store.url])
+    assert result.exit_code == 0
+    assert "passed over step 20: " in result.stderr
+    assert run(command, store.url, "--step", "20", code=1) is not None

@@ -1,0 +1,98 @@
+"""Retention: manifest first, never the newest verified one, garbage only after its lease."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from elastictrain_checkpoint import InvalidPiece, Store, list_steps, newest, prune
+from tests.unit.checkpoint.build import flip, make_state, memory_store, save, sign, write_parts
+
+STATE = make_state({"t": ("F32", (100,))})
+
+
+@pytest.fixture(params=["file", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    place = Store(tmp_path / "ckpt") if request.param == "file" else memory_store()
+    for step in (10, 20, 30, 40):
+        save(place, STATE, (), step=step)
+    return place
+
+
+def folders(store: Store) -> list[str]:
+    return [name for name in store.list() if name.startswith("step")]
+
+
+def test_the_newest_stay_and_the_rest_goes_with_its_folders(store: Store) -> None:
+    result = prune(store, 2)
+    assert (result.kept, result.removed, result.garbage, result.unsound) == ([30, 40], [10, 20], [], [])
+    assert folders(store) == ["step-00000030", "step-00000040"]
+    assert prune(store, 2).removed == []
+
+
+def test_nothing_is_removed_while_none_of_the_kept_is_verified(store: Store) -> None:
+    for step in (30, 40):
+        flip(store, f"step-{step:08d}/a1/w0000-00.safetensors", 4100)
+    result = prune(store, 2)
+    assert (result.kept, result.removed) == ([10, 20, 30, 40], [])
+    assert [one.step for one in result.unsound] == [30, 40]
+    assert prune(store, 3).removed == [10]  # 20 is sound, and newer than what goes
+
+
+def test_one_verified_among_the_kept_is_enough(store: Store) -> None:
+    flip(store, "step-00000040/a1/w0000-00.safetensors", 4100)
+    assert prune(store, 2).removed == [10, 20]
+
+
+def test_unsound_steps_are_left_for_a_person(store: Store) -> None:
+    flip(store, "step-00000020/MANIFEST.json", 50)
+    result = prune(store, 1, lease_s=0, now_s=time.time() + 10)
+    assert (result.kept, result.removed) == ([40], [10, 30])
+    assert [one.step for one in result.unsound] == [20]
+    assert folders(store) == ["step-00000020", "step-00000040"]
+    assert store.list("step-00000020") == ["MANIFEST.json", "a1"]
+
+
+def test_garbage_goes_after_its_lease(store: Store) -> None:
+    write_parts(store, STATE, step=40, attempt="lost")
+    write_parts(store, STATE, step=50, attempt="being-written")
+    store.put("step-00000040/.MANIFEST.json.0123", b"draft")
+    store.put("step-00000060/a/.draft", b"half")
+    now = time.time()
+    assert prune(store, 4, lease_s=60, now_s=now).garbage == []
+    result = prune(store, 4, lease_s=60, now_s=now + 120)
+    assert sorted(result.garbage) == [
+        "step-00000040/.MANIFEST.json.0123",
+        "step-00000040/lost",
+        "step-00000050/being-written",
+        "step-00000060/a",
+    ]
+    assert result.kept == list_steps(store) == [10, 20, 30, 40]
+    assert folders(store) == [f"step-000000{step}" for step in (10, 20, 30, 40)]
+
+
+def test_what_is_not_ours_is_not_touched(store: Store) -> None:
+    for path in ("notes.txt", "step-1/x", "steps/a", "step-000000010/a/x"):
+        store.put(path, b"mine")
+    prune(store, 1, lease_s=0, now_s=time.time() + 1e6)
+    assert all(store.read_all(path) == b"mine" for path in ("notes.txt", "step-1/x", "steps/a", "step-000000010/a/x"))
+
+
+def test_steps_that_a_kept_one_uses_stay(store: Store) -> None:
+    told = json.loads(store.read_all("step-00000020/MANIFEST.json"))
+    for file in told["files"]:
+        file["path"] = "../step-00000020/" + file["path"]
+    store.put("step-00000050/MANIFEST.json", sign({**told, "step": 50, "base": [20]}))
+    result = prune(store, 1, lease_s=0, now_s=time.time() + 1e6)
+    assert (result.kept, result.removed) == ([20, 50], [10, 30, 40])
+    found = newest(store)
+    assert found is not None
+    assert found.step == 50
+
+
+def test_at_least_one_is_kept(store: Store) -> None:
+    with pytest.raises(InvalidPiece, match="keep=0: at least one checkpoint is always kept"):
+        prune(store, 0)

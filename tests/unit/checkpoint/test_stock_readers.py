@@ -1,0 +1,68 @@
+"""A live checkpoint opens in safetensors and in stock torch.distributed.checkpoint, without conversion."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+from elastictrain_checkpoint import Store
+from tests.unit.checkpoint.build import make_state, save
+
+SPECS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "model/embed.weight": ("F32", (300, 100)),
+    "model/half": ("BF16", (3, 50, 70)),
+    "model/half.bias": ("F16", (9001,)),
+    "optim/embed.weight/exp_avg": ("F32", (300, 100)),
+    "optim/step": ("I64", (7,)),
+}
+TORCH = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "BOOL": torch.bool,
+}
+
+
+def test_stock_dcp_loads_the_folder_of_the_attempt(tmp_path: Path) -> None:
+    state = make_state(SPECS)
+    save(Store(tmp_path), state, (0.13, 0.5, 0.77), step=3)
+    target = {name: torch.zeros(shape, dtype=TORCH[dtype]) for name, (dtype, shape, _) in state.items()}
+    with pytest.warns(UserWarning, match="load in a single process"):
+        dcp.load(target, storage_reader=HuggingFaceStorageReader(str(tmp_path / "step-00000003" / "a1")), no_dist=True)
+    for name, (_, _, data) in state.items():
+        assert target[name].view(torch.uint8).numpy().tobytes() == data, name
+
+
+@pytest.mark.parametrize("pack_bytes", [5_000, 1 << 30])
+def test_safe_open_reads_every_pack(tmp_path: Path, pack_bytes: int) -> None:
+    state = {**make_state(), **make_state({"flags": ("BOOL", (5,))})}
+    state["flags"] = ("BOOL", (5,), b"\1\0\1\1\0")
+    state["model/flags"] = ("BOOL", (9000,), b"\1\0" * 4500)
+    manifest = save(Store(tmp_path), state, (0.3, 0.6), step=3, pack_bytes=pack_bytes)
+    found = {name: torch.zeros(shape, dtype=TORCH[dtype]) for name, (dtype, shape, _) in state.items()}
+    for path in manifest.paths:
+        raw = (tmp_path / path).read_bytes()
+        (header_bytes,) = struct.unpack("<Q", raw[:8])
+        assert (header_bytes + 8) % 4096 == 0
+        with safe_open(tmp_path / path, framework="pt") as pack:
+            offsets = json.loads(pack.metadata()["DCP_SHARDING_INFO"])
+            starts = [json.loads(raw[8 : 8 + header_bytes])[key]["data_offsets"][0] for key in pack.keys()]  # noqa: SIM118
+            sizes = [pack.get_tensor(key).element_size() for key in pack.offset_keys()]
+            assert sizes == sorted(sizes, reverse=True)
+            assert len(starts) == len(set(offsets))
+            for key in pack.keys():  # noqa: SIM118
+                box = pack.get_tensor(key)
+                where = tuple(slice(o, o + s) for o, s in zip(offsets[key]["saved_offsets"], box.shape, strict=True))
+                found[key][where] = box
+    for name, (_, _, data) in state.items():
+        assert found[name].view(torch.uint8).numpy().tobytes() == data if found[name].dim() else True, name
+    assert found["model/scalar"].reshape(1).view(torch.uint8).numpy().tobytes() == state["model/scalar"][2]
