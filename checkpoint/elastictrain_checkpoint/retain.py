@@ -8,6 +8,7 @@ than a lease, since it may be an attempt that is still being written.
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from elastictrain_checkpoint.check import verify
@@ -38,7 +39,14 @@ class Pruned:
     unsound: list[Skipped] = field(default_factory=list)
 
 
-def prune(store: Store, keep: int, *, lease_s: float = DEFAULT_LEASE_S, now_s: float | None = None) -> Pruned:
+def prune(
+    store: Store,
+    keep: int,
+    *,
+    lease_s: float = DEFAULT_LEASE_S,
+    verified: Collection[int] = (),
+    now_s: float | None = None,
+) -> Pruned:
     """Keep the newest ``keep`` sound checkpoints and remove older ones, and garbage.
 
     Nothing is removed unless one of those kept is verified, every byte, first; steps whose packs a kept one
@@ -48,6 +56,7 @@ def prune(store: Store, keep: int, *, lease_s: float = DEFAULT_LEASE_S, now_s: f
         store: where.
         keep: at least 1.
         lease_s: age in seconds from which on an attempt without a commit counts as given up.
+        verified: steps that the caller has verified since they were written; they are not read again.
         now_s: time in seconds since 1970; the clock's if not given.
 
     Raises:
@@ -64,7 +73,7 @@ def prune(store: Store, keep: int, *, lease_s: float = DEFAULT_LEASE_S, now_s: f
         except CorruptData as error:
             result.unsound.append(Skipped(step, str(error)))
     kept, old = sound[-keep:], sound[:-keep]
-    if old and not any(not verify(store, manifest) for manifest in reversed(kept)):
+    if old and not any(m.step in verified or not verify(store, m) for m in reversed(kept)):
         result.unsound += [Skipped(manifest.step, "its bytes are damaged") for manifest in kept]
         kept, old = sound, []
     pinned = {base for manifest in kept for base in manifest.base}

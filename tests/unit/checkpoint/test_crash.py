@@ -50,9 +50,8 @@ class KilledOs:
         self.root = root
         self.opened: dict[int, Path] = {}
         self.synced_bytes = {f.stat().st_ino: f.stat().st_size for f in root.rglob("*") if f.is_file()}
-        self.synced_names = {
-            d: {entry.name for entry in d.iterdir()} for d in [root.parent, root, *root.rglob("*")] if d.is_dir()
-        }
+        folders = [d for d in (root.parent, root, *root.rglob("*")) if d.is_dir()]
+        self.synced_names = {folder: {entry.name for entry in folder.iterdir()} for folder in folders}
 
     def __getattr__(self, name: str) -> Any:
         real = getattr(os, name)

@@ -47,6 +47,16 @@ def test_one_verified_among_the_kept_is_enough(store: Store) -> None:
     assert prune(store, 2).removed == [10, 20]
 
 
+def test_what_the_caller_has_verified_is_not_read_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_reading(self: Store, path: str, start: int, out: memoryview) -> int:
+        raise AssertionError(f"{path} is read")
+
+    monkeypatch.setattr(Store, "read_into", no_reading)
+    assert prune(store, 2, verified={40}).removed == [10, 20]
+    with pytest.raises(AssertionError, match=r"step-00000040/a1/w0000-00\.safetensors is read"):
+        prune(store, 1, verified={30})
+
+
 def test_unsound_steps_are_left_for_a_person(store: Store) -> None:
     flip(store, "step-00000020/MANIFEST.json", 50)
     result = prune(store, 1, lease_s=0, now_s=time.time() + 10)
