@@ -1,0 +1,210 @@
+"""The lines of events.jsonl: what happened to a run, typed and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
+
+from elastictrain.errors import InternalError
+
+Data = Mapping[str, Any]
+
+
+def iso(time: datetime) -> str:
+    """UTC to the millisecond: 2026-11-22T10:00:00.123Z."""
+    return time.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class Event(BaseModel):
+    """`kind` says which `data` there is; see `describe`. `generation` None: not about a generation."""
+
+    model_config = ConfigDict(frozen=True)
+
+    time: Annotated[AwareDatetime, PlainSerializer(iso)]
+    kind: str
+    generation: int | None = None
+    data: dict[str, Any] = Field(default_factory=dict)
+
+
+def make_event(kind: str, data: Data | None = None, *, generation: int | None = None, time: datetime) -> Event:
+    """An event as the run writes it; the generation is taken from `data` when it is not given."""
+    facts = dict(data or {})
+    if not kind:
+        raise InternalError(f"an event needs a kind, got {kind!r} with {facts}")
+    if generation is None and isinstance(facts.get("generation"), int):
+        generation = facts["generation"]
+    return Event(time=time, kind=kind, generation=generation, data=facts)
+
+
+def parse_events(records: Iterable[Mapping[str, Any]]) -> list[Event]:
+    """The events among `records`; what is none (torn in the middle and closed later) is passed over."""
+    events = []
+    for record in records:
+        try:
+            events.append(Event.model_validate(record))
+        except ValidationError:
+            continue
+    return events
+
+
+def describe(event: Event) -> str:
+    """One sentence for people. Never raises: facts that are missing are left out, unknown kinds print as they are."""
+    sentence = SENTENCES.get(event.kind)
+    try:
+        return _generic(event) if sentence is None else sentence({"generation": event.generation, **event.data})
+    except (TypeError, ValueError, KeyError, AttributeError):  # another version wrote other facts under this kind
+        return _generic(event)
+
+
+def recovery_seconds(data: Data) -> float | None:
+    """From the detection of a loss to the seal of the next generation; None when one of them is not known."""
+    detected, sealed = data.get("detected_s"), data.get("sealed_s")
+    return None if detected is None or sealed is None else float(sealed) - float(detected)
+
+
+def _generic(event: Event) -> str:
+    facts = ", ".join(f"{key}={value}" for key, value in event.data.items())
+    return event.kind.replace("_", " ") + (f": {facts}" if facts else "")
+
+
+def _join(*parts: str) -> str:
+    return "".join(part for part in parts if part)
+
+
+def _fact(data: Data, key: str, form: str) -> str:
+    """`form` with the fact in place of {}; nothing when it is not there."""
+    value = data.get(key)
+    return "" if value is None or value in ("", [], {}) else form.format(value)
+
+
+def _people(workers: Any) -> str:
+    """Worker numbers in words: worker 3; workers 0, 1 and 4."""
+    if workers is None or workers == []:
+        return ""
+    numbers = [str(w) for w in workers] if isinstance(workers, list | tuple | Mapping) else [str(workers)]
+    if len(numbers) == 1:
+        return f"worker {numbers[0]}"
+    return f"workers {', '.join(numbers[:-1])} and {numbers[-1]}"
+
+
+def _who(data: Data) -> str:
+    return _people(data["worker"] if data.get("worker") is not None else data.get("workers")) or "a worker"
+
+
+def _why(data: Data) -> str:
+    return next((f": {data[key]}" for key in ("cause", "reason", "error", "message") if data.get(key)), "")
+
+
+def _count(number: Any, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _world(data: Data) -> str:
+    workers = data.get("workers")
+    world = data.get("world", len(workers) if isinstance(workers, list | tuple | Mapping) else workers)
+    return "" if world is None else f" with {_count(world, 'worker')}"
+
+
+def _started(data: Data) -> str:
+    return _join("run started", _fact(data, "name", " ({})"), _world(data), _fact(data, "steps", ", {} steps"))
+
+
+def _formed(data: Data) -> str:
+    return _join(f"generation {data['generation']} is forming", _world(data), _fact(data, "step", " at step {}"))
+
+
+def _sealed(data: Data) -> str:
+    once = data.get("held_once")
+    return _join(
+        f"generation {data['generation']} sealed",
+        _world(data),
+        _fact(data, "step", " at step {}"),
+        f"; {_count(once, 'block')} held once" if once else "",
+    )
+
+
+def _recovery(data: Data) -> str:
+    seconds, redone = recovery_seconds(data), data.get("steps_redone")
+    before, after = data.get("world_before"), data.get("world_after")
+    return _join(
+        f"recovered{_why(data)}",
+        f"; {seconds:.2f} s" if seconds is not None else "",
+        "" if redone is None else f", {_count(redone, 'step')} redone",
+        "" if before is None or after is None else f", world {before} → {after}",
+        _fact(data, "restored_from", ", restored from {}"),
+    )
+
+
+def _restore(data: Data) -> str:
+    return _join(
+        f"went back to step {data['step']}", _fact(data, "checkpoint", ", checkpoint {}"), _fact(data, "path", ", {}")
+    ) + _why(data)
+
+
+def _checkpoint(data: Data) -> str:
+    return _join(f"checkpoint of step {data['step']} committed", _fact(data, "path", " at {}"))
+
+
+def _skipped(data: Data) -> str:
+    lanes = data.get("lanes", data.get("lane"))
+    lanes = lanes if isinstance(lanes, list | tuple) else [] if lanes is None else [lanes]
+    place = f" in lane{'s' if len(lanes) > 1 else ''} {', '.join(map(str, lanes))}" if lanes else ""
+    worker = f" ({_who(data)})" if place and data.get("worker") is not None else ""
+    return f"step {data['step']} skipped on all workers alike: not finite{place}{worker}"
+
+
+def _finished(data: Data) -> str:
+    return _join("finished", _fact(data, "step", " at step {}"), _fact(data, "digest", ", digest {}"))
+
+
+def _ended(word: str) -> Callable[[Data], str]:
+    return lambda data: _join(word, _fact(data, "step", " at step {}"), _why(data))
+
+
+def _worker(words: str) -> Callable[[Data], str]:
+    return lambda data: f"{_who(data)} {words}{_why(data)}"
+
+
+SENTENCES: dict[str, Callable[[Data], str]] = {
+    "run_started": _started,
+    "run_resumed": lambda data: _join("run resumed", _fact(data, "step", " at step {}"), _world(data)),
+    "stage": lambda data: f"a new stage of the run{_why(data)}",
+    "worker_started": _worker("is starting"),
+    "worker_ready": lambda data: _join(f"{_who(data)} is ready", _fact(data, "domain", " on {}")),
+    "worker_start_failed": _worker("could not start"),
+    "worker_died": _worker("died"),
+    "worker_failed": _worker("failed"),
+    "worker_troubled": _worker("lost a peer"),
+    "worker_parked": lambda data: _join(f"{_who(data)} parked", _fact(data, "applied_step", ", step {} applied")),
+    "worker_killed": _worker("was killed"),
+    "worker_retired": _worker("left"),
+    "generation_formed": _formed,
+    "generation_sealed": _sealed,
+    "recovery": _recovery,
+    "drain": lambda data: _join(f"{_who(data)} hands over and leaves", _fact(data, "step", " at step {}")) + _why(data),
+    "join": lambda data: _join(f"{_who(data)} joined", _fact(data, "step", " at step {}")),
+    "add": lambda data: _join("one more worker asked for", _fact(data, "step", " at step {}")),
+    "resize": lambda data: f"asked to run with {_count(data['target'], 'worker')}",
+    "fault": lambda data: _join(
+        f"fault on purpose: {data['do']}",
+        f" {_who(data)}" if data.get("worker") is not None else "",
+        _fact(data, "step", " at step {}"),
+        _fact(data, "phase", ", in {}"),
+    ),
+    "checkpoint": _checkpoint,
+    "checkpoint_corrupt": lambda data: _join("checkpoint refused", _fact(data, "path", " at {}")) + _why(data),
+    "restore": _restore,
+    "refused": lambda data: f"refused{_why(data)}",
+    "waiting": lambda data: f"parked, waiting{_why(data)}",
+    "parked": lambda data: f"parked{_why(data)}",
+    "skipped": _skipped,
+    "numerics": lambda data: f"numerics differ, {_who(data)}{_why(data)}",
+    "mirrors": lambda data: f"{_count(data['held_once'], 'block')} held once",
+    "finished": _finished,
+    "failed": _ended("failed"),
+    "stopped": _ended("stopped"),
+}
+"""Kind → sentence. `generation_*`, `recovery`, `finished` and `restore` are also read by the summary and the plot."""

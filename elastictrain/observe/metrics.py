@@ -1,0 +1,65 @@
+"""One row per published step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+PHASE_KEYS = ("compute_s", "exchange_s", "mirror_s", "vote_s", "apply_s", "gather_s")
+
+
+class MetricsRow(BaseModel):
+    """What is known of a step after it has been published. Times in seconds.
+
+    `tokens`, `samples`: of this step alone, over all lanes. `step_s`: from commit to commit. `phases`: see PHASE_KEYS.
+    `loss` and `grad_norm` are None when they were not finite. `skipped`: why the step changed nothing, or None.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    step: int
+    generation: int = 0
+    loss: float | None = None
+    grad_norm: float | None = None
+    learning_rate: float | None = None
+    tokens: int = 0
+    samples: int = 0
+    step_s: float | None = None
+    world: int = 0
+    phases: dict[str, float | None] = Field(default_factory=dict)
+    evaluation: dict[str, float | None] | None = None
+    skipped: Any = None
+
+
+def parse_rows(records: Iterable[Mapping[str, Any]]) -> list[MetricsRow]:
+    """The rows among `records`; one that is not a row (torn in the middle and closed later) is passed over."""
+    rows = []
+    for record in records:
+        try:
+            rows.append(MetricsRow.model_validate(record))
+        except ValidationError:
+            continue
+    return rows
+
+
+def history(rows: Iterable[MetricsRow]) -> list[MetricsRow]:
+    """What happened, steps ascending: a row at step `s` takes back every earlier row from `s` on.
+
+    Only a run that went back to a checkpoint writes a step again, and what it had done after that step has then not
+    happened.
+    """
+    kept: list[MetricsRow] = []
+    for row in rows:
+        while kept and kept[-1].step >= row.step:
+            kept.pop()
+        kept.append(row)
+    return kept
+
+
+def tokens_per_s(rows: Iterable[MetricsRow]) -> float | None:
+    """Tokens over the seconds of their steps; None when no row says both."""
+    timed = [(row.tokens, row.step_s) for row in rows if row.tokens and row.step_s]
+    seconds = sum(step_s for _, step_s in timed)
+    return sum(tokens for tokens, _ in timed) / seconds if seconds else None

@@ -1,0 +1,247 @@
+"""The run directory: everything a run leaves behind for people.
+
+`job.yaml` (the job as it ran), `events.jsonl`, `metrics.jsonl`, `status.json`, `summary.json`, `loss.png`, `lock`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from elastictrain.errors import ClusterError, ConfigError
+from elastictrain.job import Job, dump_job
+from elastictrain.observe.events import Event, iso, make_event, parse_events
+from elastictrain.observe.lines import LineWriter, read_lines, replace_file
+from elastictrain.observe.lock import RunLock
+from elastictrain.observe.metrics import MetricsRow, history, parse_rows
+from elastictrain.observe.status import Status
+
+RUNS = Path("runs")
+
+
+class RunDirectory:
+    """Reads a run directory, and, while it holds the lock, writes to it.
+
+    `create` and `resume` take the lock (a context manager, or `close`, gives it back); `open` only reads.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: RunLock | None = None
+        self._events: LineWriter | None = None
+        self._metrics: LineWriter | None = None
+        self._last_step = 0
+
+    @classmethod
+    def create(cls, path: str | Path | None, job: Job, *, now: datetime | None = None) -> Self:
+        """A new run's directory, locked. `path` None: `job.run_dir`, or `runs/<name>-<UTC time>`.
+
+        Raises ConfigError when the directory is in use or already holds a run, ClusterError when it cannot be written.
+        """
+        chosen = path or job.run_dir
+        folder = Path(chosen) if chosen else _unused(RUNS / default_name(job.name, now or datetime.now(UTC)))
+        run = cls(folder)
+        run._take(make=True)
+        if (folder / "events.jsonl").exists() or (folder / "job.yaml").exists():
+            run.close()
+            raise ConfigError(
+                f"run_dir={str(folder)!r} already holds a run; go on with it (--resume) or set run_dir (--run-dir) "
+                "to another folder"
+            )
+        run._write_from_now_on(job)
+        return run
+
+    @classmethod
+    def resume(cls, path: str | Path, job: Job) -> Self:
+        """An existing run's directory, locked, to be appended to; `job.yaml` becomes the job as it runs now.
+
+        The job as it ran before is kept as `job-1.yaml`, `job-2.yaml`, ... when it differs. Raises as `create`.
+        """
+        run = cls.open(path)
+        run._take(make=False)
+        before, number = run._read_text("job.yaml"), 1
+        if before is not None and before != dump_job(job):
+            while (run.path / f"job-{number}.yaml").exists():
+                number += 1
+            replace_file(run.path / f"job-{number}.yaml", before)
+        run._last_step = max((row.step for row in run.metrics()), default=0)
+        run._write_from_now_on(job)
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """An existing run's directory, to read. Raises ConfigError when there is none."""
+        folder = Path(path)
+        if not (folder / "job.yaml").is_file() and not (folder / "events.jsonl").is_file():
+            raise ConfigError(f"RUN {str(folder)!r}: not a run directory; expected a folder with job.yaml in it")
+        return cls(folder)
+
+    @property
+    def loss_png(self) -> Path:
+        return self.path / "loss.png"
+
+    @property
+    def last_step(self) -> int:
+        """The last step written to metrics.jsonl that has not been taken back."""
+        return self._last_step
+
+    def event(self, kind: str, data: Mapping[str, Any] | None = None, *, generation: int | None = None) -> Event:
+        """Append to events.jsonl; a `restore` event also calls `went_back` with its step."""
+        event = make_event(kind, data, generation=generation, time=datetime.now(UTC))
+        self._writer(self._events).append(event.model_dump())
+        if kind == "restore" and isinstance(event.data.get("step"), int):
+            self.went_back(event.data["step"])
+        return event
+
+    def row(self, metrics: Mapping[str, Any]) -> bool:
+        """Append to metrics.jsonl; False (and nothing is written) for a step that is there already."""
+        step = int(metrics["step"])
+        if step <= self._last_step:
+            return False
+        self._writer(self._metrics).append(metrics)
+        self._last_step = step
+        return True
+
+    def went_back(self, step: int) -> None:
+        """The run has gone back to `step`: steps after it have not happened and will be written again."""
+        self._last_step = min(self._last_step, step)
+
+    def status(self, status: Mapping[str, Any]) -> None:
+        """Replace status.json; the time is added."""
+        record = Status.model_validate({"run_dir": str(self.path), **status, "updated": iso(datetime.now(UTC))})
+        replace_file(self.path / "status.json", record.model_dump_json(indent=2, exclude_none=True) + "\n")
+
+    def write_summary(self, summary_json: str) -> None:
+        replace_file(self.path / "summary.json", summary_json + "\n")
+
+    def events(self) -> list[Event]:
+        return parse_events(read_lines(self.path / "events.jsonl"))
+
+    def metrics(self) -> list[MetricsRow]:
+        """What happened, steps ascending, each once (see `metrics.history`)."""
+        return history(parse_rows(read_lines(self.path / "metrics.jsonl")))
+
+    def read_status(self) -> Status | None:
+        """None when no status was written yet, or none that can be read."""
+        text = self._read_text("status.json")
+        try:
+            return None if text is None else Status.model_validate_json(text)
+        except ValueError:
+            return None
+
+    def read_summary(self) -> dict[str, Any] | None:
+        text = self._read_text("summary.json")
+        try:
+            found = None if text is None else json.loads(text)
+        except ValueError:
+            return None
+        return found if isinstance(found, dict) else None
+
+    def close(self) -> None:
+        """Give the lock back. Idempotent."""
+        for writer in (self._events, self._metrics):
+            if writer is not None:
+                writer.close()
+        self._events = self._metrics = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _take(self, *, make: bool) -> None:
+        try:
+            if make:
+                self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ClusterError(
+                f"run_dir={str(self.path)!r} cannot be made: {error.strerror or error}; "
+                "set run_dir (--run-dir) elsewhere"
+            ) from error
+        lock = RunLock(self.path)
+        lock.take()
+        self._lock = lock
+
+    def _write_from_now_on(self, job: Job) -> None:
+        try:
+            replace_file(self.path / "job.yaml", dump_job(job))
+            self._events = LineWriter(self.path / "events.jsonl")
+            self._metrics = LineWriter(self.path / "metrics.jsonl")
+        except ClusterError:
+            self.close()
+            raise
+
+    def _writer(self, writer: LineWriter | None) -> LineWriter:
+        if writer is None:
+            raise ConfigError(f"run directory {self.path} is open for reading only; use RunDirectory.resume to write")
+        return writer
+
+    def _read_text(self, name: str) -> str | None:
+        try:
+            return (self.path / name).read_text(encoding="utf-8")
+        except (FileNotFoundError, UnicodeDecodeError):
+            return None
+        except OSError as error:
+            raise ClusterError(f"{self.path / name}: cannot be read: {error.strerror or error}") from error
+
+
+def default_name(name: str, now: datetime) -> str:
+    """`<name>-<UTC time>`, safe as the name of a folder."""
+    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name).strip(".") or "run"
+    return f"{safe}-{now.astimezone(UTC):%Y%m%dT%H%M%SZ}"
+
+
+def _unused(folder: Path) -> Path:
+    """Two runs of one name may start within a second."""
+    number, free = 2, folder
+    while free.exists():
+        free, number = folder.with_name(f"{folder.name}-{number}"), number + 1
+    return free
+
+
+def find_run(run: str, runs: Path = RUNS) -> RunDirectory:
+    """The run that a person means: a path, a name under ./runs, or `latest`.
+
+    Raises ConfigError that names the runs there are.
+    """
+    if run == "latest":
+        newest = max(_runs_in(runs), key=_started, default=None)
+        if newest is None:
+            raise ConfigError(f"RUN latest: no runs under {runs.resolve()}; give the path of a run directory")
+        return RunDirectory.open(newest)
+    for folder in (Path(run), runs / run):
+        if (folder / "job.yaml").is_file() or (folder / "events.jsonl").is_file():
+            return RunDirectory.open(folder)
+    known = [folder.name for folder in sorted(_runs_in(runs), key=_started, reverse=True)[:5]]
+    there = f"the newest under {runs}/: {', '.join(known)}" if known else f"there are none under {runs.resolve()}"
+    raise ConfigError(f"RUN {run!r}: no such run; expected a path, a name under {runs}/, or latest; {there}")
+
+
+def latest_of(name: str, runs: Path = RUNS) -> Path:
+    """The newest run of a job's name. Raises ConfigError."""
+    prefix = default_name(name, datetime.now(UTC)).rpartition("-")[0] + "-"
+    newest = max((folder for folder in _runs_in(runs) if folder.name.startswith(prefix)), key=_started, default=None)
+    if newest is None:
+        raise ConfigError(
+            f"--resume: no run of name={name!r} under {runs.resolve()}; name its folder with --run-dir or run_dir"
+        )
+    return newest
+
+
+def _runs_in(runs: Path) -> list[Path]:
+    return [folder for folder in runs.iterdir() if (folder / "job.yaml").is_file()] if runs.is_dir() else []
+
+
+def _started(folder: Path) -> tuple[float, str]:
+    """Newest last: by the time the job was written, then by name."""
+    return ((folder / "job.yaml").stat().st_mtime, folder.name)

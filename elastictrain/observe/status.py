@@ -1,0 +1,35 @@
+"""What a run looks like at this moment: `status.json`, the live view and `elastictrain status`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+State = Literal["starting", "running", "recovering", "waiting", "finished", "failed", "stopped"]
+
+
+class Status(BaseModel):
+    """`lanes`: lanes per worker number. `held_once`: blocks with a single holder. `waiting`: why the run waits.
+
+    `last_recovery`: the data of the last `recovery` event. `error`: why it failed. Times in seconds or ISO UTC.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    state: State | str = "starting"
+    name: str = ""
+    run_dir: str = ""
+    step: int = 0
+    steps: int = 0
+    generation: int = 0
+    world: int = 0
+    lanes: dict[int, int] = Field(default_factory=dict)
+    held_once: int = 0
+    spares: int = 0
+    loss: float | None = None
+    tokens_per_s: float | None = None
+    last_recovery: dict[str, Any] | None = None
+    waiting: str | None = None
+    error: str | None = None
+    updated: str | None = None
