@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from elastictrain.data import LaneReader, Source, fingerprint_difference, open_source
+from elastictrain.data import LaneReader, Source, fingerprint_difference, open_source, packing
 from elastictrain.data.index import store_cached
 from elastictrain.job import Data
 
@@ -107,6 +107,27 @@ def test_batches_belong_to_the_caller(tmp_path: Path) -> None:
     before = reader.batch(0, 0)["tokens"].copy()
     reader.batch(0, 0)["tokens"][:] = -1
     assert reader.batch(0, 0)["tokens"].tolist() == before.tolist()
+
+
+def test_table_batches_belong_to_the_caller(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"x": list(range(20))}), tmp_path / "a.parquet")
+    spec = Data(kind="parquet", path=str(tmp_path))
+    reader = LaneReader(open_source(spec, seed=0, lanes=1, lane_batch_size=5))
+    before = reader.batch(0, 0)["x"].copy()
+    reader.batch(0, 0)["x"][:] = -1
+    assert reader.batch(0, 0)["x"].tolist() == before.tolist()
+
+
+def test_tails_in_several_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "TAIL_BLOCK_ROWS", 2)
+    source = text_source(write_texts(tmp_path / "data", "parquet"), lanes=1, lane_batch_size=1)
+    assert source.describe()["tail_samples"] > 4
+    reader = LaneReader(source)
+    got = Counter(
+        token for step in range(source.steps_per_epoch) for token in reader.batch(step, 0)["tokens"].ravel().tolist()
+    )
+    got[256] -= source.describe()["padding_tokens"]
+    assert got == Counter(tokens_of(list(TEXTS)))
 
 
 def test_null_documents_count_as_empty_ones(tmp_path: Path) -> None:
