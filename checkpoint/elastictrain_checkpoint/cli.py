@@ -46,10 +46,14 @@ def ls(store: Where, as_json: AsJson = False) -> None:
         table = Table("step", "attempt", "generation", "time (UTC)", "tensors", "bytes", "digest", "state")
         for row in rows:
             shown = [row.get(key, "") for key in ("attempt", "generation", "time", "tensors")]
-            state = "[green]sound" if row["sound"] else f"[red]{escape(row['problem'])}"
+            state = "[green]sound" if row["sound"] else "[red]damaged"
             size = decimal(row["bytes"]) if "bytes" in row else ""
             table.add_row(str(row["step"]), *map(str, shown), size, row.get("digest", "")[:16], state)
-        Console().print(table)
+        console = Console(soft_wrap=True, highlight=False)
+        console.print(table, soft_wrap=False)
+        for row in rows:
+            if not row["sound"]:
+                console.print(f"step {row['step']}: {row['problem']}", markup=False)
     raise typer.Exit(0 if all(row["sound"] for row in rows) else 1)
 
 

@@ -208,7 +208,10 @@ def parse_manifest(raw: bytes, step: int | None = None) -> Manifest:
 
 
 def _check_text(raw: bytes) -> Document:
-    document = json.loads(raw)
+    try:
+        document = json.loads(raw)
+    except ValueError as error:
+        raise ValueError(f"the text was altered or cut short: it is not JSON ({error})") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ValueError(f'not a checkpoint manifest (no "format": "{FORMAT}")')
     if document.get("version") != VERSION:
