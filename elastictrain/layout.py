@@ -97,6 +97,10 @@ class Layout:
             block for shard in self.shards if worker in shard.holders() for block in range(shard.lo, shard.hi)
         )
 
+    def with_lanes(self, lanes: tuple[tuple[int, ...], ...]) -> Layout:
+        """The same layout with the lanes dealt out otherwise."""
+        return replace(self, lanes=lanes)
+
     @property
     def held_once(self) -> int:
         """How many blocks have a single holder."""

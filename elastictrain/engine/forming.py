@@ -1,0 +1,186 @@
+"""Entering a generation: roll forward or restore, copy what moves, publish parameters, seal.
+
+The order is that of invariant R4: copy, compare digests, seal. Until the seal the old holders count, and nothing here
+takes anything away from them; what is held no more is let go one vote after the seal.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import torch
+import xxhash
+
+from elastictrain.engine import saving
+from elastictrain.engine.collective import GroupSet, Peer
+from elastictrain.engine.commit import apply_step
+from elastictrain.engine.numerics import differences
+from elastictrain.engine.step import published_pieces
+from elastictrain.engine.worker_model import build_initial
+from elastictrain.errors import CheckpointMismatch, InternalError, PeerLost
+from elastictrain.protocol import FormPlan
+
+if TYPE_CHECKING:
+    from elastictrain.engine.session import Session
+
+FORMING_DEADLINE_S = 300.0
+
+
+def enter_generation(session: Session, plan: FormPlan, groups: GroupSet) -> None:
+    """Bring this worker's state to `plan.step` under `plan.layout` and seal. Raises PeerLost, Parked or a checkpoint
+    error; the worker's state is then what its next park report says.
+    """
+    groups.deadline_s = FORMING_DEADLINE_S
+    held = session.model.held
+    digests: dict[str, str] = {}
+    if plan.restore is not None:
+        _restore(session, plan)
+    else:
+        _roll_forward(session, plan)
+        held.hold(plan.layout.held(session.worker))
+        digests = _move(session, plan, groups)
+        with session.apply_lock:
+            session.check()
+            session.committed.step = plan.step
+    for number in held.masters:
+        session.model.flat.publish(number, held.masters[number])
+    _publish_all(session, plan, groups)
+    _share_counters(session, plan, groups)
+    _seal(session, plan, groups, digests)
+
+
+def _roll_forward(session: Session, plan: FormPlan) -> None:
+    """Apply the step that a survivor has applied, with its vote result byte for byte (R1)."""
+    done = session.committed
+    if session.worker in plan.joiners or done.step == plan.step:
+        return
+    if plan.roll_forward is None or session.pending is None or session.vote_format is None:
+        raise InternalError(
+            f"worker {session.worker} is at step {done.step}, generation {plan.generation} starts at {plan.step}, and "
+            "there is nothing to roll forward with"
+        )
+    with session.apply_lock:
+        session.check()
+        pending = session.pending
+        session.model.held.keep_only({n for s in pending.reduced for n in range(s.lo, s.hi)} | _idle_blocks(session))
+        tally = apply_step(session, pending, plan.roll_forward, session.vote_format, plan.generation)
+        done.row = session.row_of(tally)
+
+
+def _idle_blocks(session: Session) -> set[int]:
+    """Frozen blocks have no reduced gradient and stay."""
+    return {n for n in session.model.held.masters if n >= session.model.space.active_blocks}
+
+
+def _move(session: Session, plan: FormPlan, groups: GroupSet) -> dict[str, str]:
+    """Copy moved blocks from their holders. Returns the digest of every copy that this worker sent or received."""
+    rank, held, device = plan.layout.rank, session.model.held, session.device
+    out = {i: held.pack(m.lo, m.hi) for i, m in enumerate(plan.moves) if m.source == session.worker}
+    coming = {i: m for i, m in enumerate(plan.moves) if m.target == session.worker}
+
+    def swap(sends: dict[int, torch.Tensor], recvs: dict[int, torch.Tensor]) -> None:
+        groups.exchange(
+            [(rank(plan.moves[i].target), t) for i, t in sends.items() if t.numel()],
+            [(rank(plan.moves[i].source), t) for i, t in recvs.items() if t.numel()],
+        )
+
+    sizes = {i: torch.zeros(2, dtype=torch.int64) for i in coming}
+    swap({i: torch.tensor([len(h), p.numel()]) for i, (h, p) in out.items()}, sizes)
+    headers = {i: torch.empty(int(size[0]), dtype=torch.uint8) for i, size in sizes.items()}
+    swap({i: torch.frombuffer(bytearray(h), dtype=torch.uint8) for i, (h, _) in out.items()}, headers)
+    payloads = {i: torch.empty(int(size[1]), dtype=torch.uint8, device=device) for i, size in sizes.items()}
+    swap({i: p for i, (_, p) in out.items()}, payloads)
+    digests = {f"{i}>": _digest(header, payload) for i, (header, payload) in out.items()}
+    for i, move in coming.items():
+        header = headers[i].numpy().tobytes()
+        held.unpack(move.lo, move.hi, header, payloads[i])
+        digests[f"{i}<"] = _digest(header, payloads[i])
+    return digests
+
+
+def _digest(header: bytes, payload: torch.Tensor) -> str:
+    digest = xxhash.xxh3_64(header)
+    digest.update(saving.as_buffer(payload))
+    return digest.hexdigest()
+
+
+def _publish_all(session: Session, plan: FormPlan, groups: GroupSet) -> None:
+    """Owners send every parameter and buffer to the workers in `gather_to` that do not hold it themselves."""
+    layout, space, flat = plan.layout, session.model.space, session.model.flat
+    sends: list[Peer] = []
+    recvs: list[Peer] = []
+    for shard in layout.shards:
+        pieces = published_pieces(flat, *space.span(shard.lo, shard.hi))
+        targets = [w for w in plan.gather_to if w not in shard.holders()]
+        if shard.owner == session.worker:
+            sends += [(layout.rank(worker), piece) for worker in targets for piece in pieces]
+        elif session.worker in targets:
+            recvs += [(layout.rank(shard.owner), piece) for piece in pieces]
+    groups.exchange(sends, recvs)
+
+
+def _share_counters(session: Session, plan: FormPlan, groups: GroupSet) -> None:
+    """Integer buffers are few and replicated: everybody takes them from the first worker that is no newcomer."""
+    counters = session.model.flat.counters
+    if not counters:
+        return
+    mine = b"".join(bytes(saving.as_buffer(c)) for c in counters.values())
+    source = next((r for r, w in enumerate(plan.layout.workers) if w not in plan.joiners), 0)
+    at, raw = 0, groups.all_gather_sized(mine)[source]
+    for counter in counters.values():
+        size = counter.numel() * counter.element_size()
+        if size:
+            values = torch.frombuffer(bytearray(raw[at : at + size]), dtype=counter.dtype)
+            counter.copy_(values.view(counter.shape))
+        at += size
+
+
+def _seal(session: Session, plan: FormPlan, groups: GroupSet, digests: dict[str, str]) -> None:
+    """The first complete vote of the generation: from then on its layout is the truth."""
+    mine = {"generation": plan.generation, "step": plan.step, "copies": digests}
+    said = [json.loads(raw) for raw in groups.all_gather_sized(json.dumps(mine).encode())]
+    if any((s["generation"], s["step"]) != (plan.generation, plan.step) for s in said):
+        raise InternalError(f"the seal of generation {plan.generation} at step {plan.step} got {said}")
+    copies = {key: value for s in said for key, value in s["copies"].items()}
+    torn = [i for i in range(len(plan.moves)) if copies.get(f"{i}>") != copies.get(f"{i}<")] if plan.moves else []
+    if torn and plan.restore is None:
+        raise PeerLost(f"the copies of {[plan.moves[i] for i in torn]} differ from their originals; forming again")
+    with session.apply_lock:
+        session.check()
+        done = session.committed
+        done.step = done.gathered_step = plan.step
+        done.sealed_generation = plan.generation
+        done.vote = None
+        session.pending = None
+
+
+def _restore(session: Session, plan: FormPlan) -> None:
+    """State from a checkpoint, or the recipe's initial state; only the held blocks are read, the rest is gathered."""
+    assert plan.restore is not None
+    model, held, done = session.model, session.model.held, session.committed
+    with session.apply_lock:
+        session.check()
+        session.pending, done.vote, done.row = None, None, None
+        held.keep_only(())
+        held.hold(plan.layout.held(session.worker))
+        if plan.restore.checkpoint is None:
+            initial = build_initial(model.recipe, session.job.seed)
+            model.flat.read_initial(initial)
+            held.start_from(initial)
+        else:
+            _load(session, plan.restore.step)
+        done.step = plan.step
+
+
+def _load(session: Session, step: int) -> None:
+    job = session.job
+    if job.checkpoint is None:
+        raise InternalError(f"told to restore step {step}, but the job has no checkpoint setting")
+    reader = saving.open_checkpoint(job.checkpoint, step)
+    stored = reader.tree.get("numerics", {})
+    problems = differences(stored, session.numerics, f"worker {session.worker}") if stored else []
+    if problems and job.numerics.strict:
+        raise CheckpointMismatch("; ".join(problems) + " (numerics.strict is set)")
+    session.pristine = False
+    saving.restore(session.model.flat, session.model.held, reader)

@@ -1,0 +1,194 @@
+"""The state that one worker keeps: master weights and optimizer state of the blocks it owns or mirrors.
+
+Every block is a tensor of its own to the optimizer (see `space`). In fp32 a block's master is a view into the worker's
+flat parameters, so a mirror's apply brings the parameters up to date as well and costs no gather; with a lower compute
+dtype masters are separate fp32 tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from elastictrain.engine.flat import FlatModel
+from elastictrain.engine.space import Block
+from elastictrain.errors import InternalError, RecipeError
+
+State = dict[str, Any]
+_DTYPES = {str(d).removeprefix("torch."): d for d in (
+    torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.bool)}  # fmt: skip
+
+
+class HeldState:
+    """Blocks held here, and the one way they change: `apply`."""
+
+    def __init__(self, flat: FlatModel, template: torch.optim.Optimizer, ema_decay: float | None) -> None:
+        self.flat = flat
+        self.ema_decay = ema_decay
+        self.masters: dict[int, torch.Tensor] = {}
+        self.ema: dict[int, torch.Tensor] = {}
+        self._template = template
+        self._group_of = _groups_by_name(template, flat)
+        # A deep copy of the optimizer built on full-shape `meta` parameters keeps its class and every setting; only the
+        # tensors are ours. Slices never see the constructor, so groups chosen by p.dim() are right.
+        self.optimizer = copy.deepcopy(template)
+        self.optimizer.state = defaultdict(dict)
+        self._base_lr = [float(group["lr"]) for group in template.param_groups]
+
+    # --- holding ---
+
+    def hold(self, blocks: Iterable[int]) -> None:
+        """Take up blocks whose master values are to be filled in by the caller (`load`, or from the flat values)."""
+        for number in blocks:
+            if number not in self.masters:
+                block = self.flat.space.blocks[number]
+                self.masters[number] = self._master_for(block)
+                if self.ema_decay is not None and block.entry.kind == "param":
+                    self.ema[number] = self.masters[number].clone()
+        self._regroup()
+
+    def keep_only(self, blocks: Iterable[int]) -> None:
+        """Let go of every other block."""
+        kept = set(blocks)
+        for number in [n for n in self.masters if n not in kept]:
+            self.optimizer.state.pop(self.masters.pop(number), None)
+            self.ema.pop(number, None)
+        self._regroup()
+
+    def start_from(self, model: nn.Module) -> None:
+        """Set every held block to the recipe's initial values (a freshly built CPU model), optimizer state empty."""
+        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        self.optimizer.state.clear()
+        for number, master in self.masters.items():
+            block = self.flat.space.blocks[number]
+            source = tensors[block.entry.name].detach().reshape(-1)[block.offset : block.offset + block.elements]
+            master.copy_(source.view(master.shape))
+            if number in self.ema:
+                self.ema[number].copy_(master)
+
+    def _master_for(self, block: Block) -> torch.Tensor:
+        view = self.flat.master_view(block)
+        master = view if view is not None else torch.empty(block.elements, device=self.flat.device)
+        if block.entry.kind == "param" and (self.flat.space.whole_parameters or not block.entry.shape):
+            master = master.view(block.entry.shape)
+        return master.detach()
+
+    def _regroup(self) -> None:
+        groups: list[list[torch.Tensor]] = [[] for _ in self._template.param_groups]
+        for number in sorted(self.masters):
+            entry = self.flat.space.blocks[number].entry
+            if entry.kind == "param":
+                groups[self._group_of[entry.name]].append(self.masters[number])
+        for group, tensors in zip(self.optimizer.param_groups, groups, strict=True):
+            group["params"] = tensors
+            group.pop("param_names", None)
+
+    # --- the only writer of state ---
+
+    def apply(self, gradients: Mapping[int, torch.Tensor], *, scale: float, lanes: int, lr_factor: float) -> None:
+        """Bring every held block forward by one step. `gradients`: per block its reduced gradient (fp32, [elements]),
+        overwritten here; the optimizer sees it times `scale`. Buffers take the mean of the lanes' changes.
+        """
+        active = [n for n in sorted(self.masters) if n < self.flat.space.active_blocks]
+        missing = [n for n in active if n not in gradients]
+        if missing:
+            raise InternalError(f"apply without the reduced gradient of held blocks {missing[:5]}")
+        params = [n for n in active if self.flat.space.blocks[n].entry.kind == "param"]
+        for number in active[len(params) :]:
+            # Two roundings on purpose: a fused multiply-add would differ between vector body and tail.
+            self.masters[number].add_(gradients[number].mul_(1.0 / lanes))
+        if params:
+            torch._foreach_mul_([gradients[n] for n in params], scale)
+        for number in params:
+            master = self.masters[number]
+            master.grad = gradients[number].view(master.shape)
+        for group, base in zip(self.optimizer.param_groups, self._base_lr, strict=True):
+            group["lr"] = base * lr_factor
+        self.optimizer.step()
+        for number in params:
+            self.masters[number].grad = None
+        if self.ema:
+            numbers = sorted(self.ema)
+            torch._foreach_lerp_(
+                [self.ema[n] for n in numbers], [self.masters[n] for n in numbers], 1.0 - (self.ema_decay or 0.0)
+            )
+
+    # --- reading and writing a block's tensors ---
+
+    def tensors(self, number: int) -> Iterator[tuple[str, Any]]:
+        """Everything kept for a block: ("master", …), ("ema", …), ("optim/<key>", tensor or number), sorted."""
+        yield "master", self.masters[number]
+        if number in self.ema:
+            yield "ema", self.ema[number]
+        state = self.optimizer.state.get(self.masters[number], {})
+        for key in sorted(state):
+            yield f"optim/{key}", state[key]
+
+    def load(self, number: int, values: Mapping[str, Any]) -> None:
+        """Set a held block's tensors from what `tensors` named; masters and EMA are copied in place."""
+        master = self.masters[number]
+        master.copy_(values["master"].reshape(master.shape))
+        if "ema" in values and number in self.ema:
+            self.ema[number].copy_(values["ema"].reshape(self.ema[number].shape))
+        state = {k.removeprefix("optim/"): v for k, v in values.items() if k.startswith("optim/")}
+        if state:
+            self.optimizer.state[master] = state
+
+    def pack(self, lo: int, hi: int) -> tuple[bytes, torch.Tensor]:
+        """Blocks `lo .. hi-1` as a JSON header and one uint8 tensor, to be sent to another worker."""
+        header: list[dict[str, Any]] = []
+        parts: list[torch.Tensor] = []
+        for number in range(lo, hi):
+            described: dict[str, Any] = {}
+            for key, value in self.tensors(number):
+                if isinstance(value, torch.Tensor):
+                    described[key] = [str(value.dtype).removeprefix("torch."), list(value.shape)]
+                    parts.append(value.detach().to(self.flat.device).contiguous().reshape(-1).view(torch.uint8))
+                else:
+                    described[key] = value
+            header.append(described)
+        payload = torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8, device=self.flat.device)
+        return json.dumps(header).encode(), payload
+
+    def unpack(self, lo: int, hi: int, header: bytes, payload: torch.Tensor) -> None:
+        """The reverse of `pack`, into blocks that `hold` has taken up."""
+        at = 0
+        for number, described in zip(range(lo, hi), json.loads(header), strict=True):
+            values: State = {}
+            for key, spec in described.items():
+                if not isinstance(spec, list):
+                    values[key] = spec
+                    continue
+                dtype, shape = _DTYPES[spec[0]], spec[1]
+                size = dtype.itemsize * int(torch.Size(shape).numel())
+                # clone: the payload's offset need not be aligned for the dtype, and the payload is let go
+                values[key] = payload[at : at + size].clone().view(dtype).view(shape)
+                at += size
+            self.load(number, {key: self.placed(key, value) for key, value in values.items()})
+
+    def placed(self, key: str, value: Any) -> Any:
+        """A state value where the optimizer expects it: step counters live on the CPU unless it is fused."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        on_device = any(g.get("fused") or g.get("capturable") for g in self.optimizer.param_groups)
+        return value.to("cpu" if key == "optim/step" and not on_device else self.flat.device)
+
+
+def _groups_by_name(template: torch.optim.Optimizer, flat: FlatModel) -> dict[str, int]:
+    found: dict[str, int] = {}
+    names = {id(p): n for n, p in flat.meta_parameters.items()}
+    for index, group in enumerate(template.param_groups):
+        for parameter in group["params"]:
+            if id(parameter) not in names:
+                raise RecipeError(
+                    "recipe.optimizer(params) holds a tensor that is not one of `params`; build it from the given pairs"
+                )
+            found[names[id(parameter)]] = index
+    return found

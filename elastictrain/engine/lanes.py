@@ -1,0 +1,132 @@
+"""The lane tree of one worker: gradients of its lanes, summed in the one fixed order.
+
+Gradients enter through post-accumulate hooks while `backward()` still runs, parameter by parameter: each is added into
+its sibling's partial sum (and that into the next one up, as far as the tree is complete), and its own memory is freed.
+A worker with `k` neighbouring lanes so needs about log2(k) buffers, not `k`, and no full extra copy.
+
+Shapes: every partial sum is one flat fp32 tensor [active_elements] laid out by `Space`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from elastictrain.engine.space import Entry, Space
+from elastictrain.tree import Node, path_up
+
+
+class LaneTree:
+    """Collects the gradients of lanes run in ascending order; `nodes` are then the worker's roots."""
+
+    def __init__(self, space: Space, lane_count: int, device: torch.device, micro_batches: int) -> None:
+        self._space, self._lane_count, self._device = space, lane_count, device
+        self._micro_batches = micro_batches
+        self._pool: list[torch.Tensor] = []
+        self._entries: dict[nn.Parameter, Entry] = {}
+        self.nodes: dict[Node, torch.Tensor] = {}
+        self.interrupted: Callable[[], None] = lambda: None
+        self._lane = -1
+        self._targets: list[torch.Tensor] = []
+        self._adds_to_sibling = False
+        self._micro = 0
+        self._seen: set[nn.Parameter] = set()
+
+    def watch(self, model: nn.Module) -> None:
+        """Install the hooks; called once for the model whose gradients are to be collected."""
+        for name, parameter in model.named_parameters():
+            entry = self._space.by_name[name]
+            if entry.kind == "param":
+                self._entries[parameter] = entry
+                parameter.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]
+
+    def reset(self) -> None:
+        """Forget all partial sums; their memory is used again."""
+        self._pool.extend(self.nodes.values())
+        self.nodes = {}
+
+    def release(self, node: Node) -> None:
+        """Hand one partial sum's memory back (it has been sent)."""
+        self._pool.append(self.nodes.pop(node))
+
+    def begin(self, lane: int, *, merge: bool) -> None:
+        """Start lane `lane`. `merge`: combine with siblings that are here (the local sum); else keep it a leaf."""
+        self._lane, self._micro = lane, 0
+        self._merged_node = Node(lane, lane + 1)
+        chain: list[torch.Tensor] = []
+        if merge:
+            for sibling, parent in path_up(lane, self._lane_count):
+                if sibling not in self.nodes:
+                    break
+                chain.append(self.nodes.pop(sibling))
+                self._merged_node = parent
+        # With several micro-batches the lane's own sum must be complete before it meets its sibling.
+        self._adds_to_sibling = bool(chain) and self._micro_batches == 1
+        self._targets = chain if self._adds_to_sibling else [self._buffer(), *chain]
+
+    def begin_micro_batch(self, index: int) -> None:
+        self._micro = index
+        self._seen.clear()
+
+    def _buffer(self) -> torch.Tensor:
+        if self._pool:
+            return self._pool.pop()
+        return torch.zeros(self._space.active_elements, dtype=torch.float32, device=self._device)
+
+    def _take(self, parameter: nn.Parameter) -> None:
+        self.interrupted()
+        gradient = parameter.grad
+        parameter.grad = None
+        if gradient is None:
+            return
+        self._seen.add(parameter)
+        if gradient.is_sparse:
+            gradient = gradient.to_dense()
+        self._enter(self._entries[parameter], gradient.reshape(-1))
+
+    def _enter(self, entry: Entry, values: torch.Tensor) -> None:
+        """One parameter's gradient (or one buffer's change) of this lane: [elements], any float dtype."""
+        where = slice(entry.start, entry.stop)
+        own = self._targets[0][where]
+        if self._adds_to_sibling or self._micro > 0:
+            own.add_(values.float() if values.dtype != torch.float32 else values)
+        else:
+            own.copy_(values)
+        if self._micro_batches == 1:
+            self._climb(where)
+
+    def _climb(self, where: slice) -> None:
+        for lower, upper in zip(self._targets, self._targets[1:], strict=False):
+            upper[where].add_(lower[where])
+
+    def end_micro_batch(self) -> None:
+        """A parameter without a gradient counts as +0.0: the same for all lanes, whoever computes them."""
+        for parameter, entry in self._entries.items():
+            if parameter not in self._seen:
+                self._enter(entry, torch.zeros(entry.elements, device=self._device))
+
+    def end(self, buffer_changes: dict[str, torch.Tensor]) -> None:
+        """Finish the lane. `buffer_changes`: fp32 change of every floating buffer, [elements] each."""
+        self._micro = 0
+        if self._micro_batches > 1:
+            for name, change in buffer_changes.items():
+                entry = self._space.by_name[name]
+                self._targets[0][entry.start : entry.stop].copy_(change)
+            self._climb(slice(None))
+        else:
+            for name, change in buffer_changes.items():
+                self._enter(self._space.by_name[name], change)
+        *spent, result = self._targets
+        self._pool.extend(spent)
+        self.nodes[self._merged_node] = result
+        self._targets = []
+
+    def abandon(self) -> None:
+        """Give up the lane in progress; its buffers are used again."""
+        self._pool.extend(self._targets)
+        self._targets = []
+        for parameter in self._entries:
+            parameter.grad = None
+        self.reset()

@@ -1,0 +1,69 @@
+"""What belongs to the mathematics besides the job's text: set before the first tensor, recorded, compared in words."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+
+from elastictrain.job import Numerics
+
+_WHAT = {
+    "torch": "torch version",
+    "device": "device model",
+    "cpu": "CPU instruction set",
+    "threads": "intra-op threads",
+    "compute_dtype": "compute dtype",
+    "matmul_precision": "matmul precision",
+    "deterministic": "deterministic algorithms",
+    "attention": "attention backend",
+}
+
+
+def apply_numerics(numerics: Numerics) -> torch.device:
+    """Set the process up and return its device. Call it before the first tensor."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.set_num_threads(numerics.threads)
+    torch.set_float32_matmul_precision(numerics.matmul_precision)
+    torch.use_deterministic_algorithms(numerics.deterministic)
+    if not cuda:
+        return torch.device("cpu")
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = numerics.deterministic
+    if numerics.deterministic:
+        # One named backend: the flash kernel's backward is not deterministic by default.
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.backends.cuda.enable_math_sdp(True)
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.cuda.set_device(device)
+    return device
+
+
+def capture(numerics: Numerics, device: torch.device) -> dict[str, str]:
+    """The facts that two processes must share to compute the same bits."""
+    on_cuda = device.type == "cuda"
+    return {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if on_cuda else "CPU",
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(numerics.threads),
+        "compute_dtype": numerics.compute_dtype,
+        "matmul_precision": numerics.matmul_precision,
+        "deterministic": str(numerics.deterministic),
+        "attention": "math" if on_cuda and numerics.deterministic else "default",
+    }
+
+
+def differences(run: Mapping[str, str], other: Mapping[str, str], who: str) -> list[str]:
+    """Every difference as a sentence; empty when equal bits can be promised."""
+    return [
+        f"{who} has {_WHAT.get(key, key)} {other.get(key, 'unknown')}, the run has {value}: results will differ in the "
+        "last bits"
+        for key, value in run.items()
+        if other.get(key) != value
+    ]

@@ -1,0 +1,51 @@
+"""What a step leaves behind to be published: its metrics row, its evaluation, its share of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from elastictrain.engine.vote import Tally
+from elastictrain.engine.worker_model import hook
+from elastictrain.job import Job
+
+
+@dataclass(slots=True)
+class StepReport:
+    """Of commit `step`, waiting for the vote after it (R5). `share`: this worker's part of its checkpoint."""
+
+    step: int
+    row: dict[str, Any] | None
+    evaluates: bool = False
+    stores: bool = False
+    evaluation: dict[str, float] | None = None
+    share: dict[str, Any] | None = None
+
+    def extras(self) -> bytes:
+        """What travels beside the next vote when this step is stored."""
+        return json.dumps(self.share).encode()
+
+    @staticmethod
+    def shares(extras: list[bytes]) -> list[dict[str, Any]]:
+        return [json.loads(raw) for raw in extras]
+
+
+def step_row(job: Job, recipe: Any, tally: Tally, seconds: Mapping[str, float], world: int) -> dict[str, Any]:
+    """One line of metrics.jsonl, without the generation. Floats that are not finite become None: JSON has none."""
+    loss = tally.loss
+    skipped = not tally.is_finite
+    return {
+        "step": tally.step,
+        "loss": loss if math.isfinite(loss) else None,
+        "grad_norm": None if skipped else tally.norm / tally.weight,
+        "lr_factor": float(hook(recipe, "schedule")(tally.step)),
+        "tokens": tally.tokens,
+        "samples": job.lanes * job.lane_batch_size,
+        "step_s": seconds.get("step_s", 0.0),
+        "world": world,
+        "phases": {name: round(value, 6) for name, value in seconds.items() if name != "step_s"},
+        **({"skipped": list(tally.bad_lanes)} if skipped else {}),
+    }

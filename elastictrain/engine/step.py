@@ -1,0 +1,327 @@
+"""One step for one worker under one layout: compute, exchange, mirror, vote, gather. (`apply` is the session's: it is
+the commit and is taken under the session's lock.)
+
+All traffic is one ragged exchange primitive; both sides derive the list of pieces from the layout alone, so nobody asks
+anybody what will come. What is sent where depends on the layout; what is added to what does not.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from elastictrain.engine.collective import GroupSet, Peer
+from elastictrain.engine.flat import FlatModel
+from elastictrain.engine.held import HeldState
+from elastictrain.engine.lanes import LaneTree
+from elastictrain.engine.vote import Ballot, VoteFormat, root_sums
+from elastictrain.errors import RecipeError
+from elastictrain.job import Job
+from elastictrain.layout import Layout, Shard
+from elastictrain.tree import Node, finish, path_up, roots, whole
+
+
+class Batches(Protocol):
+    """Where a lane's samples come from: a pure function of step and lane."""
+
+    def batch(self, step: int, lane: int) -> Mapping[str, torch.Tensor]: ...
+
+
+@dataclass(slots=True)
+class Pending:
+    """A step that this worker has computed and exchanged but not applied: the redo-log entry (R1). `reduced`: for every
+    held shard its reduced gradient, fp32, one flat run over the shard's active span.
+    """
+
+    step: int
+    generation: int
+    reduced: dict[Shard, torch.Tensor] = field(default_factory=dict)
+    lanes: list[tuple[float, float]] = field(default_factory=list)
+    tokens: int = 0
+
+
+def lane_seed(seed: int, step: int, lane: int) -> int:
+    """One 63-bit seed per (job seed, step, lane): splitmix64 finaliser (Steele et al. 2014) over the three."""
+    value = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + lane * 0x94D049BB133111EB) & (2**64 - 1)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        value = ((value ^ (value >> shift)) * factor) & (2**64 - 1)
+    return (value ^ (value >> 31)) >> 1
+
+
+def seed_everything(seed: int) -> None:
+    """Torch (CPU and CUDA), Python's and NumPy's global generators: a recipe may use any of them."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+
+
+class StepRunner:
+    """The phases of a step under one layout. `probe(phase)` is called in the middle of each phase (fault injection);
+    `check` raises when the session has parked.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        recipe: Any,
+        worker: int,
+        layout: Layout,
+        groups: GroupSet,
+        flat: FlatModel,
+        held: HeldState,
+        tree: LaneTree,
+        batches: Batches,
+        probe: Callable[[str], None],
+        check: Callable[[], None],
+    ) -> None:
+        self.job, self.recipe, self.worker = job, recipe, worker
+        self.layout, self.groups, self.flat, self.held, self.tree = layout, groups, flat, held, tree
+        self.batches, self.probe, self.check = batches, probe, check
+        self.rank = layout.rank(worker)
+        self.vote_format = VoteFormat(layout, flat.space.active_blocks, flat.largest_size)
+        self.seconds: dict[str, float] = {}
+        self._owned = [s for s in layout.owned(worker) if self._span(s)[0] < self._span(s)[1]]
+        self._mirrored = [s for s in layout.mirrored(worker) if self._span(s)[0] < self._span(s)[1]]
+
+    def _span(self, shard: Shard) -> tuple[int, int]:
+        return self.flat.space.active_span(shard.lo, shard.hi)
+
+    # --- compute + exchange ---
+
+    def run(self, step: int) -> Pending:
+        """Compute this worker's lanes, exchange, mirror. Afterwards the host knows that all data is here (R2)."""
+        self.seconds = {}
+        self.tree.reset()
+        pending = Pending(step, self.layout.generation)
+        if self.job.gradients == "sum":
+            self._sum_locally(step, pending)
+        else:
+            self._hand_over(step, pending)
+        with self._timed("mirror"):
+            self._mirror(pending)
+        return pending
+
+    def _sum_locally(self, step: int, pending: Pending) -> None:
+        with self._timed("compute"):
+            for turn, lane in enumerate(self.layout.lanes[self.rank]):
+                self._lane(step, lane, pending, first=turn == 0, merge=True)
+        with self._timed("exchange"):
+            nodes = [roots(lanes, self.layout.lane_count) for lanes in self.layout.lanes]
+            received = self._exchange(nodes, between=lambda: self.probe("exchange"))
+            for shard in self._owned:
+                a, b = self._span(shard)
+                parts = received[shard] | {node: self.tree.nodes[node][a:b] for node in nodes[self.rank]}
+                pending.reduced[shard] = finish(parts, torch.Tensor.add_, whole(self.layout.lane_count))
+
+    def _hand_over(self, step: int, pending: Pending) -> None:
+        """Lane by lane: after every round of lanes each owner combines what has come as far as the tree allows."""
+        partial: dict[Shard, dict[Node, torch.Tensor]] = {shard: {} for shard in self._owned}
+        for turn in range(max(len(lanes) for lanes in self.layout.lanes)):
+            nodes: list[tuple[Node, ...]] = [
+                (Node(lanes[turn], lanes[turn] + 1),) if turn < len(lanes) else () for lanes in self.layout.lanes
+            ]
+            mine = nodes[self.rank]
+            with self._timed("compute"):
+                if mine:
+                    self._lane(step, mine[0].lo, pending, first=turn == 0, merge=False)
+            with self._timed("exchange"):
+                received = self._exchange(nodes, between=lambda: self.probe("exchange"))
+                for shard in self._owned:
+                    a, b = self._span(shard)
+                    for node, tensor in received[shard].items():
+                        self._push(partial[shard], node, tensor)
+                    for node in mine:
+                        # clone: the lane's buffer takes the next lane, while this part stays in the owner's tree
+                        self._push(partial[shard], node, self.tree.nodes[node][a:b].clone())
+                for node in mine:
+                    self.tree.release(node)
+        for shard, parts in partial.items():
+            pending.reduced[shard] = parts[whole(self.layout.lane_count)]
+
+    def _push(self, parts: dict[Node, torch.Tensor], node: Node, tensor: torch.Tensor) -> None:
+        for sibling, parent in path_up(node.lo, self.layout.lane_count):
+            if sibling not in parts:
+                break
+            other = parts.pop(sibling)
+            tensor = other.add_(tensor) if sibling.lo < node.lo else tensor.add_(other)
+            node = parent
+        parts[node] = tensor
+
+    def _exchange(
+        self, nodes: list[tuple[Node, ...]], between: Callable[[], None]
+    ) -> dict[Shard, dict[Node, torch.Tensor]]:
+        """Send every owner the given nodes' sums for its shards; returns what came for ours."""
+        sends: list[Peer] = []
+        for shard in self.layout.shards:
+            a, b = self._span(shard)
+            if shard.owner != self.worker and a < b:
+                owner = self.layout.rank(shard.owner)
+                sends += [(owner, self.tree.nodes[node][a:b]) for node in nodes[self.rank]]
+        recvs: list[Peer] = []
+        received: dict[Shard, dict[Node, torch.Tensor]] = {}
+        for shard in self._owned:
+            a, b = self._span(shard)
+            received[shard] = {}
+            for rank in range(self.layout.world_size):
+                for node in nodes[rank] if rank != self.rank else ():
+                    buffer = torch.empty(b - a, device=self.flat.device)
+                    received[shard][node] = buffer
+                    recvs.append((rank, buffer))
+        self.groups.exchange(sends, recvs, between=between)
+        return received
+
+    def _mirror(self, pending: Pending) -> None:
+        """The owner sends its reduced gradient, not its state, to its mirror: the redo-log entry's second copy."""
+        sends = [
+            (self.layout.rank(shard.mirror), pending.reduced[shard])
+            for shard in self._owned
+            if shard.mirror is not None
+        ]
+        spare = next(iter(self.tree.nodes.values()), None)
+        recvs: list[Peer] = []
+        for shard in self._mirrored:
+            a, b = self._span(shard)
+            # What lay here has been sent to the owner and is needed no more.
+            place = spare[a:b] if spare is not None else torch.empty(b - a, device=self.flat.device)
+            pending.reduced[shard] = place
+            recvs.append((self.layout.rank(shard.owner), place))
+        self.groups.exchange(sends, recvs, between=lambda: self.probe("mirror"))
+
+    # --- one lane ---
+
+    def _lane(self, step: int, lane: int, pending: Pending, *, first: bool, merge: bool) -> None:
+        self.check()
+        batch = self.batches.batch(step, lane)
+        self.flat.before_lane()
+        seed_everything(lane_seed(self.job.seed, step, lane))
+        self.tree.begin(lane, merge=merge)
+        total, weight = 0.0, 0.0
+        for micro in range(self.job.micro_batches):
+            self.tree.begin_micro_batch(micro)
+            loss, part = self._loss(cut_batch(batch, micro, self.job.micro_batches))
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.tree.end_micro_batch()
+            total, weight = total + float(loss.detach()), weight + part
+        self.tree.end(self.flat.after_lane(first))
+        pending.lanes.append((total, weight))
+        tokens = batch.get("tokens")
+        pending.tokens += tokens.shape[0] * (tokens.shape[1] - 1) if tokens is not None and tokens.dim() == 2 else 0
+        if first:
+            self.probe("compute")
+
+    def _loss(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
+        """The loss sum of a lane, and its weight: (mean, 1) when the recipe returns a mean."""
+        result = self.recipe.loss(self.flat.model, batch)
+        loss, weight = result if isinstance(result, tuple) else (result, 1.0 / self.job.micro_batches)
+        if not isinstance(result, tuple) and self.job.micro_batches > 1:
+            loss = loss / self.job.micro_batches
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            raise RecipeError(
+                "recipe.loss must return a scalar tensor (a mean) or a pair (sum, weight), "
+                f"got {type(loss).__name__}{tuple(loss.shape) if isinstance(loss, torch.Tensor) else ''}"
+            )
+        return loss.reshape(()), float(weight)
+
+    # --- vote, gather ---
+
+    def vote(self, pending: Pending, *, flags: int, plan: int) -> bytes:
+        """Send this worker's ballot and return the whole vote, byte for byte. After it the step may be applied."""
+        with self._timed("vote"):
+            nodes = self.vote_format.roots[self.rank]
+            ballot = Ballot(
+                generation=self.layout.generation,
+                step=pending.step,
+                flags=flags,
+                plan=plan,
+                counter_hash=self.flat.counter_hash(),
+                tokens=pending.tokens,
+                lanes=tuple(pending.lanes),
+                norms=root_sums(nodes, self._squares(pending)),
+                largest=self.flat.largest_counters(),
+            )
+            self.probe("vote")
+            return b"".join(self.groups.all_gather_equal(self.vote_format.encode(ballot)))
+
+    def _squares(self, pending: Pending) -> dict[int, float]:
+        """Sum of squares of every owned active block of the reduced gradient, in fp64; 0 for buffers."""
+        numbers, views = [], []
+        for shard in self._owned:
+            for number, view in self._block_views(shard, pending.reduced[shard]):
+                numbers.append(number)
+                views.append(view)
+        if not views:
+            return {}
+        norms = torch.stack(list(torch._foreach_norm(views, 2, dtype=torch.float64)))
+        squares = (norms * norms).tolist()
+        blocks = self.flat.space.blocks
+        return {n: value if blocks[n].entry.kind == "param" else 0.0 for n, value in zip(numbers, squares, strict=True)}
+
+    def _block_views(self, shard: Shard, reduced: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+        a, _ = self._span(shard)
+        blocks = self.flat.space.blocks
+        return [
+            (n, reduced[blocks[n].start - a : blocks[n].stop - a])
+            for n in range(shard.lo, min(shard.hi, self.flat.space.active_blocks))
+        ]
+
+    def gradients(self, pending: Pending) -> dict[int, torch.Tensor]:
+        """The reduced gradient of every held active block."""
+        return {n: view for shard, reduced in pending.reduced.items() for n, view in self._block_views(shard, reduced)}
+
+    def gather(self) -> None:
+        """Owners publish what apply has changed; a worker that mirrors a range has it already."""
+        with self._timed("gather"):
+            for number in range(self.flat.space.active_blocks):
+                if number in self.held.masters:
+                    self.flat.publish(number, self.held.masters[number])
+            sends: list[Peer] = []
+            recvs: list[Peer] = []
+            for shard in self.layout.shards:
+                pieces = published_pieces(self.flat, *self._span(shard))
+                owner = self.layout.rank(shard.owner)
+                if shard.owner == self.worker:
+                    others = [r for r, w in enumerate(self.layout.workers) if w not in shard.holders()]
+                    sends += [(rank, piece) for rank in others for piece in pieces]
+                elif shard.mirror != self.worker:
+                    recvs += [(owner, piece) for piece in pieces]
+            self.groups.exchange(sends, recvs, between=lambda: self.probe("gather"))
+
+    def _timed(self, phase: str) -> _Timer:
+        return _Timer(self.seconds, f"{phase}_s")
+
+
+class _Timer:
+    def __init__(self, into: dict[str, float], key: str) -> None:
+        self._into, self._key = into, key
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._into[self._key] = self._into.get(self._key, 0.0) + time.perf_counter() - self._start
+
+
+def cut_batch(batch: Mapping[str, torch.Tensor], index: int, parts: int) -> Mapping[str, torch.Tensor]:
+    """Micro-batch `index` of `parts`: the samples (first dimension) in equal runs."""
+    if parts == 1:
+        return batch
+    return {name: tensor.chunk(parts)[index] for name, tensor in batch.items()}
+
+
+def published_pieces(flat: FlatModel, a: int, b: int) -> list[torch.Tensor]:
+    """Where elements `a .. b-1` of the flat range lie for the forward: parameters in the compute dtype, buffers in
+    fp32, frozen parameters in the compute dtype. Views.
+    """
+    low, high = flat.space.param_elements, flat.space.active_elements
+    pieces = [flat.values[a : min(b, low)]] if a < min(b, low) else []
+    if max(a, low) < min(b, high):
+        pieces.append(flat.buffers[max(a, low) - low : min(b, high) - low])
+    if max(a, high) < b:
+        pieces.append(flat.values[max(a, high) : b])
+    return pieces

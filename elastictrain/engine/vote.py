@@ -1,0 +1,158 @@
+"""The vote: everything that apply consumes beyond the reduced gradient, gathered from all workers.
+
+A payload has a fixed size that follows from the layout, so one small all-gather carries it. The result is the payloads
+in rank order, byte for byte: a survivor that rolls forward applies exactly the bytes that another one applied (R1), and
+what they mean is computed from them by the same pure function everywhere (`tally`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from elastictrain.errors import InternalError
+from elastictrain.layout import Layout
+from elastictrain.tree import Node, finish, roots, whole
+
+FLAG_PAUSE = 1
+FLAG_STOP = 2
+_HEADER = 6  # generation, step, flags, plan, counter hash, tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Ballot:
+    """One worker's part. `lanes`: (loss sum, weight) of each of its lanes, ascending; `norms`: sums of squares (fp64)
+    of the reduced gradient over its roots of the block tree; `counter_hash`: of its integer buffers after this step.
+    """
+
+    generation: int
+    step: int
+    flags: int
+    plan: int
+    counter_hash: int
+    tokens: int
+    lanes: tuple[tuple[float, float], ...]
+    norms: tuple[float, ...]
+    largest: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What a complete vote says. Losses and weights in lane order; `norm` is of the weighted-sum gradient (not yet
+    divided by the weight); `flags` is the union, `plan` the newest that everybody has seen.
+    """
+
+    step: int
+    flags: int
+    plan: int
+    losses: tuple[float, ...]
+    weights: tuple[float, ...]
+    norm: float
+    tokens: int
+    counters_agree: bool
+    largest: tuple[int, ...]
+
+    @property
+    def weight(self) -> float:
+        return math.fsum(self.weights)
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the step; NaN when it is not finite anywhere."""
+        if not all(map(math.isfinite, self.losses)) or self.weight == 0:
+            return math.nan
+        return math.fsum(self.losses) / self.weight
+
+    @property
+    def bad_lanes(self) -> tuple[int, ...]:
+        return tuple(lane for lane, loss in enumerate(self.losses) if not math.isfinite(loss))
+
+    @property
+    def is_finite(self) -> bool:
+        return not self.bad_lanes and math.isfinite(self.norm) and self.weight > 0
+
+
+def norm_roots(layout: Layout, worker: int, active_blocks: int) -> tuple[Node, ...]:
+    """The nodes of the block tree whose sums of squares this worker sends."""
+    owned = [b for s in layout.owned(worker) for b in range(s.lo, min(s.hi, active_blocks))]
+    return roots(owned, active_blocks)
+
+
+class VoteFormat:
+    """Sizes and places of a payload under one layout. `largest` is the number of "max" integer elements."""
+
+    def __init__(self, layout: Layout, active_blocks: int, largest: int) -> None:
+        self.layout, self.active_blocks, self.largest = layout, active_blocks, largest
+        self.max_lanes = max(len(lanes) for lanes in layout.lanes)
+        self.roots = [norm_roots(layout, worker, active_blocks) for worker in layout.workers]
+        self.max_roots = max((len(r) for r in self.roots), default=0)
+        self._floats = 2 * self.max_lanes + self.max_roots
+        self.size = 8 * (_HEADER + largest + self._floats)
+
+    def encode(self, ballot: Ballot) -> bytes:
+        whole_numbers = np.zeros(_HEADER + self.largest, dtype=np.int64)
+        whole_numbers[:_HEADER] = (
+            ballot.generation,
+            ballot.step,
+            ballot.flags,
+            ballot.plan,
+            ballot.counter_hash,
+            ballot.tokens,
+        )
+        whole_numbers[_HEADER:] = ballot.largest
+        floats = np.zeros(self._floats, dtype=np.float64)
+        flat = [number for pair in ballot.lanes for number in pair]
+        floats[: len(flat)] = flat
+        floats[2 * self.max_lanes : 2 * self.max_lanes + len(ballot.norms)] = ballot.norms
+        return whole_numbers.tobytes() + floats.tobytes()
+
+    def tally(self, result: bytes) -> Tally:
+        """Read a vote result.
+
+        Raises InternalError when the parts disagree on generation or step: they were never one vote.
+        """
+        losses, weights = [0.0] * self.layout.lane_count, [0.0] * self.layout.lane_count
+        norms: dict[Node, float] = {}
+        heads = []
+        for rank in range(self.layout.world_size):
+            raw = result[rank * self.size : (rank + 1) * self.size]
+            numbers = np.frombuffer(raw, dtype=np.int64, count=_HEADER + self.largest)
+            floats = np.frombuffer(raw, dtype=np.float64, offset=8 * len(numbers))
+            heads.append(numbers)
+            for i, lane in enumerate(self.layout.lanes[rank]):
+                losses[lane], weights[lane] = float(floats[2 * i]), float(floats[2 * i + 1])
+            for i, node in enumerate(self.roots[rank]):
+                norms[node] = float(floats[2 * self.max_lanes + i])
+        if len({(int(h[0]), int(h[1])) for h in heads}) != 1:
+            raise InternalError(f"a vote mixes (generation, step) {[(int(h[0]), int(h[1])) for h in heads]}")
+        squares = finish(norms, lambda a, b: a + b, whole(self.active_blocks))
+        return Tally(
+            step=int(heads[0][1]),
+            flags=int(np.bitwise_or.reduce([int(h[2]) for h in heads])),
+            plan=min(int(h[3]) for h in heads),
+            losses=tuple(losses),
+            weights=tuple(weights),
+            norm=math.sqrt(squares) if squares >= 0 else math.nan,
+            tokens=sum(int(h[5]) for h in heads),
+            counters_agree=len({int(h[4]) for h in heads}) == 1,
+            largest=tuple(int(n) for n in np.max([h[_HEADER:] for h in heads], axis=0)) if self.largest else (),
+        )
+
+
+def root_sums(nodes: Sequence[Node], squares: Mapping[int, float]) -> tuple[float, ...]:
+    """Sums of squares over `nodes` of the block tree, from those of single blocks, in the tree's order."""
+    leaves = {Node(block, block + 1): value for block, value in squares.items()}
+    return tuple(finish(leaves, lambda a, b: a + b, node) for node in nodes)
+
+
+def gradient_scale(tally: Tally, clip_grad_norm: float | None) -> float:
+    """The one factor from the reduced gradient (sum over lanes of loss-sum gradients) to what the optimizer sees:
+    1 / total weight, times the clip factor (global norm; Pascanu et al. 2013, as torch.nn.utils.clip_grad_norm_).
+    """
+    scale = 1.0 / tally.weight
+    if clip_grad_norm is not None:
+        scale *= min(1.0, clip_grad_norm / (tally.norm / tally.weight + 1e-6))
+    return scale
