@@ -1,0 +1,177 @@
+"""What the controller knows for longer than a phase: the fixed spec of the run, and the ledger of facts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from elastictrain.errors import ConfigError
+from elastictrain.layout import LaneOrder, Layout
+from elastictrain.protocol import FormPlan, ParkReport, Restore
+
+
+@dataclass(frozen=True, slots=True)
+class MachineSpec:
+    """All that the controller must know about a job; it never changes during a run.
+
+    `block_elements`: elements of every block of the state. `lane_shares`, `block_shares`: by worker number, default 1.
+    `fixed_bytes` and `bytes_per_held_element`: a worker needs `fixed_bytes + bytes_per_held_element x elements it
+    holds` (owned and mirrored); 0 and 0 switch the memory check off. `checkpoint`: the job stores checkpoints (only
+    used in messages). `start_attempts`: failed starts in a row before the controller stops trying for
+    `start_retry_s`. `deadline_s`: how long forming or parking may take, or 20 x the longest seen if that is more.
+    """
+
+    lane_count: int
+    steps: int
+    block_elements: tuple[int, ...]
+    min_workers: int = 1
+    max_workers: int = 1
+    initial_workers: int = 1
+    spares: int = 0
+    replace: bool = True
+    mirrors: bool = True
+    lane_order: LaneOrder = "contiguous"
+    lane_shares: Mapping[int, float] = field(default_factory=dict)
+    block_shares: Mapping[int, float] = field(default_factory=dict)
+    fixed_bytes: int = 0
+    bytes_per_held_element: float = 0.0
+    checkpoint: bool = False
+    start_attempts: int = 3
+    start_retry_s: float = 60.0
+    rebalance_after_steps: int = 20
+    deadline_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_workers <= self.initial_workers <= self.max_workers:
+            raise ConfigError(
+                f"workers.min={self.min_workers}, workers.start={self.initial_workers}, "
+                f"workers.max={self.max_workers}: expected 1 <= min <= start <= max"
+            )
+        if self.max_workers > self.lane_count:
+            raise ConfigError(
+                f"lanes={self.lane_count} < workers.max={self.max_workers}: every worker needs a lane; "
+                "raise lanes or lower workers.max"
+            )
+        if not self.block_elements or min(self.block_elements) < 1:
+            raise ConfigError(f"the state needs at least one block, none of them empty; got {self.block_elements}")
+
+
+class Role(Enum):
+    """What a live worker is. LEAVING: parked and left out of the layout, but its copies count until the seal (R4)."""
+
+    STARTING = "starting"
+    READY = "ready"
+    MEMBER = "member"
+    LEAVING = "leaving"
+
+
+@dataclass(slots=True)
+class WorkerFacts:
+    """A worker that is not known to be dead. `doomed`: told to die; nothing that it says counts any more."""
+
+    role: Role = Role.STARTING
+    domain: str = ""
+    memory_bytes: int | None = None
+    doomed: bool = False
+
+
+@dataclass(slots=True)
+class Incident:
+    """From the first sign of a loss (or the first member parked at a planned pause) to the next seal.
+
+    Times are seconds on the shell's clock. `planned`: nobody was lost and nobody was troubled so far. `between_steps`:
+    the members were parking at a commit, so that no step was under way.
+    """
+
+    cause: str
+    detected_s: float
+    world_before: int
+    planned: bool
+    workers: list[int] = field(default_factory=list)
+    between_steps: bool = False
+    parked_s: float | None = None
+    steps_redone: int = 0
+    restored_from: str | None = None
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Facts that outlive a phase.
+
+    `workers`: every live worker by number. `target`: the world size wanted; `complement`: worker processes wanted,
+    spares included. `plan`: of the newest generation. `sealed`: the newest generation known to be sealed, 0 when the
+    state comes from `restore`. `layouts`: of `sealed` and of the generation that is forming. `leaving`: reports of
+    workers in role LEAVING. `draining`: asked to leave, in order of request. `checkpoints`: path by step.
+    """
+
+    target: int
+    complement: int
+    begun: bool = False
+    workers: dict[int, WorkerFacts] = field(default_factory=dict)
+    next_worker: int = 0
+    plan: FormPlan | None = None
+    sealed: int = 0
+    layouts: dict[int, Layout] = field(default_factory=dict)
+    restore: Restore = field(default_factory=lambda: Restore(0, None))
+    checkpoints: dict[int, str] = field(default_factory=dict)
+    published_step: int = 0
+    leaving: dict[int, ParkReport] = field(default_factory=dict)
+    draining: list[int] = field(default_factory=list)
+    stop: str | None = None
+    start_failures: int = 0
+    start_error: str = ""
+    start_retry_at_s: float | None = None
+    incident: Incident | None = None
+    recoveries: list[dict[str, Any]] = field(default_factory=list)
+    longest_forming_s: float = 0.0
+    longest_parking_s: float = 0.0
+    patience: int = 1
+
+    @property
+    def generation(self) -> int:
+        """The newest generation that was formed; 0 before the first."""
+        return 0 if self.plan is None else self.plan.generation
+
+    @property
+    def truth(self) -> Layout | None:
+        """The layout whose holders count; None when the state comes from `restore`."""
+        return self.layouts.get(self.sealed)
+
+    def with_role(self, *roles: Role) -> list[int]:
+        """Live workers in one of `roles`, ascending."""
+        return sorted(worker for worker, facts in self.workers.items() if facts.role in roles)
+
+    def members(self) -> list[int]:
+        """The live members of the newest generation, in rank order."""
+        if self.plan is None:
+            return []
+        return [
+            worker
+            for worker in self.plan.layout.workers
+            if worker in self.workers and self.workers[worker].role is Role.MEMBER
+        ]
+
+    def is_member(self, worker: int) -> bool:
+        return worker in self.workers and self.workers[worker].role is Role.MEMBER
+
+    def domains(self) -> dict[int, str]:
+        return {worker: facts.domain for worker, facts in self.workers.items() if facts.domain}
+
+    def memory(self) -> dict[int, int]:
+        return {w: facts.memory_bytes for w, facts in self.workers.items() if facts.memory_bytes is not None}
+
+    def processes(self) -> int:
+        """Worker processes that count towards `complement`: those that are neither about to leave nor to die."""
+        return sum(
+            not facts.doomed and facts.role is not Role.LEAVING and worker not in self.draining
+            for worker, facts in self.workers.items()
+        )
+
+    def newest_restore(self) -> Restore:
+        """The newest checkpoint known to be whole, or the recipe's initial state."""
+        if not self.checkpoints:
+            return Restore(0, None)
+        step = max(self.checkpoints)
+        return Restore(step, self.checkpoints[step])

@@ -1,0 +1,285 @@
+"""Event moves: what each kind of event changes by itself. What follows from the new facts is decided in `settle`.
+
+Every function answers whether the event was heard. An event of another generation, or of a worker that is not a live
+member of this one, is not heard and changes nothing at all.
+"""
+
+# ruff: noqa: ARG001  (all functions of the table have one shape, whether they need every argument or not)
+
+from __future__ import annotations
+
+from elastictrain.controller import events as ev
+from elastictrain.controller.commands import Announce, Command, Park
+from elastictrain.controller.core import Core
+from elastictrain.controller.facts import Role, WorkerFacts
+from elastictrain.controller.phases import Finishing, Forming, Gathering, Parking, Phase, Running
+from elastictrain.controller.policies import refuse_drain, refuse_resize
+
+
+def heard(core: Core, generation: int, worker: int) -> bool:
+    """Whether a message of `worker` about `generation` counts."""
+    ledger = core.ledger
+    return generation == ledger.generation and ledger.is_member(worker) and not ledger.workers[worker].doomed
+
+
+def on_begun(core: Core, event: ev.Begun, out: list[Command]) -> bool:
+    ledger = core.ledger
+    if ledger.begun:
+        return False
+    ledger.begun = True
+    ledger.restore = event.restore
+    # A newer one than the run starts from belongs to steps that this run has yet to take.
+    ledger.checkpoints = {step: path for step, path in event.checkpoints if step <= event.restore.step}
+    if event.restore.checkpoint is not None:
+        ledger.checkpoints[event.restore.step] = event.restore.checkpoint
+    ledger.published_step = event.restore.step
+    return True
+
+
+def on_ready(core: Core, event: ev.WorkerReady, out: list[Command]) -> bool:
+    facts = core.ledger.workers.get(event.worker)
+    if facts is None or facts.doomed or facts.role is not Role.STARTING:
+        return False
+    core.ledger.workers[event.worker] = WorkerFacts(Role.READY, event.domain, event.memory_bytes)
+    core.ledger.start_failures, core.ledger.start_retry_at_s = 0, None
+    out.append(Announce("worker_ready", {"worker": event.worker, "domain": event.domain}))
+    return True
+
+
+def on_start_failed(core: Core, event: ev.WorkerStartFailed, out: list[Command]) -> bool:
+    facts = core.ledger.workers.get(event.worker)
+    if facts is None or facts.role is not Role.STARTING:
+        return False
+    core.forget(event.worker)
+    if event.user_error:
+        core.fail(event.error, out)
+        return True
+    _count_start_failure(core, event.worker, event.error, out)
+    return True
+
+
+def _count_start_failure(core: Core, worker: int, error: str, out: list[Command]) -> None:
+    core.ledger.start_failures += 1
+    core.ledger.start_error = error
+    attempts = f"{core.ledger.start_failures} of {core.spec.start_attempts} in a row"
+    out.append(Announce("start_failed", {"worker": worker, "error": error, "attempts": attempts}))
+
+
+def on_died(core: Core, event: ev.WorkerDied, out: list[Command]) -> bool:
+    ledger, worker = core.ledger, event.worker
+    facts = ledger.workers.get(worker)
+    if facts is None:
+        return False
+    if facts.role is Role.STARTING and not facts.doomed:
+        core.forget(worker)
+        _count_start_failure(core, worker, event.cause, out)
+        return True
+    out.append(Announce("worker_lost", {"worker": worker, "cause": event.cause, "generation": ledger.generation}))
+    counted = worker not in ledger.draining and facts.role is not Role.LEAVING
+    core.forget(worker)
+    if counted and not core.spec.replace:
+        ledger.complement = max(0, ledger.complement - 1)
+        ledger.target = max(core.spec.min_workers, min(ledger.target, ledger.complement))
+    if facts.role is not Role.MEMBER:
+        return True
+    state = core.state
+    if isinstance(state, Forming | Running | Parking):
+        if isinstance(state, Parking):
+            state.reports.pop(worker, None)
+        core.begin_parking(event.now_s, event.cause, worker, out)
+    elif isinstance(state, Gathering):
+        state.parked.pop(worker, None)
+        core.note_incident(event.now_s, event.cause, worker, planned=False)
+    elif isinstance(state, Finishing):
+        state.gone.add(worker)
+    return True
+
+
+def on_troubled(core: Core, event: ev.WorkerTroubled, out: list[Command]) -> bool:
+    if not heard(core, event.generation, event.worker):
+        return False
+    state = core.state
+    if isinstance(state, Finishing):
+        if event.worker in state.gone:
+            return False
+        state.gone.add(event.worker)
+        return True
+    if isinstance(state, Parking):
+        if state.told or event.worker in state.reports:
+            return False  # it has been told already
+        out.append(Park(event.generation, (event.worker,)))  # its peers have parked at the commit before it could
+        return True
+    if not isinstance(state, Forming | Running):
+        return False
+    core.begin_parking(event.now_s, f"worker {event.worker} lost a peer: {event.error}", None, out)
+    return True
+
+
+def on_failed(core: Core, event: ev.WorkerFailed, out: list[Command]) -> bool:
+    state = core.state
+    if not heard(core, event.generation, event.worker) or isinstance(state, Gathering):
+        return False
+    if event.kind == "user":
+        core.fail(event.error, out)
+    elif event.kind == "torn":  # R7: between vote and end of apply; its state is neither step
+        core.doom(event.worker, f"torn apply: {event.error}", out)
+        if isinstance(state, Parking):
+            state.reports.pop(event.worker, None)
+        if not isinstance(state, Finishing):
+            core.begin_parking(event.now_s, f"torn apply: {event.error}", event.worker, out)
+    elif event.kind == "restore" and _drop_checkpoint(core, event, out):
+        core.begin_parking(event.now_s, f"a checkpoint could not be restored: {event.error}", None, out)
+    else:
+        core.fail(f"InternalError in worker {event.worker} ({event.kind}): {event.error}", out)
+    return True
+
+
+def _drop_checkpoint(core: Core, event: ev.WorkerFailed, out: list[Command]) -> bool:
+    """Take the checkpoint of the live plan off the list. False: that plan does not restore one."""
+    ledger = core.ledger
+    restore = None if ledger.plan is None else ledger.plan.restore
+    if restore is None or restore.checkpoint is None or ledger.sealed == ledger.generation:
+        return False
+    if ledger.checkpoints.get(restore.step) == restore.checkpoint:  # the first of its members to say so
+        del ledger.checkpoints[restore.step]
+        ledger.restore = ledger.newest_restore()
+        ledger.published_step = ledger.restore.step
+        data = {"step": restore.step, "path": restore.checkpoint, "error": event.error}
+        next_one = {"next_step": ledger.restore.step, "next_path": ledger.restore.checkpoint}
+        out.append(Announce("checkpoint_dropped", data | next_one))
+    return True
+
+
+def on_parked(core: Core, event: ev.WorkerParked, out: list[Command]) -> bool:
+    worker, state = event.report.worker, core.state
+    if not heard(core, event.generation, worker):
+        return False
+    if isinstance(state, Finishing) and worker not in state.gone and worker not in state.digests:
+        state.gone.add(worker)
+        return True
+    if isinstance(state, Running):  # at the commit that carried the pause flag: the others come by themselves
+        core.note_incident(event.now_s, "planned pause", None, planned=True)
+        core.enter(Parking(event.now_s, event.now_s + core.parking_limit_s(), told=False))
+    elif isinstance(state, Forming):
+        core.begin_parking(event.now_s, f"worker {worker} parked while forming", None, out)
+    state = core.state
+    if not isinstance(state, Parking) or worker in state.reports:
+        return False
+    state.reports[worker] = event.report
+    return True
+
+
+def on_sealed(core: Core, event: ev.Sealed, out: list[Command]) -> bool:
+    state, plan = core.state, core.ledger.plan
+    if not heard(core, event.generation, event.worker) or not isinstance(state, Forming | Parking):
+        return False
+    if plan is None or event.step != plan.step:
+        planned = None if plan is None else plan.step
+        core.fail(f"InternalError: worker {event.worker} sealed at step {event.step}, planned was {planned}", out)
+        return True
+    if isinstance(state, Parking) and core.ledger.sealed == event.generation:
+        return False
+    core.mark_sealed(event.now_s)
+    if isinstance(state, Forming):
+        state.sealed.add(event.worker)
+    return True
+
+
+def on_progress(core: Core, event: ev.Progress, out: list[Command]) -> bool:
+    ledger = core.ledger
+    if event.generation != ledger.generation or event.step <= ledger.published_step:
+        return False
+    if core.state.phase not in (Phase.FORMING, Phase.RUNNING, Phase.PARKING, Phase.FINISHING):
+        return False
+    core.mark_sealed(event.now_s)  # a vote of this generation was complete
+    ledger.published_step = event.step
+    return True
+
+
+def on_checkpoint(core: Core, event: ev.CheckpointCommitted, out: list[Command]) -> bool:
+    ledger = core.ledger
+    if event.generation != ledger.generation or ledger.sealed != ledger.generation:
+        return False
+    if ledger.checkpoints.get(event.step) == event.path:
+        return False
+    ledger.checkpoints[event.step] = event.path
+    ledger.published_step = max(ledger.published_step, event.step)  # R5: a manifest is published, so its step is
+    out.append(Announce("checkpoint", {"step": event.step, "path": event.path}))
+    return True
+
+
+def on_finished(core: Core, event: ev.WorkerFinished, out: list[Command]) -> bool:
+    state = core.state
+    if not heard(core, event.generation, event.worker):
+        return False
+    if isinstance(state, Forming | Running | Parking):
+        core.mark_sealed(event.now_s)
+        core.ledger.published_step = max(core.ledger.published_step, event.step)
+        state = core.begin_finishing(event.now_s, event.step, out)
+    if not isinstance(state, Finishing) or event.worker in state.digests:
+        return False
+    state.gone.discard(event.worker)
+    state.digests[event.worker] = event.digest
+    return True
+
+
+def on_add(core: Core, event: ev.AddRequested, out: list[Command]) -> bool:
+    ledger = core.ledger
+    if core.state.phase is Phase.FINISHING or ledger.stop is not None:
+        return _refuse("add", "the run is ending", out)
+    ledger.start_failures, ledger.start_retry_at_s = 0, None
+    if ledger.processes() < ledger.target:  # fewer than wanted: fill up first
+        ledger.complement = max(ledger.complement, ledger.processes() + 1)
+    elif ledger.target >= core.spec.max_workers:
+        return _refuse("add", f"{ledger.target} workers are workers.max; raise workers.max", out)
+    else:
+        ledger.target += 1
+        ledger.complement += 1
+    return True
+
+
+def on_drain(core: Core, event: ev.DrainRequested, out: list[Command]) -> bool:
+    ledger, worker = core.ledger, event.worker
+    facts = ledger.workers.get(worker)
+    if facts is None or facts.doomed or facts.role is Role.LEAVING:
+        return _refuse("drain", f"worker {worker} is not one of {sorted(ledger.workers)}", out)
+    if core.state.phase is Phase.FINISHING or ledger.stop is not None:
+        return _refuse("drain", "the run is ending", out)
+    if facts.role is not Role.MEMBER:  # it holds nothing: it can go at once
+        ledger.complement -= not core.spec.replace
+        core.retire(worker, out)
+        return True
+    reason = refuse_drain(core.spec, worker, core.ledger.members(), ledger.draining, ledger.target)
+    if reason is not None:
+        return _refuse("drain", reason, out)
+    ledger.draining.append(worker)
+    ledger.target -= 1
+    ledger.complement -= 1
+    return True
+
+
+def on_resize(core: Core, event: ev.ResizeRequested, out: list[Command]) -> bool:
+    ledger = core.ledger
+    reason = refuse_resize(core.spec, event.target)
+    if core.state.phase is Phase.FINISHING or ledger.stop is not None:
+        reason = "the run is ending"
+    if reason is not None:
+        return _refuse("resize", reason, out)
+    ledger.start_failures, ledger.start_retry_at_s = 0, None
+    ledger.complement = max(event.target, ledger.complement + event.target - ledger.target)
+    ledger.target = event.target
+    staying = [worker for worker in ledger.members() if worker not in ledger.draining]
+    ledger.draining += reversed(staying[event.target :])
+    return True
+
+
+def on_stop(core: Core, event: ev.StopRequested, out: list[Command]) -> bool:
+    if core.ledger.stop is not None or core.state.phase is Phase.FINISHING:
+        return False
+    core.ledger.stop = event.reason
+    return True
+
+
+def _refuse(request: str, reason: str, out: list[Command]) -> bool:
+    out.append(Announce("refused", {"request": request, "reason": reason}))
+    return False

@@ -1,0 +1,184 @@
+"""From parked survivors and waiting workers to the plan of the next generation. Pure: reads the ledger only.
+
+**How a drained worker leaves.** Lanes are free to move, and with mirrors every block that the drained worker holds has
+another holder. So the next generation is formed without it: its blocks come from their other holders, while it stays
+parked with its copies (role LEAVING) until all members have seen the seal, and is retired only then. Until the seal it
+still counts as a holder (R4): if the forming fails and it turns out to be the last holder of a block, it is taken into
+the next group again. Only when it is the sole holder from the start (mirrors off, or both holders drained together)
+does it take part once more, owning nothing, to hand its blocks over (`policies.propose`). The other choice, to keep it
+in the group for one generation in every case, would cost every drain a second pause.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from elastictrain.controller.facts import Ledger, MachineSpec, Role
+from elastictrain.controller.policies import (
+    Proposal,
+    even_layout,
+    is_uneven,
+    layout_after_loss,
+    propose,
+    shortfall,
+    world_cap,
+)
+from elastictrain.controller.recovery import Standing
+from elastictrain.layout import Layout, moves_between
+from elastictrain.protocol import FormPlan, ParkReport
+
+
+@dataclass(frozen=True, slots=True)
+class Shortage:
+    """No generation can be formed now. `kind`: "workers" or "memory"; `reason` in words."""
+
+    kind: str
+    reason: str
+
+
+def plan_next(
+    spec: MachineSpec,
+    ledger: Ledger,
+    standing: Standing,
+    reports: Mapping[int, ParkReport],
+    *,
+    planned: bool,
+) -> FormPlan | Shortage:
+    """The next generation, or why there can be none.
+
+    `reports`: of the parked members. `standing`: of them and of the leaving workers, without lost shards. `planned`:
+    nobody was lost since the last seal, so that holders may change.
+    """
+    if standing.truth is None:
+        return _plan_restore(spec, ledger, reports)
+    truth, generation = standing.truth, ledger.generation + 1
+    known = {**ledger.leaving, **reports}
+    candidates = _candidates(ledger, truth, reports)
+    least = sum(worker in known and worker in truth.workers for worker in candidates)
+    size = max(least, min(ledger.target, world_cap(spec)))
+    if len(candidates) < spec.min_workers:
+        return _too_few(spec, len(candidates))
+    if planned and not standing.behind and all(worker in known for worker in truth.workers):
+        uneven = is_uneven(spec, truth, ledger.domains())
+        proposal = propose_now(spec, ledger, truth, generation, learners(truth, reports), uneven)
+        if proposal is not None:
+            return _plan(ledger, standing, proposal.layout, reports)
+    reason = ""
+    while size <= world_cap(spec):  # more than the target only when the state does not fit otherwise
+        group = candidates[:size]
+        for layout in (
+            layout_after_loss(spec, truth, generation, group, ledger.domains()),
+            even_layout(spec, generation, group, ledger.domains()),
+        ):
+            why = shortfall(spec, layout, ledger.memory())
+            if why is None:
+                return _plan(ledger, standing, layout, reports)
+            reason = reason or why
+        if size >= len(candidates):
+            break
+        size += 1
+    return Shortage("memory", reason)
+
+
+def learners(truth: Layout, reports: Mapping[int, ParkReport]) -> list[int]:
+    """Parked members that do not hold anything that counts: they were joining when the last forming failed."""
+    return [worker for worker in sorted(reports) if worker not in truth.workers]
+
+
+def propose_now(
+    spec: MachineSpec,
+    ledger: Ledger,
+    truth: Layout,
+    generation: int,
+    first: Sequence[int] = (),
+    rebalance: bool = False,
+) -> Proposal | None:
+    """`policies.propose` with the facts of the ledger; `first` join before the waiting workers do."""
+    return propose(
+        spec,
+        truth,
+        generation,
+        newcomers=[*first, *ledger.with_role(Role.READY)],
+        draining=ledger.draining,
+        target=ledger.target,
+        domains=ledger.domains(),
+        memory=ledger.memory(),
+        rebalance=rebalance,
+    )
+
+
+def _candidates(ledger: Ledger, truth: Layout, reports: Mapping[int, ParkReport]) -> list[int]:
+    """Holders first (also a leaving one without which a block would be lost), then learners, then waiting workers."""
+    holders = [worker for worker in truth.workers if worker in reports]
+    for shard in truth.shards:
+        if not set(shard.holders()) & set(holders):
+            holders += [worker for worker in shard.holders() if worker in ledger.leaving][:1]
+    return [*holders, *learners(truth, reports), *ledger.with_role(Role.READY)]
+
+
+def _plan_restore(spec: MachineSpec, ledger: Ledger, reports: Mapping[int, ParkReport]) -> FormPlan | Shortage:
+    """Everything from a checkpoint or the initial state: nobody holds anything, so the layout is made afresh."""
+    waiting = sorted([*sorted(reports), *ledger.with_role(Role.READY)], key=lambda worker: worker in ledger.draining)
+    if len(waiting) < spec.min_workers:
+        return _too_few(spec, len(waiting))
+    size, reason = min(ledger.target, world_cap(spec)), ""
+    while size <= world_cap(spec):
+        layout = even_layout(spec, ledger.generation + 1, waiting[:size], ledger.domains())
+        why = shortfall(spec, layout, ledger.memory())
+        if why is None:
+            return FormPlan(
+                generation=layout.generation,
+                step=ledger.restore.step,
+                layout=layout,
+                previous=None,
+                moves=(),
+                roll_forward=None,
+                restore=ledger.restore,
+                gather_to=layout.workers,
+                store="",
+                published_step=min(ledger.published_step, ledger.restore.step),
+                checkpointed_step=_checkpointed(ledger),
+                joiners=_joiners(layout, reports),
+            )
+        reason = reason or why
+        if size >= len(waiting):
+            break
+        size += 1
+    return Shortage("memory", reason)
+
+
+def _plan(ledger: Ledger, standing: Standing, layout: Layout, reports: Mapping[int, ParkReport]) -> FormPlan:
+    assert standing.truth is not None
+    known = {**ledger.leaving, **reports}
+    joiners = tuple(worker for worker in layout.workers if worker not in standing.truth.workers)
+    alive = [worker for worker in layout.workers if worker in known and worker not in joiners]
+    behind = any(worker in standing.behind for worker in layout.workers)
+    gather_to = tuple(worker for worker in layout.workers if behind or worker in joiners or not known[worker].gathered)
+    return FormPlan(
+        generation=layout.generation,
+        step=standing.step,
+        layout=layout,
+        previous=standing.truth,
+        moves=moves_between(standing.truth, layout, alive),
+        roll_forward=standing.roll_forward if behind else None,
+        restore=None,
+        gather_to=gather_to,
+        store="",
+        published_step=ledger.published_step,
+        checkpointed_step=_checkpointed(ledger),
+        joiners=joiners,
+    )
+
+
+def _joiners(layout: Layout, reports: Mapping[int, ParkReport]) -> tuple[int, ...]:
+    """Members that have never been part of a sealed generation."""
+    return tuple(w for w in layout.workers if w not in reports or reports[w].sealed_generation == 0)
+
+
+def _checkpointed(ledger: Ledger) -> int:
+    return max(ledger.checkpoints, default=0)
+
+
+def _too_few(spec: MachineSpec, there: int) -> Shortage:
+    return Shortage("workers", f"{there} workers are there, workers.min={spec.min_workers} are needed")

@@ -1,0 +1,223 @@
+"""Small pure decisions about who takes part and who holds what. Each takes plain facts and returns a value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from elastictrain.controller.facts import MachineSpec
+from elastictrain.layout import Layout, balanced, promoted
+
+UNEVEN = 1.5
+"""An owner with more than this many times the mean elements is worth a pause."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """What a planned pause would change: the new layout, who joins, who is left out of it."""
+
+    layout: Layout
+    join: tuple[int, ...]
+    leave: tuple[int, ...]
+
+
+def world_cap(spec: MachineSpec) -> int:
+    return min(spec.max_workers, spec.lane_count)
+
+
+def even_layout(
+    spec: MachineSpec,
+    generation: int,
+    workers: Sequence[int],
+    domains: Mapping[int, str],
+    empty_handed: Iterable[int] = (),
+) -> Layout:
+    """A balanced layout; the workers in `empty_handed` own no blocks (they are about to leave)."""
+    shares = {worker: spec.block_shares.get(worker, 1.0) for worker in workers}
+    shares |= dict.fromkeys(empty_handed, 0.0)
+    if sum(shares.values()) <= 0:  # only workers with share 0 are left: somebody has to own the blocks
+        shares = dict.fromkeys(workers, 1.0)
+    return balanced(
+        generation,
+        workers,
+        spec.lane_count,
+        spec.block_elements,
+        domains=domains,
+        lane_shares=spec.lane_shares,
+        block_shares=shares,
+        lane_order=spec.lane_order,
+        mirrors=spec.mirrors,
+    )
+
+
+def layout_after_loss(
+    spec: MachineSpec, truth: Layout, generation: int, group: Sequence[int], domains: Mapping[int, str]
+) -> Layout:
+    """The layout for `group` after the other workers of `truth` were lost. Every shard has a holder in `group`.
+
+    A newcomer takes a dead worker's place (rank, lanes, blocks): as many bytes are copied as for promoting the mirrors,
+    and the blocks stay even. Without newcomers the mirrors are promoted in place (R4). Of the two, the one with fewer
+    blocks on a single failure domain is taken.
+    """
+    dead = [worker for worker in truth.workers if worker not in group]
+    stand_ins = dict(_pair(dead, [worker for worker in group if worker not in truth.workers], domains))
+    order = [stand_ins.get(worker, worker) for worker in truth.workers if worker in group or worker in stand_ins]
+    order += [worker for worker in group if worker not in order]
+
+    def promote(layout: Layout) -> Layout:
+        return promoted(
+            layout,
+            generation,
+            order,
+            spec.block_elements,
+            domains=domains,
+            lane_shares=spec.lane_shares,
+            lane_order=spec.lane_order,
+            mirrors=spec.mirrors,
+        )
+
+    in_place = promote(truth)
+    if not stand_ins:
+        return in_place
+    replaced = promote(_replaced(truth, stand_ins))
+    return replaced if _close_blocks(replaced, domains) <= _close_blocks(in_place, domains) else in_place
+
+
+def _pair(dead: Sequence[int], newcomers: Sequence[int], domains: Mapping[int, str]) -> list[tuple[int, int]]:
+    """A newcomer for each dead worker while there are any; those of the same failure domain first."""
+    free = list(newcomers)
+    pairs: list[tuple[int, int]] = []
+    for worker in dead:
+        if free:
+            same = [new for new in free if worker in domains and domains.get(new) == domains[worker]]
+            chosen = (same or free)[0]
+            free.remove(chosen)
+            pairs.append((worker, chosen))
+    return pairs
+
+
+def _replaced(layout: Layout, stand_ins: Mapping[int, int]) -> Layout:
+    shards = tuple(
+        replace(
+            shard,
+            owner=stand_ins.get(shard.owner, shard.owner),
+            mirror=None if shard.mirror is None else stand_ins.get(shard.mirror, shard.mirror),
+        )
+        for shard in layout.shards
+    )
+    return replace(layout, workers=tuple(stand_ins.get(w, w) for w in layout.workers), shards=shards)
+
+
+def _close_blocks(layout: Layout, domains: Mapping[int, str]) -> int:
+    """Blocks whose owner and mirror share a failure domain, or that have no mirror."""
+    return sum(
+        shard.hi - shard.lo
+        for shard in layout.shards
+        if shard.mirror is None or domains.get(shard.owner, shard.owner) == domains.get(shard.mirror, shard.mirror)
+    )
+
+
+def propose(
+    spec: MachineSpec,
+    truth: Layout,
+    generation: int,
+    *,
+    newcomers: Sequence[int],
+    draining: Sequence[int],
+    target: int,
+    domains: Mapping[int, str],
+    memory: Mapping[int, int],
+    rebalance: bool,
+) -> Proposal | None:
+    """What a planned pause should change now; None: nothing, so that no pause is needed.
+
+    A drained worker is left out at once when every block that it holds has another holder among those that stay. If it
+    is the only one (mirrors are off, or both holders leave together) it first hands over: it stays in the group but
+    owns nothing, and leaves with the next pause. Nobody is left out below `min_workers`.
+    """
+    wanted_to_leave = [worker for worker in draining if worker in truth.workers]
+    staying = len(truth.workers) - len(wanted_to_leave)
+    join = tuple(newcomers[: max(0, min(target, world_cap(spec)) - staying)])
+    group: list[int] = list(truth.workers)
+    leave: list[int] = []
+    handing: list[int] = []
+    for worker in wanted_to_leave:
+        if len(group) - len(handing) + len(join) - 1 < spec.min_workers or len(group) == 1:
+            continue
+        if all(set(shard.holders()) & set(group) - {worker} for shard in truth.shards if worker in shard.holders()):
+            group.remove(worker)
+            leave.append(worker)
+        else:
+            handing.append(worker)
+    join = join[: max(0, world_cap(spec) - len(group))]
+    if leave or handing or join or rebalance:
+        layout = even_layout(spec, generation, [*group, *join], domains, handing)
+        if shortfall(spec, layout, memory) is None:
+            return Proposal(layout, join, tuple(leave))
+    if (leave or handing) and (join or rebalance):  # perhaps it fits when nobody leaves
+        join = join[: max(0, world_cap(spec) - len(truth.workers))]
+        layout = even_layout(spec, generation, [*truth.workers, *join], domains)
+        if (join or rebalance) and shortfall(spec, layout, memory) is None:
+            return Proposal(layout, join, ())
+    return None
+
+
+def is_uneven(spec: MachineSpec, layout: Layout, domains: Mapping[int, str]) -> bool:
+    """Whether the heaviest owner has more than `UNEVEN` x the mean, and a balanced layout would have it lighter."""
+    mean = sum(spec.block_elements) / layout.world_size
+    heaviest = _heaviest(spec, layout)
+    if heaviest <= UNEVEN * mean:
+        return False
+    return _heaviest(spec, even_layout(spec, layout.generation, layout.workers, domains)) < heaviest
+
+
+def _heaviest(spec: MachineSpec, layout: Layout) -> int:
+    owned: dict[int, int] = {}
+    for shard in layout.shards:
+        owned[shard.owner] = owned.get(shard.owner, 0) + sum(spec.block_elements[shard.lo : shard.hi])
+    return max(owned.values())
+
+
+def shortfall(spec: MachineSpec, layout: Layout, memory: Mapping[int, int]) -> str | None:
+    """Why `layout` does not fit into the memory of its workers, in words; None when it fits or memory is unknown."""
+    held: dict[int, int] = {}
+    for shard in layout.shards:
+        for worker in shard.holders():
+            held[worker] = held.get(worker, 0) + sum(spec.block_elements[shard.lo : shard.hi])
+    for worker in layout.workers:
+        need = spec.fixed_bytes + int(held.get(worker, 0) * spec.bytes_per_held_element)
+        if worker in memory and need > memory[worker]:
+            return (
+                f"worker {worker} has {memory[worker]} bytes of memory but would need {need} "
+                f"({spec.fixed_bytes} fixed, and {held.get(worker, 0)} elements held with "
+                f"{layout.world_size} workers); add workers (raise workers.start or workers.max), "
+                f"lower its share in workers.block_shares, or give workers more memory"
+            )
+    return None
+
+
+def refuse_drain(
+    spec: MachineSpec, worker: int, members: Sequence[int], draining: Sequence[int], target: int
+) -> str | None:
+    """Why member `worker` may not be drained, in words; None when it may."""
+    if worker in draining:
+        return f"worker {worker} is being drained already"
+    left = len(members) - len([member for member in members if member in draining]) - 1
+    if left < 1:
+        return f"worker {worker} is the last one; add a worker first, or stop the run"
+    if min(left, target - 1) < spec.min_workers:
+        return (
+            f"draining worker {worker} would leave {min(left, target - 1)} workers, fewer than "
+            f"workers.min={spec.min_workers}; add a worker first, or lower workers.min"
+        )
+    return None
+
+
+def refuse_resize(spec: MachineSpec, target: int) -> str | None:
+    """Why the world may not be resized to `target`, in words; None when it may."""
+    if not spec.min_workers <= target <= spec.max_workers:
+        return (
+            f"{target} workers are outside workers.min={spec.min_workers} .. workers.max={spec.max_workers}; "
+            "ask for a number in between, or change these settings"
+        )
+    return None

@@ -1,0 +1,285 @@
+"""Condition moves: what follows from the facts, whatever event brought them. Repeated in this order until nothing
+changes; the first that applies goes first:
+
+1. end: stop while nobody steps; give up when nobody can start; close when all members have finished
+2. start the worker processes that are missing
+3. all members have parked: recovery rule, then form again, or wait for workers
+4. enough workers wait: form
+5. all members have seen the seal: run, and let go of those that have left
+6. let go of processes that are too many
+7. ask for a pause when a pause would change something
+"""
+
+# ruff: noqa: ARG001  (all functions of the table have one shape, whether they need every argument or not)
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from elastictrain.controller.commands import Announce, AskPause, Command, Form, StartWorker
+from elastictrain.controller.core import Core
+from elastictrain.controller.facts import Role, WorkerFacts
+from elastictrain.controller.phases import Ended, Finishing, Forming, Gathering, Parking, Phase, Running
+from elastictrain.controller.planning import Shortage, plan_next, propose_now
+from elastictrain.controller.policies import is_uneven
+from elastictrain.controller.recovery import Standing, take_stock
+from elastictrain.errors import InternalError
+from elastictrain.protocol import FormPlan, ParkReport
+
+
+def settle(core: Core, now_s: float, out: list[Command]) -> None:
+    """Run the condition moves to a fixed point."""
+    while not core.state.phase.is_terminal and any(move(core, now_s, out) for move in MOVES):
+        pass
+
+
+def _stop_waiting(core: Core, now_s: float, out: list[Command]) -> bool:
+    if core.ledger.stop is None or not isinstance(core.state, Gathering):
+        return False
+    core.end(Ended(Phase.STOPPED, core.step(), error=core.ledger.stop), out)
+    return True
+
+
+def _give_up(core: Core, now_s: float, out: list[Command]) -> bool:
+    spec, ledger, state = core.spec, core.ledger, core.state
+    if not ledger.begun or not isinstance(state, Gathering) or ledger.with_role(Role.STARTING):
+        return False
+    there = len(state.parked) + len(ledger.with_role(Role.READY))
+    first = ledger.generation == 0
+    if there >= spec.min_workers:
+        return False
+    if first and ledger.start_failures >= spec.start_attempts:
+        core.fail(
+            f"WorkerStartError: {ledger.start_failures} workers in a row could not start; {there} are ready, "
+            f"workers.min={spec.min_workers} are needed; the last error was: {ledger.start_error}",
+            out,
+        )
+        return True
+    if not spec.replace and ledger.complement < spec.min_workers and (first or not ledger.workers):
+        newest = ledger.newest_restore()
+        resume = "the job can be started again from the beginning"
+        if newest.checkpoint is not None:
+            resume = f"the job can be resumed from step {newest.step} ({newest.checkpoint})"
+        core.fail(
+            f"CapacityError: {there} workers are left, workers.min={spec.min_workers} are needed, and "
+            f"workers.replace=false starts no others; set workers.replace=true; {resume}",
+            out,
+        )
+        return True
+    return False
+
+
+def _close(core: Core, now_s: float, out: list[Command]) -> bool:
+    state = core.state
+    if not isinstance(state, Finishing):
+        return False
+    if len(set(state.digests.values())) > 1:
+        core.fail(f"InternalError: workers ended step {state.step} with different digests: {state.digests}", out)
+        return True
+    if any(worker not in state.digests and worker not in state.gone for worker in core.ledger.members()):
+        return False
+    core.end(Ended(Phase.FINISHED, state.step, digest=next(iter(state.digests.values()))), out)
+    return True
+
+
+def _start_missing(core: Core, now_s: float, out: list[Command]) -> bool:
+    ledger = core.ledger
+    missing = ledger.complement - ledger.processes()
+    if not ledger.begun or ledger.stop is not None or missing <= 0 or isinstance(core.state, Finishing):
+        return False
+    if ledger.start_failures >= core.spec.start_attempts:
+        if ledger.generation > 0 and ledger.start_retry_at_s is None:
+            ledger.start_retry_at_s = now_s + core.spec.start_retry_s
+            data = {"failures": ledger.start_failures, "error": ledger.start_error, "after_s": core.spec.start_retry_s}
+            out.append(Announce("start_paused", data))
+        return False
+    for worker in range(ledger.next_worker, ledger.next_worker + missing):
+        ledger.workers[worker] = WorkerFacts()
+        out.append(StartWorker(worker))
+    ledger.next_worker += missing
+    return True
+
+
+def _all_parked(core: Core, now_s: float, out: list[Command]) -> bool:
+    state = core.state
+    if not isinstance(state, Parking) or core.waiting():
+        return False
+    incident = core.ledger.incident
+    assert incident is not None  # opened together with the phase
+    incident.parked_s = now_s
+    if state.told:
+        core.ledger.longest_parking_s = max(core.ledger.longest_parking_s, now_s - state.started_s)
+    return _go_on(core, state.reports, now_s, out)
+
+
+def _enough(core: Core, now_s: float, out: list[Command]) -> bool:
+    state, ledger = core.state, core.ledger
+    if not ledger.begun or not isinstance(state, Gathering):
+        return False
+    ready = len(ledger.with_role(Role.READY))
+    if ledger.generation == 0 and ready < core.spec.initial_workers and ledger.with_role(Role.STARTING):
+        return False
+    return _go_on(core, state.parked, now_s, out)
+
+
+def _go_on(core: Core, reports: Mapping[int, ParkReport], now_s: float, out: list[Command]) -> bool:
+    """All that can report have reported: recovery rule, then the next generation, or wait."""
+    ledger = core.ledger
+    try:
+        standing = take_stock(ledger.layouts, ledger.sealed, {**ledger.leaving, **reports}, ledger.published_step)
+        if isinstance(core.state, Parking):
+            _count_redone(core, standing)
+        if standing.truth is not None:
+            ledger.sealed = standing.truth.generation
+            if standing.lost:
+                _go_back(core, standing, now_s, out)
+                standing = Standing(None)
+        if ledger.stop is not None:
+            step = ledger.restore.step if standing.truth is None else standing.step
+            core.end(Ended(Phase.STOPPED, step, error=ledger.stop), out)
+            return True
+        planned = ledger.incident is not None and ledger.incident.planned
+        plan = plan_next(core.spec, ledger, standing, reports, planned=planned)
+    except InternalError as error:
+        core.fail(f"InternalError: {error}", out)
+        return True
+    if isinstance(plan, Shortage):
+        return _wait(core, plan, dict(reports), out)
+    _form(core, plan, reports, now_s, out)
+    return True
+
+
+def _count_redone(core: Core, standing: Standing) -> None:
+    """A step was under way if the parked generation was sealed; it is redone unless somebody had applied it."""
+    incident, ledger = core.ledger.incident, core.ledger
+    if incident is None or standing.truth is None or standing.lost:
+        return
+    if standing.truth.generation == ledger.generation and not incident.between_steps and not standing.behind:
+        incident.steps_redone += 1
+    incident.between_steps = False
+
+
+def _go_back(core: Core, standing: Standing, now_s: float, out: list[Command]) -> None:
+    """Blocks have lost all their holders: the whole job goes back, and everything held is void."""
+    ledger = core.ledger
+    restore = ledger.newest_restore()
+    core.note_incident(now_s, "blocks have lost all their holders", None, planned=False)
+    assert ledger.incident is not None
+    redone = max(0, standing.step - restore.step)
+    ledger.incident.steps_redone += redone
+    ledger.incident.restored_from = restore.checkpoint or "initial state"
+    ledger.sealed, ledger.layouts = 0, {}
+    ledger.restore, ledger.published_step = restore, restore.step
+    for worker in list(ledger.leaving):
+        core.retire(worker, out)
+    lost = sum(shard.hi - shard.lo for shard in standing.lost)
+    holders = sorted({worker for shard in standing.lost for worker in shard.holders()})
+    out.append(
+        Announce(
+            "went_back",
+            {
+                "from_step": standing.step,
+                "to_step": restore.step,
+                "steps_redone": redone,
+                "restored_from": ledger.incident.restored_from,
+                "reason": f"{lost} blocks were held only by workers {holders}, which are gone"
+                + ("" if core.spec.checkpoint else "; without the setting checkpoint only the start is stored"),
+            },
+        )
+    )
+
+
+def _wait(core: Core, shortage: Shortage, parked: dict[int, ParkReport], out: list[Command]) -> bool:
+    """No generation can be formed: survivors keep their state, parked."""
+    if isinstance(core.state, Parking):
+        core.enter(Gathering(parked, ""))
+    state = core.state
+    assert isinstance(state, Gathering)
+    if state.reason == shortage.reason or (core.ledger.generation == 0 and shortage.kind == "workers"):
+        return False
+    state.reason = shortage.reason
+    data = {"generation": core.ledger.generation, "kind": shortage.kind, "reason": shortage.reason}
+    out.append(Announce("gathering", data | {"parked": sorted(state.parked)}))
+    return True
+
+
+def _form(core: Core, plan: FormPlan, reports: Mapping[int, ParkReport], now_s: float, out: list[Command]) -> None:
+    ledger = core.ledger
+    truth = ledger.truth
+    for worker in plan.layout.workers:
+        ledger.workers[worker].role = Role.MEMBER
+        ledger.leaving.pop(worker, None)
+    for worker in sorted(set(reports) - set(plan.layout.workers)):
+        if truth is not None and worker in truth.workers:
+            ledger.workers[worker].role = Role.LEAVING
+            ledger.leaving[worker] = reports[worker]
+        elif worker in ledger.draining:
+            core.retire(worker, out)
+        else:
+            ledger.workers[worker].role = Role.READY
+    ledger.plan = plan
+    ledger.layouts = {plan.generation: plan.layout} | ({} if truth is None else {truth.generation: truth})
+    ledger.published_step = plan.published_step
+    core.enter(Forming(now_s, now_s + core.forming_limit_s(plan.restore is not None)))
+    data = {"generation": plan.generation, "step": plan.step, "workers": list(plan.layout.workers)}
+    moved = sum(move.hi - move.lo for move in plan.moves)
+    out.append(Announce("forming", data | {"joiners": list(plan.joiners), "blocks_moved": moved}))
+    out.append(Form(plan))
+
+
+def _all_sealed(core: Core, now_s: float, out: list[Command]) -> bool:
+    state, ledger = core.state, core.ledger
+    if not isinstance(state, Forming) or not set(ledger.members()) <= state.sealed or ledger.plan is None:
+        return False
+    core.close_incident(now_s, out)
+    core.enter(Running())
+    ledger.patience = 1
+    layout = ledger.plan.layout
+    data = {"generation": layout.generation, "step": ledger.plan.step, "world": layout.world_size}
+    out.append(Announce("running", data | {"held_once": layout.held_once}))
+    for worker in sorted(ledger.leaving):
+        core.retire(worker, out)
+    return True
+
+
+def _retire_excess(core: Core, now_s: float, out: list[Command]) -> bool:
+    ledger = core.ledger
+    ready = ledger.with_role(Role.READY)
+    if not isinstance(core.state, Running) or not ready or ledger.processes() <= ledger.complement:
+        return False
+    core.retire(ready[-1], out)
+    return True
+
+
+def _ask_pause(core: Core, now_s: float, out: list[Command]) -> bool:
+    state, ledger = core.state, core.ledger
+    if not isinstance(state, Running) or state.asked is not None or not _pause_is_worth_it(core):
+        return False
+    state.asked = ledger.members()[0]
+    state.ask_again_s = now_s + core.parking_limit_s()
+    out.append(AskPause(ledger.generation, state.asked))
+    return True
+
+
+def _pause_is_worth_it(core: Core) -> bool:
+    spec, ledger = core.spec, core.ledger
+    if ledger.stop is not None:
+        return True
+    if ledger.plan is None or ledger.truth is None:
+        return False
+    stepped = ledger.published_step - ledger.plan.step
+    uneven = stepped >= spec.rebalance_after_steps and is_uneven(spec, ledger.truth, ledger.domains())
+    return propose_now(spec, ledger, ledger.truth, ledger.generation, rebalance=uneven) is not None
+
+
+MOVES: tuple[Callable[[Core, float, list[Command]], bool], ...] = (
+    _stop_waiting,
+    _give_up,
+    _close,
+    _start_missing,
+    _all_parked,
+    _enough,
+    _all_sealed,
+    _retire_excess,
+    _ask_pause,
+)
