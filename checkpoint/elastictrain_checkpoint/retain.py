@@ -84,8 +84,7 @@ def prune(
             result.removed.append(manifest.step)
     result.kept = sorted(manifest.step for manifest in kept)
     used = {path.rsplit("/", 1)[0] for manifest in kept for path in manifest.paths}
-    untouchable = {skipped.step for skipped in result.unsound} | pinned
-    _collect_garbage(store, used, untouchable, (time.time() if now_s is None else now_s) - lease_s, result)
+    _collect_garbage(store, used, (time.time() if now_s is None else now_s) - lease_s, result)
     return result
 
 
@@ -95,16 +94,14 @@ def discard(store: Store, step: int) -> None:
     _remove_tree(store, step_folder(step))
 
 
-def _collect_garbage(store: Store, used: set[str], untouchable: set[int], before_s: float, result: Pruned) -> None:
+def _collect_garbage(store: Store, used: set[str], before_s: float, result: Pruned) -> None:
     for folder in store.list():
         if folder.startswith(f".{LATEST}.") and _newest_s(store, folder) < before_s:
             store.remove(folder)
             result.garbage.append(folder)
         step = parse_step_folder(folder)
-        if step is None or step in untouchable:
-            continue
-        if MANIFEST in store.list(folder) and step not in result.kept:
-            continue  # committed while we were looking at the others
+        if step is None or (MANIFEST in store.list(folder) and step not in result.kept):
+            continue  # not ours, or unsound, or committed while we were looking at the others
         for name in store.list(folder):
             path = f"{folder}/{name}"
             if name != MANIFEST and path not in used and _newest_s(store, path) < before_s:

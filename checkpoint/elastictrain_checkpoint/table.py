@@ -117,7 +117,7 @@ def _geometry(
         )
         offsets = np.array([boxes[int(row)][0] for row in rows], dtype=np.int64).reshape(len(rows), ndim)
         sizes = np.array([boxes[int(row)][1] for row in rows], dtype=np.int64).reshape(len(rows), ndim)
-        bad = ((offsets > shape) | (sizes > shape - offsets)).any(axis=1)
+        bad = (sizes > shape - offsets).any(axis=1)
         empty = (sizes == 0).any(axis=1) & (shape > 0).all(axis=1)
         if (bad | empty).any():
             row = rows[int(np.argmax(bad | empty))]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import uuid
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from elastictrain_checkpoint import (
     AlreadyCommitted,
@@ -29,6 +31,7 @@ from elastictrain_checkpoint import (
     load,
     newest,
 )
+from elastictrain_checkpoint.remote import RemoteBackend
 from tests.unit.checkpoint.build import flip, live_digest, make_state, memory_store, save, write_parts
 
 
@@ -289,3 +292,39 @@ def test_an_upload_that_fails_leaves_no_pack(store: Store, monkeypatch: pytest.M
     with pytest.raises(OSError, match="No space left"):
         store.create("step-00000001/a/w-00.safetensors", failing(None))  # type: ignore[arg-type]
     assert store.size("step-00000001/a/w-00.safetensors") is None
+
+
+class StaleMemory(MemoryFileSystem):  # type: ignore[misc]
+    """An object store whose look is stale: only its conditional create knows the truth."""
+
+    cachable = False
+
+    def exists(self, path: str, **kwargs: object) -> bool:
+        return False
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: object) -> None:
+        if mode == "create" and self.size_of(path) is not None:
+            raise FileExistsError(path)
+        super().pipe_file(path, value)
+
+    def size_of(self, path: str) -> int | None:
+        found = self.store.get(self._strip_protocol(path))
+        return None if found is None else found.size
+
+
+class PlainMemory(MemoryFileSystem):  # type: ignore[misc]
+    """An object store without a conditional create."""
+
+    cachable = False
+
+    def pipe_file(self, path: str, value: bytes) -> None:
+        super().pipe_file(path, value)
+
+
+@pytest.mark.parametrize("system", [StaleMemory, PlainMemory])
+def test_object_stores_publish_once_with_or_without_a_conditional_create(system: type[MemoryFileSystem]) -> None:
+    store = Store("stub", backend=RemoteBackend(system(), f"/{uuid.uuid4().hex}"))
+    store.publish("step-00000001/MANIFEST.json", b"first")
+    with pytest.raises(FileExistsError):
+        store.publish("step-00000001/MANIFEST.json", b"second")
+    assert store.read_all("step-00000001/MANIFEST.json") == b"first"

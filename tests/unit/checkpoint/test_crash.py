@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from elastictrain_checkpoint import Manifest, Store, commit, digest, newest, posix, prune, verify
+from elastictrain_checkpoint import Manifest, Store, commit, digest, list_steps, load, newest, posix, prune, verify
 from tests.unit.checkpoint.build import make_state, memory_store, save, write_parts
 
 OLD, NEW = make_state(seed=1), make_state(seed=2)
@@ -215,7 +215,7 @@ def test_killed_at_every_verb_of_prune(tmp_path: Path, kind: str) -> None:
     for at in range(1, 1000):
         store = memory_store() if kind == "memory" else Store(tmp_path / str(at))
         for step in (1, 2, 3):
-            save(store, SMALL, step=step)
+            save(store, SMALL, step=step, attempt="0f")  # sorts before MANIFEST.json
         write_parts(store, SMALL, step=4, attempt="given-up")
         killed, backend = dying(store, at, "before")
         with contextlib.suppress(Killed):
@@ -223,6 +223,8 @@ def test_killed_at_every_verb_of_prune(tmp_path: Path, kind: str) -> None:
         found = newest(store)
         assert found is not None
         assert found.step == 3
+        for step in list_steps(store):
+            load(store, step)  # a manifest never outlives its data
         assert verify(store, found) == []
         result = prune(store, 1, lease_s=0, now_s=1e12)  # the next call finishes the work
         assert result.kept == [3]
