@@ -77,16 +77,14 @@ def run(
     quiet: Annotated[bool, typer.Option(help="No live view.")] = False,
 ) -> None:
     """Train a job, here or on a Ray cluster, and watch it."""
-    from rich.console import Console
-
     from elastictrain.faults import load_faults
     from elastictrain.observe import Blind
-    from elastictrain.observe.live import LiveView
+    from elastictrain.observe.live import LiveView, ViewConsole
 
     job = _job(job_file, workers=workers, steps=steps, run_dir=run_dir, resume=resume)
     script = load_faults(faults) if faults is not None else ()
     # With --json standard output belongs to programs; people look at standard error.
-    observer: Observer = Blind() if quiet else LiveView(Console(stderr=as_json))
+    observer: Observer = Blind() if quiet else LiveView(ViewConsole(stderr=as_json))
 
     from elastictrain.run import run as run_job
 
@@ -97,7 +95,7 @@ def run(
     if as_json:
         typer.echo(summary.line())
     elif not quiet:
-        _print_summary(Console(), summary)
+        _print_summary(ViewConsole(), summary)
     if summary.outcome == "stopped":
         raise typer.Exit(EXIT_STOPPED)
     if summary.outcome == "failed":
@@ -138,10 +136,12 @@ def status(run: Run, as_json: AsJson = False) -> None:
         return
     from rich.console import Console
 
-    from elastictrain.observe.live import picture
+    from elastictrain.observe.live import DETAILS, EVENTS_SHOWN, picture
 
     console = Console()
-    console.print(picture(now, found.metrics()[-120:], [e for e in found.events() if e.kind != "worker_parked"][-6:]))
+    console.print(
+        picture(now, found.metrics()[-120:], [e for e in found.events() if e.kind not in DETAILS][-EVENTS_SHOWN:])
+    )
     if holder is not None:
         console.print(f"written by {holder}", style="dim", markup=False)
     elif summary.outcome == "running":
@@ -235,13 +235,18 @@ def _job(path: Path, *, workers: int | None, steps: int | None, run_dir: Path | 
 def _status_of(run: RunDirectory) -> Status:
     """status.json brought up to the newest row and event: it is replaced seldom, and not at all by a run that dies."""
     from elastictrain.observe import Status, summarise
+    from elastictrain.observe.live import RATE_STEPS
+    from elastictrain.observe.metrics import tokens_per_s
 
     found = run.read_status() or Status(run_dir=str(run.path), name=run.path.name)
     rows, summary = run.metrics(), summarise(run)
     facts: dict[str, Any] = {"run_dir": str(run.path)}
     if rows:
         facts |= {"step": rows[-1].step, "loss": rows[-1].loss, "generation": rows[-1].generation}
-        facts["world"] = rows[-1].world or found.world
+        facts |= {"world": rows[-1].world or found.world, "tokens_per_s": tokens_per_s(rows[-RATE_STEPS:])}
+    recoveries = [event.data for event in run.events() if event.kind == "recovery"]
+    if recoveries:
+        facts["last_recovery"] = recoveries[-1]
     if summary.outcome != "running":
         facts |= {"state": summary.outcome, "error": summary.error, "step": summary.steps}
     return found.model_copy(update=facts)
@@ -267,7 +272,7 @@ def _print_summary(console: Console, summary: Summary) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from elastictrain.observe.live import number
+    from elastictrain.observe.live import number, recovery_words
 
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
@@ -277,10 +282,7 @@ def _print_summary(console: Console, summary: Summary) -> None:
         ("loss", f"{number(summary.first_loss)} → {number(summary.last_loss)}"),
         ("tokens/s", f"{summary.tokens_per_s:,.0f}" if summary.tokens_per_s else "–"),
         ("world", " → ".join(map(str, summary.world_sizes)) or "–"),
-        *(
-            ("recovery", f"{r.cause}, {number(r.seconds)} s, {r.steps_redone} steps redone, generation {r.generation}")
-            for r in summary.recoveries
-        ),
+        *(("recovery", f"{recovery_words(r.model_dump())}, generation {r.generation}") for r in summary.recoveries),
         ("digest", summary.digest or "–"),
         ("run", summary.run_dir),
     ]

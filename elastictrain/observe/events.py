@@ -60,9 +60,16 @@ def describe(event: Event) -> str:
 
 
 def recovery_seconds(data: Data) -> float | None:
-    """From the detection of a loss to the seal of the next generation; None when one of them is not known."""
-    detected, sealed = data.get("detected_s"), data.get("sealed_s")
-    return None if detected is None or sealed is None else float(sealed) - float(detected)
+    """From the detection of a loss to the seal of the next generation; None when it is not known."""
+    seconds = data.get("seconds", data.get("sealed_s"))
+    return float(seconds) if isinstance(seconds, int | float) else None
+
+
+def step_back(event: Event) -> int | None:
+    """The step that the run goes on from, where an event says that later steps have not happened; else None."""
+    key = {"went_back": "to_step", "checkpoint_dropped": "next_step", "run_resumed": "step"}.get(event.kind)
+    step = event.data.get(key) if key else None
+    return step if isinstance(step, int) else None
 
 
 def _generic(event: Event) -> str:
@@ -98,49 +105,77 @@ def _why(data: Data) -> str:
     return next((f": {data[key]}" for key in ("cause", "reason", "error", "message") if data.get(key)), "")
 
 
-def _count(number: Any, noun: str) -> str:
+def count(number: Any, noun: str) -> str:
+    """1 step, 2 steps."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _world(data: Data) -> str:
     workers = data.get("workers")
     world = data.get("world", len(workers) if isinstance(workers, list | tuple | Mapping) else workers)
-    return "" if world is None else f" with {_count(world, 'worker')}"
+    return "" if world is None else f" with {count(world, 'worker')}"
 
 
 def _started(data: Data) -> str:
     return _join("run started", _fact(data, "name", " ({})"), _world(data), _fact(data, "steps", ", {} steps"))
 
 
-def _formed(data: Data) -> str:
-    return _join(f"generation {data['generation']} is forming", _world(data), _fact(data, "step", " at step {}"))
+def _forming(data: Data) -> str:
+    moved = data.get("blocks_moved")
+    return _join(
+        f"generation {data['generation']} is forming",
+        _world(data),
+        _fact(data, "step", " at step {}"),
+        f"; {count(moved, 'block')} to copy" if moved else "",
+    )
 
 
-def _sealed(data: Data) -> str:
+def _running(data: Data) -> str:
     once = data.get("held_once")
     return _join(
         f"generation {data['generation']} sealed",
         _world(data),
         _fact(data, "step", " at step {}"),
-        f"; {_count(once, 'block')} held once" if once else "",
+        f"; {count(once, 'block')} held once" if once else "",
     )
 
 
-def _recovery(data: Data) -> str:
+def _cost(data: Data) -> str:
     seconds, redone = recovery_seconds(data), data.get("steps_redone")
     before, after = data.get("world_before"), data.get("world_after")
     return _join(
-        f"recovered{_why(data)}",
         f"; {seconds:.2f} s" if seconds is not None else "",
-        "" if redone is None else f", {_count(redone, 'step')} redone",
+        "" if redone is None else f", {count(redone, 'step')} redone",
         "" if before is None or after is None else f", world {before} → {after}",
         _fact(data, "restored_from", ", restored from {}"),
     )
 
 
-def _restore(data: Data) -> str:
+def _recovery(data: Data) -> str:
+    lost = _people(data.get("workers"))
+    return _join("recovered", f" from the loss of {lost}" if lost else "", _why(data), _cost(data))
+
+
+def _resized(data: Data) -> str:
+    joined, left = _people(data.get("joined")), _people(data.get("left"))
+    who = " and ".join(part for part in (joined and f"{joined} joined", left and f"{left} left") if part)
+    return (who or f"paused{_why(data)}") + _cost(data)
+
+
+def _went_back(data: Data) -> str:
     return _join(
-        f"went back to step {data['step']}", _fact(data, "checkpoint", ", checkpoint {}"), _fact(data, "path", ", {}")
+        f"went back to step {data['to_step']}",
+        _fact(data, "from_step", " from step {}"),
+        _fact(data, "restored_from", ", restored from {}"),
+    ) + _why(data)
+
+
+def _dropped(data: Data) -> str:
+    return _join(
+        "checkpoint refused",
+        _fact(data, "step", ", step {}"),
+        _fact(data, "path", " at {}"),
+        _fact(data, "next_step", ", taking step {} instead"),
     ) + _why(data)
 
 
@@ -174,20 +209,24 @@ SENTENCES: dict[str, Callable[[Data], str]] = {
     "stage": lambda data: f"a new stage of the run{_why(data)}",
     "worker_started": _worker("is starting"),
     "worker_ready": lambda data: _join(f"{_who(data)} is ready", _fact(data, "domain", " on {}")),
-    "worker_start_failed": _worker("could not start"),
-    "worker_died": _worker("died"),
-    "worker_failed": _worker("failed"),
-    "worker_troubled": _worker("lost a peer"),
-    "worker_parked": lambda data: _join(f"{_who(data)} parked", _fact(data, "applied_step", ", step {} applied")),
-    "worker_killed": _worker("was killed"),
+    "start_failed": _worker("could not start"),
+    "start_paused": lambda data: (
+        _join("no new workers for now", _fact(data, "after_s", ", next try in {} s")) + _why(data)
+    ),
+    "worker_lost": _worker("is lost"),
     "worker_retired": _worker("left"),
-    "generation_formed": _formed,
-    "generation_sealed": _sealed,
+    "unresponsive": _worker("does not answer"),
+    "parking": lambda data: f"generation {data['generation']} parks{_why(data)}",
+    "gathering": lambda data: _join("waiting", _fact(data, "parked", ", parked: {}")) + _why(data),
+    "forming": _forming,
+    "running": _running,
     "recovery": _recovery,
+    "resized": _resized,
+    "went_back": _went_back,
     "drain": lambda data: _join(f"{_who(data)} hands over and leaves", _fact(data, "step", " at step {}")) + _why(data),
     "join": lambda data: _join(f"{_who(data)} joined", _fact(data, "step", " at step {}")),
     "add": lambda data: _join("one more worker asked for", _fact(data, "step", " at step {}")),
-    "resize": lambda data: f"asked to run with {_count(data['target'], 'worker')}",
+    "resize": lambda data: f"asked to run with {count(data['target'], 'worker')}",
     "fault": lambda data: _join(
         f"fault on purpose: {data['do']}",
         f" {_who(data)}" if data.get("worker") is not None else "",
@@ -195,16 +234,14 @@ SENTENCES: dict[str, Callable[[Data], str]] = {
         _fact(data, "phase", ", in {}"),
     ),
     "checkpoint": _checkpoint,
-    "checkpoint_corrupt": lambda data: _join("checkpoint refused", _fact(data, "path", " at {}")) + _why(data),
-    "restore": _restore,
-    "refused": lambda data: f"refused{_why(data)}",
-    "waiting": lambda data: f"parked, waiting{_why(data)}",
-    "parked": lambda data: f"parked{_why(data)}",
+    "checkpoint_dropped": _dropped,
+    "refused": lambda data: _join("refused", _fact(data, "request", " to {}")) + _why(data),
     "skipped": _skipped,
     "numerics": lambda data: f"numerics differ, {_who(data)}{_why(data)}",
-    "mirrors": lambda data: f"{_count(data['held_once'], 'block')} held once",
     "finished": _finished,
     "failed": _ended("failed"),
     "stopped": _ended("stopped"),
 }
-"""Kind → sentence. `generation_*`, `recovery`, `finished` and `restore` are also read by the summary and the plot."""
+"""Kind → sentence. Most are the controller's announcements; `finished`, `failed` and `stopped` end a run. The summary
+and the plot read `running`, `recovery`, `resized` and the endings.
+"""

@@ -16,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from elastictrain.observe.events import Event, describe, recovery_seconds
+from elastictrain.observe.events import Event, count, describe, recovery_seconds
 from elastictrain.observe.metrics import MetricsRow, tokens_per_s
 from elastictrain.observe.status import Status
 
@@ -26,13 +26,14 @@ BARS = "▁▂▃▄▅▆▇█"
 SPARKLINE_COLUMNS = 40
 STATE_STYLES = {
     "running": "green", "finished": "bold green", "failed": "bold red", "stopped": "yellow",
-    "recovering": "yellow", "waiting": "yellow",
+    "forming": "yellow", "parking": "yellow", "finishing": "green",
 }  # fmt: skip
 EVENT_STYLES = {
-    "failed": "red", "worker_died": "red", "worker_failed": "red", "fault": "red", "recovery": "yellow",
-    "restore": "magenta", "finished": "green", "join": "green",
+    "failed": "red", "worker_lost": "red", "unresponsive": "red", "start_failed": "red", "fault": "red",
+    "recovery": "yellow", "gathering": "yellow", "refused": "yellow", "skipped": "yellow", "numerics": "yellow",
+    "went_back": "magenta", "checkpoint_dropped": "magenta", "finished": "green", "resized": "green",
 }  # fmt: skip
-DETAILS = frozenset({"generation_formed", "worker_parked", "worker_troubled"})
+DETAILS = frozenset({"forming", "parking", "worker_started", "worker_retired"})
 """Kinds that stand in events.jsonl but would push what matters off the screen."""
 EVENTS_SHOWN = 6
 RATE_STEPS = 20
@@ -48,10 +49,17 @@ def _guarded(method: Callable[Concatenate[LiveView, P], None]) -> Callable[Conca
             return
         try:
             method(self, *args, **kwargs)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # rich leaves with SystemExit when its reader is gone
             self._go_blind(error)
 
     return call
+
+
+class ViewConsole(Console):
+    """A console whose reader may leave: rich would close standard output with it, and the summary goes there."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError("nobody reads the view any more")
 
 
 class LiveView:
@@ -140,13 +148,13 @@ class LiveView:
     def _stop(self) -> None:
         live, self._live = self._live, None
         if live is not None:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception, SystemExit):
                 live.stop()
 
-    def _go_blind(self, error: Exception) -> None:
+    def _go_blind(self, error: BaseException) -> None:
         self._blind = True
         self._stop()
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception, SystemExit):
             self._print(f"the live view is off ({type(error).__name__}: {error}); the run goes on", "yellow")
 
 
@@ -195,13 +203,17 @@ def _figures(status: Status, rows: Sequence[MetricsRow]) -> Table:
     table.add_row("loss", Text.assemble((f"{number(loss):<10}", "bold"), (sparkline(losses), "blue")))
     rate = tokens_per_s(rows[-RATE_STEPS:]) or status.tokens_per_s
     table.add_row("tokens/s", f"{rate:,.0f}" if rate else "–")
-    table.add_row("world", f"{_workers(status.world)}, generation {status.generation}, {status.spares} spare")
+    table.add_row(
+        "world", f"{count(status.world, 'worker')}, generation {status.generation}, {count(status.spares, 'spare')}"
+    )
     if status.lanes:
         lanes = sorted(status.lanes.items())
         shown = ", ".join(f"{worker}: {count}" for worker, count in lanes[:16])
         table.add_row("lanes", shown + (f" … ({len(lanes)} workers)" if len(lanes) > 16 else ""))
     once = status.held_once
-    table.add_row("held once", Text(f"{once} blocks", style="yellow") if once else "none, every block has its mirror")
+    table.add_row(
+        "held once", Text(count(once, "block"), style="yellow") if once else "none, every block has its mirror"
+    )
     evaluation = next((row.evaluation for row in reversed(rows) if row.evaluation), None)
     if evaluation:
         table.add_row("evaluation", ", ".join(f"{name} {number(value)}" for name, value in evaluation.items()))
@@ -220,7 +232,7 @@ def recovery_words(recovery: Mapping[str, Any]) -> str:
     parts = [
         str(recovery.get("cause") or "unknown cause"),
         f"{seconds:.2f} s" if seconds is not None else "",
-        f"{redone} steps redone" if redone is not None else "",
+        count(redone, "step") + " redone" if redone is not None else "",
         f"restored from {recovery['restored_from']}" if recovery.get("restored_from") else "",
     ]
     return ", ".join(part for part in parts if part)
@@ -241,7 +253,3 @@ def sparkline(values: Sequence[float], columns: int = SPARKLINE_COLUMNS) -> str:
 
 def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
-
-
-def _workers(world: int) -> str:
-    return f"{world} worker" + ("" if world == 1 else "s")

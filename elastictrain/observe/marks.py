@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from elastictrain.observe.events import Event
 from elastictrain.observe.metrics import MetricsRow
@@ -22,49 +22,42 @@ class Mark:
 
 
 def marks(events: Iterable[Event], rows: Sequence[MetricsRow]) -> list[Mark]:
-    """One mark per generation that came out of a change (see `recovery` events), per step back and per skipped step."""
+    """One mark per recovery, planned change of the world, way back to a checkpoint and skipped step."""
     events = list(events)
-    sealed = _seal_steps(events, rows)
+    first = {row.generation: row.step for row in reversed(rows)}
     found = [Mark(row.step, "skipped", "skipped") for row in rows if row.skipped]
     for event in events:
-        step = event.data.get("step")
-        if event.kind == "recovery" and event.generation is not None:
-            at = step if isinstance(step, int) else sealed.get(event.generation)
+        if event.kind in ("recovery", "resized"):
+            at = _int(event.data, "step")
+            if at is None and event.generation in first:
+                at = first[event.generation] - 1
             if at is not None:
                 found.append(Mark(at + 0.5, _family(event), _label(event)))
-        elif event.kind == "restore" and isinstance(step, int) and step > 0:
-            found.append(Mark(step, "restore", f"back to {step}"))
+        elif event.kind == "went_back":
+            at = _int(event.data, "to_step")
+            if at is not None:
+                found.append(Mark(at + 0.5, "restore", f"back to step {at}"))
     return sorted(found, key=lambda mark: mark.step)
 
 
-def _seal_steps(events: Iterable[Event], rows: Sequence[MetricsRow]) -> dict[int, int]:
-    """Generation → the commit at which it was sealed: from its event, else the step before its first row."""
-    steps: dict[int, int] = {}
-    for row in reversed(rows):
-        steps[row.generation] = row.step - 1
-    for event in events:
-        step = event.data.get("step")
-        if event.kind == "generation_sealed" and event.generation is not None and isinstance(step, int):
-            steps[event.generation] = step
-    return steps
+def _int(data: Mapping[str, Any], key: str) -> int | None:
+    value = data.get(key)
+    return value if isinstance(value, int) else None
 
 
 def _family(event: Event) -> Family:
-    cause = str(event.data.get("cause", "")).lower()
-    before, after = event.data.get("world_before"), event.data.get("world_after")
-    if any(word in cause for word in ("drain", "shrink")):
-        return "drain"
-    if any(word in cause for word in ("join", "add", "grow")) and not _lost(cause):
-        return "join"
-    if isinstance(before, int) and isinstance(after, int) and after > before and not _lost(cause):
-        return "join"
-    return "loss"
-
-
-def _lost(cause: str) -> bool:
-    return any(word in cause for word in ("died", "dead", "kill", "lost", "fail", "gone"))
+    if event.kind == "recovery":
+        return "loss"
+    return "join" if event.data.get("joined") else "drain"
 
 
 def _label(event: Event) -> str:
-    cause = str(event.data.get("cause") or _family(event)).splitlines()[0]
-    return cause if len(cause) <= 28 else cause[:27] + "…"
+    """Who it was about: `worker 1 lost`, `workers 0, 2 left`."""
+    family = _family(event)
+    key, word = {"loss": ("workers", "lost"), "join": ("joined", "joined")}.get(family, ("left", "left"))
+    workers = event.data.get(key)
+    if not isinstance(workers, list) or not workers:
+        return str(event.data.get("cause") or family).splitlines()[0][:28]
+    if len(workers) > 4:
+        return f"{len(workers)} workers {word}"
+    return f"worker{'s' if len(workers) > 1 else ''} {', '.join(map(str, workers))} {word}"

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from elastictrain.errors import ClusterError, ConfigError
 from elastictrain.job import Job, dump_job
-from elastictrain.observe.events import Event, iso, make_event, parse_events
+from elastictrain.observe.events import Event, iso, make_event, parse_events, step_back
 from elastictrain.observe.lines import LineWriter, read_lines, replace_file
 from elastictrain.observe.lock import RunLock
 from elastictrain.observe.metrics import MetricsRow, history, parse_rows
@@ -90,11 +90,12 @@ class RunDirectory:
         return self._last_step
 
     def event(self, kind: str, data: Mapping[str, Any] | None = None, *, generation: int | None = None) -> Event:
-        """Append to events.jsonl; a `restore` event also calls `went_back` with its step."""
+        """Append to events.jsonl; an event that says that the run went back also calls `went_back`."""
         event = make_event(kind, data, generation=generation, time=datetime.now(UTC))
         self._writer(self._events).append(event.model_dump())
-        if kind == "restore" and isinstance(event.data.get("step"), int):
-            self.went_back(event.data["step"])
+        back_to = step_back(event)
+        if back_to is not None:
+            self.went_back(back_to)
         return event
 
     def row(self, metrics: Mapping[str, Any]) -> bool:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-State = Literal["starting", "running", "recovering", "waiting", "finished", "failed", "stopped"]
-
 
 class Status(BaseModel):
-    """`lanes`: lanes per worker number. `held_once`: blocks with a single holder. `waiting`: why the run waits.
-
+    """`state`: the controller's phase, as its name: gathering, forming, running, parking, finishing, finished, failed,
+    stopped. `lanes`: lanes per worker number. `held_once`: blocks with a single holder. `waiting`: why the run waits.
     `last_recovery`: the data of the last `recovery` event. `error`: why it failed. Times in seconds or ISO UTC.
     """
 
     model_config = ConfigDict(extra="allow")
 
-    state: State | str = "starting"
+    state: str = "gathering"
     name: str = ""
     run_dir: str = ""
     step: int = 0

@@ -14,7 +14,7 @@ ENDINGS = ("finished", "failed", "stopped")
 
 
 class Recovery(BaseModel):
-    """`seconds`: from the detection of the loss to the seal of the next generation."""
+    """`seconds`: from the detection of the loss (or the request) to the seal of the next generation."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -27,9 +27,10 @@ class Recovery(BaseModel):
 class Summary(BaseModel):
     """`outcome`: finished, failed, stopped, or running (no end was written). `steps`: the last step published.
 
-    `world_sizes`: workers of every sealed generation, in order. `tokens_per_s`: over the seconds of the steps
-    themselves; `wall_s`: from the first event to the last, recoveries and starting up included. Losses are means per
-    unit of loss weight, as the recipe defines it. `skipped_steps`: their gradient was not finite.
+    `world_sizes`: workers of every sealed generation, in order. `resizes`: planned pauses to let workers in or out.
+    `tokens_per_s`: over the seconds of the steps themselves; `wall_s`: from the first event to the last, recoveries and
+    starting up included. Losses are means per unit of loss weight, as the recipe defines it. `skipped_steps`: their
+    gradient was not finite.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -42,6 +43,7 @@ class Summary(BaseModel):
     last_loss: float | None
     world_sizes: list[int]
     recoveries: list[Recovery]
+    resizes: list[Recovery]
     tokens_per_s: float | None
     wall_s: float | None
     evaluation: dict[str, float | None] | None = None
@@ -67,6 +69,7 @@ def summarise(run: RunDirectory) -> Summary:
         last_loss=losses[-1] if losses else None,
         world_sizes=list(worlds(events, rows).values()),
         recoveries=[_recovery(event) for event in events if event.kind == "recovery"],
+        resizes=[_recovery(event) for event in events if event.kind == "resized"],
         tokens_per_s=tokens_per_s(rows),
         wall_s=(events[-1].time - events[0].time).total_seconds() if events else None,
         evaluation=next((row.evaluation for row in reversed(rows) if row.evaluation), None),
@@ -79,21 +82,11 @@ def worlds(events: Iterable[Event], rows: Iterable[MetricsRow]) -> dict[int, int
     """World size of every generation that was sealed, in order of generations; a published step proves a seal too."""
     found = {row.generation: row.world for row in rows if row.world}
     for event in events:
-        if event.kind == "generation_sealed" and event.generation is not None:
-            world = _world_of(event)
-            if world is not None:
-                found[event.generation] = world
+        key = {"running": "world", "recovery": "world_after", "resized": "world_after"}.get(event.kind)
+        world = event.data.get(key) if key else None
+        if event.generation is not None and isinstance(world, int):
+            found[event.generation] = world
     return dict(sorted(found.items()))
-
-
-def _world_of(event: Event) -> int | None:
-    for key in ("world", "workers"):
-        value = event.data.get(key)
-        if isinstance(value, list | tuple | dict):
-            return len(value)
-        if isinstance(value, int):
-            return value
-    return None
 
 
 def _end(events: Sequence[Event]) -> Event | None:

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastictrain.errors import InternalError
+from elastictrain.observe.events import SENTENCES, Event, describe, iso, make_event, parse_events, step_back
+
+NOW = datetime(2026, 11, 22, 10, 0, 0, 123456, tzinfo=UTC)
+CHANGE = {"seconds": 0.314, "steps_redone": 1, "world_before": 3, "world_after": 2, "cause": "killed by signal 9"}
+
+SAID: list[tuple[str, dict[str, Any], str]] = [
+    ("run_started", {"name": "gpt", "world": 3, "steps": 50}, "run started (gpt) with 3 workers, 50 steps"),
+    ("run_resumed", {"step": 7}, "run resumed at step 7"),
+    ("worker_started", {"worker": 2}, "worker 2 is starting"),
+    ("worker_ready", {"worker": 2, "domain": "node-a"}, "worker 2 is ready on node-a"),
+    ("start_failed", {"worker": 2, "error": "no module x", "attempts": 1}, "worker 2 could not start: no module x"),
+    ("start_paused", {"after_s": 30, "error": "e"}, "no new workers for now, next try in 30 s: e"),
+    ("worker_lost", {"worker": 1, "cause": "killed by signal 9"}, "worker 1 is lost: killed by signal 9"),
+    ("unresponsive", {"worker": 1, "reason": "no answer"}, "worker 1 does not answer: no answer"),
+    ("parking", {"generation": 3, "cause": "c"}, "generation 3 parks: c"),
+    ("gathering", {"parked": [0, 2], "reason": "too few"}, "waiting, parked: [0, 2]: too few"),
+    (
+        "forming",
+        {"generation": 2, "step": 9, "workers": [0, 2], "blocks_moved": 1},
+        "generation 2 is forming with 2 workers at step 9; 1 block to copy",
+    ),
+    (
+        "running",
+        {"generation": 2, "step": 9, "world": 1, "held_once": 4},
+        "generation 2 sealed with 1 worker at step 9; 4 blocks held once",
+    ),
+    (
+        "recovery",
+        CHANGE | {"workers": [1]},
+        "recovered from the loss of worker 1: killed by signal 9; 0.31 s, 1 step redone, world 3 → 2",
+    ),
+    (
+        "recovery",
+        CHANGE | {"workers": [0, 1, 4], "restored_from": "/ckpt/5"},
+        (
+            "recovered from the loss of workers 0, 1 and 4: killed by signal 9; 0.31 s, 1 step redone, world 3 → 2, "
+            "restored from /ckpt/5"
+        ),
+    ),
+    (
+        "resized",
+        CHANGE | {"joined": [3], "left": [0], "steps_redone": 0},
+        "worker 3 joined and worker 0 left; 0.31 s, 0 steps redone, world 3 → 2",
+    ),
+    (
+        "went_back",
+        {"from_step": 9, "to_step": 5, "restored_from": "/ckpt/5", "reason": "both gone"},
+        "went back to step 5 from step 9, restored from /ckpt/5: both gone",
+    ),
+    ("checkpoint", {"step": 5, "path": "/c"}, "checkpoint of step 5 committed at /c"),
+    (
+        "checkpoint_dropped",
+        {"step": 5, "path": "/c/5", "next_step": 3, "error": "pack-0 differs"},
+        "checkpoint refused, step 5 at /c/5, taking step 3 instead: pack-0 differs",
+    ),
+    ("refused", {"request": "drain", "reason": "workers.min"}, "refused to drain: workers.min"),
+    (
+        "skipped",
+        {"step": 4, "lane": 3, "worker": 1},
+        "step 4 skipped on all workers alike: not finite in lane 3 (worker 1)",
+    ),
+    ("skipped", {"step": 4, "lanes": [3, 5]}, "step 4 skipped on all workers alike: not finite in lanes 3, 5"),
+    ("numerics", {"worker": 3, "message": "AVX2, not AVX-512"}, "numerics differ, worker 3: AVX2, not AVX-512"),
+    (
+        "fault",
+        {"do": "kill", "worker": 1, "step": 7, "phase": "vote"},
+        "fault on purpose: kill worker 1 at step 7, in vote",
+    ),
+    ("finished", {"step": 50, "digest": "ab"}, "finished at step 50, digest ab"),
+    ("failed", {"step": 5, "error": "loss is NaN"}, "failed at step 5: loss is NaN"),
+    ("stopped", {"step": 5, "reason": "asked"}, "stopped at step 5: asked"),
+    ("new_kind", {"a": 1, "b": "x"}, "new kind: a=1, b=x"),
+    ("went_back", {"unknown": 1}, "went back: unknown=1"),
+]
+
+
+@pytest.mark.parametrize(("kind", "data", "words"), SAID, ids=[kind for kind, _, _ in SAID])
+def test_sentence(kind: str, data: dict[str, Any], words: str) -> None:
+    assert describe(make_event(kind, data, time=NOW)) == words
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=4,
+)
+KEYS = sorted({key for _, data, _ in SAID for key in data})
+
+
+@given(kind=st.sampled_from([*SENTENCES, "other"]), data=st.dictionaries(st.sampled_from(KEYS), anything, max_size=8))
+def test_describe_never_raises(kind: str, data: dict[str, Any]) -> None:
+    event = Event(time=NOW, kind=kind, data=data)
+    assert describe(event)
+    step_back(event)
+
+
+def test_round_trip_and_time() -> None:
+    event = make_event("running", {"generation": 4}, time=NOW)
+    assert event.generation == 4
+    assert event.model_dump()["time"] == iso(NOW) == "2026-11-22T10:00:00.123Z"
+    read = parse_events([event.model_dump(), {"kind": "no time"}, {"time": "2026-11-22T10:00:00Z", "kind": "x"}])
+    assert [e.kind for e in read] == ["running", "x"]
+    assert read[0].time == NOW.replace(microsecond=123000)
+
+
+def test_an_event_needs_a_kind() -> None:
+    with pytest.raises(InternalError, match="needs a kind"):
+        make_event("", {"a": 1}, time=NOW)

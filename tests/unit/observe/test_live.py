@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import io
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from elastictrain.observe.events import make_event
+from elastictrain.observe.live import BARS, LiveView, ViewConsole, picture, recovery_words, sparkline
+from elastictrain.observe.metrics import MetricsRow
+from elastictrain.observe.status import Status
+
+NOW = datetime(2026, 11, 22, 10, 0, 0, tzinfo=UTC)
+RECOVERY = {"cause": "signal 9", "seconds": 0.31, "steps_redone": 1}
+STATUS: dict[str, Any] = {
+    "state": "running", "name": "gpt", "run_dir": "runs/x", "steps": 100, "world": 3, "generation": 2, "spares": 1,
+    "lanes": {0: 3, 2: 5}, "held_once": 4, "last_recovery": RECOVERY,
+}  # fmt: skip
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def view(terminal: bool, **settings: Any) -> tuple[LiveView, io.StringIO, Clock]:
+    out, clock = io.StringIO(), Clock()
+    console = Console(file=out, force_terminal=terminal, width=100, height=40, color_system=None)
+    return LiveView(console, clock=clock, **settings), out, clock
+
+
+def row(step: int, **more: Any) -> dict[str, Any]:
+    return {"step": step, "generation": 2, "loss": 3.5, "tokens": 100, "step_s": 0.1, "world": 3} | more
+
+
+def test_plain_lines_where_there_is_no_terminal() -> None:
+    live, out, clock = view(terminal=False, every_s=5)
+    live.update(STATUS)
+    live.row(row(1))
+    live.row(row(2))
+    clock.now_s = 4.9
+    live.row(row(3))
+    clock.now_s = 5.1
+    live.row(row(4, skipped="lane 3"))
+    live.row(row(5, evaluation={"accuracy": 0.5}))
+    live.event(make_event("worker_lost", {"worker": 1, "cause": "signal 9"}, time=NOW))
+    live.event(make_event("parking", {"generation": 2}, time=NOW))
+    live.row(row(100))
+    live.close()
+    assert out.getvalue().splitlines() == [
+        "step 1/100  loss 3.5  1,000 tokens/s  world 3",
+        "step 4/100  loss 3.5  1,000 tokens/s  world 3  skipped",
+        "step 5/100  loss 3.5  1,000 tokens/s  world 3  accuracy 0.5",
+        "10:00:00 worker 1 is lost: signal 9",
+        "step 100/100  loss 3.5  1,000 tokens/s  world 3",
+    ]
+
+
+def rendered(status: dict[str, Any], rows: list[MetricsRow] | None = None) -> str:
+    console = Console(file=io.StringIO(), width=100, color_system=None)
+    with console.capture() as capture:
+        console.print(picture(Status.model_validate(status), rows or [], []))
+    return capture.get()
+
+
+def test_the_picture_says_what_is_asked_of_it() -> None:
+    rows = [MetricsRow(step=s, loss=10.0 - s, tokens=500, step_s=0.5) for s in range(1, 9)]
+    text = rendered(STATUS, rows)
+    for words in (
+        " gpt ", "runs/x", "running", "8/100", "loss           2", "█▇▆▅▄▃▂▁", "1,000",
+        "3 workers, generation 2, 1 spare", "0: 3, 2: 5", "4 blocks", "signal 9, 0.31 s, 1 step redone",
+    ):  # fmt: skip
+        assert words in text, words
+    assert "none, every block has its mirror" in rendered(STATUS | {"held_once": 0})
+    assert "waiting        workers.min=2" in rendered(STATUS | {"waiting": "workers.min=2"})
+    many = rendered(STATUS | {"lanes": dict.fromkeys(range(40), 1)})
+    assert "(40 workers)" in many
+
+
+def test_terminal_draws_seldom_and_gives_the_screen_back() -> None:
+    live, out, clock = view(terminal=True, redraw_s=0.2)
+    live.update(STATUS)
+    drawn = out.tell()
+    assert drawn > 0
+    live.row(row(1))
+    assert out.tell() == drawn, "drawn again too soon"
+    clock.now_s = 0.3
+    live.row(row(2))
+    assert out.tell() > drawn
+    live.update({"state": "finished"})
+    live.close()
+    live.close()
+    assert "finished" in out.getvalue(), "the last picture stays"
+    assert out.getvalue().endswith("\x1b[?25h"), "the cursor is shown again"
+    end = out.tell()
+    live.update(STATUS)
+    live.close()
+    assert out.tell() == end
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_an_error_in_the_view_turns_it_off_and_nothing_else(terminal: bool) -> None:
+    live, out, clock = view(terminal)
+    live.update(STATUS)
+    live.row({"step": "not a number"})
+    assert "the live view is off (ValidationError" in out.getvalue()
+    assert "the run goes on" in out.getvalue()
+    end = out.tell()
+    clock.now_s = 99.0
+    live.row(row(1))
+    live.update(STATUS)
+    live.event(make_event("finished", time=NOW))
+    live.close()
+    assert out.tell() == end
+
+
+class Broken(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_closed_pipe_does_not_end_the_run(terminal: bool) -> None:
+    live = LiveView(ViewConsole(file=Broken(), force_terminal=terminal))
+    live.row(row(1))
+    live.event(make_event("finished", time=NOW))
+    live.close()
+
+
+def test_rows_that_were_taken_back_do_not_count() -> None:
+    live, out, clock = view(terminal=False, every_s=0)
+    for step, tokens in ((1, 100), (2, 900_000), (2, 100)):
+        clock.now_s += 1
+        live.row(row(step, tokens=tokens))
+    assert out.getvalue().splitlines()[-1].startswith("step 2  loss 3.5  1,000 tokens/s")
+
+
+@given(values=st.lists(st.floats(-1e6, 1e6), max_size=300), columns=st.integers(1, 50))
+def test_sparkline(values: list[float], columns: int) -> None:
+    line = sparkline(values, columns)
+    assert len(line) <= columns
+    assert set(line) <= set(BARS)
+    assert bool(line) == (len(values) >= 2)
+
+
+def test_sparkline_shape() -> None:
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == BARS
+    assert sparkline([0, 0, 7, 7], 2) == "▁█"
+    assert sparkline([5, 5, 5], 8) == "▁▁▁"
+
+
+def test_recovery_words_leave_out_what_is_not_known() -> None:
+    assert recovery_words({}) == "unknown cause"
+    assert recovery_words(RECOVERY | {"restored_from": "/c"}) == "signal 9, 0.31 s, 1 step redone, restored from /c"
