@@ -83,7 +83,7 @@ def _check_live(core: Core, members: Sequence[int], leaving: Sequence[int]) -> N
     else:
         gone = set(ledger.truth.workers) - {*members, *leaving}
         _require(not lost_blocks(ledger.truth, gone), "I4", (ledger.truth, sorted(gone)))
-    if core.state.phase is Phase.FORMING:
+    if ledger.sealed != ledger.generation:
         _require(ledger.published_step <= ledger.plan.step, "I5", (ledger.published_step, ledger.plan.step))
 
 

@@ -117,8 +117,10 @@ def on_troubled(core: Core, event: ev.WorkerTroubled, out: list[Command]) -> boo
 
 def on_failed(core: Core, event: ev.WorkerFailed, out: list[Command]) -> bool:
     state = core.state
-    if not heard(core, event.generation, event.worker) or isinstance(state, Gathering):
+    if not heard(core, event.generation, event.worker):
         return False
+    if isinstance(state, Gathering):  # all have parked; only that a checkpoint is corrupt is worth knowing now
+        return event.kind == "restore" and _drop_checkpoint(core, event, out)
     if event.kind == "user":
         core.fail(event.error, out)
     elif event.kind == "torn":  # R7: between vote and end of apply; its state is neither step

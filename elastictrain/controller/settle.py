@@ -130,7 +130,9 @@ def _go_on(core: Core, reports: Mapping[int, ParkReport], now_s: float, out: lis
         if isinstance(core.state, Parking):
             _count_redone(core, standing)
         if standing.truth is not None:
+            # All have promised not to move under an older plan: a layout that is not sealed now never will be.
             ledger.sealed = standing.truth.generation
+            ledger.layouts = {ledger.sealed: standing.truth}
             if standing.lost:
                 _go_back(core, standing, now_s, out)
                 standing = Standing(None)

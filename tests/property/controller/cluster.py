@@ -1,0 +1,401 @@
+"""A model of a cluster, independent of the controller: workers with engine-like behaviour, and the truth about them.
+
+Every worker keeps for each block the step that its copy is at. Votes are sent one by one; a complete vote may or may
+not reach a survivor when a voter dies; messages of a worker arrive in order, those of different workers in any order
+and at any time. The model knows what really happened and checks every `Form` against it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict, deque
+from dataclasses import dataclass, field
+
+from elastictrain.controller import Machine, MachineSpec, Phase, Watch, dump_event, replay
+from elastictrain.controller import commands as cm
+from elastictrain.controller import events as ev
+from elastictrain.layout import Layout
+from elastictrain.protocol import FormPlan, ParkReport, Restore
+
+FROM_THE_START = Restore(0, None)
+
+
+def vote_bytes(step: int) -> bytes:
+    return f"vote {step}".encode()
+
+
+@dataclass
+class Worker:
+    number: int
+    state: str = "starting"  # waiting forming voted stepping troubled parked finished
+    plan: FormPlan | None = None
+    parked_at: int = 0  # refuses plans up to this generation
+    applied: int = 0
+    sealed: int = 0
+    gathered: bool = False
+    vote: bytes | None = None
+    copies: dict[int, int] = field(default_factory=dict)  # block -> step of the copy
+    pause: bool = False
+    frozen: bool = False
+    outbox: deque[ev.Event] = field(default_factory=deque)
+
+    @property
+    def generation(self) -> int:
+        return 0 if self.plan is None else self.plan.generation
+
+
+class Cluster:
+    """Drives a machine. Every public method is one thing that can happen; it answers whether it did."""
+
+    def __init__(self, spec: MachineSpec, restore: Restore = FROM_THE_START) -> None:
+        self.spec = spec
+        self.machine = Machine(spec)
+        self.watch = Watch(self.machine)
+        self.log: list[ev.Event] = []
+        self.past: list[ev.Event] = []
+        self.now_s = 0.0
+        self.workers: dict[int, Worker] = {}  # live processes
+        self.unnoticed: dict[int, Worker] = {}  # dead, but the controller has not been told
+        self.notices: deque[ev.Event] = deque()
+        self.votes: dict[tuple[int, str], set[int]] = defaultdict(set)
+        self.pausing: set[tuple[int, str]] = set()
+        self.plans: dict[int, FormPlan] = {}
+        self.seal_known: set[int] = {0}  # generations whose `Sealed` the controller has got
+        self.voided: set[int] = set()
+        self.checkpoints: dict[int, str] = {} if restore.checkpoint is None else {restore.step: restore.checkpoint}
+        self.went_back_to: list[int] = []
+        self.bad: set[int] = set()  # corrupt checkpoints
+        self.ended: cm.EndRun | None = None
+        self.send(ev.Begun(0.0, restore))
+
+    # -- the controller's side
+
+    def send(self, event: ev.Event) -> None:
+        self.log.append(event)
+        if isinstance(event, ev.Sealed):
+            self.seal_known.add(event.generation)
+        elif isinstance(event, ev.WorkerDied):
+            self.unnoticed.pop(event.worker, None)
+        self.watch.before()
+        commands = self.machine.handle(event)
+        self.watch.after(commands)
+        for command in commands:
+            self.perform(command)
+
+    def perform(self, command: cm.Command) -> None:
+        if isinstance(command, cm.StartWorker):
+            self.workers[command.worker] = Worker(command.worker)
+        elif isinstance(command, cm.Form):
+            self.check_form(command.plan)
+            self.plans[command.plan.generation] = command.plan
+            for number in command.plan.layout.workers:
+                self.enter(self.workers.get(number), command.plan)
+        elif isinstance(command, cm.Park):
+            for number in command.workers:
+                self.park(self.workers.get(number), command.generation)
+        elif isinstance(command, cm.AskPause):
+            worker = self.workers.get(command.worker)
+            if worker is not None and worker.generation == command.generation:
+                worker.pause = True
+        elif isinstance(command, cm.Retire):
+            self.workers.pop(command.worker, None)
+        elif isinstance(command, cm.Kill):
+            self.kill(command.worker, lose_messages=True)
+        elif isinstance(command, cm.Announce):
+            if command.kind == "went_back":
+                assert self.is_lost(), f"{command} although every block has a live holder"
+                assert command.data["to_step"] == max(self.checkpoints, default=0)
+                self.went_back_to.append(command.data["to_step"])
+                self.voided |= set(self.plans)
+        elif isinstance(command, cm.EndRun):
+            assert self.ended is None, "the run ended twice"
+            self.ended = command
+
+    def believed(self) -> dict[int, Worker]:
+        """The workers that the controller must take for alive."""
+        return {**self.workers, **self.unnoticed}
+
+    def true_layout(self) -> Layout | None:
+        """The layout that counts: sealed, and known to be so by a survivor or by the controller."""
+        seen = {worker.sealed for worker in self.believed().values()} | self.seal_known
+        newest = max(generation for generation in seen if generation not in self.voided)
+        return None if newest == 0 else self.plans[newest].layout
+
+    def is_lost(self) -> bool:
+        """Whether a block of the true layout has no live holder."""
+        truth = self.true_layout()
+        return truth is not None and any(not set(shard.holders()) & set(self.believed()) for shard in truth.shards)
+
+    def check_form(self, plan: FormPlan) -> None:
+        for worker in self.workers.values():
+            stale = worker.plan is not None and worker.state not in ("parked",)
+            assert not stale, f"generation {plan.generation} forms while {worker} is not parked"
+        truth = self.true_layout()
+        if truth is None:
+            assert plan.restore is not None, f"nothing is sealed, but nothing is restored: {plan}"
+            newest = max(self.checkpoints, default=0)
+            assert plan.step == plan.restore.step == newest, f"{plan.restore} instead of step {newest}"
+            return
+        assert not self.is_lost(), f"{plan} goes on without some blocks"
+        assert plan.previous == truth, f"{plan} starts from another layout than the one sealed last, {truth}"
+        assert plan.restore is None, f"{plan.restore} although every block has a live holder"
+        holders = [w for w in self.believed().values() if w.number in truth.workers]
+        reached = max(w.applied for w in holders)
+        assert plan.step == reached, f"a survivor has applied {reached}, the plan goes on from {plan.step}"
+        if any(w.applied < reached for w in holders if w.number in plan.layout.workers):
+            assert plan.roll_forward == vote_bytes(reached)
+            assert plan.previous is not None
+
+    # -- the workers' side
+
+    def enter(self, worker: Worker | None, plan: FormPlan) -> None:
+        if worker is None or worker.parked_at >= plan.generation:
+            return
+        worker.plan, worker.state, worker.pause = plan, "forming", False
+
+    def park(self, worker: Worker | None, generation: int) -> None:
+        if worker is None or worker.frozen or worker.generation > generation:
+            return
+        worker.state, worker.parked_at = "parked", generation
+        vote = worker.vote
+        report = ParkReport(worker.number, worker.generation, worker.applied, worker.sealed, worker.gathered, vote)
+        event = ev.WorkerParked(self.now_s, generation, report)
+        if generation % 2:  # the answer to a call may overtake what waits to be polled
+            worker.outbox.appendleft(event)
+        else:
+            worker.outbox.append(event)
+
+    def kill(self, number: int, *, lose_messages: bool) -> bool:
+        worker = self.workers.pop(number, None)
+        if worker is None:
+            return False
+        self.unnoticed[number] = worker
+        if not lose_messages:
+            self.notices.extend(worker.outbox)
+        self.notices.append(ev.WorkerDied(self.now_s, number, "killed"))
+        return True
+
+    def act(self, number: int, *, unlucky: bool = False) -> bool:
+        """One engine step of one worker. `unlucky`: if a peer is gone, notice that rather than its last vote."""
+        worker = self.workers.get(number)
+        if worker is None or worker.frozen:
+            return False
+        if worker.state == "starting":
+            worker.state = "waiting"
+            worker.outbox.append(ev.WorkerReady(self.now_s, number, f"node{number % 3}"))
+            return True
+        if worker.state not in ("forming", "voted", "stepping"):
+            return False
+        assert worker.plan is not None
+        topic = "seal" if worker.state != "stepping" else self.topic(worker)
+        key = (worker.generation, topic)
+        if number not in self.votes[key]:
+            if worker.state == "forming" and not self.prepare(worker):
+                return self.lose_peer(worker)
+            self.votes[key].add(number)
+            worker.gathered = True
+            if worker.pause and topic.startswith("step"):
+                self.pausing.add(key)
+            return True
+        complete = self.votes[key] >= set(worker.plan.layout.workers)
+        if not complete or (unlucky and self.peer_gone(worker)):
+            return self.lose_peer(worker)
+        self.take(worker, topic, key, gathered=not unlucky)
+        return True
+
+    def topic(self, worker: Worker) -> str:
+        return "closing" if worker.applied >= self.spec.steps else f"step {worker.applied + 1}"
+
+    def prepare(self, worker: Worker) -> bool:
+        """Roll forward, receive what the plan says, check that all is there. False: a source is not there yet."""
+        plan = worker.plan
+        assert plan is not None
+        held = plan.layout.held(worker.number)
+        if plan.restore is not None:
+            worker.applied, worker.vote, worker.sealed = plan.step, None, 0
+            worker.copies = dict.fromkeys(held, plan.step)
+            return True
+        self.roll(worker, plan)
+        for move in plan.moves:
+            if move.target != worker.number:
+                continue
+            source = self.workers.get(move.source)
+            if source is None or source.frozen or source.generation != plan.generation or source.state == "parked":
+                return False
+            self.roll(source, plan)
+            for block in range(move.lo, move.hi):
+                assert source.copies.get(block) == plan.step, f"{source} cannot give block {block} of step {plan.step}"
+                worker.copies[block] = plan.step
+        if worker.number in plan.joiners:
+            worker.applied = plan.step
+        assert worker.applied == plan.step, f"{worker} enters {plan} at the wrong step"
+        missing = [block for block in held if worker.copies.get(block) != plan.step]
+        assert not missing, f"{worker} should hold blocks {missing} at step {plan.step}"
+        assert worker.gathered or worker.number in plan.gather_to, f"{worker} would compute with old parameters"
+        return True
+
+    def roll(self, worker: Worker, plan: FormPlan) -> None:
+        if worker.number not in plan.joiners and worker.applied == plan.step - 1:
+            assert plan.roll_forward == vote_bytes(plan.step), f"{worker} needs the vote of {plan.step}"
+            self.apply(worker)
+            worker.gathered = False
+
+    def apply(self, worker: Worker) -> None:
+        worker.applied += 1
+        worker.vote = vote_bytes(worker.applied)
+        worker.copies = {block: step + 1 for block, step in worker.copies.items() if step == worker.applied - 1}
+
+    def take(self, worker: Worker, topic: str, key: tuple[int, str], gathered: bool) -> None:
+        """The vote is complete here."""
+        plan = worker.plan
+        assert plan is not None
+        if topic == "seal":
+            worker.state, worker.sealed, worker.vote, worker.gathered = "stepping", plan.generation, None, True
+            worker.outbox.append(ev.Sealed(self.now_s, plan.generation, worker.number, plan.step))
+        elif topic == "closing":
+            worker.state = "finished"
+            digest = f"digest of {worker.applied}"
+            worker.outbox.append(ev.WorkerFinished(self.now_s, plan.generation, worker.number, worker.applied, digest))
+        else:
+            if worker.applied > plan.step or worker.applied > 0:
+                worker.outbox.append(ev.Progress(self.now_s, plan.generation, worker.applied))
+            if worker.applied and worker.applied % 4 == 0 and worker.number == plan.layout.workers[0]:
+                self.store(worker)
+            held = plan.layout.held(worker.number)
+            worker.copies = {block: step for block, step in worker.copies.items() if block in held}
+            self.apply(worker)
+            worker.gathered = gathered
+            if key in self.pausing:
+                self.park(worker, plan.generation)
+
+    def store(self, worker: Worker) -> None:
+        path = f"checkpoint {worker.applied}"
+        event = ev.CheckpointCommitted(self.now_s, worker.generation, worker.applied, path)
+        worker.outbox.append(event)
+
+    def peer_gone(self, worker: Worker) -> bool:
+        assert worker.plan is not None
+        peers = [self.workers.get(number) for number in worker.plan.layout.workers]
+        gone = ("parked", "troubled", "torn")
+        return any(p is None or p.generation != worker.generation or p.state in gone or p.frozen for p in peers)
+
+    def lose_peer(self, worker: Worker) -> bool:
+        if not self.peer_gone(worker):
+            return False
+        worker.state = "troubled"
+        worker.outbox.append(ev.WorkerTroubled(self.now_s, worker.generation, worker.number, "peer lost"))
+        return True
+
+    # -- more faults
+
+    def tear(self, number: int) -> bool:
+        """An exception between vote and end of apply (R7)."""
+        worker = self.workers.get(number)
+        if worker is None or worker.frozen or worker.state != "stepping":
+            return False
+        worker.state, worker.frozen = "torn", True
+        worker.outbox.append(ev.WorkerFailed(self.now_s, worker.generation, number, "torn", "out of memory"))
+        return True
+
+    def freeze(self, number: int) -> bool:
+        """The process stops; its peers notice only by their own timeouts."""
+        worker = self.workers.get(number)
+        if worker is None or worker.frozen or worker.state not in ("forming", "stepping"):
+            return False
+        worker.frozen = True
+        return True
+
+    def fail_restore(self, number: int) -> bool:
+        """The checkpoint of the plan turns out to be corrupt."""
+        worker = self.workers.get(number)
+        if worker is None or worker.frozen or worker.state != "forming" or worker.plan is None:
+            return False
+        restore = worker.plan.restore
+        if restore is None or restore.checkpoint is None or self.votes[worker.generation, "seal"]:
+            return False
+        self.bad.add(restore.step)
+        worker.state = "troubled"
+        worker.outbox.append(ev.WorkerFailed(self.now_s, worker.generation, number, "restore", "hash differs"))
+        return True
+
+    def fail_start(self, number: int) -> bool:
+        worker = self.workers.get(number)
+        if worker is None or worker.state != "starting":
+            return False
+        del self.workers[number]
+        self.notices.append(ev.WorkerStartFailed(self.now_s, number, "no room", False))
+        return True
+
+    # -- messages and time
+
+    def deliver(self, choice: int) -> bool:
+        """Hand over the oldest message of one sender."""
+        queues = [worker.outbox for worker in self.workers.values() if worker.outbox]
+        if self.notices:
+            queues.append(self.notices)
+        if not queues:
+            return False
+        event = queues[choice % len(queues)].popleft()
+        newest = getattr(event, "generation", None) == self.machine.generation
+        if isinstance(event, ev.CheckpointCommitted) and newest and event.generation not in self.voided:
+            self.checkpoints[event.step] = event.path
+        if isinstance(event, ev.WorkerFailed) and event.kind == "restore" and self.is_heard(event):
+            plan = self.plans[event.generation]
+            assert plan.restore is not None
+            self.checkpoints.pop(plan.restore.step, None)
+        self.past.append(event)
+        self.send(event)
+        return True
+
+    def is_heard(self, event: ev.WorkerFailed) -> bool:
+        return event.generation == self.machine.generation and event.worker in self.believed()
+
+    def tick(self, by_s: float) -> None:
+        self.now_s += by_s
+        self.send(ev.Tick(self.now_s))
+
+    def send_stale(self, choice: int) -> bool:
+        """Repeat a message of another generation: it must change nothing at all."""
+        old = [
+            event
+            for event in self.past
+            if not isinstance(event, ev.WorkerDied | ev.WorkerReady)
+            and getattr(event, "generation", None) != self.machine.generation
+        ]
+        if not old:
+            return False
+        before = copy.deepcopy(self.machine)
+        stale = old[choice % len(old)]
+        assert self.machine.handle(stale) == [], f"{stale} was answered"
+        assert self.machine == before, f"{stale} changed the state"
+        return True
+
+    def calm(self, rounds: int = 600) -> None:
+        """No more faults: with fair scheduling the run must end."""
+        for number in range(rounds):
+            if self.ended is not None:
+                return
+            busy = False
+            for worker in list(self.workers):
+                busy |= self.act(worker)
+            while self.deliver(number):
+                busy = True
+            frozen = [worker.number for worker in self.workers.values() if worker.frozen]
+            if not busy and frozen and self.machine.phase is Phase.RUNNING:
+                self.kill(frozen[0], lose_messages=False)  # no peer misses it: the agent of its node does
+            elif not busy:
+                deadline = self.machine.next_deadline_s()
+                if deadline is None and self.ended is None:
+                    self.send(ev.AddRequested(self.now_s))  # replace is off, and too few are left
+                elif deadline is not None:
+                    self.tick(max(0.0, deadline - self.now_s))
+        assert self.ended is not None, f"no end after {rounds} quiet rounds: {self.machine.core}"
+
+    def check_end(self) -> None:
+        """What holds of every ended run."""
+        assert self.ended is not None
+        assert "InternalError" not in (self.ended.error or ""), self.ended.error
+        if self.ended.outcome == "finished":
+            assert self.ended.step == self.spec.steps
+            assert self.ended.digest == f"digest of {self.spec.steps}"
+        assert replay(self.spec, [dump_event(event) for event in self.log]) == self.machine
