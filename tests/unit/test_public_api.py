@@ -12,8 +12,8 @@ import elastictrain as et
 PUBLIC = [
     "CapacityError", "Checkpoint", "CheckpointMismatch", "ClusterError", "ConfigError", "CorruptCheckpoint", "Data",
     "DataError", "ElasticTrainError", "InternalError", "Job", "Numerics", "PeerLost", "Recipe", "RecipeError",
-    "Summary", "UserError", "WorkerStartError", "Workers", "__version__", "data", "dump_job", "faults", "load_job", "run",
-    "submit", "warmup_cosine",
+    "Summary", "UserError", "WorkerStartError", "Workers", "__version__", "data", "dump_job", "faults", "load_job",
+    "run", "submit", "warmup_cosine",
 ]  # fmt: skip
 
 
