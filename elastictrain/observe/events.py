@@ -55,7 +55,7 @@ def describe(event: Event) -> str:
     sentence = SENTENCES.get(event.kind)
     try:
         return _generic(event) if sentence is None else sentence({"generation": event.generation, **event.data})
-    except (TypeError, ValueError, KeyError, AttributeError):  # another version wrote other facts under this kind
+    except Exception:  # another version wrote other facts under this kind; what happened must still be readable
         return _generic(event)
 
 
@@ -89,7 +89,7 @@ def _fact(data: Data, key: str, form: str) -> str:
 
 def _people(workers: Any) -> str:
     """Worker numbers in words: worker 3; workers 0, 1 and 4."""
-    if workers is None or workers == []:
+    if workers is None or workers in ([], (), {}):
         return ""
     numbers = [str(w) for w in workers] if isinstance(workers, list | tuple | Mapping) else [str(workers)]
     if len(numbers) == 1:
