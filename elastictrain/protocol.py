@@ -59,3 +59,17 @@ class FormPlan:
     published_step: int = 0
     checkpointed_step: int = 0
     joiners: tuple[int, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A stretch of a run with one number of lanes: the data order starts anew at `from_step`, with a seed of its own.
+
+    A job that is resumed with another number of lanes (or lane batch size) gets a new stage, recorded in every manifest
+    from then on.
+    """
+
+    index: int = 0
+    from_step: int = 0
+    lanes: int = 0
+    lane_batch_size: int = 0

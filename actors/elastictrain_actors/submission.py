@@ -168,14 +168,14 @@ def _dependencies(client: Any, choice: ShipDependencies, on_line: Callable[[str]
         return []
     wanted = beyond_ray_and_torch()
     if choice == "auto":
-        log = _run_probe(client, [*ASSUMED, *wanted])
+        log = run_probe(client, [*ASSUMED, *wanted])
         wanted = read_probe(log, assumed=ASSUMED)
     if wanted:
         on_line(f"the nodes install with pip: {', '.join(wanted)}")
     return wanted
 
 
-def _run_probe(client: Any, requirements: list[str]) -> str:
+def run_probe(client: Any, requirements: list[str]) -> str:
     submission_id = f"elastictrain-probe-{uuid.uuid4().hex[:8]}"
     with _as_cluster_error("the cluster could not be asked what is installed (ship_dependencies: auto)"):
         client.submit_job(entrypoint=probe_command(requirements), submission_id=submission_id)

@@ -8,9 +8,9 @@ store's root, with ``/``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -40,12 +40,15 @@ class Store:
     Args:
         url: a path, ``file:///…``, ``memory://…``, ``s3://bucket/…`` or whatever fsspec knows.
         backend: storage of another kind; ``url`` is then only its name.
+        storage_options: what the fsspec file system needs besides the URL (endpoint, credentials).
 
     """
 
-    def __init__(self, url: str | Path, *, backend: Backend | None = None) -> None:
+    def __init__(
+        self, url: str | Path, *, backend: Backend | None = None, storage_options: Mapping[str, Any] | None = None
+    ) -> None:
         self.url = str(url)
-        self._backend = backend or _backend(self.url)
+        self._backend = backend or _backend(self.url, storage_options or {})
 
     def __repr__(self) -> str:
         return f"Store({self.url!r})"
@@ -112,8 +115,8 @@ class Store:
         self._backend.remove(_checked(path))
 
 
-def _backend(url: str) -> Backend:
-    system, root = fsspec.core.url_to_fs(url)
+def _backend(url: str, options: Mapping[str, Any]) -> Backend:
+    system, root = fsspec.core.url_to_fs(url, **options)
     if isinstance(system, LocalFileSystem):
         return PosixBackend(Path(root))
     return RemoteBackend(system, root)

@@ -188,7 +188,7 @@ def meet(store: Store, generation: int, rank: int, world: int, gone: Callable[[]
 
     The group's own connect cannot be interrupted, so it starts only when all peers are known to be on their way.
     """
-    store.set(f"generation-{generation}/here/{rank}", b"1")
+    store.set(f"generation-{generation}/here/{rank}", "1")
     keys = [f"generation-{generation}/here/{peer}" for peer in range(world)]
     while not store.check(keys):
         if gone():

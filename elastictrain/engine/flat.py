@@ -41,7 +41,9 @@ class FlatModel:
         self._rules = {name: buffer_rule(name) for name in space.counters}
         self.model = model
         self.read_initial(model)
-        self.model = model.to(device=device, dtype=dtype)
+        self.model = model.to(device=device)
+        # Not `.to(dtype)`: it would cut complex constants (rotary frequencies) down to their real part.
+        self.model = model.bfloat16() if dtype == torch.bfloat16 else model.float()
         self._bind()
         self._new_counters: dict[str, torch.Tensor] = {}
 
@@ -64,6 +66,7 @@ class FlatModel:
         self._working = {e.name: live[e.name] for e in self.space.entries if e.kind == "buffer"}
         self._working_counters = {name: live[name] for name in self.space.counters}
         self._transient = {name: live[name] for name in self.space.transient}
+        self._places = {name: _place_of(self.model, name) for name in live}
 
     def committed_buffer(self, name: str) -> torch.Tensor:
         """The committed values of a floating buffer: fp32, [elements], a view."""
@@ -100,17 +103,32 @@ class FlatModel:
         Raises RecipeError when a non-persistent buffer was written: lanes would then depend on each other.
         """
         for name, tensor in self._transient.items():
-            if tensor._version != self._versions[name]:
+            if self._taken(name, tensor) is not tensor or tensor._version != self._versions[name]:
                 raise RecipeError(
                     f"the forward writes the non-persistent buffer {name!r}; register it with persistent=True, "
-                    "so that it belongs to the state"
+                    "so that it belongs to the state, or compute it once in the constructor"
                 )
         for name, working in self._working_counters.items():
-            self._merge_counter(name, working.detach().clone(), first)
-        return {
-            name: working.detach().float().reshape(-1) - self.committed_buffer(name)
-            for name, working in self._working.items()
-        }
+            self._merge_counter(name, self._taken(name, working).detach().to(working.dtype, copy=True), first)
+        changes = {}
+        for name, working in self._working.items():
+            # Against what the forward was given: in bf16 that is not the committed value, and a buffer that nobody
+            # writes must not move.
+            given = self.committed_buffer(name).to(working.dtype).float()
+            changes[name] = self._taken(name, working).detach().float().reshape(-1) - given
+        return changes
+
+    def _taken(self, name: str, working: torch.Tensor) -> torch.Tensor:
+        """What the forward has left as buffer `name`, which may be another tensor (`self.mean = …`); ours goes back."""
+        module, key = self._places[name]
+        left = module._buffers[key]
+        module._buffers[key] = working
+        if left is None or left.shape != working.shape:
+            raise RecipeError(
+                f"the forward leaves the buffer {name!r} as {None if left is None else tuple(left.shape)}; expected "
+                f"shape {tuple(working.shape)}: a buffer keeps its shape for the whole run"
+            )
+        return left
 
     def _merge_counter(self, name: str, value: torch.Tensor, first: bool) -> None:
         if first:
@@ -154,8 +172,10 @@ class FlatModel:
             else:
                 committed.copy_(self._new_counters[name])
 
-    def load_counters_into_model(self) -> None:
-        self.before_lane()
+
+def _place_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    module, _, key = name.rpartition(".")
+    return model.get_submodule(module), key
 
 
 def counter_conflict(name: str) -> str:

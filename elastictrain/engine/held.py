@@ -7,9 +7,7 @@ dtype masters are separate fp32 tensors.
 
 from __future__ import annotations
 
-import copy
 import json
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -17,6 +15,7 @@ import torch
 from torch import nn
 
 from elastictrain.engine.flat import FlatModel
+from elastictrain.engine.optimizers import fresh_copy, initial_state, state_keys
 from elastictrain.engine.space import Block
 from elastictrain.errors import InternalError, RecipeError
 
@@ -36,10 +35,9 @@ class HeldState:
         self.ema: dict[int, torch.Tensor] = {}
         self._template = template
         self._group_of = _groups_by_name(template, flat)
-        # A deep copy of the optimizer built on full-shape `meta` parameters keeps its class and every setting; only the
+        # A copy of the optimizer built on full-shape `meta` parameters keeps its class and every setting; only the
         # tensors are ours. Slices never see the constructor, so groups chosen by p.dim() are right.
-        self.optimizer = copy.deepcopy(template)
-        self.optimizer.state = defaultdict(dict)
+        self.optimizer = fresh_copy(template)
         self._base_lr = [float(group["lr"]) for group in template.param_groups]
 
     # --- holding ---
@@ -72,6 +70,17 @@ class HeldState:
             master.copy_(source.view(master.shape))
             if number in self.ema:
                 self.ema[number].copy_(master)
+            if block.entry.kind == "param" and self._template.state:
+                parameter = self.flat.meta_parameters[block.entry.name]
+                group = self._template.param_groups[self._group_of[block.entry.name]]
+                self.optimizer.state[master] = initial_state(self._template, group, parameter, master)
+
+    def state_keys(self) -> dict[str, frozenset[str]]:
+        """For every trainable parameter the names of what its optimizer keeps for it."""
+        found = [
+            state_keys(self._template, i) if g["params"] else None for i, g in enumerate(self._template.param_groups)
+        ]
+        return {name: found[group] or frozenset() for name, group in self._group_of.items()}
 
     def _master_for(self, block: Block) -> torch.Tensor:
         view = self.flat.master_view(block)
@@ -135,8 +144,8 @@ class HeldState:
         """Set a held block's tensors from what `tensors` named; masters and EMA are copied in place."""
         master = self.masters[number]
         master.copy_(values["master"].reshape(master.shape))
-        if "ema" in values and number in self.ema:
-            self.ema[number].copy_(values["ema"].reshape(self.ema[number].shape))
+        if number in self.ema:  # an average that starts only now starts from the weights
+            self.ema[number].copy_(values.get("ema", values["master"]).reshape(self.ema[number].shape))
         state = {k.removeprefix("optim/"): v for k, v in values.items() if k.startswith("optim/")}
         if state:
             self.optimizer.state[master] = state
@@ -149,10 +158,10 @@ class HeldState:
             described: dict[str, Any] = {}
             for key, value in self.tensors(number):
                 if isinstance(value, torch.Tensor):
-                    described[key] = [str(value.dtype).removeprefix("torch."), list(value.shape)]
+                    described[key] = {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
                     parts.append(value.detach().to(self.flat.device).contiguous().reshape(-1).view(torch.uint8))
                 else:
-                    described[key] = value
+                    described[key] = {"value": value}
             header.append(described)
         payload = torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8, device=self.flat.device)
         return json.dumps(header).encode(), payload
@@ -163,10 +172,10 @@ class HeldState:
         for number, described in zip(range(lo, hi), json.loads(header), strict=True):
             values: State = {}
             for key, spec in described.items():
-                if not isinstance(spec, list):
-                    values[key] = spec
+                if "value" in spec:
+                    values[key] = spec["value"]
                     continue
-                dtype, shape = _DTYPES[spec[0]], spec[1]
+                dtype, shape = _DTYPES[spec["dtype"]], spec["shape"]
                 size = dtype.itemsize * int(torch.Size(shape).numel())
                 # clone: the payload's offset need not be aligned for the dtype, and the payload is let go
                 values[key] = payload[at : at + size].clone().view(dtype).view(shape)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from elastictrain.engine.space import Entry, Space
+from elastictrain.errors import RecipeError
 from elastictrain.tree import Node, path_up
 
 
@@ -76,11 +77,17 @@ class LaneTree:
         return torch.zeros(self._space.active_elements, dtype=torch.float32, device=self._device)
 
     def _take(self, parameter: nn.Parameter) -> None:
-        self.interrupted()
+        # Taken before anything can raise: what stayed in .grad would be added to the next lane's gradient.
         gradient = parameter.grad
         parameter.grad = None
+        self.interrupted()
         if gradient is None:
             return
+        if parameter in self._seen:
+            raise RecipeError(
+                f"parameter {self._entries[parameter].name!r} gets its gradient in several parts in one backward pass; "
+                "with activation checkpointing of a shared weight pass use_reentrant=False, and leave backward() to us"
+            )
         self._seen.add(parameter)
         if gradient.is_sparse:
             gradient = gradient.to_dense()

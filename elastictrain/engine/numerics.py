@@ -48,7 +48,7 @@ def capture(numerics: Numerics, device: torch.device) -> dict[str, str]:
     """The facts that two processes must share to compute the same bits."""
     on_cuda = device.type == "cuda"
     return {
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "device": torch.cuda.get_device_name(device) if on_cuda else "CPU",
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": str(numerics.threads),

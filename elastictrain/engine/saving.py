@@ -22,6 +22,7 @@ from elastictrain.errors import CheckpointMismatch, CorruptCheckpoint
 from elastictrain.job import Checkpoint
 from elastictrain.layout import Shard
 from elastictrain_checkpoint import (
+    AlreadyCommitted,
     CheckpointError,
     CorruptData,
     PackWriter,
@@ -32,6 +33,7 @@ from elastictrain_checkpoint import (
     block_hashes,
     combine_digest,
     commit,
+    discard,
     load,
     prune,
 )
@@ -120,12 +122,17 @@ def stored_aliases(aliases: Mapping[str, str]) -> dict[str, str]:
 # --- saving ---
 
 
+def open_store(settings: Checkpoint) -> Store:
+    """The store of a job's checkpoints."""
+    return Store(settings.path, storage_options=settings.storage_options)
+
+
 class Saver:
     """Writes this worker's share of a checkpoint, and commits it when all shares are known to be durable."""
 
     def __init__(self, settings: Checkpoint) -> None:
         self._settings = settings
-        self._store = Store(settings.path, **settings.storage_options)
+        self._store = open_store(settings)
 
     def write(self, owned: Owned, *, step: int, generation: int, worker: int) -> dict[str, Any]:
         """Make this worker's packs durable. Returns its share as JSON data, to be gathered with the next vote."""
@@ -148,17 +155,22 @@ class Saver:
     ) -> str:
         """Create the manifest: from here on the checkpoint exists. Returns its path."""
         numbers = {name: value for share in shares for name, value in share["numbers"].items()}
-        manifest = commit(
-            self._store,
-            step=step,
-            attempt=shares[0]["attempt"],
-            generation=generation,
-            parts=[Part.from_json(share["part"]) for share in shares],
-            tree={**tree, "numbers": numbers},
-            aliases=stored_aliases(aliases),
-            info=dict(info),
-        )
-        prune(self._store, keep=self._settings.keep)
+        facts: dict[str, Any] = {
+            "step": step,
+            "attempt": shares[0]["attempt"],
+            "generation": generation,
+            "parts": [Part.from_json(share["part"]) for share in shares],
+            "tree": {**tree, "numbers": numbers},
+            "aliases": stored_aliases(aliases),
+            "info": dict(info),
+        }
+        try:
+            manifest = commit(self._store, **facts)
+        except (AlreadyCommitted, CorruptData):
+            # The job went back before this step, so what is stored there is damaged or has not happened.
+            discard(self._store, step)
+            manifest = commit(self._store, **facts)
+        prune(self._store, keep=self._settings.keep, verified={step})
         return f"{self._settings.path.rstrip('/')}/step-{manifest.step:08d}"
 
 
@@ -167,7 +179,7 @@ class Saver:
 
 def open_checkpoint(settings: Checkpoint, step: int) -> Reader:
     """A reader of one committed step. Raises CorruptCheckpoint when it cannot be believed."""
-    store = Store(settings.path, **settings.storage_options)
+    store = open_store(settings)
     try:
         return Reader(store, load(store, step))
     except CheckpointError as error:
@@ -190,17 +202,36 @@ def model_differences(flat: FlatModel, reader: Reader) -> list[str]:
     return found
 
 
+def optimizer_differences(held: HeldState, reader: Reader) -> list[str]:
+    """What the job's optimizer needs to find and the checkpoint has not; sentences. A checkpoint without any optimizer
+    state (imported weights) is a fresh start and differs in nothing.
+    """
+    found: dict[str, set[str]] = {}
+    for stored in [*reader.tensors, *reader.tree.get("numbers", {})]:
+        if stored.startswith("optim/"):
+            name, _, key = stored.removeprefix("optim/").rpartition("/")
+            found.setdefault(name, set()).add(key)
+    if not found:
+        return []
+    return [
+        f"optimizer {type(held.optimizer).__name__} needs {', '.join(sorted(wanted))} for {name}, the checkpoint has "
+        f"{', '.join(sorted(found.get(name, ()))) or 'nothing'}"
+        for name, wanted in held.state_keys().items()
+        if wanted - found.get(name, set())
+    ]
+
+
 def restore(flat: FlatModel, held: HeldState, reader: Reader) -> None:
     """Fill every held block, and the counters, from a checkpoint; the parameters of other blocks come by gather.
 
     Raises CheckpointMismatch listing what differs, and CorruptCheckpoint naming what is damaged.
     """
-    problems = model_differences(flat, reader)
+    problems = model_differences(flat, reader) or optimizer_differences(held, reader)
     if problems:
         shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
         raise CheckpointMismatch(
-            f"the checkpoint does not belong to this model:\n  {shown}\n"
-            "use another checkpoint.path, or the model it was made with"
+            f"the checkpoint does not belong to this job:\n  {shown}\n"
+            "use another checkpoint.path, or the model and the optimizer it was made with"
         )
     numbers = reader.tree.get("numbers", {})
     try:

@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ from elastictrain.engine.vote import FLAG_PAUSE, Tally, VoteFormat
 from elastictrain.engine.worker_model import WorkerModel, hook
 from elastictrain.errors import CorruptCheckpoint, ElasticTrainError, InternalError, PeerLost, UserError
 from elastictrain.job import Job
-from elastictrain.layout import Layout
+from elastictrain.layout import Layout, Shard
 from elastictrain.protocol import FormPlan, ParkReport
 
 FIRST_STEP_DEADLINE_S = 600.0
@@ -64,11 +64,13 @@ class Session:
         emit: Callable[[ev.Event | Row], None],
         probes: Probes | None = None,
         data_fingerprint: Mapping[str, Any] | None = None,
+        stages: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.job, self.worker, self.model, self.batches = job, worker, model, batches
         self.device, self.host, self.emit = device, host, emit
         self.probes = probes or Probes(worker, ())
         self.data_fingerprint = dict(data_fingerprint or {})
+        self.stages = [dict(stage) for stage in stages]
         self.numerics = capture(job.numerics, device)
         self.tree = LaneTree(model.space, job.lanes, device, job.micro_batches)
         self.tree.watch(model.flat.model)
@@ -89,6 +91,22 @@ class Session:
         self._store_address = ""
         self._store: Any = None
         self._longest_s = 0.0
+
+    def rehearse(self) -> None:
+        """Run one lane and throw it away: imports, caches and the recipe's own errors come now and not in a step."""
+        pending = Pending(0, 0)
+        layout = Layout(
+            1, (self.worker,), (tuple(range(self.job.lanes)),), (Shard(0, 1, self.worker, None),), self.job.lanes
+        )
+        groups = GroupSet(None, generation=0, rank=0, world=1, device=self.device, host=self.host)
+        runner = StepRunner(
+            self.job, self.model.recipe, self.worker, layout, groups, self.model.flat, self.model.held, self.tree,
+            self.batches, probe=lambda _: None, check=lambda: None,
+        )  # fmt: skip
+        self.tree.interrupted = lambda: None
+        runner.run_lane(1, 0, pending, first=True, merge=False)
+        self.tree.abandon()
+        self.tree.interrupted = self.check
 
     # --- the control thread ---
 
@@ -279,6 +297,7 @@ class _Stepping:
             if self.first_step:  # one vote after the seal: what moved away is let go (R4)
                 s.model.held.keep_only(self.layout.held(s.worker))
             tally = apply_step(s, pending, vote, self.runner.vote_format, self.plan.generation)
+            s.committed.row = s.row_of(tally, self.runner.seconds)
         self.runner.gather()
         s.committed.gathered_step = self.step
         self.runner.seconds["step_s"] = time.perf_counter() - started
@@ -365,8 +384,8 @@ class _Stepping:
             StepReport.shares(extras),
             step=report.step,
             generation=self.plan.generation,
-            tree={"step": report.step, "lanes": self.job.lanes, "seed": self.job.seed, "data": s.data_fingerprint,
-                  "numerics": s.numerics, "position": {"step": report.step}},
+            tree={"step": report.step, "seed": self.job.seed, "stages": s.stages, "data": s.data_fingerprint,
+                  "numerics": s.numerics},
             aliases=s.model.space.aliases,
             info={"world": self.layout.world_size},
         )  # fmt: skip

@@ -89,6 +89,12 @@ class Space:
                     f"parameter {name!r} is {tensor.dtype}; expected float32, bfloat16 or float16 parameters "
                     "(master weights are float32; set numerics.compute_dtype for the forward)"
                 )
+        for name, tensor in buffers.items():
+            if tensor.is_complex():
+                raise RecipeError(
+                    f"the persistent buffer {name!r} is {tensor.dtype}; keep it as two real buffers, or register a "
+                    "constant with persistent=False"
+                )
         self.counters = tuple(n for n, b in buffers.items() if not b.is_floating_point())
         self.transient = tuple(n for n, _ in model.named_buffers() if n not in persistent)
         self.entries: list[Entry] = []

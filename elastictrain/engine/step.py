@@ -110,7 +110,7 @@ class StepRunner:
     def _sum_locally(self, step: int, pending: Pending) -> None:
         with self._timed("compute"):
             for turn, lane in enumerate(self.layout.lanes[self.rank]):
-                self._lane(step, lane, pending, first=turn == 0, merge=True)
+                self.run_lane(step, lane, pending, first=turn == 0, merge=True)
         with self._timed("exchange"):
             nodes = [roots(lanes, self.layout.lane_count) for lanes in self.layout.lanes]
             received = self._exchange(nodes, between=lambda: self.probe("exchange"))
@@ -129,7 +129,7 @@ class StepRunner:
             mine = nodes[self.rank]
             with self._timed("compute"):
                 if mine:
-                    self._lane(step, mine[0].lo, pending, first=turn == 0, merge=False)
+                    self.run_lane(step, mine[0].lo, pending, first=turn == 0, merge=False)
             with self._timed("exchange"):
                 received = self._exchange(nodes, between=lambda: self.probe("exchange"))
                 for shard in self._owned:
@@ -195,7 +195,8 @@ class StepRunner:
 
     # --- one lane ---
 
-    def _lane(self, step: int, lane: int, pending: Pending, *, first: bool, merge: bool) -> None:
+    def run_lane(self, step: int, lane: int, pending: Pending, *, first: bool, merge: bool) -> None:
+        """Forward and backward of one lane; its gradient ends in the lane tree, its loss in `pending`."""
         self.check()
         batch = self.batches.batch(step, lane)
         self.flat.before_lane()
@@ -218,14 +219,15 @@ class StepRunner:
     def _loss(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
         """The loss sum of a lane, and its weight: (mean, 1) when the recipe returns a mean."""
         result = self.recipe.loss(self.flat.model, batch)
-        loss, weight = result if isinstance(result, tuple) else (result, 1.0 / self.job.micro_batches)
-        if not isinstance(result, tuple) and self.job.micro_batches > 1:
-            loss = loss / self.job.micro_batches
+        summed = isinstance(result, tuple) and len(result) == 2
+        loss, weight = result if summed else (result, 1.0 / self.job.micro_batches)
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             raise RecipeError(
                 "recipe.loss must return a scalar tensor (a mean) or a pair (sum, weight), "
                 f"got {type(loss).__name__}{tuple(loss.shape) if isinstance(loss, torch.Tensor) else ''}"
             )
+        if not summed and self.job.micro_batches > 1:
+            loss = loss / self.job.micro_batches
         return loss.reshape(()), float(weight)
 
     # --- vote, gather ---

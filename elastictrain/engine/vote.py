@@ -62,13 +62,14 @@ class Tally:
     @property
     def loss(self) -> float:
         """Mean loss of the step; NaN when it is not finite anywhere."""
-        if not all(map(math.isfinite, self.losses)) or self.weight == 0:
+        if self.bad_lanes or self.weight == 0:
             return math.nan
         return math.fsum(self.losses) / self.weight
 
     @property
     def bad_lanes(self) -> tuple[int, ...]:
-        return tuple(lane for lane, loss in enumerate(self.losses) if not math.isfinite(loss))
+        pairs = zip(self.losses, self.weights, strict=True)
+        return tuple(lane for lane, pair in enumerate(pairs) if not all(map(math.isfinite, pair)))
 
     @property
     def is_finite(self) -> bool:

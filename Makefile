@@ -1,0 +1,45 @@
+# Two commands: `make demo` sets up and runs the main job, `make test` sets up and passes every check.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test setup lint types layers unit processes ray bench clean
+
+demo: setup
+	$(BIN)/python examples/gpt/demo.py
+
+test: setup lint types layers unit processes ray
+
+setup: $(READY)
+
+# torch first and pinned: a range would fetch gigabytes of CUDA packages.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+lint:
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types:
+	$(BIN)/mypy
+
+layers:
+	$(BIN)/lint-imports
+
+unit:
+	$(BIN)/python -m pytest tests -m 'not processes and not ray'
+
+processes:
+	$(BIN)/python -m pytest tests -m processes
+
+ray:
+	$(BIN)/python -m pytest tests -m ray
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,172 @@
+"""The loop around the machine: journal, handle, perform. It knows no Ray; what it does to the world goes through
+`Effects`, which Ray actors implement in production and plain processes in tests.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from elastictrain.controller import commands as cmd
+from elastictrain.controller import events as ev
+from elastictrain.controller.journal import dump_event
+from elastictrain.controller.machine import Machine
+from elastictrain.controller.view import view
+from elastictrain.engine.host import Message
+from elastictrain.engine.session import Row
+from elastictrain.errors import ElasticTrainError
+from elastictrain.faults import Add, Drain, Fail, Kill
+
+POLL_S = 0.25
+STATUS_EVERY_S = 0.5
+
+
+class Effects(Protocol):
+    """What can be done to the world. None of these may block for long or raise: failures come back as events."""
+
+    def perform(self, command: cmd.Command) -> None: ...
+
+    def poll(self, timeout_s: float) -> Sequence[Message | cmd.Announce]:
+        """What has happened; returns as soon as there is something, or after `timeout_s`."""
+        ...
+
+
+class Journal(Protocol):
+    """Where events go before they are handled."""
+
+    def append(self, line: str) -> None: ...
+
+
+class Record(Protocol):
+    """Where a run writes what people read (`observe.RunDirectory` behind it)."""
+
+    def event(self, kind: str, data: Mapping[str, Any], generation: int | None) -> None: ...
+
+    def row(self, values: Mapping[str, Any]) -> None: ...
+
+    def status(self, values: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended. `outcome`: finished, failed or stopped."""
+
+    outcome: str
+    step: int
+    digest: str | None
+    error: str | None
+
+
+class Driver:
+    """Runs one machine to its end."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        effects: Effects,
+        record: Record,
+        journal: Journal,
+        *,
+        script: Sequence[Kill | Fail | Add | Drain] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.machine, self.effects, self.record, self.journal = machine, effects, record, journal
+        self._script = [fault for fault in script if isinstance(fault, Add | Drain)]
+        self._clock = clock
+        self._requests: queue.SimpleQueue[ev.Event] = queue.SimpleQueue()
+        self._outcome: Outcome | None = None
+        self._status_at_s = 0.0
+
+    def request(self, event: ev.Event) -> None:
+        """Hand in a user's request (add, drain, resize, stop) from any thread."""
+        self._requests.put(event)
+
+    def status(self) -> dict[str, Any]:
+        """The machine's view, for `elastictrain status`."""
+        return view(self.machine)
+
+    def run(self, begun: ev.Begun) -> Outcome:
+        """Until the run is over. An error of ours ends the run as failed instead of leaving workers behind."""
+        try:
+            self._handle(begun)
+            while self._outcome is None:
+                self._turn()
+        except ElasticTrainError as error:
+            self._abandon(f"{type(error).__name__}: {error}")
+        self._show(force=True)
+        assert self._outcome is not None
+        return self._outcome
+
+    def _abandon(self, error: str) -> None:
+        for worker in sorted(self.machine.core.ledger.workers):
+            self.effects.perform(cmd.Kill(worker, "the controller has failed"))
+        self.record.event("failed", {"error": error, "step": self.machine.core.ledger.published_step}, None)
+        self._outcome = Outcome("failed", self.machine.core.ledger.published_step, None, error)
+
+    def _turn(self) -> None:
+        deadline_s = self.machine.next_deadline_s()
+        wait_s = POLL_S if deadline_s is None else min(POLL_S, max(0.0, deadline_s - self._clock()))
+        for message in self.effects.poll(wait_s):
+            if isinstance(message, Row):
+                self.record.row(message.values)
+            elif isinstance(message, cmd.Announce):
+                self.record.event(message.kind, message.data, self.machine.generation or None)
+            else:
+                self._handle(message)
+        while not self._requests.empty():
+            self._handle(self._requests.get())
+        if deadline_s is not None and self._clock() >= deadline_s:
+            self._handle(ev.Tick(self._clock()))
+        self._show()
+
+    def _handle(self, event: ev.Event) -> None:
+        if self._outcome is not None:
+            return
+        stamped = replace(event, now_s=self._clock())
+        self.journal.append(dump_event(stamped))
+        for command in self.machine.handle(stamped):
+            self._perform(command)
+        if isinstance(stamped, ev.Progress):
+            self._follow_script(stamped.step)
+
+    def _follow_script(self, step: int) -> None:
+        due = [fault for fault in self._script if fault.step <= step]
+        self._script = [fault for fault in self._script if fault.step > step]
+        for fault in due:
+            self._handle(ev.AddRequested(0.0) if isinstance(fault, Add) else ev.DrainRequested(0.0, fault.worker))
+
+    def _perform(self, command: cmd.Command) -> None:
+        if isinstance(command, cmd.Announce):
+            self.record.event(command.kind, command.data, self.machine.generation or None)
+        elif isinstance(command, cmd.EndRun):
+            facts = {"step": command.step, "digest": command.digest, "error": command.error}
+            self.record.event(command.outcome, {k: v for k, v in facts.items() if v is not None}, None)
+            self._outcome = Outcome(command.outcome, command.step, command.digest, command.error)
+        else:
+            self.effects.perform(command)
+
+    def _show(self, *, force: bool = False) -> None:
+        now_s = self._clock()
+        if force or now_s - self._status_at_s >= STATUS_EVERY_S:
+            self._status_at_s = now_s
+            self.record.status(status_fields(self.status()))
+
+
+def status_fields(seen: Mapping[str, Any]) -> dict[str, Any]:
+    """The machine's view in the words of `observe.Status`."""
+    return {
+        "state": seen["phase"],
+        "step": seen["step"],
+        "steps": seen["steps"],
+        "generation": seen["generation"],
+        "world": seen["world"],
+        "lanes": {worker["worker"]: len(worker["lanes"]) for worker in seen["workers"]},
+        "held_once": seen["held_once"],
+        "spares": len(seen["spares"]),
+        "last_recovery": seen["last_recovery"],
+        "waiting": seen["reason"],
+        "error": seen["error"],
+    }

@@ -1,0 +1,210 @@
+"""`driver.Effects` on Ray actors: one function per command, each idempotent; failures come back as events.
+
+A worker's death is noticed through its long poll, which fails within some 50 ms of the process's end. A restart of an
+actor is not a restart of its state, so actors are never restarted by Ray: the controller starts another number.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError
+
+from elastictrain.controller import commands as cmd
+from elastictrain.controller import events as ev
+from elastictrain.engine.collective import Rendezvous
+from elastictrain.engine.host import Message, Ready
+from elastictrain.engine.numerics import differences
+from elastictrain.faults import Add, Drain, Fail, Kill, kills_for
+from elastictrain.job import Job
+from elastictrain.protocol import ParkReport, Stage
+from elastictrain_actors.worker_actor import WorkerActor
+
+LONG_POLL_S = 0.2
+SLOW_START_S = 20.0
+
+
+@dataclass(slots=True)
+class _Worker:
+    handle: Any
+    since_s: float
+    pid: int | None = None
+    node: str = ""
+    said_slow: bool = False
+
+
+class RayEffects:
+    """Workers as Ray actors. Used from one thread, the driver's."""
+
+    def __init__(
+        self,
+        job: Job,
+        faults: Sequence[Kill | Fail | Add | Drain],
+        stages: Sequence[Stage],
+        environment: Mapping[str, Any],
+    ) -> None:
+        self.job, self.faults, self.stages = job, faults, tuple(stages)
+        self._environment = dict(environment)
+        self._address = ray.util.get_node_ip_address()
+        self._node = ray.get_runtime_context().get_node_id()
+        self._rendezvous = Rendezvous(self._address)
+        self._workers: dict[int, _Worker] = {}
+        # What each reference is waited for: called with its result, or with the error instead.
+        self._pending: dict[Any, tuple[int, Callable[[int, Any], list[Message | cmd.Announce]]]] = {}
+        self._numerics: dict[str, str] | None = None
+        self._out: list[Message | cmd.Announce] = []
+
+    # --- commands ---
+
+    def perform(self, command: cmd.Command) -> None:
+        match command:
+            case cmd.StartWorker(worker):
+                self._start(worker)
+            case cmd.Form(plan):
+                plan = replace(plan, store=self._rendezvous.address)
+                for worker in plan.layout.workers:
+                    self._call(worker, "form", plan)
+            case cmd.Park(generation, workers):
+                for worker in workers:
+                    self._call(worker, "park", generation, then=lambda w, r: self._parked(generation, w, r))
+            case cmd.AskPause(generation, worker):
+                self._call(worker, "ask_pause", generation)
+            case cmd.Retire(worker):
+                self._call(worker, "retire")
+                self._forget(worker)
+            case cmd.Kill(worker, _):
+                self._kill(worker)
+
+    def _start(self, worker: int) -> None:
+        options: dict[str, Any] = {
+            "num_cpus": self.job.workers.cpus,
+            "num_gpus": self.job.workers.gpus,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "max_concurrency": 8,
+        }
+        if self._environment:
+            options["runtime_env"] = self._environment
+        handle = ray.remote(WorkerActor).options(**options).remote(worker)
+        self._workers[worker] = _Worker(handle, time.monotonic())
+        self._call(worker, "prepare", self.job, kills_for(self.faults, worker), self.stages, then=self._prepared)
+
+    def _kill(self, worker: int) -> None:
+        facts = self._workers.get(worker)
+        if facts is None:
+            return
+        if facts.pid is not None and facts.node == self._node:
+            # ray.kill leaves a stopped process alive; SIGKILL does not.
+            with suppress(ProcessLookupError):
+                os.kill(facts.pid, signal.SIGKILL)
+        ray.kill(facts.handle, no_restart=True)
+
+    def _call(self, worker: int, method: str, *arguments: Any, then: Any = None) -> None:
+        facts = self._workers.get(worker)
+        if facts is None:
+            return
+        reference = getattr(facts.handle, method).remote(*arguments)
+        self._pending[reference] = (worker, then or (lambda *_: []))
+
+    # --- what comes back ---
+
+    def poll(self, timeout_s: float) -> Sequence[Message | cmd.Announce]:
+        if self._pending and not self._out:
+            ready, _ = ray.wait(list(self._pending), num_returns=1, timeout=timeout_s)
+            if ready:  # take whatever else is there, in one turn
+                ready, _ = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=0)
+            for reference in ready:
+                if reference in self._pending:
+                    worker, then = self._pending.pop(reference)
+                    self._out += self._result(reference, worker, then)
+        found, self._out = [*self._out, *self._slow_starts()], []
+        return found
+
+    def _slow_starts(self) -> list[cmd.Announce]:
+        """Workers for which the cluster has had no room for a while: say what is asked and what is free."""
+        found = []
+        for worker, facts in self._workers.items():
+            if facts.pid is None and not facts.said_slow and time.monotonic() - facts.since_s > SLOW_START_S:
+                facts.said_slow = True
+                asked = {"cpus": self.job.workers.cpus, "gpus": self.job.workers.gpus}
+                free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
+                found.append(cmd.Announce("slow_start", {"worker": worker, "asked": asked, "free": free}))
+        return found
+
+    def _result(self, reference: Any, worker: int, then: Any) -> list[Message | cmd.Announce]:
+        try:
+            result = ray.get(reference)
+        except RayActorError as error:
+            return self._died(worker, error)
+        except RayError as error:
+            if worker in self._workers:
+                self._kill(worker)
+            return [] if worker not in self._workers else self._died(worker, error)
+        return list(then(worker, result))
+
+    def _died(self, worker: int, error: Exception) -> list[Message | cmd.Announce]:
+        if worker not in self._workers:
+            return []
+        self._forget(worker)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        cause = next((line for line in lines if "exit" in line.lower() or "killed" in line.lower()), lines[:1] or [""])
+        return [ev.WorkerDied(0.0, worker, cause if isinstance(cause, str) else cause[0])]
+
+    def _forget(self, worker: int) -> None:
+        self._workers.pop(worker, None)
+        self._pending = {ref: item for ref, item in self._pending.items() if item[0] != worker}
+
+    def _prepared(self, worker: int, result: Any) -> list[Message | cmd.Announce]:
+        if not isinstance(result[0], Ready):
+            self._kill(worker)
+            self._forget(worker)
+            return [ev.WorkerStartFailed(0.0, worker, result[0], result[1])]
+        ready, node, _ = result
+        facts = self._workers[worker]
+        facts.pid, facts.node = ready.pid, node
+        refusal = self._compare(worker, ready)
+        if refusal:
+            self._kill(worker)
+            self._forget(worker)
+            return [ev.WorkerStartFailed(0.0, worker, refusal, True)]
+        self._poll_again(worker)
+        seconds = {name: round(value, 3) for name, value in ready.prepared_s.items()}
+        return [
+            cmd.Announce("worker_ready", {"worker": worker, "pid": ready.pid, "domain": node, "prepared_s": seconds}),
+            ev.WorkerReady(0.0, worker, node, ready.memory_bytes),
+        ]
+
+    def _compare(self, worker: int, ready: Ready) -> str | None:
+        """The first worker's numerics are the run's; a difference is said, and refused only if the job asks for it."""
+        if self._numerics is None:
+            self._numerics = ready.numerics
+        found = differences(self._numerics, ready.numerics, f"worker {worker}")
+        if found:
+            self._out.append(cmd.Announce("numerics_differ", {"worker": worker, "differences": found}))
+        return (
+            f"ConfigError: {'; '.join(found)} (numerics.strict is set)" if found and self.job.numerics.strict else None
+        )
+
+    def _poll_again(self, worker: int) -> None:
+        self._call(worker, "next_messages", LONG_POLL_S, then=self._messages)
+
+    def _messages(self, worker: int, messages: list[Message]) -> list[Message]:
+        self._poll_again(worker)
+        return messages
+
+    def _parked(self, generation: int, worker: int, report: ParkReport) -> list[Message]:
+        del worker
+        return [ev.WorkerParked(0.0, generation, report)]
+
+    def close(self) -> None:
+        """End whatever is left."""
+        for worker in list(self._workers):
+            self._kill(worker)
+            self._forget(worker)

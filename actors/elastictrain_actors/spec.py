@@ -1,0 +1,29 @@
+"""From a job and what is known of its model to what the controller must know."""
+
+from __future__ import annotations
+
+from elastictrain.controller.facts import MachineSpec
+from elastictrain.engine.worker_model import ModelFacts
+from elastictrain.job import Job
+
+
+def machine_spec(job: Job, facts: ModelFacts) -> MachineSpec:
+    """The controller's fixed facts of a run."""
+    workers = job.workers
+    return MachineSpec(
+        lane_count=job.lanes,
+        steps=job.steps,
+        block_elements=facts.block_elements,
+        min_workers=workers.min,
+        max_workers=workers.max,
+        initial_workers=workers.initial,
+        spares=workers.spares,
+        replace=workers.replace,
+        mirrors=job.mirrors,
+        lane_order="contiguous" if job.gradients == "sum" else "round_major",
+        lane_shares=workers.lane_shares,
+        block_shares=workers.block_shares,
+        fixed_bytes=facts.fixed_bytes,
+        bytes_per_held_element=facts.bytes_per_held_element,
+        checkpoint=job.checkpoint is not None,
+    )

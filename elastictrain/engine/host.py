@@ -1,0 +1,182 @@
+"""A worker process from the inside, whoever started it: prepare, then serve a session and hand out its events.
+
+The Ray actor and the local multi-process tests host the same object.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+
+import torch
+
+from elastictrain.controller import events as ev
+from elastictrain.data import LaneReader, Source, open_source
+from elastictrain.data.feeder import Feeder
+from elastictrain.engine.numerics import apply_numerics
+from elastictrain.engine.probes import Probes
+from elastictrain.engine.session import Row, Session
+from elastictrain.engine.step import lane_seed
+from elastictrain.engine.worker_model import build
+from elastictrain.errors import ClusterError, ElasticTrainError
+from elastictrain.faults import Fail, Kill
+from elastictrain.job import Job
+from elastictrain.protocol import FormPlan, ParkReport, Stage
+
+Message = ev.Event | Row
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What a prepared worker says of itself."""
+
+    worker: int
+    pid: int
+    numerics: dict[str, str]
+    fingerprint: dict[str, object]
+    memory_bytes: int | None
+    prepared_s: dict[str, float]
+
+
+class Outbox:
+    """Events wait here until they are fetched; a long poll ends as soon as there is one."""
+
+    def __init__(self) -> None:
+        self._messages: list[Message] = []
+        self._changed = threading.Condition()
+
+    def put(self, message: Message) -> None:
+        with self._changed:
+            self._messages.append(message)
+            # Rows ride along with the next event or the end of the poll: metrics must not cost a call per step.
+            if not isinstance(message, Row | ev.Progress):
+                self._changed.notify_all()
+
+    def take(self, timeout_s: float) -> list[Message]:
+        """All that waits; blocks up to `timeout_s` until something urgent comes."""
+
+        def urgent() -> bool:
+            return any(not isinstance(m, Row | ev.Progress) for m in self._messages)
+
+        with self._changed:
+            self._changed.wait_for(urgent, timeout=timeout_s)
+            messages, self._messages = self._messages, []
+            return messages
+
+
+class StageFeeder:
+    """Batches of one stage, asked for by the run's steps."""
+
+    def __init__(self, feeder: Feeder, from_step: int) -> None:
+        self._feeder, self._from_step = feeder, from_step
+
+    def batch(self, step: int, lane: int) -> Mapping[str, torch.Tensor]:
+        return self._feeder.batch(self._position(step), lane)
+
+    def expect(self, upcoming: Iterable[tuple[int, int]]) -> None:
+        """Say which (step, lane) come next, so that they are read ahead."""
+        self._feeder.expect([(self._position(step), lane) for step, lane in upcoming])
+
+    def _position(self, step: int) -> int:
+        """Step 1 of a run is position 0 of its first stage."""
+        return max(0, step - 1 - self._from_step)
+
+
+def first_stage(job: Job) -> Stage:
+    """The stage that a new run starts with."""
+    return Stage(0, 0, job.lanes, job.lane_batch_size)
+
+
+def open_stage(job: Job, stage: Stage) -> Source:
+    """The job's data in the order of a stage; later stages have seeds of their own, so that they repeat nothing."""
+    seed = job.seed if stage.index == 0 else lane_seed(job.seed, 0, stage.index)
+    return open_source(job.data, seed=seed, lanes=job.lanes, lane_batch_size=job.lane_batch_size)
+
+
+class WorkerHost:
+    """Prepares a worker (model, data, a trial lane) and runs its training thread."""
+
+    def __init__(
+        self, job: Job, worker: int, *, host: str, faults: Iterable[Kill | Fail] = (), stages: Sequence[Stage] = ()
+    ) -> None:
+        self.job, self.worker, self.host = job, worker, host
+        self.stages = tuple(stages) or (first_stage(job),)
+        self.outbox = Outbox()
+        self._probes = Probes(worker, faults)
+        self._session: Session | None = None
+        self._thread: threading.Thread | None = None
+
+    def prepare(self) -> Ready:
+        """Everything that can be done before a plan comes, so that joining costs the others as little as possible.
+
+        Raises the error that keeps this worker from starting.
+        """
+        marks = [("start", time.perf_counter())]
+        device = apply_numerics(self.job.numerics)
+        model = build(self.job, device)
+        marks.append(("model_s", time.perf_counter()))
+        source = open_stage(self.job, self.stages[-1])
+        feeder = StageFeeder(Feeder(LaneReader(source), device), self.stages[-1].from_step)
+        marks.append(("data_s", time.perf_counter()))
+        session = Session(
+            self.job,
+            self.worker,
+            model,
+            feeder,
+            device=device,
+            host=self.host,
+            emit=self.outbox.put,
+            probes=self._probes,
+            data_fingerprint=source.fingerprint,
+            stages=[asdict(stage) for stage in self.stages],
+        )
+        session.rehearse()
+        marks.append(("trial_lane_s", time.perf_counter()))
+        self._session = session
+        self._thread = threading.Thread(target=session.run, name="elastictrain-training", daemon=True)
+        self._thread.start()
+        return Ready(
+            worker=self.worker,
+            pid=os.getpid(),
+            numerics=session.numerics,
+            fingerprint=dict(source.fingerprint),
+            memory_bytes=_device_memory_bytes(device),
+            prepared_s={name: at - before for (_, before), (name, at) in pairwise(marks)},
+        )
+
+    @property
+    def session(self) -> Session:
+        if self._session is None:
+            raise ClusterError(f"worker {self.worker} was asked to work before it was prepared")
+        return self._session
+
+    def form(self, plan: FormPlan) -> None:
+        self.session.form(plan)
+
+    def park(self, generation: int) -> ParkReport:
+        return self.session.park(generation)
+
+    def ask_pause(self, generation: int) -> None:
+        self.session.ask_pause(generation)
+
+    def stop(self) -> None:
+        """End the training thread; the process may then go."""
+        if self._session is not None:
+            self._session.stop()
+
+
+def start_error(error: BaseException) -> tuple[str, bool]:
+    """(message, whether another try would fail alike) for an exception out of `prepare`."""
+    if isinstance(error, ElasticTrainError):
+        return f"{type(error).__name__}: {error}", not isinstance(error, ClusterError)
+    return "".join(traceback.format_exception(error)), not isinstance(error, OSError | MemoryError)
+
+
+def _device_memory_bytes(device: torch.device) -> int | None:
+    """Memory the job may use: a CUDA device's; on a CPU several workers share the host, and nobody can promise it."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None

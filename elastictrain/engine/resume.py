@@ -1,0 +1,149 @@
+"""Where a run starts: at the recipe's initial state, or at a checkpoint that belongs to this job."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from elastictrain.data import fingerprint_difference
+from elastictrain.engine.host import first_stage, open_stage
+from elastictrain.engine.saving import open_store
+from elastictrain.errors import CheckpointMismatch, ConfigError, CorruptCheckpoint, DataError
+from elastictrain.job import Job
+from elastictrain.protocol import Restore, Stage
+from elastictrain_checkpoint import CheckpointError, Manifest, Skipped, Store, list_steps, load, newest, verify
+
+_ABOUT_ORDER = ("lanes", "lane_batch_size", "seed")
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """`restore`: the state to begin with. `checkpoints`: the whole ones that are known, ascending. `stages`: of the
+    data order, the last one in force. `notes`: lines for events.jsonl.
+    """
+
+    restore: Restore
+    checkpoints: tuple[tuple[int, str], ...]
+    stages: tuple[Stage, ...]
+    notes: tuple[tuple[str, dict[str, Any]], ...] = ()
+    resumed: bool = False
+
+
+def find_start(job: Job, *, resume: bool, step: int | None = None) -> Start:
+    """Decide where the run starts, and check that its data can be read.
+
+    A new run refuses a checkpoint folder that holds another run's checkpoints. A resumed one takes the newest (or
+    `step`), verifies every byte of it, and refuses when it is damaged (naming what, and which older one is good), when
+    the data have changed, or when it belongs to another job. Raises UserError or CorruptCheckpoint.
+    """
+    if job.checkpoint is None:
+        if resume:
+            raise ConfigError(
+                "--resume: the job has no checkpoint setting, so there is nothing to go on from; set checkpoint.path"
+            )
+        open_stage(job, first_stage(job)).close()
+        return Start(Restore(0, None), (), (first_stage(job),))
+    store = open_store(job.checkpoint)
+    steps = sorted(list_steps(store))
+    if not resume:
+        if steps:
+            raise ConfigError(
+                f"checkpoint.path={job.checkpoint.path!r} already holds checkpoints (steps {_some(steps)}); go on with "
+                "them (--resume), or set checkpoint.path to an empty folder"
+            )
+        open_stage(job, first_stage(job)).close()
+        return Start(Restore(0, None), (), (first_stage(job),))
+    manifest = _chosen(store, job, steps, step)
+    _verify(store, manifest, steps)
+    stages, notes = _stages(job, manifest)
+    _check_data(job, manifest, stages[-1])
+    path = f"{job.checkpoint.path.rstrip('/')}/step-{manifest.step:08d}"
+    known = tuple((s, path.rpartition("/")[0] + f"/step-{s:08d}") for s in steps if s <= manifest.step)
+    return Start(Restore(manifest.step, path), known, stages, tuple(notes), resumed=True)
+
+
+def _some(steps: list[int]) -> str:
+    return ", ".join(map(str, steps[-5:])) if steps else "none"
+
+
+def _chosen(store: Store, job: Job, steps: list[int], step: int | None) -> Manifest:
+    assert job.checkpoint is not None
+    if step is not None:
+        if step not in steps:
+            raise ConfigError(
+                f"--resume-step {step}: {job.checkpoint.path} has steps {_some(steps)}; choose one of them"
+            )
+        try:
+            return load(store, step)
+        except CheckpointError as error:
+            raise CorruptCheckpoint(f"checkpoint step {step}: {error}") from error
+    skipped: list[Skipped] = []
+    found = newest(store, skipped)
+    if skipped:
+        older = f"; the newest whole one is step {found.step}: take it with --resume-step {found.step}" if found else ""
+        raise CorruptCheckpoint(f"checkpoint step {skipped[0].step} is damaged: {skipped[0].why}{older}")
+    if found is None:
+        raise ConfigError(
+            f"--resume: {job.checkpoint.path} holds no checkpoint yet; start without --resume, or set checkpoint.path"
+        )
+    return found
+
+
+def _verify(store: Store, manifest: Manifest, steps: list[int]) -> None:
+    problems = verify(store, manifest)
+    if not problems:
+        return
+    older = next((s for s in reversed(steps) if s < manifest.step and _is_sound(store, s)), None)
+    offer = (
+        f"take the older step {older} with --resume-step {older}"
+        if older is not None
+        else "there is no older one that is whole"
+    )
+    shown = "; ".join(problem.message for problem in problems[:3])
+    raise CorruptCheckpoint(f"checkpoint step {manifest.step} in {store.url} is damaged and refused: {shown}; {offer}")
+
+
+def _is_sound(store: Store, step: int) -> bool:
+    try:
+        return not verify(store, load(store, step))
+    except CheckpointError:
+        return False
+
+
+def _stages(job: Job, manifest: Manifest) -> tuple[tuple[Stage, ...], list[tuple[str, dict[str, Any]]]]:
+    """The stages so far; a new one when the number of lanes or the lane batch size has changed."""
+    tree: Mapping[str, Any] = manifest.tree or {}
+    if "stages" not in tree:
+        raise CheckpointMismatch(
+            f"checkpoint step {manifest.step} was not written by a run of elastictrain: it has no stages"
+        )
+    if tree.get("seed") != job.seed:
+        raise CheckpointMismatch(
+            f"seed={job.seed}, but checkpoint step {manifest.step} was made with seed={tree.get('seed')}; set seed to "
+            "that"
+        )
+    stages = tuple(Stage(**stage) for stage in tree["stages"])
+    last = stages[-1]
+    if (last.lanes, last.lane_batch_size) == (job.lanes, job.lane_batch_size):
+        return stages, []
+    new = Stage(last.index + 1, manifest.step, job.lanes, job.lane_batch_size)
+    said = {"stage": new.index, "step": manifest.step, "lanes_before": last.lanes, "lanes": job.lanes,
+            "lane_batch_size_before": last.lane_batch_size, "lane_batch_size": job.lane_batch_size}  # fmt: skip
+    return (*stages, new), [("stage", said)]
+
+
+def _check_data(job: Job, manifest: Manifest, stage: Stage) -> None:
+    source = open_stage(job, stage)
+    try:
+        stored = {k: v for k, v in dict(manifest.tree.get("data", {})).items() if k not in (*_ABOUT_ORDER, "hash")}
+        now = {k: v for k, v in source.fingerprint.items() if k not in (*_ABOUT_ORDER, "hash")}
+        changes = fingerprint_difference(stored, now)
+    finally:
+        source.close()
+    if changes:
+        shown = "\n  ".join(changes[:10])
+        raise DataError(
+            f"the data have changed since checkpoint step {manifest.step}:\n  {shown}\nput the data back, or start a new "
+            "run (another checkpoint.path)"
+        )

@@ -1,0 +1,166 @@
+"""Running a job: check it, find where it starts, bring up Ray where there is none, and watch the controller.
+
+`et.run(job)` and `elastictrain run job.yaml` are this one function.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from elastictrain import errors
+from elastictrain.engine.resume import Start, find_start
+from elastictrain.engine.worker_model import inspect
+from elastictrain.errors import ConfigError, ElasticTrainError, RecipeError
+from elastictrain.faults import Add, Drain, Fail, Kill
+from elastictrain.job import Job
+from elastictrain.observe import Blind, Observer, RunDirectory, Summary, summarise
+from elastictrain.observe.rundir import latest_of
+from elastictrain_actors.cluster import check_gpus, connected
+from elastictrain_actors.controller_actor import RunOrder, start_controller, watch
+from elastictrain_actors.driver import Outcome
+
+Faults = Sequence[Kill | Fail | Add | Drain]
+
+
+def run(
+    job: Job,
+    *,
+    faults: Faults = (),
+    resume: bool = False,
+    resume_step: int | None = None,
+    observer: Observer | None = None,
+    address: str | None = None,
+) -> Summary:
+    """Train `job` to its last step and return what became of it.
+
+    `faults`: a script of faults to commit on the way. `resume`: go on from the newest checkpoint, in the job's run
+    directory; `resume_step` from that one. `address`: a Ray cluster; default RAY_ADDRESS, a Ray that this process is
+    already connected to, or an embedded one on this machine.
+
+    Raises UserError (the job, recipe or data), ClusterError (machines, storage), InternalError (us). A run that is
+    stopped (Ctrl-C) returns normally with outcome "stopped".
+    """
+    _check_faults(job, faults)
+    watcher = observer or Blind()
+    resuming = resume or resume_step is not None
+    with connected(job, address, lambda: inspect(job)) as (job, environment, facts):
+        check_gpus(job)
+        start = find_start(job, resume=resuming, step=resume_step)
+        folder = _open_run_directory(job, facts.parameters, start)
+        order = RunOrder(
+            job=job,
+            run_dir=str(folder),
+            facts=facts,
+            restore=start.restore,
+            checkpoints=start.checkpoints,
+            faults=tuple(faults),
+            environment=environment,
+            stages=start.stages,
+        )
+        outcome = _follow(order, watcher)
+    found = RunDirectory.open(folder)
+    summary = summarise(found)
+    _write_summary(folder, job, summary)
+    if outcome.outcome == "failed":
+        raise error_of(outcome.error or "unknown")
+    return summary
+
+
+def submit(job_file: str | Path, address: str, *, wait: bool = True) -> str:
+    """Hand a job file to a Ray cluster by its dashboard address; returns the submission id."""
+    from elastictrain_actors.submission import submit_job
+
+    return submit_job(job_file, address, wait=wait).submission_id
+
+
+def _check_faults(job: Job, faults: Faults) -> None:
+    adds = sum(isinstance(fault, Add) for fault in faults)
+    lost = sum(isinstance(fault, Kill) for fault in faults) if job.workers.replace else 0
+    numbers = job.workers.initial + job.workers.spares + adds + lost
+    for fault in faults:
+        if not isinstance(fault, Add) and fault.worker >= numbers:
+            raise ConfigError(
+                f"faults: {fault.do} worker {fault.worker} at step {fault.step}: the run has workers 0..{numbers - 1}; "
+                "name one of them"
+            )
+        if fault.step > job.steps:
+            raise ConfigError(f"faults: {fault.do} at step {fault.step}: the job ends at step {job.steps}")
+
+
+def _open_run_directory(job: Job, parameters: int, start: Start) -> Path:
+    """Make (or take up) the run directory and write its first line; the controller goes on with it."""
+    if start.resumed:
+        path = Path(job.run_dir) if job.run_dir is not None else latest_of(job.name)
+        folder = RunDirectory.resume(path, job)
+    else:
+        folder = RunDirectory.create(None, job)
+    with folder:
+        facts = {"name": job.name, "steps": job.steps, "workers": job.workers.initial, "parameters": parameters}
+        if start.resumed:
+            folder.event("run_resumed", facts | {"step": start.restore.step, "checkpoint": start.restore.checkpoint})
+        else:
+            folder.event("run_started", facts)
+        for kind, data in start.notes:
+            folder.event(kind, data)
+    return folder.path.absolute()
+
+
+def _follow(order: RunOrder, watcher: Observer) -> Outcome:
+    handle = start_controller(order)
+    shows: dict[str, Callable[[Any], None]] = {"event": watcher.event, "row": watcher.row, "status": watcher.update}
+
+    def stop() -> None:
+        handle.request.remote("stop", "stopped by the user (Ctrl-C)")
+
+    with _on_interrupt(stop):
+        return watch(handle, lambda kind, item: shows[kind](item))
+
+
+@contextmanager
+def _on_interrupt(stop: Any) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask for a stop at the next commit; a second one interrupts at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked = threading.Event()
+
+    def handler(number: int, frame: Any) -> None:
+        del number, frame
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        stop()
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def _write_summary(folder: Path, job: Job, summary: Summary) -> None:
+    with RunDirectory.resume(folder, job) as found:
+        found.write_summary(summary.line())
+        # A plot is a convenience: without matplotlib (or rows) the run is as good.
+        with suppress(ElasticTrainError, ImportError):
+            from elastictrain.observe.plot import plot_run
+
+            plot_run(found)
+
+
+def error_of(text: str) -> ElasticTrainError:
+    """The typed error behind a message "TypeName: text"; anything else came out of the recipe's own code."""
+    name, _, message = text.partition(": ")
+    kind = getattr(errors, name, None)
+    if isinstance(kind, type) and issubclass(kind, ElasticTrainError):
+        return kind(message)
+    return RecipeError(f"the recipe failed in a worker:\n{text}")
+
+
+__all__ = ["error_of", "run", "submit"]

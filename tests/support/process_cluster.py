@@ -1,0 +1,220 @@
+"""The real controller and the real engine on plain processes: everything but Ray. Starts in about a second, because the
+fork server has torch imported.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+from elastictrain_actors.driver import Driver, Outcome
+
+from elastictrain.controller import commands as cmd
+from elastictrain.controller import events as ev
+from elastictrain.controller.machine import Machine
+from elastictrain.engine.collective import Rendezvous
+from elastictrain.engine.host import Message, WorkerHost, start_error
+from elastictrain.engine.worker_model import inspect
+from elastictrain.faults import kills_for
+from elastictrain.job import Job
+from elastictrain.protocol import Restore
+from elastictrain_actors.spec import machine_spec
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "elastictrain.engine.host", "pyarrow.parquet"])
+SHARED_DOMAIN = "here"
+
+
+def worker_main(pipe: connection.Connection, job: Job, worker: int, faults: Sequence[Any], patch: Any) -> None:
+    """A worker process: commands come in, messages go out."""
+    os.environ["OMP_NUM_THREADS"] = str(job.numerics.threads)
+    if patch is not None:
+        patch()
+    host = WorkerHost(job, worker, host="127.0.0.1", faults=faults)
+    sending = threading.Lock()
+
+    def send(message: object) -> None:
+        with sending:
+            pipe.send(message)
+
+    try:
+        ready = host.prepare()
+    except BaseException as error:
+        text, user = start_error(error)
+        send(ev.WorkerStartFailed(0.0, worker, text, user))
+        return
+    send(ev.WorkerReady(0.0, worker, f"{SHARED_DOMAIN}-{worker}", ready.memory_bytes))
+
+    def pump() -> None:
+        while True:
+            for message in host.outbox.take(0.05):
+                send(message)
+
+    threading.Thread(target=pump, daemon=True).start()
+    while True:
+        command = pipe.recv()
+        if isinstance(command, cmd.Form):
+            host.form(command.plan)
+        elif isinstance(command, cmd.Park):
+            send(ev.WorkerParked(0.0, command.generation, host.park(command.generation)))
+        elif isinstance(command, cmd.AskPause):
+            host.ask_pause(command.generation)
+        else:
+            host.stop()
+            os._exit(0)
+
+
+class ProcessEffects:
+    """`driver.Effects` on processes."""
+
+    def __init__(self, job: Job, faults: Sequence[Any] = (), patch: Any = None) -> None:
+        self.job, self.faults, self.patch = job, faults, patch
+        self.rendezvous = Rendezvous()
+        self.pipes: dict[int, connection.Connection] = {}
+        self.processes: dict[int, Any] = {}
+
+    def perform(self, command: cmd.Command) -> None:
+        if isinstance(command, cmd.StartWorker):
+            self._start(command.worker)
+        elif isinstance(command, cmd.Form):
+            plan = replace(command.plan, store=self.rendezvous.address)
+            for worker in plan.layout.workers:
+                self._send(worker, cmd.Form(plan))
+        elif isinstance(command, cmd.Park):
+            for worker in command.workers:
+                self._send(worker, command)
+        elif isinstance(command, cmd.AskPause | cmd.Retire):
+            self._send(command.worker, command)
+        elif isinstance(command, cmd.Kill) and command.worker in self.processes:
+            os.kill(self.processes[command.worker].pid, signal.SIGKILL)
+
+    def _start(self, worker: int) -> None:
+        ours, theirs = _context.Pipe()
+        arguments = (theirs, self.job, worker, kills_for(self.faults, worker), self.patch)
+        process = _context.Process(target=worker_main, args=arguments, daemon=True)
+        process.start()
+        theirs.close()
+        self.pipes[worker], self.processes[worker] = ours, process
+
+    def _send(self, worker: int, command: cmd.Command) -> None:
+        try:
+            self.pipes[worker].send(command)
+        except (OSError, KeyError):
+            pass  # it is dying; its sentinel says so
+
+    def poll(self, timeout_s: float) -> list[Message]:
+        by_pipe = {pipe: worker for worker, pipe in self.pipes.items()}
+        by_sentinel = {process.sentinel: worker for worker, process in self.processes.items()}
+        found: list[Message] = []
+        for ready in connection.wait([*by_pipe, *by_sentinel], timeout_s):
+            if ready in by_pipe:
+                found += self._drain(by_pipe[ready])
+        for ready in connection.wait([*by_sentinel], 0):
+            worker = by_sentinel[ready]
+            found += self._drain(worker)
+            self.processes.pop(worker).join()
+            self.pipes.pop(worker, None)
+            found.append(ev.WorkerDied(0.0, worker, "process ended"))
+        return found
+
+    def _drain(self, worker: int) -> list[Message]:
+        pipe, found = self.pipes.get(worker), []
+        try:
+            while pipe is not None and pipe.poll():
+                found.append(pipe.recv())
+        except (EOFError, OSError):
+            self.pipes.pop(worker, None)
+        return found
+
+    def close(self) -> None:
+        for process in self.processes.values():
+            process.kill()
+            process.join()
+
+
+@dataclass
+class MemoryRecord:
+    """`driver.Record` in lists."""
+
+    events: list[tuple[str, dict[str, Any], int | None]] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def event(self, kind: str, data: Any, generation: int | None) -> None:
+        self.events.append((kind, dict(data), generation))
+
+    def row(self, values: Any) -> None:
+        self.rows.append(dict(values))
+
+    def status(self, values: Any) -> None:
+        self.last_status = dict(values)
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [data for k, data, _ in self.events if k == kind]
+
+
+class MemoryJournal(list[str]):
+    """`driver.Journal` in a list."""
+
+
+@dataclass
+class Run:
+    outcome: Outcome
+    record: MemoryRecord
+    journal: list[str]
+    machine: Machine
+
+    @property
+    def digest(self) -> str:
+        assert self.outcome.digest is not None, (self.outcome, self.record.events[-8:])
+        return self.outcome.digest
+
+    @property
+    def losses(self) -> dict[int, float | None]:
+        return {row["step"]: row["loss"] for row in self.record.rows}
+
+
+def run_job(
+    job: Job, faults: Sequence[Any] = (), *, restore: Restore | None = None, patch: Any = None, **spec: Any
+) -> Run:
+    """Run a job to its end on processes. `patch` is called in every worker first (to plant bugs)."""
+    machine = Machine(replace(machine_spec(job, inspect(job)), **spec))
+    effects = ProcessEffects(job, faults, patch)
+    record, journal = MemoryRecord(), MemoryJournal()
+    try:
+        driver = Driver(machine, effects, record, journal, script=faults)
+        outcome = driver.run(ev.Begun(0.0, restore or Restore(0, None)))
+    finally:
+        effects.close()
+    return Run(outcome, record, journal, machine)
+
+
+def write_text(folder: Path, *, rows: int = 400, group: int = 40) -> str:
+    """A small Parquet file of text, deterministic; returns its path."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = [f"row {i}: " + " ".join(str((i * k) % 97) for k in range(1, 30)) for i in range(rows)]
+    path = folder / "text.parquet"
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=group)
+    return str(path)
+
+
+def byte_job(folder: Path, workers: int = 3, **settings: Any) -> Job:
+    """The standard small job of these tests."""
+    base: dict[str, Any] = {
+        "recipe": f"{Path(__file__).parent / 'recipes.py'}:Bytes",
+        "data": {"kind": "parquet", "path": write_text(folder), "text_column": "text", "sequence_length": 32},
+        "lanes": 11,
+        "lane_batch_size": 2,
+        "steps": 8,
+        "clip_grad_norm": 0.5,
+        "workers": {"max": workers, "replace": False},
+    }
+    return Job(**(base | settings))
