@@ -65,7 +65,7 @@ class Block:
 
 
 def default_block_elements(elements: int) -> int:
-    """A power of two from 4096 on that gives at most 4096 blocks; a function of the model's size alone."""
+    """A power of two from 4096 on that gives at most 4096 full blocks; a function of the model's size alone."""
     size = MIN_BLOCK_ELEMENTS
     while elements > size * MAX_BLOCKS:
         size *= 2
@@ -89,10 +89,10 @@ class Space:
                     f"parameter {name!r} is {tensor.dtype}; expected float32, bfloat16 or float16 parameters "
                     "(master weights are float32; set numerics.compute_dtype for the forward)"
                 )
-        for name, tensor in buffers.items():
-            if tensor.is_complex():
+        for name, buffer in buffers.items():
+            if buffer.is_complex():
                 raise RecipeError(
-                    f"the persistent buffer {name!r} is {tensor.dtype}; keep it as two real buffers, or register a "
+                    f"the persistent buffer {name!r} is {buffer.dtype}; keep it as two real buffers, or register a "
                     "constant with persistent=False"
                 )
         self.counters = tuple(n for n, b in buffers.items() if not b.is_floating_point())
