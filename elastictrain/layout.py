@@ -131,7 +131,10 @@ def deal_lanes(lane_count: int, shares: Sequence[float], order: LaneOrder) -> tu
             f"{len(shares)} workers for {lane_count} lanes: every worker needs a lane; "
             f"set `lanes` to {len(shares)} or more, or `workers.max` to {lane_count} or less"
         )
-    counts = [extra + 1 for extra in cut(lane_count - len(shares), shares)]
+    counts = cut(lane_count, shares)
+    while 0 in counts:  # the one with the most lanes feels the loss of one least
+        counts[counts.index(max(counts))] -= 1
+        counts[counts.index(0)] += 1
     if order == "contiguous":
         ends = list(accumulate(counts))
         return tuple(tuple(range(end - n, end)) for n, end in zip(counts, ends, strict=True))

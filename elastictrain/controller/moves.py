@@ -13,7 +13,7 @@ from elastictrain.controller.commands import Announce, Command, Park
 from elastictrain.controller.core import Core
 from elastictrain.controller.facts import Role, WorkerFacts
 from elastictrain.controller.phases import Finishing, Forming, Gathering, Parking, Phase, Running
-from elastictrain.controller.policies import refuse_drain, refuse_resize
+from elastictrain.controller.policies import even_layout, refuse_drain, refuse_resize, shortfall
 
 
 def heard(core: Core, generation: int, worker: int) -> bool:
@@ -251,7 +251,8 @@ def on_drain(core: Core, event: ev.DrainRequested, out: list[Command]) -> bool:
         ledger.complement -= not core.spec.replace
         core.retire(worker, out)
         return True
-    reason = refuse_drain(core.spec, worker, core.ledger.members(), ledger.draining, ledger.target)
+    reason = refuse_drain(core.spec, worker, ledger.members(), ledger.draining, ledger.target)
+    reason = reason or _too_big_for(core, [w for w in ledger.members() if w not in (worker, *ledger.draining)])
     if reason is not None:
         return _refuse("drain", reason, out)
     ledger.draining.append(worker)
@@ -262,7 +263,8 @@ def on_drain(core: Core, event: ev.DrainRequested, out: list[Command]) -> bool:
 
 def on_resize(core: Core, event: ev.ResizeRequested, out: list[Command]) -> bool:
     ledger = core.ledger
-    reason = refuse_resize(core.spec, event.target)
+    staying = [worker for worker in ledger.members() if worker not in ledger.draining]
+    reason = refuse_resize(core.spec, event.target) or _too_big_for(core, staying[: event.target])
     if core.state.phase is Phase.FINISHING or ledger.stop is not None:
         reason = "the run is ending"
     if reason is not None:
@@ -270,7 +272,6 @@ def on_resize(core: Core, event: ev.ResizeRequested, out: list[Command]) -> bool
     ledger.start_failures, ledger.start_retry_at_s = 0, None
     ledger.complement = max(event.target, ledger.complement + event.target - ledger.target)
     ledger.target = event.target
-    staying = [worker for worker in ledger.members() if worker not in ledger.draining]
     ledger.draining += reversed(staying[event.target :])
     return True
 
@@ -280,6 +281,15 @@ def on_stop(core: Core, event: ev.StopRequested, out: list[Command]) -> bool:
         return False
     core.ledger.stop = event.reason
     return True
+
+
+def _too_big_for(core: Core, staying: list[int]) -> str | None:
+    """Why a smaller world could not hold the state, in words. A world that grows, or waits, is not asked."""
+    ledger = core.ledger
+    if not staying or len(staying) >= len(ledger.members()):
+        return None
+    layout = even_layout(core.spec, max(1, ledger.generation), staying, ledger.domains())
+    return shortfall(core.spec, layout, ledger.memory())
 
 
 def _refuse(request: str, reason: str, out: list[Command]) -> bool:

@@ -74,6 +74,8 @@ class Cluster:
         self.log.append(event)
         if isinstance(event, ev.Sealed):
             self.seal_known.add(event.generation)
+        elif isinstance(event, ev.WorkerParked) and event.generation == self.machine.generation:
+            self.seal_known.add(event.report.sealed_generation)
         elif isinstance(event, ev.WorkerDied):
             self.unnoticed.pop(event.worker, None)
         self.watch.before()
@@ -257,21 +259,17 @@ class Cluster:
             digest = f"digest of {worker.applied}"
             worker.outbox.append(ev.WorkerFinished(self.now_s, plan.generation, worker.number, worker.applied, digest))
         else:
-            if worker.applied > plan.step or worker.applied > 0:
+            if worker.applied > 0:
                 worker.outbox.append(ev.Progress(self.now_s, plan.generation, worker.applied))
             if worker.applied and worker.applied % 4 == 0 and worker.number == plan.layout.workers[0]:
-                self.store(worker)
+                path = f"checkpoint {worker.applied}"
+                worker.outbox.append(ev.CheckpointCommitted(self.now_s, plan.generation, worker.applied, path))
             held = plan.layout.held(worker.number)
             worker.copies = {block: step for block, step in worker.copies.items() if block in held}
             self.apply(worker)
             worker.gathered = gathered
             if key in self.pausing:
                 self.park(worker, plan.generation)
-
-    def store(self, worker: Worker) -> None:
-        path = f"checkpoint {worker.applied}"
-        event = ev.CheckpointCommitted(self.now_s, worker.generation, worker.applied, path)
-        worker.outbox.append(event)
 
     def peer_gone(self, worker: Worker) -> bool:
         assert worker.plan is not None

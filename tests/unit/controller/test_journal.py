@@ -1,0 +1,71 @@
+"""Events to lines and back, exactly; replay; broken lines."""
+
+from __future__ import annotations
+
+import json
+from typing import get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastictrain.controller import Machine, dump_event, load_event, read_events, replay, view
+from elastictrain.controller import events as ev
+from elastictrain.errors import ClusterError
+from elastictrain.protocol import ParkReport
+from tests.unit.controller.scene import Scene, spec
+
+
+@given(st.one_of(*(st.from_type(kind) for kind in get_args(ev.Event))))
+def test_every_event_comes_back_equal(event: ev.Event) -> None:
+    line = dump_event(event)
+    assert "\n" not in line
+    if repr(event).count("nan"):
+        assert repr(load_event(line)) == repr(event)
+    else:
+        assert load_event(line) == event
+
+
+def test_text_that_is_not_unicode_and_bytes_survive() -> None:
+    events: list[ev.Event] = [
+        ev.WorkerDied(0.1 + 0.2, 3, "bad name \udcff"),
+        ev.WorkerParked(1e-300, 1, ParkReport(0, 1, 2, 1, False, bytes(range(256)), True)),
+    ]
+    assert [load_event(dump_event(event)) for event in events] == events
+
+
+def scene() -> Scene:
+    scene = Scene(spares=1).run()
+    scene.die(1)
+    scene.park(0, 2, applied=7)
+    scene.seal()
+    scene.send(ev.DrainRequested(3.0, 2))
+    return scene
+
+
+def test_replay_gives_an_equal_machine() -> None:
+    live = scene()
+    again = replay(live.machine.spec, [dump_event(event) + "\n" for event in live.log])
+    assert again == live.machine
+    assert view(again) == view(live.machine)
+    assert again != Machine(spec(spares=1))
+
+
+@pytest.mark.parametrize("kept", [0, 1, 10, -1])
+def test_a_torn_last_line_is_ignored(kept: int) -> None:
+    live = scene()
+    lines = [dump_event(event) for event in live.log]
+    assert read_events([*lines[:-1], lines[-1][:kept]]) == live.log[:-1]
+
+
+@pytest.mark.parametrize("broken", ["", "{}", "null", '{"event":"Nothing","data":{}}', '{"event":"Tick","data":{}}'])
+def test_a_broken_line_in_the_middle_is_an_error(broken: str) -> None:
+    lines = [dump_event(event) for event in scene().log]
+    lines[3] = broken
+    with pytest.raises(ClusterError, match=f"^journal line 4 of {len(lines)} is broken: not an event: "):
+        read_events(lines)
+
+
+def test_the_view_is_plain_data() -> None:
+    assert json.loads(json.dumps(view(scene().machine))) == view(scene().machine)
+    assert json.loads(json.dumps(view(Scene().machine)))["phase"] == "gathering"
