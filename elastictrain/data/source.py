@@ -21,10 +21,10 @@ from elastictrain.data.index import (
     load_cached,
     store_cached,
 )
-from elastictrain.data.jsonl import JsonLines
+from elastictrain.data.jsonl_format import JsonLines
 from elastictrain.data.order import ORDER_VERSION, LaneOrder
 from elastictrain.data.packing import PACKING_VERSION, Tails, pack_tails, rows_of_block, rows_per_block
-from elastictrain.data.parquet import ParquetFiles
+from elastictrain.data.parquet_format import ParquetFiles
 from elastictrain.data.tokenizers import Tokenizer, load_tokenizer
 from elastictrain.errors import DataError
 
