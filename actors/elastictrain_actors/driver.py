@@ -136,6 +136,7 @@ class Driver:
         due = [fault for fault in self._script if fault.step <= step]
         self._script = [fault for fault in self._script if fault.step > step]
         for fault in due:
+            self.record.event("fault", fault.model_dump(), self.machine.generation or None)
             self._handle(ev.AddRequested(0.0) if isinstance(fault, Add) else ev.DrainRequested(0.0, fault.worker))
 
     def _perform(self, command: cmd.Command) -> None:

@@ -7,6 +7,7 @@ actor is not a restart of its state, so actors are never restarted by Ray: the c
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +39,25 @@ class _Worker:
     pid: int | None = None
     node: str = ""
     said_slow: bool = False
+
+
+def death_in_words(said: str) -> str:
+    """Ray's paragraph about the end of an actor as one short phrase, with Ray's exit type where it names one."""
+    exit_type = re.search(r"exit type: ([A-Z_]+)", said)
+    text = said.lower()
+    if "node" in text and ("node has died" in text or "node died" in text or "node was terminated" in text):
+        words = "its node died"
+    elif "memory usage threshold" in text or (exit_type and exit_type[1] == "NODE_OUT_OF_MEMORY"):
+        words = "killed by Ray: its node ran out of memory"
+    elif exit_type is not None and exit_type[1] == "SYSTEM_ERROR":
+        words = "its process died (killed or crashed)"
+    elif exit_type is not None:
+        words = "its process ended"
+    else:
+        lines = [line.strip() for line in said.splitlines() if line.strip()]
+        words = next((line for line in lines if "died" in line or "killed" in line), lines[0] if lines else "it died")
+        words = words if len(words) <= 160 else words[:157] + "..."
+    return f"{words} [{exit_type[1]}]" if exit_type else words
 
 
 class RayEffects:
@@ -153,9 +173,7 @@ class RayEffects:
         if worker not in self._workers:
             return []
         self._forget(worker)
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        cause = next((line for line in lines if "exit" in line.lower() or "killed" in line.lower()), lines[:1] or [""])
-        return [ev.WorkerDied(0.0, worker, cause if isinstance(cause, str) else cause[0])]
+        return [ev.WorkerDied(0.0, worker, death_in_words(str(error)))]
 
     def _forget(self, worker: int) -> None:
         self._workers.pop(worker, None)
@@ -177,7 +195,9 @@ class RayEffects:
         self._poll_again(worker)
         seconds = {name: round(value, 3) for name, value in ready.prepared_s.items()}
         return [
-            cmd.Announce("worker_ready", {"worker": worker, "pid": ready.pid, "domain": node, "prepared_s": seconds}),
+            cmd.Announce(
+                "worker_prepared", {"worker": worker, "pid": ready.pid, "domain": node, "prepared_s": seconds}
+            ),
             ev.WorkerReady(0.0, worker, node, ready.memory_bytes),
         ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -11,6 +12,8 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, PlainSerialize
 from elastictrain.errors import InternalError
 
 Data = Mapping[str, Any]
+
+_NODE_ID = re.compile(r"^([0-9a-f]{8})[0-9a-f]{24,}$")
 
 
 def iso(time: datetime) -> str:
@@ -120,6 +123,36 @@ def _started(data: Data) -> str:
     return _join("run started", _fact(data, "name", " ({})"), _world(data), _fact(data, "steps", ", {} steps"))
 
 
+def _stage(data: Data) -> str:
+    changes = [
+        f"{name} {data[key + '_before']} → {data[key]}"
+        for key, name in (("lanes", "lanes"), ("lane_batch_size", "samples per lane"))
+        if key in data and data.get(key + "_before") != data[key]
+    ]
+    return _join("a new stage of the data order", _fact(data, "step", " after step {}"), _why(data)) + (
+        f": {', '.join(changes)}" if changes else ""
+    )
+
+
+def _node(data: Data) -> str:
+    """The failure domain; Ray's node ids have 56 digits, the first eight tell them apart."""
+    domain = data.get("domain")
+    return _fact({"domain": _NODE_ID.sub(r"node \1", str(domain)) if domain else None}, "domain", " on {}")
+
+
+def _prepared(data: Data) -> str:
+    seconds = data.get("prepared_s")
+    return f" after {sum(seconds.values()):.1f} s" if isinstance(seconds, Mapping) and seconds else ""
+
+
+def _slow_start(data: Data) -> str:
+    asked, free = (
+        ", ".join(f"{number:g} {name.upper().removesuffix('S')}" for name, number in data[key].items() if number)
+        for key in ("asked", "free")
+    )
+    return f"{_who(data)} waits for room in the cluster: it needs {asked or 'nothing'}, free are {free or 'none'}"
+
+
 def _forming(data: Data) -> str:
     moved = data.get("blocks_moved")
     return _join(
@@ -206,9 +239,11 @@ def _worker(words: str) -> Callable[[Data], str]:
 SENTENCES: dict[str, Callable[[Data], str]] = {
     "run_started": _started,
     "run_resumed": lambda data: _join("run resumed", _fact(data, "step", " at step {}"), _world(data)),
-    "stage": lambda data: f"a new stage of the run{_why(data)}",
+    "stage": _stage,
     "worker_started": _worker("is starting"),
-    "worker_ready": lambda data: _join(f"{_who(data)} is ready", _fact(data, "domain", " on {}")),
+    "worker_ready": lambda data: _join(f"{_who(data)} is ready", _node(data)),
+    "worker_prepared": lambda data: _join(f"{_who(data)} is prepared", _node(data), _prepared(data)),
+    "slow_start": _slow_start,
     "start_failed": _worker("could not start"),
     "start_paused": lambda data: (
         _join("no new workers for now", _fact(data, "after_s", ", next try in {} s")) + _why(data)
@@ -237,7 +272,7 @@ SENTENCES: dict[str, Callable[[Data], str]] = {
     "checkpoint_dropped": _dropped,
     "refused": lambda data: _join("refused", _fact(data, "request", " to {}")) + _why(data),
     "skipped": _skipped,
-    "numerics": lambda data: f"numerics differ, {_who(data)}{_why(data)}",
+    "numerics_differ": lambda data: f"numerics differ: {'; '.join(data['differences'])}",
     "finished": _finished,
     "failed": _ended("failed"),
     "stopped": _ended("stopped"),

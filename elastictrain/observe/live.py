@@ -30,10 +30,11 @@ STATE_STYLES = {
 }  # fmt: skip
 EVENT_STYLES = {
     "failed": "red", "worker_lost": "red", "unresponsive": "red", "start_failed": "red", "fault": "red",
-    "recovery": "yellow", "gathering": "yellow", "refused": "yellow", "skipped": "yellow", "numerics": "yellow",
+    "recovery": "yellow", "gathering": "yellow", "refused": "yellow", "skipped": "yellow", "numerics_differ": "yellow",
+    "slow_start": "yellow",
     "went_back": "magenta", "checkpoint_dropped": "magenta", "finished": "green", "resized": "green",
 }  # fmt: skip
-DETAILS = frozenset({"forming", "parking", "worker_started", "worker_retired"})
+DETAILS = frozenset({"forming", "parking", "worker_started", "worker_prepared", "worker_retired"})
 """Kinds that stand in events.jsonl but would push what matters off the screen."""
 EVENTS_SHOWN = 6
 RATE_STEPS = 20
@@ -168,7 +169,7 @@ def progress_line(status: Status, rows: Sequence[MetricsRow]) -> str:
         parts.append(f"{rate:,.0f} tokens/s")
     parts.append(f"world {row.world or status.world}")
     parts += [f"{name} {number(value)}" for name, value in (row.evaluation or {}).items()]
-    if row.skipped:
+    if row.skipped is not None:
         parts.append("skipped")
     return "  ".join(parts)
 

@@ -25,7 +25,7 @@ def marks(events: Iterable[Event], rows: Sequence[MetricsRow]) -> list[Mark]:
     """One mark per recovery, planned change of the world, way back to a checkpoint and skipped step."""
     events = list(events)
     first = {row.generation: row.step for row in reversed(rows)}
-    found = [Mark(row.step, "skipped", "skipped") for row in rows if row.skipped]
+    found = [Mark(row.step, "skipped", "skipped") for row in rows if row.skipped is not None]
     for event in events:
         if event.kind in ("recovery", "resized"):
             at = _int(event.data, "step")

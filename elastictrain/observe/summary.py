@@ -73,7 +73,7 @@ def summarise(run: RunDirectory) -> Summary:
         tokens_per_s=tokens_per_s(rows),
         wall_s=(events[-1].time - events[0].time).total_seconds() if events else None,
         evaluation=next((row.evaluation for row in reversed(rows) if row.evaluation), None),
-        skipped_steps=[row.step for row in rows if row.skipped],
+        skipped_steps=[row.step for row in rows if row.skipped is not None],
         error=_text(end.data.get("error") or end.data.get("reason")) if end else None,
     )
 

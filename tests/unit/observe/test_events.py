@@ -18,6 +18,32 @@ SAID: list[tuple[str, dict[str, Any], str]] = [
     ("run_resumed", {"step": 7}, "run resumed at step 7"),
     ("worker_started", {"worker": 2}, "worker 2 is starting"),
     ("worker_ready", {"worker": 2, "domain": "node-a"}, "worker 2 is ready on node-a"),
+    ("worker_ready", {"worker": 2, "domain": "0a1b2c3d" + "e" * 48}, "worker 2 is ready on node 0a1b2c3d"),
+    (
+        "worker_prepared",
+        {"worker": 2, "domain": "node-a", "prepared_s": {"model_s": 1.5, "data_s": 0.25}},
+        "worker 2 is prepared on node-a after 1.8 s",
+    ),
+    (
+        "slow_start",
+        {"worker": 2, "asked": {"cpus": 2.0, "gpus": 1}, "free": {"CPU": 0.5}},
+        "worker 2 waits for room in the cluster: it needs 2 CPU, 1 GPU, free are 0.5 CPU",
+    ),
+    (
+        "slow_start",
+        {"worker": 2, "asked": {"cpus": 1, "gpus": 0.0}, "free": {}},
+        "worker 2 waits for room in the cluster: it needs 1 CPU, free are none",
+    ),
+    (
+        "stage",
+        {"stage": 1, "step": 6, "lanes_before": 1, "lanes": 8, "lane_batch_size_before": 2, "lane_batch_size": 2},
+        "a new stage of the data order after step 6: lanes 1 → 8",
+    ),
+    (
+        "stage",
+        {"stage": 1, "step": 6, "lanes_before": 4, "lanes": 8, "lane_batch_size_before": 1, "lane_batch_size": 2},
+        "a new stage of the data order after step 6: lanes 4 → 8, samples per lane 1 → 2",
+    ),
     ("start_failed", {"worker": 2, "error": "no module x", "attempts": 1}, "worker 2 could not start: no module x"),
     ("start_paused", {"after_s": 30, "error": "e"}, "no new workers for now, next try in 30 s: e"),
     ("worker_lost", {"worker": 1, "cause": "killed by signal 9"}, "worker 1 is lost: killed by signal 9"),
@@ -70,7 +96,11 @@ SAID: list[tuple[str, dict[str, Any], str]] = [
         "step 4 skipped on all workers alike: not finite in lane 3 (worker 1)",
     ),
     ("skipped", {"step": 4, "lanes": [3, 5]}, "step 4 skipped on all workers alike: not finite in lanes 3, 5"),
-    ("numerics", {"worker": 3, "message": "AVX2, not AVX-512"}, "numerics differ, worker 3: AVX2, not AVX-512"),
+    (
+        "numerics_differ",
+        {"differences": ["worker 3 is AVX2", "not AVX-512"]},
+        "numerics differ: worker 3 is AVX2; not AVX-512",
+    ),
     (
         "fault",
         {"do": "kill", "worker": 1, "step": 7, "phase": "vote"},
