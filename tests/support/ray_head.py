@@ -76,7 +76,10 @@ def _wait_for_jobs_api(head: subprocess.Popen[bytes], dashboard: str, log: Path)
     deadline_s = time.monotonic() + START_TIMEOUT_S
     pause = threading.Event()
     while True:
-        with contextlib.suppress(OSError, ValueError), urllib.request.urlopen(f"{dashboard}/api/jobs/", timeout=5) as got:
+        with (
+            contextlib.suppress(OSError, ValueError),
+            urllib.request.urlopen(f"{dashboard}/api/jobs/", timeout=5) as got,
+        ):
             json.loads(got.read())
             return
         if head.poll() is not None or time.monotonic() > deadline_s:
@@ -86,8 +89,8 @@ def _wait_for_jobs_api(head: subprocess.Popen[bytes], dashboard: str, log: Path)
 
 def _end(head: subprocess.Popen[bytes]) -> None:
     """End the head and everything that it, and what it started, has started."""
-    import ray  # noqa: F401  (puts its own psutil on the path)
     import psutil
+    import ray  # noqa: F401  (puts its own psutil on the path)
 
     family: list[Any] = []
     with contextlib.suppress(psutil.NoSuchProcess):
