@@ -56,6 +56,7 @@ class Cluster:
         self.now_s = 0.0
         self.workers: dict[int, Worker] = {}  # live processes
         self.unnoticed: dict[int, Worker] = {}  # dead, but the controller has not been told
+        self.doomed: set[int] = set()  # killed by the controller: it does not listen to them any more
         self.notices: deque[ev.Event] = deque()
         self.votes: dict[tuple[int, str], set[int]] = defaultdict(set)
         self.pausing: set[tuple[int, str]] = set()
@@ -64,7 +65,6 @@ class Cluster:
         self.voided: set[int] = set()
         self.checkpoints: dict[int, str] = {} if restore.checkpoint is None else {restore.step: restore.checkpoint}
         self.went_back_to: list[int] = []
-        self.bad: set[int] = set()  # corrupt checkpoints
         self.ended: cm.EndRun | None = None
         self.send(ev.Begun(0.0, restore))
 
@@ -72,10 +72,11 @@ class Cluster:
 
     def send(self, event: ev.Event) -> None:
         self.log.append(event)
-        if isinstance(event, ev.Sealed):
+        if isinstance(event, ev.Sealed) and event.worker not in self.doomed:
             self.seal_known.add(event.generation)
         elif isinstance(event, ev.WorkerParked) and event.generation == self.machine.generation:
-            self.seal_known.add(event.report.sealed_generation)
+            if event.report.worker not in self.doomed:
+                self.seal_known.add(event.report.sealed_generation)
         elif isinstance(event, ev.WorkerDied):
             self.unnoticed.pop(event.worker, None)
         self.watch.before()
@@ -102,6 +103,7 @@ class Cluster:
         elif isinstance(command, cm.Retire):
             self.workers.pop(command.worker, None)
         elif isinstance(command, cm.Kill):
+            self.doomed.add(command.worker)
             self.kill(command.worker, lose_messages=True)
         elif isinstance(command, cm.Announce):
             if command.kind == "went_back":
@@ -119,8 +121,8 @@ class Cluster:
 
     def true_layout(self) -> Layout | None:
         """The layout that counts: sealed, and known to be so by a survivor or by the controller."""
-        seen = {worker.sealed for worker in self.believed().values()} | self.seal_known
-        newest = max(generation for generation in seen if generation not in self.voided)
+        seen = {w.sealed for w in self.believed().values() if w.number not in self.doomed} | self.seal_known
+        newest = max(seen - self.voided)
         return None if newest == 0 else self.plans[newest].layout
 
     def is_lost(self) -> bool:
@@ -256,8 +258,8 @@ class Cluster:
             worker.outbox.append(ev.Sealed(self.now_s, plan.generation, worker.number, plan.step))
         elif topic == "closing":
             worker.state = "finished"
-            digest = f"digest of {worker.applied}"
-            worker.outbox.append(ev.WorkerFinished(self.now_s, plan.generation, worker.number, worker.applied, digest))
+            facts = (worker.number, worker.applied, f"digest of {worker.applied}")
+            worker.outbox.append(ev.WorkerFinished(self.now_s, plan.generation, *facts))
         else:
             if worker.applied > 0:
                 worker.outbox.append(ev.Progress(self.now_s, plan.generation, worker.applied))
@@ -273,8 +275,8 @@ class Cluster:
 
     def peer_gone(self, worker: Worker) -> bool:
         assert worker.plan is not None
-        peers = [self.workers.get(number) for number in worker.plan.layout.workers]
         gone = ("parked", "troubled", "torn")
+        peers = map(self.workers.get, worker.plan.layout.workers)
         return any(p is None or p.generation != worker.generation or p.state in gone or p.frozen for p in peers)
 
     def lose_peer(self, worker: Worker) -> bool:
@@ -311,7 +313,6 @@ class Cluster:
         restore = worker.plan.restore
         if restore is None or restore.checkpoint is None or self.votes[worker.generation, "seal"]:
             return False
-        self.bad.add(restore.step)
         worker.state = "troubled"
         worker.outbox.append(ev.WorkerFailed(self.now_s, worker.generation, number, "restore", "hash differs"))
         return True
@@ -337,16 +338,18 @@ class Cluster:
         newest = getattr(event, "generation", None) == self.machine.generation
         if isinstance(event, ev.CheckpointCommitted) and newest and event.generation not in self.voided:
             self.checkpoints[event.step] = event.path
-        if isinstance(event, ev.WorkerFailed) and event.kind == "restore" and self.is_heard(event):
+        if (
+            isinstance(event, ev.WorkerFailed)
+            and event.kind == "restore"
+            and newest
+            and event.worker in self.believed()
+        ):
             plan = self.plans[event.generation]
             assert plan.restore is not None
             self.checkpoints.pop(plan.restore.step, None)
         self.past.append(event)
         self.send(event)
         return True
-
-    def is_heard(self, event: ev.WorkerFailed) -> bool:
-        return event.generation == self.machine.generation and event.worker in self.believed()
 
     def tick(self, by_s: float) -> None:
         self.now_s += by_s

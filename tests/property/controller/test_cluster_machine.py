@@ -124,5 +124,6 @@ TestClusterMachine.settings = settings(
     max_examples=150,
     stateful_step_count=40,
     deadline=None,
+    derandomize=True,  # a gate must not be a lottery; to search further, take this out and raise max_examples
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
