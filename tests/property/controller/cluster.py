@@ -132,8 +132,9 @@ class Cluster:
 
     def check_form(self, plan: FormPlan) -> None:
         for worker in self.workers.values():
-            stale = worker.plan is not None and worker.state not in ("parked",)
-            assert not stale, f"generation {plan.generation} forms while {worker} is not parked"
+            assert worker.plan is None or worker.state == "parked", (
+                f"generation {plan.generation} forms while {worker} is not parked"
+            )
         truth = self.true_layout()
         if truth is None:
             assert plan.restore is not None, f"nothing is sealed, but nothing is restored: {plan}"
@@ -160,8 +161,7 @@ class Cluster:
     def park(self, worker: Worker | None, generation: int) -> None:
         if worker is None or worker.frozen or worker.generation > generation:
             return
-        worker.state, worker.parked_at = "parked", generation
-        vote = worker.vote
+        worker.state, worker.parked_at, vote = "parked", generation, worker.vote
         report = ParkReport(worker.number, worker.generation, worker.applied, worker.sealed, worker.gathered, vote)
         event = ev.WorkerParked(self.now_s, generation, report)
         if generation % 2:  # the answer to a call may overtake what waits to be polled
@@ -216,8 +216,12 @@ class Cluster:
         assert plan is not None
         held = plan.layout.held(worker.number)
         if plan.restore is not None:
-            worker.applied, worker.vote, worker.sealed = plan.step, None, 0
-            worker.copies = dict.fromkeys(held, plan.step)
+            worker.applied, worker.vote, worker.sealed, worker.copies = (
+                plan.step,
+                None,
+                0,
+                dict.fromkeys(held, plan.step),
+            )
             return True
         self.roll(worker, plan)
         for move in plan.moves:
