@@ -33,10 +33,10 @@ from elastictrain_checkpoint import (
     block_hashes,
     combine_digest,
     commit,
-    discard,
     load,
     prune,
 )
+from elastictrain_checkpoint.paths import manifest_path
 
 _NAMES = {
     torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
@@ -168,7 +168,9 @@ class Saver:
             manifest = commit(self._store, **facts)
         except (AlreadyCommitted, CorruptData):
             # The job went back before this step, so what is stored there is damaged or has not happened.
-            discard(self._store, step)
+            # Only its manifest: `discard` would take the new packs, which lie in the same folder, with it. The old
+            # packs are now garbage, which prune collects.
+            self._store.remove(manifest_path(step))
             manifest = commit(self._store, **facts)
         prune(self._store, keep=self._settings.keep, verified={step})
         return f"{self._settings.path.rstrip('/')}/step-{manifest.step:08d}"

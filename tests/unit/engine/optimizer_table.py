@@ -19,7 +19,7 @@ class Lion(Optimizer):
         self.betas = [0.9, 0.99]
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:

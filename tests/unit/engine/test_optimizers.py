@@ -47,7 +47,7 @@ class Layerwise(Optimizer):
         super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
                 p.sub_(p.grad * (group["lr"] * p.norm() / p.grad.norm()))
@@ -57,7 +57,7 @@ class RowState(Lion):
     """Element-wise in its result, but with a state that cannot be cut."""
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p]["rows"] = torch.zeros(3)
@@ -98,7 +98,7 @@ class Clipped(Lion):
     """Divides by the norm of everything in the group."""
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             norm = torch.stack([p.grad.square().sum() for p in group["params"]]).sum().sqrt()
             for p in group["params"]:
@@ -109,7 +109,7 @@ class GroupState(Lion):
     """Counts in its group, as schedule-free ones do."""
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             group["k"] = group.get("k", 0) + 1
             for p in group["params"]:
@@ -122,7 +122,7 @@ class SelfState(Lion):
     calls = 0
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         self.calls = self.calls + 1
         for group in self.param_groups:
             for p in group["params"]:
@@ -136,7 +136,7 @@ class OwnList(Lion):
         super().__init__(params, lr)
         self.mine = [p for g in self.param_groups for p in g["params"]]
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for p in self.mine:
             if p.grad is not None:
                 p.data.sub_(p.grad)
@@ -144,7 +144,7 @@ class OwnList(Lion):
 
 class OddState(Lion):
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p]["history"] = {1, 2}
