@@ -9,39 +9,15 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict, deque
-from dataclasses import dataclass, field
 
 from elastictrain.controller import Machine, MachineSpec, Phase, Watch, dump_event, replay
 from elastictrain.controller import commands as cm
 from elastictrain.controller import events as ev
 from elastictrain.layout import Layout
 from elastictrain.protocol import FormPlan, ParkReport, Restore
+from tests.property.controller.worker import Worker, vote_bytes
 
 FROM_THE_START = Restore(0, None)
-
-
-def vote_bytes(step: int) -> bytes:
-    return f"vote {step}".encode()
-
-
-@dataclass
-class Worker:
-    number: int
-    state: str = "starting"  # waiting forming voted stepping troubled parked finished
-    plan: FormPlan | None = None
-    parked_at: int = 0  # refuses plans up to this generation
-    applied: int = 0
-    sealed: int = 0
-    gathered: bool = False
-    vote: bytes | None = None
-    copies: dict[int, int] = field(default_factory=dict)  # block -> step of the copy
-    pause: bool = False
-    frozen: bool = False
-    outbox: deque[ev.Event] = field(default_factory=deque)
-
-    @property
-    def generation(self) -> int:
-        return 0 if self.plan is None else self.plan.generation
 
 
 class Cluster:

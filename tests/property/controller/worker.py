@@ -1,0 +1,33 @@
+"""One worker of the model cluster: what it has, and where it stands."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from elastictrain.controller import events as ev
+from elastictrain.protocol import FormPlan
+
+
+def vote_bytes(step: int) -> bytes:
+    return f"vote {step}".encode()
+
+
+@dataclass
+class Worker:
+    number: int
+    state: str = "starting"  # waiting forming voted stepping troubled parked finished
+    plan: FormPlan | None = None
+    parked_at: int = 0  # refuses plans up to this generation
+    applied: int = 0
+    sealed: int = 0
+    gathered: bool = False
+    vote: bytes | None = None
+    copies: dict[int, int] = field(default_factory=dict)  # block -> step of the copy
+    pause: bool = False
+    frozen: bool = False
+    outbox: deque[ev.Event] = field(default_factory=deque)
+
+    @property
+    def generation(self) -> int:
+        return 0 if self.plan is None else self.plan.generation
