@@ -16,7 +16,7 @@ import yaml
 from elastictrain.errors import RecipeError, UserError
 from elastictrain_actors.dependencies import beyond_ray_and_torch
 from elastictrain_actors.runtime_env import package_folders
-from elastictrain_actors.submission import connect, last_json, submit_job
+from elastictrain_actors.submission import SubmissionResult, connect, last_json, submit_job
 from tests.support.ray_head import RayHead, ray_head
 
 pytestmark = [
@@ -64,8 +64,7 @@ def head() -> Iterator[RayHead]:
         yield started
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def job_folder(tmp_path: Path) -> Path:
     """The folder of a job: recipe, neighbour, data, all named by relative path."""
     (tmp_path / "neighbour.py").write_text(NEIGHBOUR)
     (tmp_path / "recipe.py").write_text(RECIPE)
@@ -100,15 +99,33 @@ def check(result: dict[str, Any] | None, head: RayHead, checkpoints: str) -> Non
     assert any((head.home / "elastictrain" / "runs" / checkpoints).rglob("*.safetensors"))
 
 
-def test_submit_and_ray_job_submit_run_the_same_job(head: RayHead, folder: Path) -> None:
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return job_folder(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def submitted(head: RayHead, tmp_path_factory: pytest.TempPathFactory) -> tuple[SubmissionResult, list[str]]:
+    """The job, run by `submit_job`, and the lines that it said."""
     log: list[str] = []
-    submitted = submit_job(folder / "job.yaml", head.dashboard, on_line=log.append)
-    assert submitted.status == "SUCCEEDED", log
-    check(submitted.result, head, "checkpoints")
+    job = job_folder(tmp_path_factory.mktemp("job")) / "job.yaml"
+    return submit_job(job, head.dashboard, on_line=log.append), log
+
+
+def test_submit_runs_the_job_and_brings_back_its_summary(
+    head: RayHead, submitted: tuple[SubmissionResult, list[str]]
+) -> None:
+    found, log = submitted
+    assert found.status == "SUCCEEDED", log
+    check(found.result, head, "checkpoints")
     assert any(line.startswith("note: checkpoint.path='runs/checkpoints' is relative") for line in log)
     assert not [line for line in log if "Warning" in line or "Traceback" in line], log
     assert not [line for line in log if "install with pip" in line], "auto: nothing is missing on this head"
 
+
+def test_ray_job_submit_runs_the_same_job(
+    head: RayHead, folder: Path, submitted: tuple[SubmissionResult, list[str]]
+) -> None:
     # `ray job submit -- elastictrain run`: elastictrain is known to the entrypoint alone, as when only the head has it.
     again = (folder / "job.yaml").read_text().replace("runs/checkpoints", "runs/again")
     (folder / "job.yaml").write_text(again)
@@ -127,8 +144,9 @@ def test_submit_and_ray_job_submit_run_the_same_job(head: RayHead, folder: Path)
     result = last_json(ran.stdout.splitlines())
     check(result, head, "again")
     assert result is not None
-    assert submitted.result is not None
-    assert result["digest"] == submitted.result["digest"]
+    first = submitted[0].result
+    assert first is not None
+    assert result["digest"] == first["digest"]
 
 
 def test_a_job_that_fails_says_why_with_the_type_of_who_must_act(head: RayHead, folder: Path) -> None:

@@ -354,5 +354,6 @@ def test_what_we_hand_to_ray_inside_a_job_never_conflicts_and_loses_nothing(
     assert packages[0] == packages[1] | packages[2]
     assert merged.get("env_vars", {}) == {**parent.get("env_vars", {}), **child["env_vars"]}
     assert merged.get("working_dir") == parent.get("working_dir")
+    assert not [key for key, value in given_to_ray.items() if parent.get(key) == value], "nothing is said twice"
     if not set(parent) & set(given_to_ray) - {"env_vars"}:
         assert not override, "the override is for conflicts only"
