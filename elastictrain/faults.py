@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from elastictrain.errors import ConfigError
 from elastictrain.job import PositiveInt, nearest, not_a_switch
 
-Phase = Literal["compute", "exchange", "mirror", "vote", "apply", "gather", "form"]
+Phase = Literal["compute", "exchange", "mirror", "vote", "apply", "gather", "form", "seal"]
 PHASES: tuple[Phase, ...] = ("compute", "exchange", "mirror", "vote", "apply", "gather")
 
 
@@ -27,7 +27,7 @@ class _Fault(BaseModel):
 
 
 class Kill(_Fault):
-    """SIGKILL `worker` in the middle of `phase` of `step` (phase "form": while it enters its next generation)."""
+    """SIGKILL `worker` in the middle of `phase` of `step` (phases "form" and "seal": while it enters the generation whose first step that is)."""
 
     do: Literal["kill"] = "kill"
     worker: WorkerNumber

@@ -14,7 +14,7 @@ class ParkReport:
     `applied_step`: the last step whose apply has ended here (0: initial state). `sealed_generation`: the newest
     generation whose seal this worker has seen complete. `gathered`: the compute-dtype parameters of `applied_step` are
     whole here. `vote`: the result of the vote for `applied_step`, byte for byte (None right after a seal that saw no
-    step yet, or when it may be forgotten: R1). `holds_next`: this worker holds its reduced gradients and a complete
+    step yet, or when it may be forgotten: R1). `computing`: it had begun to compute `applied_step + 1`. `holds_next`: this worker holds its reduced gradients and a complete
     vote for `applied_step + 1` that it has not applied.
     """
 
@@ -25,6 +25,7 @@ class ParkReport:
     gathered: bool
     vote: bytes | None = None
     holds_next: bool = False
+    computing: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -154,9 +154,10 @@ def _go_on(core: Core, reports: Mapping[int, ParkReport], now_s: float, out: lis
 def _count_redone(core: Core, standing: Standing) -> None:
     """A step was under way if the parked generation was sealed; it is redone unless somebody had applied it."""
     incident, ledger = core.ledger.incident, core.ledger
-    if incident is None or standing.truth is None or standing.lost:
+    if incident is None or standing.truth is None or standing.lost or not isinstance(core.state, Parking):
         return
-    if standing.truth.generation == ledger.generation and not incident.between_steps and not standing.behind:
+    under_way = any(report.computing for report in core.state.reports.values()) and not standing.behind
+    if standing.truth.generation == ledger.generation and not incident.between_steps and under_way:
         incident.steps_redone += 1
     incident.between_steps = False
 

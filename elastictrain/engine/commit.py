@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from elastictrain.engine.flat import counter_conflict
@@ -13,6 +13,10 @@ from elastictrain.errors import InternalError, RecipeError, UserError
 if TYPE_CHECKING:
     from elastictrain.engine.session import Session
     from elastictrain.engine.step import Pending
+
+
+ROWS_KEPT = 1024
+"""More steps than can pass between two polls of the controller."""
 
 
 @dataclass(slots=True)
@@ -28,7 +32,13 @@ class Committed:
     gathered_step: int = 0
     vote: bytes | None = None
     tearing: bool = False
-    row: dict[str, Any] | None = None
+    rows: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def remember(self, row: dict[str, Any]) -> None:
+        """Keep the metrics of a step until it is surely published; every worker has them, any can publish."""
+        self.rows[row["step"]] = row
+        while len(self.rows) > ROWS_KEPT:
+            self.rows.pop(next(iter(self.rows)))
 
 
 def check_vote(session: Session, tally: Tally) -> bool:

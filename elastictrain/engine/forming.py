@@ -65,7 +65,7 @@ def _roll_forward(session: Session, plan: FormPlan) -> None:
         pending = session.pending
         session.model.held.keep_only({n for s in pending.reduced for n in range(s.lo, s.hi)} | _idle_blocks(session))
         tally = apply_step(session, pending, plan.roll_forward, session.vote_format, plan.generation)
-        done.row = session.row_of(tally)
+        done.remember(session.row_of(tally))
 
 
 def _idle_blocks(session: Session) -> set[int]:
@@ -138,6 +138,7 @@ def _share_counters(session: Session, plan: FormPlan, groups: GroupSet) -> None:
 
 def _seal(session: Session, plan: FormPlan, groups: GroupSet, digests: dict[str, str]) -> None:
     """The first complete vote of the generation: from then on its layout is the truth."""
+    session.probes.at(plan.step + 1, "seal")
     mine = {"generation": plan.generation, "step": plan.step, "copies": digests}
     said = [json.loads(raw) for raw in groups.all_gather_sized(json.dumps(mine).encode())]
     if any((s["generation"], s["step"]) != (plan.generation, plan.step) for s in said):
@@ -161,7 +162,8 @@ def _restore(session: Session, plan: FormPlan) -> None:
     model, held, done = session.model, session.model.held, session.committed
     with session.apply_lock:
         session.check()
-        session.pending, done.vote, done.row = None, None, None
+        session.pending, done.vote = None, None
+        done.rows.clear()
         held.keep_only(())
         held.hold(plan.layout.held(session.worker))
         if plan.restore.checkpoint is None:

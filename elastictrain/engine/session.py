@@ -91,6 +91,7 @@ class Session:
         self._store_address = ""
         self._store: Any = None
         self._longest_s = 0.0
+        self.computing = 0
 
     def rehearse(self) -> None:
         """Run one lane and throw it away: imports, caches and the recipe's own errors come now and not in a step."""
@@ -152,6 +153,7 @@ class Session:
             sealed_generation=done.sealed_generation,
             gathered=done.gathered_step == done.step,
             vote=done.vote,
+            computing=self.computing == done.step + 1,
             holds_next=self.pending is not None and self.pending.step == done.step + 1,
         )
 
@@ -279,6 +281,7 @@ class _Stepping:
     def _one_step(self, report: StepReport) -> Tally:
         s = self.session
         started = time.perf_counter()
+        s.computing = self.step
         unmeasured = self.first_step or report.evaluates or report.stores  # peers may evaluate or store meanwhile
         self.groups.deadline_s = FIRST_STEP_DEADLINE_S if unmeasured else max(60.0, 30.0 * s._longest_s)
         self._expect(self.step)
@@ -290,6 +293,7 @@ class _Stepping:
         offered = s._offer[0] if s._offer else 0
         vote = self.runner.vote(pending, flags=flags, plan=offered)
         extras = self.groups.all_gather_sized(report.extras()) if report.stores else []
+        s.probes.at(self.step, "voted")
         # The vote of this step is complete: its predecessor can no more be redone, and may be seen (R5).
         self._publish(report)
         with self.runner._timed("apply"), s.apply_lock:
@@ -297,14 +301,14 @@ class _Stepping:
             if self.first_step:  # one vote after the seal: what moved away is let go (R4)
                 s.model.held.keep_only(self.layout.held(s.worker))
             tally = apply_step(s, pending, vote, self.runner.vote_format, self.plan.generation)
-            s.committed.row = s.row_of(tally, self.runner.seconds)
+            s.committed.remember(s.row_of(tally, self.runner.seconds))
         self.runner.gather()
         s.committed.gathered_step = self.step
         self.runner.seconds["step_s"] = time.perf_counter() - started
         if not self.first_step:
             s._longest_s = max(s._longest_s, self.runner.seconds["step_s"])
         self.first_step = False
-        s.committed.row = s.row_of(tally, self.runner.seconds)
+        s.committed.remember(s.row_of(tally, self.runner.seconds))
         self._commit_checkpoint(report, extras)
         self._switch_lanes(tally.plan)
         return tally
@@ -332,7 +336,7 @@ class _Stepping:
         known = self.plan.published_step >= step if sealed else False
         evaluate = bool(self.job.evaluate_every) and step > 0 and not known
         evaluate = evaluate and (step % (self.job.evaluate_every or 1) == 0 or last)
-        report = StepReport(step, row=s.committed.row if not known else None)
+        report = StepReport(step, row=s.committed.rows.get(step) if not known else None)
         checkpoint = self.job.checkpoint
         store = checkpoint is not None and step > 0 and not (sealed and self.plan.checkpointed_step >= step)
         store = (
@@ -343,6 +347,8 @@ class _Stepping:
             report.evaluation = self._evaluate()
         if store and s.saver is not None:
             report.share = s.saver.write(self._owned(), step=step, generation=self.plan.generation, worker=s.worker)
+        if sealed:
+            self._publish_missed(step)
         if sealed and not evaluate and not store:
             self._publish(report)
             report.row = None
@@ -369,11 +375,18 @@ class _Stepping:
                 module.training = training
         return {str(name): float(value) for name, value in result.items()}
 
+    def _publish_missed(self, sealed_step: int) -> None:
+        """Steps before the sealed one whose rows died with the worker that was to publish them."""
+        for step in range(self.plan.published_step + 1, sealed_step):
+            row = self.session.committed.rows.get(step)
+            if row is not None:
+                self._publish(StepReport(step, row=row))
+
     def _publish(self, report: StepReport) -> None:
         if self.is_publisher and report.row is not None and report.step > 0:
-            evaluation = report.evaluation
-            row = dict(report.row, generation=self.plan.generation)
-            self.session.emit(Row(row | ({"evaluation": evaluation} if evaluation else {})))
+            if report.evaluation:
+                report.row["evaluation"] = report.evaluation
+            self.session.emit(Row(dict(report.row, generation=self.plan.generation)))
             self.session.emit(ev.Progress(0.0, self.plan.generation, report.step))
 
     def _commit_checkpoint(self, report: StepReport, extras: list[bytes]) -> None:

@@ -32,11 +32,15 @@ _context.set_forkserver_preload(["torch", "elastictrain.engine.host", "pyarrow.p
 SHARED_DOMAIN = "here"
 
 
-def worker_main(pipe: connection.Connection, job: Job, worker: int, faults: Sequence[Any], patch: Any) -> None:
+def worker_main(
+    pipe: connection.Connection, job: Job, worker: int, faults: Sequence[Any], patch: Any, cuda_devices: int
+) -> None:
     """A worker process: commands come in, messages go out."""
     os.environ["OMP_NUM_THREADS"] = str(job.numerics.threads)
+    if cuda_devices > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(worker % cuda_devices)
     if patch is not None:
-        patch()
+        patch(worker)
     host = WorkerHost(job, worker, host="127.0.0.1", faults=faults)
     sending = threading.Lock()
 
@@ -74,8 +78,8 @@ def worker_main(pipe: connection.Connection, job: Job, worker: int, faults: Sequ
 class ProcessEffects:
     """`driver.Effects` on processes."""
 
-    def __init__(self, job: Job, faults: Sequence[Any] = (), patch: Any = None) -> None:
-        self.job, self.faults, self.patch = job, faults, patch
+    def __init__(self, job: Job, faults: Sequence[Any] = (), patch: Any = None, cuda_devices: int = 1) -> None:
+        self.job, self.faults, self.patch, self.cuda_devices = job, faults, patch, cuda_devices
         self.rendezvous = Rendezvous()
         self.pipes: dict[int, connection.Connection] = {}
         self.processes: dict[int, Any] = {}
@@ -97,7 +101,7 @@ class ProcessEffects:
 
     def _start(self, worker: int) -> None:
         ours, theirs = _context.Pipe()
-        arguments = (theirs, self.job, worker, kills_for(self.faults, worker), self.patch)
+        arguments = (theirs, self.job, worker, kills_for(self.faults, worker), self.patch, self.cuda_devices)
         process = _context.Process(target=worker_main, args=arguments, daemon=True)
         process.start()
         theirs.close()
@@ -181,11 +185,17 @@ class Run:
 
 
 def run_job(
-    job: Job, faults: Sequence[Any] = (), *, restore: Restore | None = None, patch: Any = None, **spec: Any
+    job: Job,
+    faults: Sequence[Any] = (),
+    *,
+    restore: Restore | None = None,
+    patch: Any = None,
+    cuda_devices: int = 1,
+    **spec: Any,
 ) -> Run:
-    """Run a job to its end on processes. `patch` is called in every worker first (to plant bugs)."""
+    """Run a job to its end on processes. `patch(worker)` is called in every worker first (to plant bugs or delays)."""
     machine = Machine(replace(machine_spec(job, inspect(job)), **spec))
-    effects = ProcessEffects(job, faults, patch)
+    effects = ProcessEffects(job, faults, patch, cuda_devices)
     record, journal = MemoryRecord(), MemoryJournal()
     try:
         driver = Driver(machine, effects, record, journal, script=faults)
@@ -206,7 +216,7 @@ def write_text(folder: Path, *, rows: int = 400, group: int = 40) -> str:
     return str(path)
 
 
-def byte_job(folder: Path, workers: int = 3, **settings: Any) -> Job:
+def byte_job(folder: Path, workers: int | dict[str, Any] = 3, **settings: Any) -> Job:
     """The standard small job of these tests."""
     base: dict[str, Any] = {
         "recipe": f"{Path(__file__).parent / 'recipes.py'}:Bytes",
@@ -215,6 +225,6 @@ def byte_job(folder: Path, workers: int = 3, **settings: Any) -> Job:
         "lane_batch_size": 2,
         "steps": 8,
         "clip_grad_norm": 0.5,
-        "workers": {"max": workers, "replace": False},
+        "workers": {"max": workers, "replace": False} if isinstance(workers, int) else {"replace": False} | workers,
     }
     return Job(**(base | settings))

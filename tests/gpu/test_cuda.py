@@ -1,0 +1,47 @@
+"""On CUDA devices: the same bits over layouts of one GPU model, NCCL groups that drop and form again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.support.process_cluster import byte_job, run_job
+
+from elastictrain.faults import kill
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+needs_three = pytest.mark.skipif(torch.cuda.device_count() < 3, reason="needs three CUDA devices")
+
+
+@pytest.mark.parametrize("compute_dtype", ["f32", "bf16"])
+def test_both_memory_choices_give_the_same_bits(tmp_path, compute_dtype):
+    jobs = [
+        byte_job(tmp_path, workers=1, gradients=gradients, numerics={"compute_dtype": compute_dtype})
+        for gradients in ("sum", "hand_over")
+    ]
+    first, second = (run_job(job) for job in jobs)
+    assert first.digest == second.digest
+
+
+def test_a_run_on_a_device_repeats(tmp_path):
+    assert run_job(byte_job(tmp_path, workers=1)).digest == run_job(byte_job(tmp_path, workers=1)).digest
+
+
+def test_a_device_dies_and_goes_on_from_its_checkpoint(tmp_path):
+    undisturbed = run_job(byte_job(tmp_path, workers=1))
+    job = byte_job(
+        tmp_path, checkpoint={"path": str(tmp_path / "c"), "every_steps": 3}, workers={"max": 1, "replace": True}
+    )
+    assert run_job(job, [kill(0, 6, "compute")]).digest == undisturbed.digest
+
+
+@needs_three
+@pytest.mark.parametrize("phase", ["compute", "exchange", "vote", "gather"])
+def test_nccl_recovers_in_place(tmp_path, phase):
+    undisturbed = run_job(byte_job(tmp_path, workers=1), cuda_devices=3)
+    run = run_job(byte_job(tmp_path, workers=3), [kill(1, 4, phase)], cuda_devices=3)
+    assert run.digest == undisturbed.digest
+    assert not run.record.of("went_back")

@@ -1,0 +1,161 @@
+"""Disturbed run == undisturbed run, by digest: the real controller and engine on gloo processes."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+from tests.support.process_cluster import Run, byte_job, run_job
+
+from elastictrain.faults import PHASES, add, drain, kill
+
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("recovery")
+
+
+@pytest.fixture(scope="module")
+def reference(folder) -> Run:
+    return run_job(byte_job(folder, workers=1))
+
+
+def same(run: Run, reference: Run) -> None:
+    """The same state, the same losses, every step published once."""
+    assert run.digest == reference.digest, run.record.events[-10:]
+    assert run.losses == reference.losses
+    steps = [row["step"] for row in run.record.rows]
+    if not run.record.of("went_back"):
+        assert steps == list(range(1, 9))
+
+
+LAYOUTS = {
+    "2 even": {"workers": {"max": 2}},
+    "2 uneven": {"workers": {"max": 2, "lane_shares": {0: 3, 1: 1}, "block_shares": {0: 1, 1: 4}}},
+    "3 handed over": {"workers": {"max": 3}, "gradients": "hand_over"},
+    "3, one owns nothing": {"workers": {"max": 3, "block_shares": {1: 0}}},
+    "4 uneven, handed over": {
+        "workers": {"max": 4, "lane_shares": {2: 4}, "block_shares": {0: 3}},
+        "gradients": "hand_over",
+    },
+    "4 in two micro-batches": {"workers": {"max": 4}},
+    "7": {"workers": {"max": 7}},
+    "no mirrors": {"workers": {"max": 2}, "mirrors": False},
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_gives_the_same_bits(folder, reference, name):
+    same(run_job(byte_job(folder, **LAYOUTS[name])), reference)
+
+
+@pytest.mark.parametrize(("phase", "worker"), [*itertools.product(PHASES, (0, 1, 2))])
+def test_a_worker_may_die_in_any_phase(folder, reference, phase, worker):
+    run = run_job(byte_job(folder), [kill(worker, 4, phase)])
+    same(run, reference)
+    (recovery,) = run.record.of("recovery")
+    assert recovery["workers"] == [worker]
+    assert (recovery["world_before"], recovery["world_after"]) == (3, 2)
+    assert recovery["steps_redone"] == (0 if phase in ("apply", "gather") else 1)
+    assert recovery["restored_from"] is None  # no storage is read
+
+
+def test_the_one_that_took_over_dies_too(folder, reference):
+    run = run_job(byte_job(folder), [kill(1, 4, "exchange"), kill(2, 5, "mirror")])
+    same(run, reference)
+    assert [r["world_after"] for r in run.record.of("recovery")] == [2, 1]
+    assert not run.record.of("went_back")
+
+
+def test_two_at_once_that_do_not_mirror_each_other(folder, reference):
+    run = run_job(byte_job(folder, workers=4), [kill(0, 4, "exchange"), kill(2, 4, "exchange")])
+    same(run, reference)
+    assert not run.record.of("went_back")
+    assert run.record.of("recovery")[-1]["world_after"] == 2
+
+
+@pytest.mark.parametrize("checkpoint", [True, False], ids=["checkpoint", "initial state"])
+def test_both_holders_lost_goes_back_and_says_so(folder, tmp_path, reference, checkpoint):
+    settings = {"checkpoint": {"path": str(tmp_path / "ckpt"), "every_steps": 2}} if checkpoint else {}
+    run = run_job(byte_job(folder, **settings), [kill(0, 6, "exchange"), kill(1, 6, "exchange")])
+    same(run, reference)
+    (back,) = run.record.of("went_back")
+    assert back["to_step"] == (4 if checkpoint else 0)
+    assert run.record.of("recovery")[-1]["steps_redone"] == 5 - back["to_step"]
+
+
+def test_world_of_one_dies_and_goes_on_from_its_checkpoint(folder, tmp_path, reference):
+    job = byte_job(
+        folder, checkpoint={"path": str(tmp_path / "c"), "every_steps": 3}, workers={"max": 1, "replace": True}
+    )
+    run = run_job(job, [kill(0, 6, "compute")])
+    same(run, reference)
+    assert run.record.of("went_back")[0]["to_step"] == 3
+
+
+def test_a_worker_joins_and_one_is_drained(folder, reference):
+    job = byte_job(folder, steps=40, workers={"max": 4, "start": 2, "replace": False})
+    undisturbed = run_job(byte_job(folder, steps=40, workers=1))
+    run = run_job(job, [add(1), drain(0, 2)])
+    assert run.digest == undisturbed.digest
+    assert run.losses == undisturbed.losses
+    resized = run.record.of("resized")
+    assert {w for r in resized for w in r["joined"]} == {2}
+    assert {w for r in resized for w in r["left"]} == {0}
+    assert all(r["steps_redone"] == 0 for r in resized)  # planned: nothing is redone
+
+
+def test_a_warm_spare_takes_the_place_at_once(folder, reference):
+    run = run_job(byte_job(folder, workers={"max": 3, "spares": 1, "replace": False}), [kill(1, 4, "vote")])
+    same(run, reference)
+    (recovery,) = run.record.of("recovery")
+    assert (recovery["world_after"], recovery["joined"]) == (3, [3])
+
+
+def test_a_death_while_the_next_generation_forms(folder, reference):
+    run = run_job(byte_job(folder, workers=4), [kill(1, 4, "compute"), kill(3, 4, "form")])
+    same(run, reference)
+    assert run.record.of("recovery")[-1]["world_after"] == 2
+
+
+def test_a_joiner_that_dies_while_it_joins(folder):
+    job = byte_job(folder, steps=30, workers={"max": 3, "start": 2, "replace": False})
+    faults = [add(1), *(kill(2, step, "form") for step in range(2, 31))]
+    run = run_job(job, faults)
+    assert run.digest == run_job(byte_job(folder, steps=30, workers=1)).digest
+    assert run.record.rows[-1]["world"] == 2
+
+
+def test_many_faults_in_one_run(folder):
+    """Replaced workers die as well; the numbers go up and the bits stay."""
+    steps = 60
+    undisturbed = run_job(byte_job(folder, steps=steps, workers=1))
+    faults = [kill(w, 4 + 7 * w, PHASES[w % 6]) for w in range(7)]
+    run = run_job(byte_job(folder, steps=steps, workers={"max": 3, "spares": 1, "replace": True}), faults)
+    assert run.digest == undisturbed.digest
+    assert run.losses == undisturbed.losses
+    assert len(run.record.of("recovery")) >= 5
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"numerics": {"compute_dtype": "bf16"}},
+        {"ownership": "whole"},
+        {"gradients": "hand_over", "lane_batch_size": 4, "micro_batches": 2},
+        {"evaluate_every": 3, "clip_grad_norm": None},
+    ],
+    ids=["bf16", "whole parameters", "handed over in micro-batches", "evaluation"],
+)
+def test_the_same_under_other_settings(folder, settings):
+    alone = run_job(byte_job(folder, workers=1, **settings))
+    run = run_job(byte_job(folder, workers=3, **settings), [kill(0, 4, "mirror"), kill(2, 6, "apply")])
+    assert run.digest == alone.digest
+    assert run.losses == alone.losses
+    if "evaluate_every" in settings:
+        found = {row["step"]: row["evaluation"] for row in run.record.rows if "evaluation" in row}
+        assert found == {row["step"]: row["evaluation"] for row in alone.record.rows if "evaluation" in row}
+        assert sorted(found) == [3, 6, 8]
