@@ -73,7 +73,7 @@ class Odd(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.act(self, x)
-        return self.linear(x.to(self.linear.weight.dtype))
+        return self.linear(x.to(self.linear.weight.dtype))  # type: ignore[no-any-return]
 
 
 class OddRecipe(NetRecipe):

@@ -11,13 +11,13 @@ from torch import nn
 
 from elastictrain.engine import saving
 from elastictrain.engine.saving import Saver, combine_shares, digest_share, open_checkpoint, owned_state, restore
-from elastictrain.engine.worker_model import WorkerModel
+from elastictrain.engine.worker_model import WorkerModel, build
 from elastictrain.errors import CheckpointMismatch, CorruptCheckpoint
 from elastictrain.job import Checkpoint, Job
 from elastictrain.layout import Shard
 from elastictrain_checkpoint import Store, digest, load
 from tests.unit.engine.optimizer_table import ELEMENT_WISE, with_groups
-from tests.unit.engine.worlds import CPU, Net, NetRecipe, adamw, alone, build, differing, make_job, started, state_of
+from tests.unit.engine.worlds import CPU, Net, NetRecipe, adamw, alone, differing, make_job, started, state_of
 
 
 class Averaged(NetRecipe):

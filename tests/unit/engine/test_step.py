@@ -37,7 +37,7 @@ def test_one_lane_is_an_ordinary_training_loop(make: Any) -> None:
 
     class Mean(NetRecipe):
         def loss(self, model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-            return (model(batch["x"]) - batch["y"]).square().mean()
+            return (model(batch["x"]) - batch["y"]).square().mean()  # type: ignore[no-any-return]
 
     worker = alone(make_job(Mean(make), lanes=1))
     torch.manual_seed(0)
@@ -86,7 +86,7 @@ def test_micro_batches_of_a_mean_are_the_mean_of_their_means() -> None:
             return torch.nn.Linear(6, 1)
 
         def loss(self, model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-            return (model(batch["x"]) - batch["y"]).square().mean()
+            return (model(batch["x"]) - batch["y"]).square().mean()  # type: ignore[no-any-return]
 
     one, three = (alone(make_job(Mean(), lanes=2, micro_batches=m)) for m in (1, 3))
     a, b = one.step(1), three.step(1)

@@ -51,7 +51,7 @@ class Net(nn.Module):
         with torch.no_grad():
             self.seen += 1
         h = self.drop(torch.relu(self.norm(self.inp(x.to(self.inp.weight.dtype)) * self.scale)))
-        return self.out(torch.relu(self.mid(h))) * self.gain + self.frozen.sum()
+        return self.out(torch.relu(self.mid(h))) * self.gain + self.frozen.sum()  # type: ignore[no-any-return]
 
 
 class NetRecipe(Recipe):
