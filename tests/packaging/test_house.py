@@ -165,7 +165,9 @@ def test_every_name_of_et_in_the_papers_exists() -> None:
 
 
 def blocks(paper: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text(paper), re.M | re.S)
+    """The fenced blocks of a page in one language ("" for commands)."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text(paper), re.M | re.S)
+    return [block for found, block in fenced if found == language]
 
 
 def test_the_yaml_in_the_papers_is_accepted() -> None:
