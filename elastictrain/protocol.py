@@ -14,8 +14,8 @@ class ParkReport:
     `applied_step`: the last step whose apply has ended here (0: initial state). `sealed_generation`: the newest
     generation whose seal this worker has seen complete. `gathered`: the compute-dtype parameters of `applied_step` are
     whole here. `vote`: the result of the vote for `applied_step`, byte for byte (None right after a seal that saw no
-    step yet, or when it may be forgotten: R1). `computing`: it had begun to compute `applied_step + 1`. `holds_next`: this worker holds its reduced gradients and a complete
-    vote for `applied_step + 1` that it has not applied.
+    step yet, or when it may be forgotten: R1). `computing`: it had begun to compute `applied_step + 1`. `holds_next`:
+    it holds its reduced gradients for that step.
     """
 
     worker: int
@@ -60,6 +60,11 @@ class FormPlan:
     published_step: int = 0
     checkpointed_step: int = 0
     joiners: tuple[int, ...] = field(default=())
+
+    @property
+    def first_known(self) -> int:
+        """The first member in rank order that is no newcomer (the first of all when all are)."""
+        return next((w for w in self.layout.workers if w not in self.joiners), self.layout.workers[0])
 
 
 @dataclass(frozen=True, slots=True)

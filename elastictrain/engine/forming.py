@@ -126,8 +126,7 @@ def _share_counters(session: Session, plan: FormPlan, groups: GroupSet) -> None:
     if not counters:
         return
     mine = b"".join(bytes(saving.as_buffer(c)) for c in counters.values())
-    source = next((r for r, w in enumerate(plan.layout.workers) if w not in plan.joiners), 0)
-    at, raw = 0, groups.all_gather_sized(mine)[source]
+    at, raw = 0, groups.all_gather_sized(mine)[plan.layout.rank(plan.first_known)]
     for counter in counters.values():
         size = counter.numel() * counter.element_size()
         if size:

@@ -136,14 +136,12 @@ def _stages(job: Job, manifest: Manifest) -> tuple[tuple[Stage, ...], list[tuple
 def _check_data(job: Job, manifest: Manifest, stage: Stage) -> None:
     source = open_stage(job, stage)
     try:
-        stored = {k: v for k, v in dict(manifest.tree.get("data", {})).items() if k not in (*_ABOUT_ORDER, "hash")}
-        now = {k: v for k, v in source.fingerprint.items() if k not in (*_ABOUT_ORDER, "hash")}
-        changes = fingerprint_difference(stored, now)
+        changes = fingerprint_difference(manifest.tree.get("data", {}), source.fingerprint, ignoring=_ABOUT_ORDER)
     finally:
         source.close()
     if changes:
         shown = "\n  ".join(changes[:10])
         raise DataError(
-            f"the data have changed since checkpoint step {manifest.step}:\n  {shown}\nput the data back, or start a new "
-            "run (another checkpoint.path)"
+            f"the data have changed since checkpoint step {manifest.step}:\n  {shown}\n"
+            "put the data back, or start a new run (another checkpoint.path)"
         )

@@ -260,7 +260,8 @@ class _Stepping:
 
     @property
     def is_publisher(self) -> bool:
-        return self.runner.rank == 0
+        """The first member that is no newcomer: it knows the steps before this generation."""
+        return self.session.worker == self.plan.first_known
 
     def run(self) -> None:
         s = self.session

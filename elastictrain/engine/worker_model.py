@@ -4,6 +4,7 @@ made at submission, before any machine is asked for.
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from elastictrain.engine.held import HeldState
 from elastictrain.engine.optimizers import check_optimizer, optimizer_template
 from elastictrain.engine.space import Space
 from elastictrain.engine.step import seed_everything
-from elastictrain.errors import RecipeError
+from elastictrain.errors import ElasticTrainError, RecipeError
 from elastictrain.job import Job
 from elastictrain.recipe import Recipe, load_recipe
 
@@ -51,7 +52,15 @@ def hook(recipe: Any, name: str) -> Any:
 def build_initial(recipe: Any, seed: int) -> nn.Module:
     """The recipe's model on the CPU with its initial values: the same bits on every worker."""
     seed_everything(seed)
-    model = recipe.model()
+    try:
+        model = recipe.model()
+    except ElasticTrainError:
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise RecipeError(
+            f"recipe.model() failed at {place.filename}:{place.lineno}: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(model, nn.Module):
         raise RecipeError(f"recipe.model() must return a torch.nn.Module, got {type(model).__name__}")
     return model

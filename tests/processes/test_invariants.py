@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support import plants
-from tests.support.process_cluster import Run, byte_job, run_job
 
 from elastictrain.faults import add, fail, kill
+from tests.support import plants
+from tests.support.process_cluster import Run, byte_job, run_job
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
 
@@ -99,8 +99,10 @@ def test_r4_the_old_copy_counts_until_the_seal(folder):
     job = byte_job(folder, steps=30, workers={"max": 3, "start": 2, "replace": False})
     alone = run_job(byte_job(folder, steps=30, workers=1))
     faults = [add(1), *(kill(2, step, "seal") for step in range(2, 31))]
-    run = run_job(job, faults)
+    company = plants.wait_for_company(3, generations=1)
+    run = run_job(job, faults, patch=company)
     assert run.outcome.digest == alone.digest
     assert not run.record.of("went_back")
-    broken = run_job(job, faults, patch=plants.free_before_seal, deadline_s=15.0)
+    assert [lost["worker"] for lost in run.record.of("worker_lost")] == [2]
+    broken = run_job(job, faults, patch=plants.both(company, plants.free_before_seal), deadline_s=15.0)
     assert broken.outcome.digest != alone.digest or broken.record.of("went_back")

@@ -6,9 +6,10 @@ import itertools
 from pathlib import Path
 
 import pytest
-from tests.support.process_cluster import Run, byte_job, run_job
 
 from elastictrain.faults import PHASES, add, drain, kill
+from tests.support.plants import wait_for_company
+from tests.support.process_cluster import Run, byte_job, run_job
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
 
@@ -97,9 +98,9 @@ def test_world_of_one_dies_and_goes_on_from_its_checkpoint(folder, tmp_path, ref
 
 
 def test_a_worker_joins_and_one_is_drained(folder, reference):
-    job = byte_job(folder, steps=40, workers={"max": 4, "start": 2, "replace": False})
-    undisturbed = run_job(byte_job(folder, steps=40, workers=1))
-    run = run_job(job, [add(1), drain(0, 2)])
+    job = byte_job(folder, steps=60, workers={"max": 4, "start": 2, "replace": False})
+    undisturbed = run_job(byte_job(folder, steps=60, workers=1))
+    run = run_job(job, [add(1), drain(0, 4)], patch=wait_for_company(3, generations=1))
     assert run.digest == undisturbed.digest
     assert run.losses == undisturbed.losses
     resized = run.record.of("resized")
@@ -124,9 +125,10 @@ def test_a_death_while_the_next_generation_forms(folder, reference):
 def test_a_joiner_that_dies_while_it_joins(folder):
     job = byte_job(folder, steps=30, workers={"max": 3, "start": 2, "replace": False})
     faults = [add(1), *(kill(2, step, "form") for step in range(2, 31))]
-    run = run_job(job, faults)
+    run = run_job(job, faults, patch=wait_for_company(3, generations=1))
     assert run.digest == run_job(byte_job(folder, steps=30, workers=1)).digest
     assert run.record.rows[-1]["world"] == 2
+    assert [lost["worker"] for lost in run.record.of("worker_lost")] == [2]
 
 
 def test_many_faults_in_one_run(folder):
@@ -134,10 +136,11 @@ def test_many_faults_in_one_run(folder):
     steps = 60
     undisturbed = run_job(byte_job(folder, steps=steps, workers=1))
     faults = [kill(w, 4 + 7 * w, PHASES[w % 6]) for w in range(7)]
-    run = run_job(byte_job(folder, steps=steps, workers={"max": 3, "spares": 1, "replace": True}), faults)
+    job = byte_job(folder, steps=steps, workers={"max": 3, "spares": 1, "replace": True})
+    run = run_job(job, faults, patch=wait_for_company(3))
     assert run.digest == undisturbed.digest
     assert run.losses == undisturbed.losses
-    assert len(run.record.of("recovery")) >= 5
+    assert sorted(lost["worker"] for lost in run.record.of("worker_lost")) == list(range(7))
 
 
 @pytest.mark.parametrize(

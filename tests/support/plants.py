@@ -22,7 +22,7 @@ def _both(first: Any, second: Any, worker: int) -> None:
 
 
 def hold_vote(workers: tuple[int, ...], at: int) -> Callable[[int], None]:
-    """`workers` hold the complete vote of step `at`, but do not apply it before they are parked: so survivors differ."""
+    """`workers` hold the whole vote of step `at`, but do not apply it before they are parked: survivors differ."""
     return partial(_hold_vote, workers, at)
 
 
@@ -45,6 +45,36 @@ def _hold_vote(workers: tuple[int, ...], at: int, worker: int) -> None:
 
     session.Session.__init__ = remember  # type: ignore[method-assign]
     Probes.at = wait  # type: ignore[method-assign]
+
+
+def wait_for_company(size: int, generations: int = 1 << 30) -> Callable[[int], None]:
+    """While the world is smaller than `size`, go no further than two steps into a generation: until the pause for a
+    newcomer is asked for. (Steps of these tests take milliseconds, a new process takes seconds.) Only in the first
+    `generations`.
+    """
+    return partial(_wait_for_company, size, generations)
+
+
+def _wait_for_company(size: int, generations: int, worker: int) -> None:
+    del worker
+    seal = session._Stepping.__init__
+    run = session.StepRunner.run
+
+    def note(self: Any, owner: Any, plan: Any, groups: Any) -> None:
+        seal(self, owner, plan, groups)
+        self.runner.company = owner, plan
+
+    def wait(self: Any, number: int) -> Any:
+        owner, plan = getattr(self, "company", (None, None))
+        small = plan is not None and plan.generation <= generations and self.layout.world_size < size
+        if small and self.rank == 0 and number - plan.step > 2:
+            until = time.monotonic() + 60
+            while owner._pause_in != plan.generation and not owner.is_parked() and time.monotonic() < until:
+                time.sleep(0.001)
+        return run(self, number)
+
+    session._Stepping.__init__ = note  # type: ignore[method-assign]
+    session.StepRunner.run = wait  # type: ignore[method-assign]
 
 
 # --- bugs: each takes one rule out ---
@@ -82,9 +112,8 @@ def park_without_latch(worker: int) -> None:
     park, check = session.Session.park, session.Session.check
 
     def loose(self: session.Session, generation: int) -> Any:
-        report = park(self, generation)
         self.unlatched = True  # type: ignore[attr-defined]
-        return report
+        return park(self, generation)
 
     def unchecked(self: session.Session) -> None:
         if not getattr(self, "unlatched", False):

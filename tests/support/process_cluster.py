@@ -9,12 +9,11 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
-
-from elastictrain_actors.driver import Driver, Outcome
 
 from elastictrain.controller import commands as cmd
 from elastictrain.controller import events as ev
@@ -25,6 +24,7 @@ from elastictrain.engine.worker_model import inspect
 from elastictrain.faults import kills_for
 from elastictrain.job import Job
 from elastictrain.protocol import Restore
+from elastictrain_actors.driver import Driver, Outcome
 from elastictrain_actors.spec import machine_spec
 
 _context = multiprocessing.get_context("forkserver")
@@ -108,10 +108,8 @@ class ProcessEffects:
         self.pipes[worker], self.processes[worker] = ours, process
 
     def _send(self, worker: int, command: cmd.Command) -> None:
-        try:
+        with suppress(OSError, KeyError):  # it is dying; its sentinel says so
             self.pipes[worker].send(command)
-        except (OSError, KeyError):
-            pass  # it is dying; its sentinel says so
 
     def poll(self, timeout_s: float) -> list[Message]:
         by_pipe = {pipe: worker for worker, pipe in self.pipes.items()}
