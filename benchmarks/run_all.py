@@ -1,0 +1,78 @@
+"""All benchmarks, one after the other, and the table of figures in benchmarks/README.md.
+
+python benchmarks/run_all.py [--quick] [--only recovery throughput ...] [--table]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import common
+
+ALL = {
+    "same_bits": ["same_bits.py"],
+    "recovery": ["recovery.py"],
+    "recovery_ray": ["recovery.py", "--ray"],
+    "throughput": ["throughput.py", "--ray"],
+    "memory": ["memory.py"],
+    "mirrors": ["mirrors.py"],
+    "startup": ["startup.py"],
+}
+BEGIN, END = "<!-- figures: written by run_all.py -->", "<!-- end of figures -->"
+
+
+def figures(folder: Path) -> list[dict[str, object]]:
+    """Every figure in the results there are, the full ones before the quick."""
+    rows = []
+    for name in ALL:
+        path = next((p for p in (folder / f"{name}.json", folder / f"{name}-quick.json") if p.is_file()), None)
+        if path is None:
+            continue
+        found = json.loads(path.read_text(encoding="utf-8"))
+        when = found["machine"]["date"][:10] + (", quick" if found["quick"] else "")
+        loads = f"{found['machine']['load_average'][0]} / {found['machine']['load_average_at_end'][0]}"
+        for figure, facts in found["figures"].items():
+            rows.append({"figure": figure, "measured": facts["value"], "to reach": facts["target"],
+                         "": facts["verdict"], "date": when, "load before / after": loads,
+                         "from": f"[{name}](results/{path.stem}.md)"})  # fmt: skip
+    return rows
+
+
+def write_table(folder: Path) -> None:
+    readme = common.HERE / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    body = "\n".join(common.table(figures(folder)))
+    readme.write_text(f"{head}{BEGIN}\n\n{body}\n\n{END}{tail}", encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=list(ALL), default=list(ALL))
+    parser.add_argument("--out", type=Path, default=common.RESULTS)
+    parser.add_argument("--table", action="store_true", help="only write the table from the results there are")
+    options = parser.parse_args()
+    failed = []
+    for name in [] if options.table else options.only:
+        print(f"--- {name} ---", flush=True)
+        script, *more = ALL[name]
+        command = [sys.executable, str(common.HERE / script), *more, "--out", str(options.out)]
+        if subprocess.run(
+            [*command, *(["--quick"] if options.quick else [])], env=common.child_environment()
+        ).returncode:
+            failed.append(name)
+    if options.out.resolve() == common.RESULTS:
+        write_table(options.out)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
