@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 _MAX_LISTED_FILES = 1000  # beyond, only the hash over all files is kept; manifests must stay small
@@ -45,12 +45,17 @@ _SENTENCES = {
 }
 
 
-def fingerprint_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def fingerprint_difference(
+    old: Mapping[str, Any], new: Mapping[str, Any], *, ignoring: Collection[str] = ()
+) -> list[str]:
     """Say how the source differs from the one before; an empty list if batches are the same.
 
-    `old` and `new` are `Source.fingerprint`s; each sentence names what was, what is, and the setting.
+    `old` and `new` are `Source.fingerprint`s, also as JSON gives them back; each sentence names what was, what is, and
+    the setting. `ignoring`: keys of them that may differ.
     """
-    if old.get("hash") == new.get("hash"):
+    old, new = ({k: v for k, v in _plain(one).items() if k not in ignoring} for one in (old, new))
+    # `files` is told by `files_hash`, and `hash` covers what is ignored too.
+    if all(old.get(key) == new.get(key) for key in {*old, *new} - {"hash", "files"}):
         return []
     sentences = [
         sentence.format(old=_show(old.get(key)), new=_show(new.get(key)))
@@ -61,8 +66,13 @@ def fingerprint_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> li
         sentences += _file_differences(old.get("files"), new.get("files"))
     if not sentences:
         others = sorted(k for k in {*old, *new} - {"hash", "files"} if old.get(k) != new.get(k))
-        sentences = [f"the content differs ({', '.join(others) or 'hash'})"]
+        sentences = [f"the content differs ({', '.join(others)})"]
     return sentences
+
+
+def _plain(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """As a manifest would give it back: tuples are lists there."""
+    return dict(json.loads(json.dumps(fingerprint)))
 
 
 def _file_differences(old: Sequence[Mapping[str, Any]] | None, new: Sequence[Mapping[str, Any]] | None) -> list[str]:

@@ -294,6 +294,11 @@ def test_other_text_of_the_same_size_is_another_fingerprint(tmp_path: Path) -> N
     file.write_text(file.read_text().replace("Dokument", "dokument"))
     new = text_source(folder, "jsonl").fingerprint
     assert fingerprint_difference(old, new) == ["1.jsonl has changed (other content of the same size)"]
+    # What is to be ignored must not make the rest equal, and a fingerprint that went through JSON is the same.
+    stored = json.loads(json.dumps(old))
+    other_lanes = text_source(folder, "jsonl", lanes=8).fingerprint
+    assert fingerprint_difference(stored, other_lanes, ignoring=("lanes",)) == fingerprint_difference(old, new)
+    assert fingerprint_difference(json.loads(json.dumps(new)), other_lanes, ignoring=("lanes",)) == []
 
 
 def test_hugging_face_tokenizer(tmp_path: Path) -> None:
