@@ -111,8 +111,10 @@ def _smoothed(losses: Sequence[float]) -> list[float] | None:
 def _draw_evaluation(panel: Axes, name: str, points: Sequence[tuple[int, float]], colour: str) -> None:
     """A panel of its own for each metric: their scales have nothing to do with each other."""
     panel.plot([step for step, _ in points], [value for _, value in points], color=colour, lw=1.4, marker="o", ms=3.5)
-    panel.set_ylabel(name if len(name) <= 14 else name[:13] + "…", color=INK)
+    lines = [word if len(word) <= 14 else word[:13] + "…" for word in name.split("_")]
+    panel.set_ylabel("\n".join(lines[:3]), color=INK)
     panel.grid(axis="y", color="#e6e6e6", lw=0.8)
+    panel.set_axisbelow(True)
     panel.margins(y=0.15)
 
 
