@@ -69,6 +69,9 @@ def run(
     resume: Annotated[
         bool, typer.Option(help="Go on from the newest checkpoint (of --run-dir, or the latest).")
     ] = False,
+    resume_step: Annotated[
+        int | None, typer.Option(min=1, help="Go on from the checkpoint of this step instead of the newest.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Start with this many workers.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Train to this step instead of the job's.")] = None,
     address: Annotated[
@@ -81,7 +84,7 @@ def run(
     from elastictrain.observe import Blind
     from elastictrain.observe.live import LiveView, ViewConsole
 
-    job = _job(job_file, workers=workers, steps=steps, run_dir=run_dir, resume=resume)
+    job = _job(job_file, workers=workers, steps=steps, run_dir=run_dir, resume=resume or resume_step is not None)
     script = load_faults(faults) if faults is not None else ()
     # With --json standard output belongs to programs; people look at standard error.
     observer: Observer = Blind() if quiet else LiveView(ViewConsole(stderr=as_json))
@@ -89,7 +92,9 @@ def run(
     from elastictrain.run import run as run_job
 
     try:
-        summary = run_job(job, faults=script, resume=resume, observer=observer, address=address)
+        summary = run_job(
+            job, faults=script, resume=resume, resume_step=resume_step, observer=observer, address=address
+        )
     finally:
         observer.close()
     if as_json:

@@ -150,7 +150,7 @@ def _slow_start(data: Data) -> str:
         ", ".join(f"{number:g} {name.upper().removesuffix('S')}" for name, number in data[key].items() if number)
         for key in ("asked", "free")
     )
-    return f"{_who(data)} waits for room in the cluster: it needs {asked or 'nothing'}, free are {free or 'none'}"
+    return f"{_who(data)} has not started yet: it needs {asked or 'nothing'}, free are {free or 'none'}"
 
 
 def _forming(data: Data) -> str:

@@ -27,12 +27,12 @@ SAID: list[tuple[str, dict[str, Any], str]] = [
     (
         "slow_start",
         {"worker": 2, "asked": {"cpus": 2.0, "gpus": 1}, "free": {"CPU": 0.5}},
-        "worker 2 waits for room in the cluster: it needs 2 CPU, 1 GPU, free are 0.5 CPU",
+        "worker 2 has not started yet: it needs 2 CPU, 1 GPU, free are 0.5 CPU",
     ),
     (
         "slow_start",
         {"worker": 2, "asked": {"cpus": 1, "gpus": 0.0}, "free": {}},
-        "worker 2 waits for room in the cluster: it needs 1 CPU, free are none",
+        "worker 2 has not started yet: it needs 1 CPU, free are none",
     ),
     (
         "stage",
