@@ -1,0 +1,28 @@
+"""One Ray for all tests that can share it: starting one takes longer than most tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+import elastictrain_actors  # noqa: F401  (before Ray: it sets what Ray reads when it is imported)
+
+
+@pytest.fixture(scope="session")
+def shared_ray() -> Iterator[None]:
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=8,
+        num_gpus=0,
+        include_dashboard=False,
+        object_store_memory=100_000_000,
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()
