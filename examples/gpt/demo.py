@@ -104,7 +104,7 @@ def _elastic(console: Console, options: argparse.Namespace, runs: Path) -> Part:
     kill_at, add_at = max(3, int(options.steps * KILL_AT)), max(2, int(options.steps * ADD_AT))
     console.rule(f"[bold]{options.workers} workers, one killed, one added[/]")
     console.print(
-        f"one more is asked for at step {add_at}; worker {VICTIM} is killed in the {PHASE} of step {kill_at}, and replaced",
+        f"step {add_at}: one more is asked for; step {kill_at}: worker {VICTIM} is killed in the {PHASE}, and replaced",
         style="dim",
     )
     script = [et.faults.add(add_at), et.faults.kill(VICTIM, kill_at, PHASE)]
