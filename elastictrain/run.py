@@ -111,6 +111,8 @@ def _open_run_directory(job: Job, parameters: int, start: Start) -> Path:
 
 
 def _follow(order: RunOrder, watcher: Observer) -> Outcome:
+    watcher.update({"name": order.job.name, "run_dir": order.run_dir, "steps": order.job.steps,
+                    "waiting": "workers are starting"})  # fmt: skip
     handle = start_controller(order)
     shows: dict[str, Callable[[Any], None]] = {"event": watcher.event, "row": watcher.row, "status": watcher.update}
 

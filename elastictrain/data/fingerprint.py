@@ -53,7 +53,7 @@ def fingerprint_difference(
     `old` and `new` are `Source.fingerprint`s, also as JSON gives them back; each sentence names what was, what is, and
     the setting. `ignoring`: keys of them that may differ.
     """
-    old, new = ({k: v for k, v in _plain(one).items() if k not in ignoring} for one in (old, new))
+    old, new = ({k: v for k, v in one.items() if k not in ignoring} for one in (old, new))
     # `files` is told by `files_hash`, and `hash` covers what is ignored too.
     if all(old.get(key) == new.get(key) for key in {*old, *new} - {"hash", "files"}):
         return []
@@ -68,11 +68,6 @@ def fingerprint_difference(
         others = sorted(k for k in {*old, *new} - {"hash", "files"} if old.get(k) != new.get(k))
         sentences = [f"the content differs ({', '.join(others)})"]
     return sentences
-
-
-def _plain(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """As a manifest would give it back: tuples are lists there."""
-    return dict(json.loads(json.dumps(fingerprint)))
 
 
 def _file_differences(old: Sequence[Mapping[str, Any]] | None, new: Sequence[Mapping[str, Any]] | None) -> list[str]:

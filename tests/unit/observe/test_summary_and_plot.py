@@ -148,3 +148,12 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pyte
 
 def test_parse_job_is_what_the_story_uses() -> None:
     assert job() == parse_job(job().model_dump())
+
+
+def test_a_step_is_skipped_although_no_lane_is_to_blame(tmp_path: Path) -> None:
+    """A gradient may overflow while every lane's loss is finite: no lane is named, the step is skipped."""
+    with RunDirectory.create(tmp_path / "run", job()) as run:
+        run.row({"step": 1, "loss": 1.0})
+        run.row({"step": 2, "loss": 1.0, "skipped": []})
+    assert summarise(run).skipped_steps == [2]
+    assert [(mark.step, mark.family) for mark in marks([], run.metrics())] == [(2, "skipped")]
