@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from elastictrain.engine.space import Entry, Space
+from elastictrain.engine.space import ALIGN_ELEMENTS, Entry, Space
 from elastictrain.errors import RecipeError
 from elastictrain.tree import Node, path_up
 
@@ -26,6 +26,8 @@ class LaneTree:
         self._space, self._lane_count, self._device = space, lane_count, device
         self._micro_batches = micro_batches
         self._pool: list[torch.Tensor] = []
+        self._lent: list[torch.Tensor] = []
+        self._lent_room = 0
         self._entries: dict[nn.Parameter, Entry] = {}
         self.nodes: dict[Node, torch.Tensor] = {}
         self.interrupted: Callable[[], None] = lambda: None
@@ -46,7 +48,22 @@ class LaneTree:
     def reset(self) -> None:
         """Forget all partial sums; their memory is used again."""
         self._pool.extend(self.nodes.values())
-        self.nodes = {}
+        self._pool.extend(self._lent)
+        self.nodes, self._lent, self._lent_room = {}, [], 0
+
+    def scratch(self, elements: int) -> torch.Tensor:
+        """fp32 [elements] with any values, until the next `reset`: from a buffer that the tree needs no more in this
+        step where one has room, else new memory. Lanes that are still to come would want those buffers back.
+        """
+        room = -(-elements // ALIGN_ELEMENTS) * ALIGN_ELEMENTS
+        if self._lent_room < room <= self._space.active_elements and self._pool:
+            self._lent.append(self._pool.pop())
+            self._lent_room = self._space.active_elements
+        if self._lent_room < room:
+            return torch.empty(elements, dtype=torch.float32, device=self._device)
+        start = self._space.active_elements - self._lent_room
+        self._lent_room -= room
+        return self._lent[-1][start : start + elements]
 
     def release(self, node: Node) -> None:
         """Hand one partial sum's memory back (it has been sent)."""

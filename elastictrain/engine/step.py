@@ -113,7 +113,8 @@ class StepRunner:
                 self.run_lane(step, lane, pending, first=turn == 0, merge=True)
         with self._timed("exchange"):
             nodes = [roots(lanes, self.layout.lane_count) for lanes in self.layout.lanes]
-            received = self._exchange(nodes, between=lambda: self.probe("exchange"))
+            # All lanes are done: what comes may lie in the tree's spare buffers.
+            received = self._exchange(nodes, self.tree.scratch)
             for shard in self._owned:
                 a, b = self._span(shard)
                 parts = received[shard] | {node: self.tree.nodes[node][a:b] for node in nodes[self.rank]}
@@ -131,32 +132,36 @@ class StepRunner:
                 if mine:
                     self.run_lane(step, mine[0].lo, pending, first=turn == 0, merge=False)
             with self._timed("exchange"):
-                received = self._exchange(nodes, between=lambda: self.probe("exchange"))
+                received = self._exchange(nodes, lambda size: torch.empty(size, device=self.flat.device))
                 for shard in self._owned:
                     a, b = self._span(shard)
                     for node, tensor in received[shard].items():
                         self._push(partial[shard], node, tensor)
                     for node in mine:
-                        # clone: the lane's buffer takes the next lane, while this part stays in the owner's tree
-                        self._push(partial[shard], node, self.tree.nodes[node][a:b].clone())
+                        self._push(partial[shard], node, self.tree.nodes[node][a:b], borrowed=True)
                 for node in mine:
                     self.tree.release(node)
         for shard, parts in partial.items():
             pending.reduced[shard] = parts[whole(self.layout.lane_count)]
 
-    def _push(self, parts: dict[Node, torch.Tensor], node: Node, tensor: torch.Tensor) -> None:
+    def _push(
+        self, parts: dict[Node, torch.Tensor], node: Node, tensor: torch.Tensor, *, borrowed: bool = False
+    ) -> None:
+        """Add a leaf's sum to an owner's tree. `borrowed`: the lane's buffer takes the next lane, so this may not stay.
+
+        A sum of two does not depend on their order, so it may always lie where the sibling lay.
+        """
         for sibling, parent in path_up(node.lo, self.layout.lane_count):
             if sibling not in parts:
                 break
-            other = parts.pop(sibling)
-            tensor = other.add_(tensor) if sibling.lo < node.lo else tensor.add_(other)
+            tensor, borrowed = parts.pop(sibling).add_(tensor), False
             node = parent
-        parts[node] = tensor
+        parts[node] = tensor.clone() if borrowed else tensor
 
     def _exchange(
-        self, nodes: list[tuple[Node, ...]], between: Callable[[], None]
+        self, nodes: list[tuple[Node, ...]], place: Callable[[int], torch.Tensor]
     ) -> dict[Shard, dict[Node, torch.Tensor]]:
-        """Send every owner the given nodes' sums for its shards; returns what came for ours."""
+        """Send every owner the given nodes' sums for its shards; returns what came for ours, each in `place(size)`."""
         sends: list[Peer] = []
         for shard in self.layout.shards:
             a, b = self._span(shard)
@@ -170,10 +175,10 @@ class StepRunner:
             received[shard] = {}
             for rank in range(self.layout.world_size):
                 for node in nodes[rank] if rank != self.rank else ():
-                    buffer = torch.empty(b - a, device=self.flat.device)
+                    buffer = place(b - a)
                     received[shard][node] = buffer
                     recvs.append((rank, buffer))
-        self.groups.exchange(sends, recvs, between=between)
+        self.groups.exchange(sends, recvs, between=lambda: self.probe("exchange"))
         return received
 
     def _mirror(self, pending: Pending) -> None:
@@ -188,7 +193,7 @@ class StepRunner:
         for shard in self._mirrored:
             a, b = self._span(shard)
             # What lay here has been sent to the owner and is needed no more.
-            place = spare[a:b] if spare is not None else torch.empty(b - a, device=self.flat.device)
+            place = spare[a:b] if spare is not None else self.tree.scratch(b - a)
             pending.reduced[shard] = place
             recvs.append((self.layout.rank(shard.owner), place))
         self.groups.exchange(sends, recvs, between=lambda: self.probe("mirror"))
