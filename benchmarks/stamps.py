@@ -35,9 +35,8 @@ def read(folder: Path) -> list[dict[str, Any]]:
     """All lines of all processes in the order of time, each with its pid. A torn last line is left out."""
     found = []
     for path in folder.glob("*.jsonl"):
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
-                found.append(json.loads(line) | {"pid": int(path.stem)})
+        whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
+        found += [json.loads(line) | {"pid": int(path.stem)} for line in whole.splitlines()]
     return sorted(found, key=lambda line: line["t"])
 
 
@@ -75,14 +74,14 @@ def install(folder: str, *, memory_base: int | None = None) -> None:
     """Stamp every step of this process's session: start, applied, end (with its phases). With `memory_base` (the RSS
     from which to count) peaks too. Obeys kill orders: a file `kill-<pid>` that names a phase.
     """
-    from elastictrain.engine import forming, probes, session
+    from elastictrain.engine import forming, probes, stepping
 
-    stepping: Any = session._Stepping
+    looped: Any = stepping.Stepping
     if getattr(stepping, "_stamped", False):
         return
     stepping._stamped = True
     stamp = Stamps(folder)
-    one_step, apply_step, at = stepping._one_step, session.apply_step, probes.Probes.at
+    one_step, apply_step, at = looped._one_step, stepping.apply_step, probes.Probes.at
     memory = MemoryWatch(stamp, memory_base) if memory_base is not None else None
 
     def stamped_step(self: Any, *arguments: Any) -> Any:
@@ -110,8 +109,8 @@ def install(folder: str, *, memory_base: int | None = None) -> None:
             memory.at_vote()
         at(self, step, phase)
 
-    stepping._one_step = stamped_step
-    session.apply_step = forming.apply_step = stamped_apply  # type: ignore[attr-defined]
+    looped._one_step = stamped_step
+    stepping.apply_step = forming.apply_step = stamped_apply  # type: ignore[attr-defined]
     probes.Probes.at = ordered  # type: ignore[method-assign]
 
 

@@ -61,6 +61,7 @@ def run(
             faults=tuple(faults),
             environment=environment,
             stages=start.stages,
+            base_generation=start.generation,
         )
         outcome = _follow(order, watcher)
     found = RunDirectory.open(folder)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import ray
 
-from elastictrain.errors import CapacityError, ClusterError
+from elastictrain.errors import CapacityError, ClusterError, ConfigError
 from elastictrain.job import Job
 from elastictrain_actors.runtime_env import needs_shipping, prepare
 
@@ -44,6 +44,11 @@ def connected(job: Job, address: str | None, meanwhile: Callable[[], T]) -> Iter
 
 
 def _start(job: Job, address: str | None, environment: dict[str, Any]) -> None:
+    if (address or "").startswith("ray://"):
+        raise ConfigError(
+            f"address={address!r}: a run's controller and run directory live on the cluster, so Ray client is not "
+            "supported; use `elastictrain submit --address http://HEAD:8265`, or run on the head with --address auto"
+        )
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     shared: dict[str, Any] = {"runtime_env": environment, "log_to_driver": False, "logging_level": logging.ERROR}
     try:

@@ -35,6 +35,7 @@ class RunOrder:
     faults: tuple[Kill | Fail | Add | Drain, ...]
     environment: dict[str, Any]
     stages: tuple[Stage, ...] = ()
+    base_generation: int = 0
 
 
 class _Record:
@@ -73,11 +74,23 @@ class _Record:
 
 
 class _JournalFile:
-    """Events, appended and flushed before they are handled."""
+    """Events, appended and flushed before they are handled; generations, claimed by creating a file."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = path.open("a", encoding="utf-8")
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "journal.jsonl"
+        self._generations = folder / "generations"
+        self._generations.mkdir(exist_ok=True)
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def newest_generation(self) -> int:
+        return max((int(file.name) for file in self._generations.iterdir()), default=0)
+
+    def claim(self, generation: int) -> bool:
+        try:
+            (self._generations / f"{generation:08d}").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
 
     def append(self, line: str) -> None:
         try:
@@ -102,8 +115,9 @@ class ControllerActor:
         self._folder = RunDirectory.resume(order.run_dir, order.job)
         self._record = _Record(self._folder, order.job.name)
         self._effects = RayEffects(order.job, order.faults, order.stages, order.environment)
-        self._machine = Machine(machine_spec(order.job, order.facts))
-        self._journal = _JournalFile(Path(order.run_dir) / "journal.jsonl")
+        self._journal = _JournalFile(Path(order.run_dir))
+        base = max(order.base_generation, self._journal.newest_generation())
+        self._machine = Machine(machine_spec(order.job, order.facts, base_generation=base))
         self._driver = Driver(self._machine, self._effects, self._record, self._journal, script=order.faults)
 
     def start(self) -> None:

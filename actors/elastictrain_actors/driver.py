@@ -16,8 +16,8 @@ from elastictrain.controller.journal import dump_event
 from elastictrain.controller.machine import Machine
 from elastictrain.controller.view import view
 from elastictrain.engine.host import Message
-from elastictrain.engine.session import Row
-from elastictrain.errors import ElasticTrainError
+from elastictrain.engine.reports import Row
+from elastictrain.errors import ClusterError, ElasticTrainError
 from elastictrain.faults import Add, Drain, Fail, Kill
 
 POLL_S = 0.25
@@ -38,6 +38,10 @@ class Journal(Protocol):
     """Where events go before they are handled."""
 
     def append(self, line: str) -> None: ...
+
+    def claim(self, generation: int) -> bool:
+        """Take a generation number by compare-and-set: False when another controller has it (R5)."""
+        ...
 
 
 class Record(Protocol):
@@ -146,6 +150,11 @@ class Driver:
             facts = {"step": command.step, "digest": command.digest, "error": command.error}
             self.record.event(command.outcome, {k: v for k, v in facts.items() if v is not None}, None)
             self._outcome = Outcome(command.outcome, command.step, command.digest, command.error)
+        elif isinstance(command, cmd.Form) and not self.journal.claim(command.plan.generation):
+            raise ClusterError(
+                f"generation {command.plan.generation} of this run has been formed by another controller; this one "
+                "ends and changes nothing any more"
+            )
         else:
             self.effects.perform(command)
 

@@ -7,7 +7,7 @@ from elastictrain.engine.worker_model import ModelFacts
 from elastictrain.job import Job
 
 
-def machine_spec(job: Job, facts: ModelFacts) -> MachineSpec:
+def machine_spec(job: Job, facts: ModelFacts, *, base_generation: int = 0) -> MachineSpec:
     """The controller's fixed facts of a run."""
     workers = job.workers
     return MachineSpec(
@@ -26,4 +26,5 @@ def machine_spec(job: Job, facts: ModelFacts) -> MachineSpec:
         fixed_bytes=facts.fixed_bytes,
         bytes_per_held_element=facts.bytes_per_held_element,
         checkpoint=job.checkpoint is not None,
+        base_generation=base_generation,
     )

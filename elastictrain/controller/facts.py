@@ -21,6 +21,7 @@ class MachineSpec:
     holds` (owned and mirrored); 0 and 0 switch the memory check off. `checkpoint`: the job stores checkpoints (only
     used in messages). `start_attempts`: failed starts in a row before the controller stops trying for
     `start_retry_s`. `deadline_s`: how long forming or parking may take, or 20 x the longest seen if that is more.
+    `base_generation`: the newest generation of an earlier controller of this run; ours are above it.
     """
 
     lane_count: int
@@ -42,6 +43,7 @@ class MachineSpec:
     start_retry_s: float = 60.0
     rebalance_after_steps: int = 20
     deadline_s: float = 60.0
+    base_generation: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_workers <= self.initial_workers <= self.max_workers:
@@ -108,6 +110,7 @@ class Ledger:
 
     target: int
     complement: int
+    base_generation: int = 0
     begun: bool = False
     workers: dict[int, WorkerFacts] = field(default_factory=dict)
     next_worker: int = 0
@@ -131,8 +134,8 @@ class Ledger:
 
     @property
     def generation(self) -> int:
-        """The newest generation that was formed; 0 before the first."""
-        return 0 if self.plan is None else self.plan.generation
+        """The newest generation that was formed; `base_generation` before the first."""
+        return self.base_generation if self.plan is None else self.plan.generation
 
     @property
     def truth(self) -> Layout | None:

@@ -50,6 +50,7 @@ class Machine:
 
     def __init__(self, spec: MachineSpec) -> None:
         ledger = Ledger(target=spec.initial_workers, complement=spec.initial_workers + spec.spares)
+        ledger.base_generation = spec.base_generation
         self.core = Core(spec, ledger, Gathering())
 
     @property

@@ -45,7 +45,7 @@ def _give_up(core: Core, now_s: float, out: list[Command]) -> bool:
     if not ledger.begun or not isinstance(state, Gathering) or ledger.with_role(Role.STARTING):
         return False
     there = len(state.parked) + len(ledger.with_role(Role.READY))
-    first = ledger.generation == 0
+    first = ledger.plan is None
     if there >= spec.min_workers:
         return False
     if first and ledger.start_failures >= spec.start_attempts:
@@ -88,7 +88,7 @@ def _start_missing(core: Core, now_s: float, out: list[Command]) -> bool:
     if not ledger.begun or ledger.stop is not None or missing <= 0 or isinstance(core.state, Finishing):
         return False
     if ledger.start_failures >= core.spec.start_attempts:
-        if ledger.generation > 0 and ledger.start_retry_at_s is None:
+        if ledger.plan is not None and ledger.start_retry_at_s is None:
             ledger.start_retry_at_s = now_s + core.spec.start_retry_s
             data = {"failures": ledger.start_failures, "error": ledger.start_error, "after_s": core.spec.start_retry_s}
             out.append(Announce("start_paused", data))
@@ -117,7 +117,7 @@ def _enough(core: Core, now_s: float, out: list[Command]) -> bool:
     if not ledger.begun or not isinstance(state, Gathering):
         return False
     ready = len(ledger.with_role(Role.READY))
-    if ledger.generation == 0 and ready < core.spec.initial_workers and ledger.with_role(Role.STARTING):
+    if ledger.plan is None and ready < core.spec.initial_workers and ledger.with_role(Role.STARTING):
         return False
     return _go_on(core, state.parked, now_s, out)
 
@@ -198,7 +198,7 @@ def _wait(core: Core, shortage: Shortage, parked: dict[int, ParkReport], out: li
         core.enter(Gathering(parked, ""))
     state = core.state
     assert isinstance(state, Gathering)
-    if state.reason == shortage.reason or (core.ledger.generation == 0 and shortage.kind == "workers"):
+    if state.reason == shortage.reason or (core.ledger.plan is None and shortage.kind == "workers"):
         return False
     state.reason = shortage.reason
     data = {"generation": core.ledger.generation, "kind": shortage.kind, "reason": shortage.reason}

@@ -20,7 +20,8 @@ from elastictrain.data import LaneReader, Source, open_source
 from elastictrain.data.feeder import Feeder
 from elastictrain.engine.numerics import apply_numerics
 from elastictrain.engine.probes import Probes
-from elastictrain.engine.session import Row, Session
+from elastictrain.engine.reports import Row
+from elastictrain.engine.session import Session
 from elastictrain.engine.step import lane_seed
 from elastictrain.engine.worker_model import build
 from elastictrain.errors import ClusterError, ElasticTrainError

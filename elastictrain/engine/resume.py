@@ -20,7 +20,7 @@ _ABOUT_ORDER = ("lanes", "lane_batch_size", "seed")
 @dataclass(frozen=True, slots=True)
 class Start:
     """`restore`: the state to begin with. `checkpoints`: the whole ones that are known, ascending. `stages`: of the
-    data order, the last one in force. `notes`: lines for events.jsonl.
+    data order, the last one in force. `notes`: lines for events.jsonl. `generation`: that wrote the checkpoint.
     """
 
     restore: Restore
@@ -28,6 +28,7 @@ class Start:
     stages: tuple[Stage, ...]
     notes: tuple[tuple[str, dict[str, Any]], ...] = ()
     resumed: bool = False
+    generation: int = 0
 
 
 def find_start(job: Job, *, resume: bool, step: int | None = None) -> Start:
@@ -60,7 +61,9 @@ def find_start(job: Job, *, resume: bool, step: int | None = None) -> Start:
     _check_data(job, manifest, stages[-1])
     path = f"{job.checkpoint.path.rstrip('/')}/step-{manifest.step:08d}"
     known = tuple((s, path.rpartition("/")[0] + f"/step-{s:08d}") for s in steps if s <= manifest.step)
-    return Start(Restore(manifest.step, path), known, stages, tuple(notes), resumed=True)
+    return Start(
+        Restore(manifest.step, path), known, stages, tuple(notes), resumed=True, generation=manifest.generation
+    )
 
 
 def _some(steps: list[int]) -> str:

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,33 +18,24 @@ import torch
 from elastictrain.controller import events as ev
 from elastictrain.engine import saving
 from elastictrain.engine.collective import GroupSet, connect, meet
-from elastictrain.engine.commit import Committed, apply_step
+from elastictrain.engine.commit import Committed
 from elastictrain.engine.forming import enter_generation
 from elastictrain.engine.lanes import LaneTree
 from elastictrain.engine.numerics import capture
 from elastictrain.engine.probes import Probes
-from elastictrain.engine.reports import StepReport, step_row
+from elastictrain.engine.reports import Row, step_row
 from elastictrain.engine.step import Batches, Pending, StepRunner
-from elastictrain.engine.vote import FLAG_PAUSE, Tally, VoteFormat
-from elastictrain.engine.worker_model import WorkerModel, hook
-from elastictrain.errors import CorruptCheckpoint, ElasticTrainError, InternalError, PeerLost, UserError
+from elastictrain.engine.stepping import Stepping
+from elastictrain.engine.vote import Tally, VoteFormat
+from elastictrain.engine.worker_model import WorkerModel
+from elastictrain.errors import CorruptCheckpoint, ElasticTrainError, InternalError, PeerLost
 from elastictrain.job import Job
 from elastictrain.layout import Layout, Shard
 from elastictrain.protocol import FormPlan, ParkReport
 
-FIRST_STEP_DEADLINE_S = 600.0
-"""Imports, compilation and caches happen in the first step of a process: no measurement bounds it yet."""
-
 
 class Parked(Exception):
     """The training thread has noticed that its generation is over."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One published step for metrics.jsonl."""
-
-    values: dict[str, Any]
 
 
 class Session:
@@ -222,7 +211,7 @@ class Session:
         enter_generation(self, plan, groups)
         self.layout = plan.layout
         self.emit(ev.Sealed(0.0, plan.generation, self.worker, plan.step))
-        _Stepping(self, plan, groups).run()
+        Stepping(self, plan, groups).run()
 
     def _open_groups(self, plan: FormPlan) -> GroupSet:
         layout = plan.layout
@@ -235,188 +224,3 @@ class Session:
         return GroupSet(
             self._store, generation=plan.generation, rank=rank, world=world, device=self.device, host=self.host
         )
-
-
-class _Stepping:
-    """The steps of one generation, from its seal to its end."""
-
-    def __init__(self, session: Session, plan: FormPlan, groups: GroupSet) -> None:
-        self.session, self.plan, self.groups = session, plan, groups
-        self.job = session.job
-        self.layout = plan.layout
-        self.first_step = True
-        self.lane_plan = 0
-        self.runner = self._runner()
-
-    def _runner(self) -> StepRunner:
-        s = self.session
-        runner = StepRunner(
-            self.job, s.model.recipe, s.worker, self.layout, self.groups, s.model.flat, s.model.held, s.tree, s.batches,
-            probe=lambda phase: s.probes.at(self.step, phase), check=s.check,
-        )  # fmt: skip
-        s.vote_format = runner.vote_format
-        s.layout = self.layout
-        return runner
-
-    @property
-    def is_publisher(self) -> bool:
-        """The first member that is no newcomer: it knows the steps before this generation."""
-        return self.session.worker == self.plan.first_known
-
-    def run(self) -> None:
-        s = self.session
-        self.step = self.plan.step
-        report = self._after_commit(self.step, sealed=True)
-        while self.step < self.job.steps:
-            self.step += 1
-            tally = self._one_step(report)
-            if tally.flags & FLAG_PAUSE:
-                with s.apply_lock:
-                    s.check()
-                park = s.park(self.plan.generation)
-                s.emit(ev.WorkerParked(0.0, self.plan.generation, park))
-                return
-            report = self._after_commit(self.step, sealed=False)
-        self._close(report)
-
-    def _one_step(self, report: StepReport) -> Tally:
-        s = self.session
-        started = time.perf_counter()
-        s.computing = self.step
-        unmeasured = self.first_step or report.evaluates or report.stores  # peers may evaluate or store meanwhile
-        self.groups.deadline_s = FIRST_STEP_DEADLINE_S if unmeasured else max(60.0, 30.0 * s._longest_s)
-        self._expect(self.step)
-        pending = self.runner.run(self.step)
-        with s.apply_lock:
-            s.check()
-            s.pending = pending
-        flags = FLAG_PAUSE if s._pause_in == self.plan.generation else 0
-        offered = s._offer[0] if s._offer else 0
-        vote = self.runner.vote(pending, flags=flags, plan=offered)
-        extras = self.groups.all_gather_sized(report.extras()) if report.stores else []
-        s.probes.at(self.step, "voted")
-        # The vote of this step is complete: its predecessor can no more be redone, and may be seen (R5).
-        self._publish(report)
-        with self.runner._timed("apply"), s.apply_lock:
-            s.check()
-            if self.first_step:  # one vote after the seal: what moved away is let go (R4)
-                s.model.held.keep_only(self.layout.held(s.worker))
-            tally = apply_step(s, pending, vote, self.runner.vote_format, self.plan.generation)
-            s.committed.remember(s.row_of(tally, self.runner.seconds))
-        self.runner.gather()
-        s.committed.gathered_step = self.step
-        self.runner.seconds["step_s"] = time.perf_counter() - started
-        if not self.first_step:
-            s._longest_s = max(s._longest_s, self.runner.seconds["step_s"])
-        self.first_step = False
-        s.committed.remember(s.row_of(tally, self.runner.seconds))
-        self._commit_checkpoint(report, extras)
-        self._switch_lanes(tally.plan)
-        return tally
-
-    def _expect(self, step: int) -> None:
-        expect = getattr(self.session.batches, "expect", None)
-        if expect is not None:
-            mine = self.layout.lanes_of(self.session.worker)
-            expect([(t, lane) for t in (step, step + 1) if t <= self.job.steps for lane in mine])
-
-    def _switch_lanes(self, plan: int) -> None:
-        offer = self.session._offer
-        if offer is not None and plan > self.lane_plan and plan == offer[0]:
-            self.lane_plan = plan
-            self.layout = self.layout.with_lanes(offer[1])
-            self.runner = self._runner()
-
-    # --- at a commit ---
-
-    def _after_commit(self, step: int, *, sealed: bool) -> StepReport:
-        """Evaluate and write packs where step `step` asks for it. What comes of it is published one vote later; a step
-        that was sealed with nothing more to come is published at once.
-        """
-        s, last = self.session, step == self.job.steps
-        known = self.plan.published_step >= step if sealed else False
-        evaluate = bool(self.job.evaluate_every) and step > 0 and not known
-        evaluate = evaluate and (step % (self.job.evaluate_every or 1) == 0 or last)
-        report = StepReport(step, row=s.committed.rows.get(step) if not known else None)
-        checkpoint = self.job.checkpoint
-        store = checkpoint is not None and step > 0 and not (sealed and self.plan.checkpointed_step >= step)
-        store = (
-            store and checkpoint is not None and (step % checkpoint.every_steps == 0 or (last and checkpoint.at_end))
-        )
-        report.evaluates, report.stores = evaluate, store
-        if evaluate and self.is_publisher:
-            report.evaluation = self._evaluate()
-        if store and s.saver is not None:
-            report.share = s.saver.write(self._owned(), step=step, generation=self.plan.generation, worker=s.worker)
-        if sealed:
-            self._publish_missed(step)
-        if sealed and not evaluate and not store:
-            self._publish(report)
-            report.row = None
-        return report
-
-    def _owned(self) -> saving.Owned:
-        s = self.session
-        return saving.owned_state(
-            s.model.flat, s.model.held, self.layout.owned(s.worker), with_counters=self.runner.rank == 0
-        )
-
-    def _evaluate(self) -> dict[str, float]:
-        """On the committed parameters, in eval mode; whatever the recipe does to buffers or mode is undone."""
-        s = self.session
-        model = s.model.flat.model
-        modes = {module: module.training for module in model.modules()}
-        s.model.flat.before_lane()
-        model.eval()
-        try:
-            with torch.no_grad():
-                result = hook(s.model.recipe, "evaluate")(model)
-        finally:
-            for module, training in modes.items():
-                module.training = training
-        return {str(name): float(value) for name, value in result.items()}
-
-    def _publish_missed(self, sealed_step: int) -> None:
-        """Steps before the sealed one whose rows died with the worker that was to publish them."""
-        for step in range(self.plan.published_step + 1, sealed_step):
-            row = self.session.committed.rows.get(step)
-            if row is not None:
-                self._publish(StepReport(step, row=row))
-
-    def _publish(self, report: StepReport) -> None:
-        if self.is_publisher and report.row is not None and report.step > 0:
-            if report.evaluation:
-                report.row["evaluation"] = report.evaluation
-            self.session.emit(Row(dict(report.row, generation=self.plan.generation)))
-            self.session.emit(ev.Progress(0.0, self.plan.generation, report.step))
-
-    def _commit_checkpoint(self, report: StepReport, extras: list[bytes]) -> None:
-        s = self.session
-        if not (report.stores and self.is_publisher and s.saver is not None):
-            return
-        path = s.saver.commit(
-            StepReport.shares(extras),
-            step=report.step,
-            generation=self.plan.generation,
-            tree={"step": report.step, "seed": self.job.seed, "stages": s.stages, "data": s.data_fingerprint,
-                  "numerics": s.numerics},
-            aliases=s.model.space.aliases,
-            info={"world": self.layout.world_size},
-        )  # fmt: skip
-        s.emit(ev.CheckpointCommitted(0.0, self.plan.generation, report.step, path))
-
-    def _close(self, report: StepReport) -> None:
-        """The closing vote: after it the last step can no more be redone. Its digest names the final state."""
-        s = self.session
-        share = saving.digest_share(self._owned())
-        extras = self.groups.all_gather_sized(report.extras()) if report.stores else []
-        shares = self.groups.all_gather_sized(share)
-        self._publish(report)
-        self._commit_checkpoint(report, extras)
-        digest = saving.combine_shares(shares, s.model.space.aliases)
-        # Nobody leaves before everybody has the digest: a group dropped early would fail a slower peer.
-        self.groups.all_gather_equal(b"done")
-        s.emit(ev.WorkerFinished(0.0, self.plan.generation, s.worker, self.step, digest))
-
-
-__all__ = ["Parked", "Row", "Session", "UserError"]

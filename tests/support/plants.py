@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from elastictrain.engine import collective, commit, forming, session, step
+from elastictrain.engine import collective, commit, forming, session, step, stepping
 from elastictrain.engine.probes import Probes
 
 
@@ -57,8 +57,8 @@ def wait_for_company(size: int, generations: int = 1 << 30) -> Callable[[int], N
 
 def _wait_for_company(size: int, generations: int, worker: int) -> None:
     del worker
-    seal = session._Stepping.__init__
-    run = session.StepRunner.run
+    seal = stepping.Stepping.__init__
+    run = stepping.StepRunner.run
 
     def note(self: Any, owner: Any, plan: Any, groups: Any) -> None:
         seal(self, owner, plan, groups)
@@ -73,8 +73,8 @@ def _wait_for_company(size: int, generations: int, worker: int) -> None:
                 time.sleep(0.001)
         return run(self, number)
 
-    session._Stepping.__init__ = note  # type: ignore[method-assign]
-    session.StepRunner.run = wait  # type: ignore[method-assign]
+    stepping.Stepping.__init__ = note  # type: ignore[method-assign]
+    stepping.StepRunner.run = wait  # type: ignore[method-assign]
 
 
 # --- bugs: each takes one rule out ---
@@ -139,7 +139,7 @@ def free_before_seal(worker: int) -> None:
 def publish_at_once(worker: int) -> None:
     """Against R5: a step is published when this worker has applied it."""
     del worker
-    apply = session.apply_step
+    apply = stepping.apply_step
 
     def hasty(owner: Any, pending: Any, vote: Any, votes: Any, generation: int) -> Any:
         tally = apply(owner, pending, vote, votes, generation)
@@ -151,7 +151,7 @@ def publish_at_once(worker: int) -> None:
                 time.sleep(0.01)
         return tally
 
-    session.apply_step = hasty
+    stepping.apply_step = hasty
 
 
 def never_drop(worker: int) -> None:

@@ -80,11 +80,16 @@ class ProcessEffects:
 
     def __init__(self, job: Job, faults: Sequence[Any] = (), patch: Any = None, cuda_devices: int = 1) -> None:
         self.job, self.faults, self.patch, self.cuda_devices = job, faults, patch, cuda_devices
+        self.all_ready_first, self.ready = False, set[int]()
+        self._held_back: list[cmd.Form] = []
         self.rendezvous = Rendezvous()
         self.pipes: dict[int, connection.Connection] = {}
         self.processes: dict[int, Any] = {}
 
     def perform(self, command: cmd.Command) -> None:
+        if self.all_ready_first and isinstance(command, cmd.Form) and set(self.processes) - self.ready:
+            self._held_back.append(command)  # so that spares are warm before the first fault, not by luck
+            return
         if isinstance(command, cmd.StartWorker):
             self._start(command.worker)
         elif isinstance(command, cmd.Form):
@@ -124,6 +129,11 @@ class ProcessEffects:
             self.processes.pop(worker).join()
             self.pipes.pop(worker, None)
             found.append(ev.WorkerDied(0.0, worker, "process ended"))
+        self.ready |= {m.worker for m in found if isinstance(m, ev.WorkerReady)}
+        if self._held_back and not set(self.processes) - self.ready:
+            self.all_ready_first = False
+            for command in self._held_back:
+                self.perform(command)
         return found
 
     def _drain(self, worker: int) -> list[Message]:
@@ -164,6 +174,15 @@ class MemoryRecord:
 class MemoryJournal(list[str]):
     """`driver.Journal` in a list."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.claimed: set[int] = set()
+
+    def claim(self, generation: int) -> bool:
+        free = generation not in self.claimed
+        self.claimed.add(generation)
+        return free
+
 
 @dataclass
 class Run:
@@ -189,11 +208,13 @@ def run_job(
     restore: Restore | None = None,
     patch: Any = None,
     cuda_devices: int = 1,
+    all_ready_first: bool = False,
     **spec: Any,
 ) -> Run:
     """Run a job to its end on processes. `patch(worker)` is called in every worker first (to plant bugs or delays)."""
     machine = Machine(replace(machine_spec(job, inspect(job)), **spec))
     effects = ProcessEffects(job, faults, patch, cuda_devices)
+    effects.all_ready_first = all_ready_first
     record, journal = MemoryRecord(), MemoryJournal()
     try:
         driver = Driver(machine, effects, record, journal, script=faults)

@@ -69,3 +69,20 @@ def test_a_broken_line_in_the_middle_is_an_error(broken: str) -> None:
 def test_the_view_is_plain_data() -> None:
     assert json.loads(json.dumps(view(scene().machine))) == view(scene().machine)
     assert json.loads(json.dumps(view(Scene().machine)))["phase"] == "gathering"
+
+
+def test_a_resumed_run_goes_on_above_the_generations_it_had():
+    """Events, metrics and checkpoints are told apart by generation, over resumes too."""
+    from dataclasses import replace
+
+    from elastictrain.controller import commands as cmd
+    from elastictrain.controller import events as ev
+    from elastictrain.controller.facts import MachineSpec
+    from elastictrain.controller.machine import Machine
+    from elastictrain.protocol import Restore
+
+    spec = replace(MachineSpec(lane_count=4, steps=8, block_elements=(4096,) * 4), base_generation=7)
+    machine = Machine(spec)
+    machine.handle(ev.Begun(0.0, Restore(4, "somewhere"), ((4, "somewhere"),)))
+    plans = [c.plan for c in machine.handle(ev.WorkerReady(1.0, 0, "here")) if isinstance(c, cmd.Form)]
+    assert [(plan.generation, plan.step) for plan in plans] == [(8, 4)]

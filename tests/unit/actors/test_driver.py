@@ -1,0 +1,117 @@
+"""The loop around the machine, with a world that only remembers what was asked of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from elastictrain.controller import commands as cmd
+from elastictrain.controller import events as ev
+from elastictrain.controller.facts import MachineSpec
+from elastictrain.controller.journal import replay
+from elastictrain.controller.machine import Machine
+from elastictrain.engine.reports import Row
+from elastictrain.faults import add, drain
+from elastictrain.protocol import ParkReport, Restore
+from elastictrain_actors.driver import Driver, status_fields
+
+SPEC = MachineSpec(lane_count=4, steps=8, block_elements=(4096,) * 4, max_workers=3, initial_workers=1, replace=False)
+
+
+class Scripted:
+    """Answers each command with the next batch of messages; remembers all commands."""
+
+    def __init__(self, *batches: list[Any]) -> None:
+        self.batches, self.commands = list(batches), []
+
+    def perform(self, command: cmd.Command) -> None:
+        self.commands.append(command)
+
+    def poll(self, timeout_s: float) -> list[Any]:
+        return self.batches.pop(0) if self.batches else []
+
+
+class Record:
+    def __init__(self) -> None:
+        self.kinds: list[str] = []
+        self.rows: list[Any] = []
+
+    def event(self, kind: str, data: Any, generation: int | None) -> None:
+        self.kinds.append(kind)
+
+    def row(self, values: Any) -> None:
+        self.rows.append(values)
+
+    def status(self, values: Any) -> None:
+        self.last = values
+
+
+class Journal(list[str]):
+    def __init__(self, taken: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.taken = set(taken)
+
+    def claim(self, generation: int) -> bool:
+        free = generation not in self.taken
+        self.taken.add(generation)
+        return free
+
+
+def drive(*batches: list[Any], journal: Journal | None = None, script: tuple[Any, ...] = (), spec: Any = SPEC) -> Any:
+    effects, record, journal = Scripted(*batches), Record(), journal if journal is not None else Journal()
+    driver = Driver(Machine(spec), effects, record, journal, script=script)
+    outcome = driver.run(ev.Begun(0.0, Restore(0, None)))
+    return outcome, effects, record, journal, driver
+
+
+READY = ev.WorkerReady(0.0, 0, "here")
+DONE = [ev.Sealed(0.0, 1, 0, 0), Row({"step": 8}), ev.Progress(0.0, 1, 8), ev.WorkerFinished(0.0, 1, 0, 8, "abc")]
+
+
+def test_a_run_from_start_to_end():
+    outcome, effects, record, _, _ = drive([READY], DONE)
+    assert (outcome.outcome, outcome.digest) == ("finished", "abc")
+    assert [type(c).__name__ for c in effects.commands] == ["StartWorker", "Form", "Retire"]
+    assert record.rows == [{"step": 8}]
+    assert record.kinds[-1] == "finished"
+    assert record.last["state"] == "finished"
+
+
+def test_the_journal_brings_the_machine_back():
+    _, _, _, journal, driver = drive([READY], DONE)
+    assert replay(SPEC, journal) == driver.machine
+
+
+def test_a_second_controller_changes_nothing():
+    """R5: the generation is taken, so this controller forms none and ends."""
+    outcome, effects, _, _, _ = drive([READY], DONE, journal=Journal(taken=(1,)))
+    assert outcome.outcome == "failed"
+    assert outcome.error == (
+        "ClusterError: generation 1 of this run has been formed by another controller; this one ends and changes "
+        "nothing any more"
+    )
+    assert not [c for c in effects.commands if isinstance(c, cmd.Form)]
+    assert [c.worker for c in effects.commands if isinstance(c, cmd.Kill)] == [0]
+
+
+def test_the_fault_script_asks_when_its_step_is_published():
+    progress = [ev.Sealed(0.0, 1, 0, 0), ev.Progress(0.0, 1, 3)]
+    _, effects, record, _, _ = drive([READY], progress, DONE[2:], script=(add(3), drain(9, 3), add(7)))
+    assert [c.worker for c in effects.commands if isinstance(c, cmd.StartWorker)] == [0, 1, 2]
+    assert record.kinds.count("refused") == 1  # there is no worker 9
+
+
+def test_requests_come_in_between_events():
+    effects, record = Scripted([READY], [ev.Sealed(0.0, 1, 0, 0)], []), Record()
+    driver = Driver(Machine(SPEC), effects, record, Journal())
+    driver.request(ev.StopRequested(0.0, "enough"))
+    paused = ev.WorkerParked(0.0, 1, ParkReport(0, 1, 2, 1, True, b"vote"))
+    effects.batches.append([paused])
+    outcome = driver.run(ev.Begun(0.0, Restore(0, None)))
+    assert outcome.outcome == "stopped"
+
+
+def test_status_speaks_the_words_of_the_run_directory():
+    _, _, _, _, driver = drive([READY], DONE)
+    fields = status_fields(driver.status())
+    assert fields["lanes"] == {0: 4}
+    assert fields["steps"] == 8
