@@ -157,9 +157,11 @@ class Results:
         lines = [
             f"# {self.title}{' (quick)' if self.quick else ''}",
             "",
-            f"{m['date']}, commit {m['commit']}. {m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB; Python "
-            f"{m['python']}, torch {m['torch']}, ray {m['ray']}. Load average {m['load_average'][0]} at the start, "
-            f"{load()[0]} at the end.",
+            (
+                f"{m['date']}, commit {m['commit']}. {m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB; Python "
+                f"{m['python']}, torch {m['torch']}, ray {m['ray']}. Load average {m['load_average'][0]} at the start, "
+                f"{load()[0]} at the end."
+            ),
             "",
         ]
         if self.figures:

@@ -85,10 +85,14 @@ def main() -> None:
                     reached = common.verdict(value, target, at_most=True)
                     results.figure(f"peak memory / DDP, {workers} workers, {name}", value, f"{target} or less", reached)
     results.notes += [
-        f"{PARAMETERS / 1e6:.1f} million parameters ({PARAMETERS * 4 / 2**20:.0f} MiB in fp32), {options.lanes} lanes of one "
-        "sequence of 32 bytes per worker, AdamW; mirrors on unless it says otherwise.",
-        "'building' is the peak until the first step begins, 'first steps' that of steps 1 and 2 (optimizer state comes "
-        "into being), 'steps' that of later ones, 'peak' the largest of the three.",
+        (
+            f"{PARAMETERS / 1e6:.1f} million parameters ({PARAMETERS * 4 / 2**20:.0f} MiB in fp32), {options.lanes} "
+            "lanes of one sequence of 32 bytes per worker, AdamW; mirrors on unless it says otherwise."
+        ),
+        (
+            "'building' is the peak until the first step begins, 'first steps' that of steps 1 and 2 (optimizer state "
+            "comes into being), 'steps' that of later ones, 'peak' the largest of the three."
+        ),
     ]
     results.write()
 

@@ -164,8 +164,10 @@ def main() -> None:
     results.figure(f"steps lost, {label}", lost, "0", common.verdict(lost, 0, at_most=True))
     results.figure(f"steps computed twice, {label}", twice, "at most 1", common.verdict(twice, 1, at_most=True))
     results.notes += [
-        f"GPT of examples/gpt (2.8 million parameters), {options.lanes} lanes of 2 sequences over {options.workers} "
-        "workers with one thread each. Start and commit are those of the last survivor.",
+        (
+            f"GPT of examples/gpt (2.8 million parameters), {options.lanes} lanes of 2 sequences over "
+            f"{options.workers} workers with one thread each. Start and commit are those of the last survivor."
+        ),
         "Every lost worker is replaced by a new process, so that each kill meets a full group.",
     ]
     results.write()

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -257,7 +258,7 @@ def _steps(lines: list[dict[str, Any]]) -> list[Step]:
     ends = [x for x in lines if x["k"] == "end" and x["rank"] == 0]
     return [
         Step(a["t"], b["t"], b["cpu"] - a["cpu"], b.get("phases", {}))
-        for a, b in zip(ends, ends[1:], strict=False)
+        for a, b in pairwise(ends)
         if b["step"] == a["step"] + 1
     ]
 

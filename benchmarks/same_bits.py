@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,9 @@ class Case:
     world: int
     shares: str = ""
     kill: tuple[int, str] | None = None
-    block_elements: int | None = None
-    settings: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def words(self) -> str:
         found = [f"{self.world} workers", self.shares]
-        found.append(f"blocks of {self.block_elements}" if self.block_elements else "")
         found.append(f"kill worker {self.kill[0]} in {self.kill[1]}" if self.kill else "")
         return ", ".join(word for word in found if word)
 
@@ -54,9 +51,6 @@ def cases(quick: bool) -> Iterator[Case]:
             yield Case(dtype, gradients, world)
         for shares in UNEVEN if main or not quick else ():
             yield Case(dtype, gradients, 3, shares)
-        if main:
-            yield Case(dtype, gradients, 3, block_elements=4096)
-            yield Case(dtype, gradients, 2, block_elements=8192)
         for number, (phase, worker) in enumerate(itertools.product(PHASES, range(3))):
             if not quick or (main and number % 3 == number // 3 % 3):  # quick: every phase once, workers in turn
                 yield Case(dtype, gradients, 3, kill=(worker, phase))
@@ -72,7 +66,6 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
         workers=workers,
         gradients=case.gradients,
         numerics={"compute_dtype": case.dtype},
-        block_elements=case.block_elements,
     )
     faults = [kill(case.kill[0], KILL_STEP, case.kill[1])] if case.kill else []
     begun = time.monotonic()

@@ -5,6 +5,7 @@ The command runs as a user would run it, with a wrapper that notes times around 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -44,7 +45,7 @@ def wrapped(job_file: str) -> None:
 
         setattr(owner, name, timed)
 
-    import elastictrain.run as run
+    run = importlib.import_module("elastictrain.run")  # the package's attribute of that name is the function
 
     noted(ray, "init")
     noted(run, "inspect")
@@ -72,7 +73,7 @@ def measure(folder: Path, workers: int) -> dict[str, float]:
     started, applied = (max(x["t"] for x in first if x["k"] == kind) for kind in ("start", "applied"))
     journal = [json.loads(line) for line in (folder / "run" / "journal.jsonl").read_text().splitlines()]
     events = [json.loads(line) for line in (folder / "run" / "events.jsonl").read_text().splitlines()]
-    prepared = [event["data"]["prepared_s"] for event in events if event["kind"] == "worker_ready"]
+    prepared = [event["data"]["prepared_s"] for event in events if "prepared_s" in event["data"]]
     asked, ready = moments(journal, "Begun")[0], moments(journal, "WorkerReady")
     parts = {name: common.median(p[name] for p in prepared) for name in ("model_s", "data_s", "trial_lane_s")}
     return {

@@ -79,8 +79,10 @@ def main() -> None:
     results.notes += [
         "GPT of examples/gpt (2.8 million parameters), 2 sequences of 128 bytes per lane, AdamW (fused), clipping on.",
         "Ratios are medians over rounds of neighbours in time: above 1 means faster than DDP.",
-        "DDP's samples lie ready in memory; elastictrain reads and tokenises Parquet in the same time, computes with "
-        "deterministic algorithms and keeps mirrors.",
+        (
+            "DDP's samples lie ready in memory; elastictrain reads and tokenises Parquet in the same time, computes "
+            "with deterministic algorithms and keeps mirrors."
+        ),
     ]
     results.write()
 
