@@ -21,8 +21,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from elastictrain_checkpoint.dtypes import as_bytes, item_bytes, num_elements
+from elastictrain_checkpoint.dtypes import item_bytes, num_elements
 from elastictrain_checkpoint.errors import InvalidPiece
+from elastictrain_checkpoint.rope import as_rope, rope_bytes
 
 DIGEST_BLOCK_ELEMENTS = 4096
 CELL_HASH_BYTES = 16
@@ -41,21 +42,22 @@ def block_hashes(data: Any, itemsize: int) -> bytes:
     """Hashes of the grid cells of a run of elements that starts on the grid, 16 bytes per cell, in order.
 
     Args:
-        data: C-contiguous buffer; only the last cell of a tensor may be shorter than the grid.
+        data: C-contiguous buffer, or a list or tuple of them (see `elastictrain_checkpoint.Piece`); only the last
+            cell of a tensor may be shorter than the grid.
         itemsize: bytes of one element.
 
     Runs of one tensor can be hashed apart and their results concatenated.
 
     Raises:
-        InvalidPiece: ``data`` is no contiguous buffer of whole elements.
+        InvalidPiece: ``data`` is no contiguous buffer of whole elements, or buffers that are broken off the grid.
 
     """
-    view = as_bytes(data, "block_hashes")
-    if len(view) % itemsize:
-        raise InvalidPiece(f"{len(view)} bytes are not a whole number of elements of {itemsize} bytes")
     step = DIGEST_BLOCK_ELEMENTS * itemsize
+    rope = as_rope(data, "block_hashes", step)
+    if rope_bytes(rope) % itemsize:
+        raise InvalidPiece(f"{rope_bytes(rope)} bytes are not a whole number of elements of {itemsize} bytes")
     hashed = xxhash.xxh3_128_digest
-    return b"".join([hashed(view[at : at + step]) for at in range(0, len(view), step)])
+    return b"".join([hashed(view[at : at + step]) for view in rope for at in range(0, len(view), step)])
 
 
 def combine_digest(

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from elastictrain_checkpoint.boxes import Box, flat_range_to_boxes, strides
-from elastictrain_checkpoint.dtypes import as_bytes, item_bytes, num_elements
+from elastictrain_checkpoint.dtypes import item_bytes, num_elements
 from elastictrain_checkpoint.errors import InvalidPiece
 from elastictrain_checkpoint.hashing import (
     DIGEST_BLOCK_ELEMENTS,
@@ -29,6 +29,7 @@ from elastictrain_checkpoint.hashing import (
 )
 from elastictrain_checkpoint.part import FileRecord, Part, PartTensor, check_names, check_tensor_names
 from elastictrain_checkpoint.paths import step_folder
+from elastictrain_checkpoint.rope import Rope, as_rope, cut_rope, rope_bytes
 from elastictrain_checkpoint.store import Store
 
 HEADER_ALIGN_BYTES = 4096
@@ -44,7 +45,11 @@ class Piece:
         dtype: safetensors name, "F32", "BF16", …
         shape: shape of the *whole* tensor, row-major.
         start: first element of the run; on the digest grid (`DIGEST_BLOCK_ELEMENTS`).
-        data: C-contiguous buffer of the elements; the run ends on the grid or with the tensor.
+        data: C-contiguous buffer of the elements, or a list or tuple of buffers that hold them one after the other,
+            each but the last a whole multiple of `DIGEST_BLOCK_ELEMENTS` elements. The run ends on the grid or with
+            the tensor. Nothing is copied: the buffers must not change until the piece is written.
+
+    The fewer pieces a tensor has, the fewer packs: a pack holds one box of a tensor at most.
 
     """
 
@@ -57,30 +62,37 @@ class Piece:
 
 @dataclass(frozen=True)
 class BoxData:
-    """A box of one tensor and its bytes, row-major: what a pack holds under one key."""
+    """A box of one tensor and its bytes, row-major: what a pack holds under one key. ``rope``: where they lie."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     box: Box
-    view: memoryview = field(repr=False)
+    rope: Rope = field(repr=False)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the box."""
+        return rope_bytes(self.rope)
 
 
 def cut_piece(piece: Piece) -> list[BoxData]:
     """Check a piece and cut it into boxes, without copying.
 
     Raises:
-        InvalidPiece: unknown type, run outside the tensor, or off the digest grid.
+        InvalidPiece: unknown type, run outside the tensor, or an end or a break of the run off the digest grid.
 
     """
     check_tensor_names([piece.name])
     size = item_bytes(piece.dtype)
     count = num_elements(piece.shape)
-    view = as_bytes(piece.data, piece.name)
-    elements, odd = divmod(len(view), size)
+    rope = as_rope(piece.data, piece.name, DIGEST_BLOCK_ELEMENTS * size)
+    elements, odd = divmod(rope_bytes(rope), size)
     start, stop = piece.start, piece.start + elements
     if odd:
-        raise InvalidPiece(f"{piece.name}: {len(view)} bytes are not whole elements of {piece.dtype} ({size} bytes)")
+        raise InvalidPiece(
+            f"{piece.name}: {rope_bytes(rope)} bytes are not whole elements of {piece.dtype} ({size} bytes)"
+        )
     if not 0 <= start <= stop <= count:
         raise InvalidPiece(
             f"{piece.name}: elements [{start}, {stop}) do not lie in shape {list(piece.shape)} ({count} elements)"
@@ -95,11 +107,8 @@ def cut_piece(piece: Piece) -> list[BoxData]:
     out = []
     for offsets, sizes in flat_range_to_boxes(piece.shape, start, stop):
         at = (sum(o * s for o, s in zip(offsets, step, strict=True)) - start) * size if elements else 0
-        out.append(
-            BoxData(
-                piece.name, piece.dtype, tuple(piece.shape), (offsets, sizes), view[at : at + math.prod(sizes) * size]
-            )
-        )
+        run = cut_rope(rope, at, at + math.prod(sizes) * size)
+        out.append(BoxData(piece.name, piece.dtype, tuple(piece.shape), (offsets, sizes), run))
     return out
 
 
@@ -112,8 +121,9 @@ def plan_packs(boxes: Sequence[BoxData], target_bytes: int) -> list[list[BoxData
     names: list[set[str]] = []
     room: list[int] = []
     for box in boxes:
+        size = box.size_bytes
         for number in range(len(packs)):
-            if box.name not in names[number] and len(box.view) <= room[number]:
+            if box.name not in names[number] and size <= room[number]:
                 break
         else:
             number = len(packs)
@@ -122,7 +132,7 @@ def plan_packs(boxes: Sequence[BoxData], target_bytes: int) -> list[list[BoxData
             room.append(target_bytes)
         packs[number].append(box)
         names[number].add(box.name)
-        room[number] -= len(box.view)
+        room[number] -= size
     return [sorted(pack, key=lambda box: -item_bytes(box.dtype)) for pack in packs]
 
 
@@ -141,9 +151,9 @@ def pack_header(boxes: Sequence[BoxData]) -> bytes:
         header[box.name] = {
             "dtype": box.dtype,
             "shape": list(box.box[1]),
-            "data_offsets": [at, at + len(box.view)],
+            "data_offsets": [at, at + box.size_bytes],
         }
-        at += len(box.view)
+        at += box.size_bytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(len(text) + 8) % HEADER_ALIGN_BYTES)
     return struct.pack("<Q", len(text)) + text
@@ -163,7 +173,7 @@ def write_pack(store: Store, path: str, boxes: Sequence[BoxData]) -> FileRecord:
     def stream() -> Iterator[memoryview]:
         yield memoryview(header)
         for box in boxes:
-            yield box.view
+            yield from box.rope
 
     size = store.create(path, reblock(stream(), sums))
     packed = pack_sums(sums)
@@ -220,9 +230,8 @@ class PackWriter:
                     f"{piece.name}: pieces disagree, {record.dtype} {record.shape} and "
                     f"{piece.dtype} {list(piece.shape)}"
                 )
-            view = as_bytes(piece.data, piece.name)
-            if len(view):
-                hashes = block_hashes(view, item_bytes(piece.dtype))
+            hashes = block_hashes(piece.data, item_bytes(piece.dtype))
+            if hashes:
                 record.cells.append((piece.start // DIGEST_BLOCK_ELEMENTS, to_base64(hashes)))
         files = []
         for pack in plan_packs(boxes, self._pack_bytes):
@@ -233,5 +242,5 @@ class PackWriter:
             for box in pack:
                 offsets, sizes = box.box
                 tensors[box.name].chunks.append((len(files) - 1, at, list(offsets), list(sizes)))
-                at += len(box.view)
+                at += box.size_bytes
         return Part(step=self._step, attempt=self._attempt, writer=self._writer, files=files, tensors=tensors)

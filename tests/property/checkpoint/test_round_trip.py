@@ -59,12 +59,12 @@ states = st.builds(make_state, specs, st.integers(0, 99))
 
 
 @settings(deadline=None)
-@given(states, worlds, worlds, st.sampled_from([5_000, 1 << 30]), st.data())
+@given(states, worlds, worlds, worlds, st.sampled_from([5_000, 1 << 30]), st.data())
 def test_any_world_to_any_world(
-    state: State, saved: list[float], loading: list[float], pack_bytes: int, data: st.DataObject
+    state: State, saved: list[float], breaks: list[float], loading: list[float], pack_bytes: int, data: st.DataObject
 ) -> None:
     store = memory_store()
-    committed = save(store, state, saved, pack_bytes=pack_bytes)
+    committed = save(store, state, saved, pack_bytes=pack_bytes, breaks=breaks)
     manifest = newest(store)
     assert manifest is not None
     assert manifest.raw == committed.raw
@@ -87,10 +87,12 @@ def test_any_world_to_any_world(
 
 
 @settings(deadline=None)
-@given(states, worlds, worlds)
-def test_the_digest_does_not_depend_on_layout(state: State, one: list[float], two: list[float]) -> None:
+@given(states, worlds, worlds, worlds)
+def test_the_digest_does_not_depend_on_layout(
+    state: State, one: list[float], two: list[float], breaks: list[float]
+) -> None:
     store = memory_store()
-    a, b = save(store, state, one, step=1), save(store, state, two, step=2, pack_bytes=3000)
+    a, b = save(store, state, one, step=1), save(store, state, two, step=2, pack_bytes=3000, breaks=breaks)
     assert a.digest == b.digest == live_digest(state)
     assert list_steps(store) == [1, 2]
 
@@ -150,7 +152,7 @@ def test_boxes_that_are_no_flat_run_are_read_too(data: st.DataObject) -> None:
     store, files, chunks = memory_store(), [], []
     for number, (begin, end) in enumerate(((0, split), (split, columns))):
         view = memoryview(np.ascontiguousarray(whole[:, begin:end])).cast("B")
-        box = BoxData("t", "I32", (rows, columns), ((0, begin), (rows, end - begin)), view)
+        box = BoxData("t", "I32", (rows, columns), ((0, begin), (rows, end - begin)), (view,))
         files.append(write_pack(store, f"step-00000001/tp/w{number}-00.safetensors", [box]))
         chunks.append([number, files[-1].data_start, [0, begin], [rows, end - begin]])
     document = json.loads(save(store, {"t": ("I32", (rows, columns), whole.tobytes())}, step=1).raw)

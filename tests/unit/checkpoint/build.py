@@ -49,8 +49,11 @@ def make_state(specs: Mapping[str, tuple[str, tuple[int, ...]]] = SPECS, seed: i
     }
 
 
-def cut(state: State, cuts: Sequence[float]) -> list[list[Piece]]:
-    """Pieces of each writer: tensor by tensor, cut at these fractions (moved to the digest grid)."""
+def cut(state: State, cuts: Sequence[float], breaks: Sequence[float] = ()) -> list[list[Piece]]:
+    """Pieces of each writer: tensor by tensor, cut at these fractions (moved to the digest grid).
+
+    Each piece lies in one buffer, or is broken into several at these fractions of its own length.
+    """
     writers: list[list[Piece]] = [[] for _ in range(len(cuts) + 1)]
     for name, (dtype, shape, data) in state.items():
         count, item = math.prod(shape), ITEM_BYTES[dtype]
@@ -58,16 +61,35 @@ def cut(state: State, cuts: Sequence[float]) -> list[list[Piece]]:
         borders = [0, *edges, count]
         for writer, (start, stop) in enumerate(itertools.pairwise(borders)):
             if start < stop or (count == 0 and writer == 0):
-                writers[writer].append(Piece(name, dtype, shape, start, data[start * item : stop * item]))
+                run = (
+                    broken(data[start * item : stop * item], item, breaks)
+                    if breaks
+                    else data[start * item : stop * item]
+                )
+                writers[writer].append(Piece(name, dtype, shape, start, run))
     return writers
 
 
+def broken(data: bytes, item: int, breaks: Sequence[float]) -> list[bytes]:
+    """A run in several buffers, each in memory of its own, broken on the digest grid; some may be empty."""
+    step = DIGEST_BLOCK_ELEMENTS * item
+    edges = [0, *sorted(int(at * len(data)) // step * step for at in breaks), len(data)]
+    return [bytes(bytearray(data[a:b])) for a, b in itertools.pairwise(edges)]
+
+
 def write_parts(
-    store: Store, state: State, cuts: Sequence[float] = (0.5,), *, step: int, attempt: str, **writer: Any
+    store: Store,
+    state: State,
+    cuts: Sequence[float] = (0.5,),
+    *,
+    step: int,
+    attempt: str,
+    breaks: Sequence[float] = (),
+    **writer: Any,
 ) -> list[Part]:
     return [
         PackWriter(store, step=step, attempt=attempt, writer=f"w{i:04d}", **writer).write(pieces)
-        for i, pieces in enumerate(cut(state, cuts))
+        for i, pieces in enumerate(cut(state, cuts, breaks))
     ]
 
 
@@ -80,9 +102,10 @@ def save(
     attempt: str = "a1",
     generation: int = 1,
     pack_bytes: int = 1 << 30,
+    breaks: Sequence[float] = (),
     **rest: Any,
 ) -> Manifest:
-    parts = write_parts(store, state, cuts, step=step, attempt=attempt, pack_bytes=pack_bytes)
+    parts = write_parts(store, state, cuts, step=step, attempt=attempt, pack_bytes=pack_bytes, breaks=breaks)
     return commit(store, step=step, attempt=attempt, generation=generation, parts=parts, **rest)
 
 

@@ -229,7 +229,10 @@ def test_packs_must_be_as_voted(store: Store, damage: str) -> None:
         (piece(0, 10_000, shape=(-1,)), "dimension"),
         (piece(0, 10_000, shape=(2**40, 2**40)), "more than 2\\^56"),
         (Piece("t", "U8", (2, 2), 0, np.zeros((2, 2), np.uint8).T), "not C-contiguous"),
-        (Piece("t", "U8", (2, 2), 0, [1, 2, 3, 4]), "data is a list, expected a buffer"),
+        (Piece("t", "U8", (2, 2), 0, [1, 2, 3, 4]), "t, buffer 0: data is a int, expected a buffer"),
+        (Piece("t", "U8", (10_000,), 0, {1: 2}), "t: data is a dict, expected a buffer"),
+        (Piece("t", "F16", (8192,), 0, [bytes(8192), bytes(4096), bytes(4096)]), r"buffer 1 of 3 .*multiple of 8192 "),
+        (Piece("t", "U8", (10_000,), 0, [bytes(4096), bytes(4)]), "4100 is neither a multiple of 4096"),
     ],
 )
 def test_pieces_that_the_format_cannot_hold_are_refused_before_anything_is_written(bad: Piece, complaint: str) -> None:

@@ -32,9 +32,13 @@ TORCH = {
 }
 
 
-def test_stock_dcp_loads_the_folder_of_the_attempt(tmp_path: Path) -> None:
+BREAKS = pytest.mark.parametrize("breaks", [(), (0.2, 0.4, 0.9)], ids=["one buffer", "ropes"])
+
+
+@BREAKS
+def test_stock_dcp_loads_the_folder_of_the_attempt(tmp_path: Path, breaks: tuple[float, ...]) -> None:
     state = make_state(SPECS)
-    save(Store(tmp_path), state, (0.13, 0.5, 0.77), step=3)
+    save(Store(tmp_path), state, (0.13, 0.5, 0.77), step=3, breaks=breaks)
     target = {name: torch.zeros(shape, dtype=TORCH[dtype]) for name, (dtype, shape, _) in state.items()}
     with pytest.warns(UserWarning, match="load in a single process"):
         dcp.load(target, storage_reader=HuggingFaceStorageReader(str(tmp_path / "step-00000003" / "a1")), no_dist=True)
@@ -42,12 +46,13 @@ def test_stock_dcp_loads_the_folder_of_the_attempt(tmp_path: Path) -> None:
         assert target[name].view(torch.uint8).numpy().tobytes() == data, name
 
 
+@BREAKS
 @pytest.mark.parametrize("pack_bytes", [5_000, 1 << 30])
-def test_safe_open_reads_every_pack(tmp_path: Path, pack_bytes: int) -> None:
+def test_safe_open_reads_every_pack(tmp_path: Path, pack_bytes: int, breaks: tuple[float, ...]) -> None:
     state = {**make_state(), **make_state({"flags": ("BOOL", (5,))})}
     state["flags"] = ("BOOL", (5,), b"\1\0\1\1\0")
     state["model/flags"] = ("BOOL", (9000,), b"\1\0" * 4500)
-    manifest = save(Store(tmp_path), state, (0.3, 0.6), step=3, pack_bytes=pack_bytes)
+    manifest = save(Store(tmp_path), state, (0.3, 0.6), step=3, pack_bytes=pack_bytes, breaks=breaks)
     found = {name: torch.zeros(shape, dtype=TORCH[dtype]) for name, (dtype, shape, _) in state.items()}
     for path in manifest.paths:
         raw = (tmp_path / path).read_bytes()
