@@ -15,6 +15,7 @@ from elastictrain_checkpoint.check import verify
 from elastictrain_checkpoint.commit import Skipped, list_steps, load
 from elastictrain_checkpoint.errors import CorruptData, InvalidPiece
 from elastictrain_checkpoint.manifest import Manifest
+from elastictrain_checkpoint.part import check_names
 from elastictrain_checkpoint.paths import LATEST, MANIFEST, manifest_path, parse_step_folder, step_folder
 from elastictrain_checkpoint.store import Store
 
@@ -88,10 +89,27 @@ def prune(
     return result
 
 
-def discard(store: Store, step: int) -> None:
-    """Remove a step, sound or not: its manifest first, then everything in its folder."""
+def discard(store: Store, step: int, keep_attempt: str | None = None) -> None:
+    """Remove a step, sound or not: its manifest first, then everything in its folder.
+
+    Args:
+        store: where.
+        step: the step.
+        keep_attempt: an attempt whose packs stay, because it is about to be committed in the place of what goes.
+
+    Raises:
+        InvalidPiece: no attempt can have the name ``keep_attempt``; nothing was removed.
+
+    """
+    if keep_attempt is not None:
+        check_names(keep_attempt=keep_attempt)
     store.remove(manifest_path(step))
-    _remove_tree(store, step_folder(step))
+    if keep_attempt is None:
+        _remove_tree(store, step_folder(step))
+        return
+    for name in store.list(step_folder(step)):
+        if name != keep_attempt:
+            _remove_tree(store, f"{step_folder(step)}/{name}")
 
 
 def _collect_garbage(store: Store, used: set[str], before_s: float, result: Pruned) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from elastictrain_checkpoint import InvalidPiece, Store, list_steps, newest, prune
+from elastictrain_checkpoint import InvalidPiece, Store, commit, discard, list_steps, newest, prune, verify
 from tests.unit.checkpoint.build import flip, make_state, memory_store, save, sign, write_parts
 
 STATE = make_state({"t": ("F32", (100,))})
@@ -106,3 +106,29 @@ def test_steps_that_a_kept_one_uses_stay(store: Store) -> None:
 def test_at_least_one_is_kept(store: Store) -> None:
     with pytest.raises(InvalidPiece, match="keep=0: at least one checkpoint is always kept"):
         prune(store, 0)
+
+
+def test_discard_may_keep_the_packs_of_the_attempt_that_is_to_take_the_place(store: Store) -> None:
+    parts = write_parts(store, STATE, (0.5,), step=40, attempt="new")
+    write_parts(store, STATE, step=40, attempt="lost")
+    store.put("step-00000040/.MANIFEST.json.0123", b"draft")
+    discard(store, 40, keep_attempt="new")
+    assert store.list("step-00000040") == ["new"]
+    assert list_steps(store) == [10, 20, 30]
+    manifest = commit(store, step=40, attempt="new", generation=0, parts=parts)
+    assert verify(store, manifest) == []
+    discard(store, 30, keep_attempt="new")
+    assert store.list("step-00000030") == []
+    with pytest.raises(InvalidPiece, match=r"keep_attempt '\.\.' must be letters"):
+        discard(store, 40, keep_attempt="..")
+    assert list_steps(store) == [10, 20, 40]
+
+
+def test_discard_takes_the_manifest_first(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    removed: list[str] = []
+    monkeypatch.setattr(Store, "remove", lambda self, path: removed.append(path))
+    for keep in (None, "new"):
+        removed.clear()
+        discard(store, 40, keep_attempt=keep)
+        assert removed[0] == "step-00000040/MANIFEST.json"
+        assert "step-00000040/a1/w0000-00.safetensors" in removed
