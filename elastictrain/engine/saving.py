@@ -33,10 +33,10 @@ from elastictrain_checkpoint import (
     block_hashes,
     combine_digest,
     commit,
+    discard,
     load,
     prune,
 )
-from elastictrain_checkpoint.paths import manifest_path
 
 _NAMES = {
     torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
@@ -65,13 +65,28 @@ class Owned:
     pieces: list[Piece] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
 
+    _ends: dict[tuple[str, str], tuple[int, list[memoryview]]] = field(default_factory=dict, repr=False)
+
+    def add(self, name: str, shape: Sequence[int], start: int, value: torch.Tensor) -> None:
+        """Take up elements of a tensor of `shape` from `start` on. What follows on the last ones of that name joins
+        their piece: a pack holds one box of a tensor at most, so a piece for every block would be a file for every
+        block.
+        """
+        dtype = _NAMES[value.dtype]
+        stop, buffers = self._ends.get((name, dtype), (-1, []))
+        if stop != start:
+            buffers = []
+            self.pieces.append(Piece(name, dtype, tuple(shape), start, buffers))
+        buffers.append(as_buffer(value))
+        self._ends[name, dtype] = (start + value.numel(), buffers)
+
 
 def owned_state(flat: FlatModel, held: HeldState, shards: Iterable[Shard], *, with_counters: bool) -> Owned:
-    """The state of the blocks that this worker owns, without a copy on the CPU. Neighbouring blocks of one tensor stay
-    separate pieces: each lies in memory of its own.
+    """The state of the blocks that this worker owns, without a copy on the CPU. Neighbouring blocks of one tensor are
+    one piece of several buffers, since each block lies in memory of its own.
     """
     owned = Owned()
-    for shard in shards:
+    for shard in sorted(shards, key=lambda shard: shard.lo):
         for number in range(shard.lo, shard.hi):
             block = flat.space.blocks[number]
             for key, value in held.tensors(number):
@@ -80,13 +95,12 @@ def owned_state(flat: FlatModel, held: HeldState, shards: Iterable[Shard], *, wi
                     owned.numbers[name] = value
                 elif value.dim() == 0 or (flat.space.whole_parameters and value.numel() != block.elements):
                     if block.offset == 0:  # the same in every block of a parameter: its first block speaks for all
-                        owned.pieces.append(Piece(name, _NAMES[value.dtype], tuple(value.shape), 0, as_buffer(value)))
+                        owned.add(name, value.shape, 0, value)
                 else:
-                    shape = block.entry.shape
-                    owned.pieces.append(Piece(name, _NAMES[value.dtype], shape, block.offset, as_buffer(value)))
+                    owned.add(name, block.entry.shape, block.offset, value)
     if with_counters:
         for name, value in flat.counters.items():
-            owned.pieces.append(Piece(f"counter/{name}", _NAMES[value.dtype], tuple(value.shape), 0, as_buffer(value)))
+            owned.add(f"counter/{name}", value.shape, 0, value)
     return owned
 
 
@@ -167,10 +181,9 @@ class Saver:
         try:
             manifest = commit(self._store, **facts)
         except (AlreadyCommitted, CorruptData):
-            # The job went back before this step, so what is stored there is damaged or has not happened.
-            # Only its manifest: `discard` would take the new packs, which lie in the same folder, with it. The old
-            # packs are now garbage, which prune collects.
-            self._store.remove(manifest_path(step))
+            # The job went back before this step, so what is stored there is damaged or has not happened. The new packs
+            # lie in the same folder.
+            discard(self._store, step, keep_attempt=facts["attempt"])
             manifest = commit(self._store, **facts)
         prune(self._store, keep=self._settings.keep, verified={step})
         return f"{self._settings.path.rstrip('/')}/step-{manifest.step:08d}"

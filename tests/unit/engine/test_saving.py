@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from elastictrain.engine.worker_model import WorkerModel, build
 from elastictrain.errors import CheckpointMismatch, CorruptCheckpoint
 from elastictrain.job import Checkpoint, Job
 from elastictrain.layout import Shard
-from elastictrain_checkpoint import Store, digest, load
+from elastictrain_checkpoint import ITEM_BYTES, Store, digest, load, verify
 from tests.unit.engine.optimizer_table import ELEMENT_WISE, with_groups
 from tests.unit.engine.worlds import CPU, Net, NetRecipe, adamw, alone, differing, make_job, started, state_of
 
@@ -44,14 +46,23 @@ def store_of(path: Path) -> Checkpoint:
 
 
 def save(
-    model: WorkerModel, path: Path, shards: list[list[tuple[int, int]]] | None = None, step: int = 2
+    model: WorkerModel,
+    path: Path,
+    shards: list[list[tuple[int, int]]] | None = None,
+    step: int = 2,
+    generation: int = 1,
 ) -> Checkpoint:
     settings = store_of(path)
     saver = Saver(settings)
     owned = pieces_of(model, shards or [[(0, len(model.space.blocks))]])
-    shares = [saver.write(o, step=step, generation=1, worker=w) for w, o in enumerate(owned)]
+    shares = [saver.write(o, step=step, generation=generation, worker=w) for w, o in enumerate(owned)]
     where = saver.commit(
-        shares, step=step, generation=1, tree={"step": step}, aliases=model.space.aliases, info={"world": len(shares)}
+        shares,
+        step=step,
+        generation=generation,
+        tree={"step": step},
+        aliases=model.space.aliases,
+        info={"world": len(shares)},
     )
     assert where.endswith(f"step-{step:08d}")
     return settings
@@ -237,6 +248,113 @@ def test_the_same_step_again_after_going_back_replaces_it(tmp_path: Path) -> Non
     other = started(job)
     restore(other.flat, other.held, open_checkpoint(settings, 2))
     assert differing(state_of(model), state_of(other)) == []
+
+
+def test_a_later_generation_takes_the_place_of_a_step_and_of_its_packs(tmp_path: Path) -> None:
+    model = trained(make_job(NetRecipe(), lanes=2))
+    settings = save(model, tmp_path, SPLITS[1])
+    before = {path.name for path in Path(settings.path).rglob("*.safetensors")}
+    with torch.no_grad():
+        model.held.masters[2].add_(1.0)
+    save(model, tmp_path, SPLITS[2], generation=2)
+    step = Path(settings.path) / "step-00000002"
+    assert sorted(path.name for path in step.iterdir()) == ["MANIFEST.json", "g000002"]
+    assert not before & {path.name for path in step.rglob("*.safetensors")}
+    store = Store(settings.path)
+    manifest = load(store, 2)
+    assert manifest.generation == 2
+    assert verify(store, manifest) == []
+
+
+# --- few files ---
+
+
+class Wide(nn.Module):
+    """Tensors of many blocks, in 1, 2 and 3 dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(500, 300))
+        self.line = nn.Parameter(torch.randn(50_000))
+        self.cube = nn.Parameter(torch.randn(20, 60, 70))
+        self.last = nn.Linear(6, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights = self.rows.mean() + self.line.mean() + self.cube.mean()
+        return self.last(x) * weights  # type: ignore[no-any-return]
+
+
+def per_block(owned: list[saving.Owned]) -> list[saving.Owned]:
+    """The same state with a piece for every buffer."""
+    found = []
+    for one in owned:
+        split = saving.Owned(numbers=one.numbers)
+        for piece in one.pieces:
+            at = piece.start
+            for buffer in piece.data:
+                split.pieces.append(replace(piece, start=at, data=buffer))
+                at += len(buffer) // ITEM_BYTES[piece.dtype]
+        found.append(split)
+    return found
+
+
+def test_a_worker_writes_a_handful_of_packs_however_many_blocks_it_owns(tmp_path: Path) -> None:
+    job = make_job(Averaged(model=Wide), lanes=2)
+    model = trained(job)
+    last = len(model.space.blocks)
+    assert last > 60
+    # One worker owns it all; three own runs that end inside tensors; one owns two shards that touch, in either order.
+    splits: list[list[list[tuple[int, int]]]] = [
+        [[(0, last)]],
+        [[(0, 17)], [(17, 55)], [(55, last)]],
+        [[(30, 60), (5, 30)], [(0, 5), (60, last)]],
+    ]
+    digests = set()
+    for number, shards in enumerate(splits):
+        owned = pieces_of(model, shards)
+        for mine in owned:
+            names = [piece.name for piece in mine.pieces]
+            assert len(names) == len(set(names)), "one piece for each tensor"
+        digests |= {
+            combine_shares([digest_share(o) for o in kind], model.space.aliases) for kind in (owned, per_block(owned))
+        }
+        settings = save(model, tmp_path / str(number), shards)
+        store = Store(settings.path)
+        manifest = load(store, 2)
+        packs = Counter(Path(path).name.split("-")[0] for path in manifest.paths)
+        assert max(packs.values()) <= 4
+        assert sum(packs.values()) == len(list(Path(settings.path).rglob("*.safetensors")))
+        digests |= {manifest.digest, digest(store, manifest)}
+        other = started(job)
+        restore(other.flat, other.held, open_checkpoint(settings, 2))
+        assert differing(state_of(model), state_of(other)) == []
+    assert len(digests) == 1
+    assert len(load(Store(str(tmp_path / "0" / "ckpt")), 2).paths) == 1
+
+
+def test_blocks_of_one_tensor_with_others_between_them_are_pieces_apart(tmp_path: Path) -> None:
+    job = make_job(NetRecipe(model=Wide), lanes=2)
+    model = trained(job)
+    last = len(model.space.blocks)
+    shards = [[(0, 5), (10, 20)], [(5, 10), (20, last)]]
+    starts = [[p.start // 4096 for p in o.pieces if p.name == "model/rows"] for o in pieces_of(model, shards)]
+    assert starts == [[0, 10], [5, 20]]
+    other = started(job)
+    restore(other.flat, other.held, open_checkpoint(save(model, tmp_path, shards), 2))
+    assert differing(state_of(model), state_of(other)) == []
+
+
+def test_pieces_point_at_live_memory() -> None:
+    model = trained(make_job(Averaged(model=Wide), lanes=2))
+    [owned] = pieces_of(model, [[(0, len(model.space.blocks))]])
+    [rows] = [piece for piece in owned.pieces if piece.name == "model/rows"]
+    blocks = [b.number for b in model.space.blocks if b.entry.name == "rows"]
+    assert len(rows.data) == len(blocks)
+    with torch.no_grad():
+        for number in blocks:
+            model.held.masters[number].fill_(number + 0.5)
+    for number, buffer in zip(blocks, rows.data, strict=True):
+        assert bytes(buffer) == saving.as_buffer(model.held.masters[number]).tobytes()
 
 
 def test_a_model_without_blocks_held_stores_and_restores_nothing(tmp_path: Path) -> None:
