@@ -30,7 +30,7 @@ types:
 	$(BIN)/mypy
 
 layers:
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-cache
 
 unit:
 	$(BIN)/python -m pytest tests -m 'not processes and not ray'
@@ -40,6 +40,10 @@ processes:
 
 ray:
 	$(BIN)/python -m pytest tests -m ray
+
+# Figures, not tests: they take long and depend on the machine.
+bench: setup
+	$(BIN)/python benchmarks/run_all.py
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .hypothesis
