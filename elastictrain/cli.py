@@ -75,7 +75,8 @@ def run(
     workers: Annotated[int | None, typer.Option(min=1, help="Start with this many workers.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Train to this step instead of the job's.")] = None,
     address: Annotated[
-        str | None, typer.Option(help="Ray cluster to run on: auto, or host:port of its head; default: an embedded one.")
+        str | None,
+        typer.Option(help="Ray cluster to run on: auto, or host:port of its head; default: an embedded one."),
     ] = None,
     quiet: Annotated[bool, typer.Option(help="No live view.")] = False,
 ) -> None:

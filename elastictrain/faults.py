@@ -27,7 +27,10 @@ class _Fault(BaseModel):
 
 
 class Kill(_Fault):
-    """SIGKILL `worker` in the middle of `phase` of `step` (phases "form" and "seal": while it enters the generation whose first step that is)."""
+    """SIGKILL `worker` in the middle of `phase` of `step`.
+
+    Phases "form" and "seal": while it enters the generation whose first step that is.
+    """
 
     do: Literal["kill"] = "kill"
     worker: WorkerNumber

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError, RayTaskError
 
 from elastictrain.controller import events as ev
 from elastictrain.controller.machine import Machine
 from elastictrain.engine.worker_model import ModelFacts
-from elastictrain.errors import ClusterError
+from elastictrain.errors import ClusterError, ElasticTrainError, InternalError
 from elastictrain.faults import Add, Drain, Fail, Kill
 from elastictrain.job import Job
 from elastictrain.observe import RunDirectory
@@ -155,6 +157,24 @@ class ControllerActor:
         self._driver.request(makers[kind](0.0, *arguments))
 
 
+@contextmanager
+def _in_our_words() -> Iterator[None]:
+    """What goes wrong in or with the controller's actor, as one of our errors."""
+    try:
+        yield
+    except RayTaskError as error:
+        if isinstance(error.cause, ElasticTrainError):
+            raise error.cause from None
+        raise InternalError(f"the controller failed: {error}") from error
+    except RayActorError as error:
+        if isinstance(error.__cause__, ElasticTrainError):
+            raise error.__cause__ from None
+        raise ClusterError(
+            f"the controller's process is gone: {error}; its workers end with it; go on from the newest "
+            "checkpoint with --resume"
+        ) from error
+
+
 def start_controller(order: RunOrder) -> Any:
     """Start the controller on this node, so that the run directory lies where its user looks for it."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -162,7 +182,8 @@ def start_controller(order: RunOrder) -> Any:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     actor = ray.remote(ControllerActor).options(num_cpus=0, max_restarts=0, max_concurrency=8, scheduling_strategy=here)
     handle = actor.remote(order)
-    ray.get(handle.start.remote())
+    with _in_our_words():
+        ray.get(handle.start.remote())
     return handle
 
 
@@ -171,7 +192,8 @@ def watch(handle: Any, on_item: Any, *, poll_s: float = 0.2) -> Outcome:
     while True:
         items: list[tuple[str, Any]]
         outcome: Outcome | None
-        items, outcome = ray.get(handle.take.remote(poll_s))
+        with _in_our_words():
+            items, outcome = ray.get(handle.take.remote(poll_s))
         for kind, item in items:
             on_item(kind, item)
         if outcome is not None:

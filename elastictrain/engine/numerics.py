@@ -29,6 +29,8 @@ def apply_numerics(numerics: Numerics) -> torch.device:
     torch.set_num_threads(numerics.threads)
     torch.set_float32_matmul_precision(numerics.matmul_precision)
     torch.use_deterministic_algorithms(numerics.deterministic)
+    # Filling every new tensor finds reads of unset memory; it changes no result and costs a pass over each.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if not cuda:
         return torch.device("cpu")
     torch.backends.cudnn.benchmark = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,8 @@ _ABOUT_ORDER = ("lanes", "lane_batch_size", "seed")
 @dataclass(frozen=True, slots=True)
 class Start:
     """`restore`: the state to begin with. `checkpoints`: the whole ones that are known, ascending. `stages`: of the
-    data order, the last one in force. `notes`: lines for events.jsonl. `generation`: that wrote the checkpoint.
+    data order, the last one in force. `notes`: lines for events.jsonl. `generation`: the newest that has
+    committed here.
     """
 
     restore: Restore
@@ -62,7 +64,12 @@ def find_start(job: Job, *, resume: bool, step: int | None = None) -> Start:
     path = f"{job.checkpoint.path.rstrip('/')}/step-{manifest.step:08d}"
     known = tuple((s, path.rpartition("/")[0] + f"/step-{s:08d}") for s in steps if s <= manifest.step)
     return Start(
-        Restore(manifest.step, path), known, stages, tuple(notes), resumed=True, generation=manifest.generation
+        Restore(manifest.step, path),
+        known,
+        stages,
+        tuple(notes),
+        resumed=True,
+        generation=_newest_generation(store, steps),
     )
 
 
@@ -105,6 +112,15 @@ def _verify(store: Store, manifest: Manifest, steps: list[int]) -> None:
     )
     shown = "; ".join(problem.message for problem in problems[:3])
     raise CorruptCheckpoint(f"checkpoint step {manifest.step} in {store.url} is damaged and refused: {shown}; {offer}")
+
+
+def _newest_generation(store: Store, steps: list[int]) -> int:
+    """The highest generation that has committed anything here: ours must be above it, or a commit would be refused."""
+    found = [0]
+    for step in steps:
+        with suppress(CheckpointError):
+            found.append(load(store, step).generation)
+    return max(found)
 
 
 def _is_sound(store: Store, step: int) -> bool:

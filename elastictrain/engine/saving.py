@@ -18,7 +18,7 @@ import torch
 from elastictrain.engine.flat import FlatModel
 from elastictrain.engine.held import HeldState
 from elastictrain.engine.space import Block
-from elastictrain.errors import CheckpointMismatch, CorruptCheckpoint
+from elastictrain.errors import CheckpointMismatch, ClusterError, CorruptCheckpoint
 from elastictrain.job import Checkpoint
 from elastictrain.layout import Shard
 from elastictrain_checkpoint import (
@@ -29,6 +29,7 @@ from elastictrain_checkpoint import (
     Part,
     Piece,
     Reader,
+    StaleGeneration,
     Store,
     block_hashes,
     combine_digest,
@@ -180,6 +181,10 @@ class Saver:
         }
         try:
             manifest = commit(self._store, **facts)
+        except StaleGeneration as error:
+            raise ClusterError(
+                f"this worker's generation is over, and another one has stored step {step}: {error}"
+            ) from error
         except (AlreadyCommitted, CorruptData):
             # The job went back before this step, so what is stored there is damaged or has not happened. The new packs
             # lie in the same folder.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.support.process_cluster import byte_job, run_job
 
 from elastictrain.faults import kill
+from tests.support.process_cluster import byte_job, run_job
 
 pytestmark = [
     pytest.mark.gpu,

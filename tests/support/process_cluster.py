@@ -240,6 +240,7 @@ def byte_job(folder: Path, workers: int | dict[str, Any] = 3, **settings: Any) -
     base: dict[str, Any] = {
         "recipe": f"{Path(__file__).parent / 'recipes.py'}:Bytes",
         "data": {"kind": "parquet", "path": write_text(folder), "text_column": "text", "sequence_length": 32},
+        "block_elements": 4096,  # several blocks each for up to seven workers
         "lanes": 11,
         "lane_batch_size": 2,
         "steps": 8,

@@ -63,7 +63,7 @@ def test_blocks_tile_every_entry_in_order(size: int | None, whole: bool) -> None
         if whole and entry.kind == "param":
             assert len(mine) == 1
     assert sum(space.block_elements) == sum(e.elements for e in space.entries)
-    assert len([b for b in space.blocks if b.entry.name == "mid.weight"]) == (2 if size != 8192 and not whole else 1)
+    assert len([b for b in space.blocks if b.entry.name == "mid.weight"]) == (2 if size == 4096 and not whole else 1)
     assert space.active_blocks == len(space.blocks) - 1
 
 
@@ -80,9 +80,9 @@ def test_spans_hold_their_blocks_and_leave_out_what_is_frozen() -> None:
 
 
 def test_the_block_size_depends_on_the_size_of_the_model_alone() -> None:
-    assert default_block_elements(1) == 4096
-    assert default_block_elements(4096 * MAX_BLOCKS) == 4096
-    assert default_block_elements(4096 * MAX_BLOCKS + 1) == 8192
+    assert default_block_elements(1) == 16384
+    assert default_block_elements(16384 * MAX_BLOCKS) == 16384
+    assert default_block_elements(16384 * MAX_BLOCKS + 1) == 32768
     assert default_block_elements(70 * 10**9) == 1 << 25
     for elements in (10**6, 10**8, 7 * 10**9, 10**12):
         size = default_block_elements(elements)

@@ -84,7 +84,8 @@ class Numbers:
 
 def make_job(recipe: Any, **settings: Any) -> Job:
     data = Data(kind="jsonl", path="unused.jsonl")
-    return Job(recipe=recipe, data=data, **({"lanes": 5, "steps": 10, "lane_batch_size": 6} | settings))
+    defaults = {"lanes": 5, "steps": 10, "lane_batch_size": 6, "block_elements": 4096}  # so that there are several
+    return Job(recipe=recipe, data=data, **(defaults | settings))
 
 
 def started(job: Job, blocks: Iterable[int] | None = None) -> WorkerModel:
