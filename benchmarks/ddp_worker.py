@@ -12,11 +12,12 @@ import os
 from datetime import timedelta
 from typing import Any
 
-import stamps
 import torch
 import torch.distributed as dist
-from recipes import GPTRecipe, memory_base, next_token_loss
 from torch.nn.parallel import DistributedDataParallel
+
+import stamps
+from recipes import GPTRecipe, memory_base, next_token_loss
 
 POOL = 16
 """Different batches in memory."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import common
-
 from runs import Running, gpt_job
 
 LARGE = {"vocabulary_size": 320, "sequence_length": 32, "layers": 8, "heads": 8, "width": 512}

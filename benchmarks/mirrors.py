@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 
 import common
-
 from runs import Running, Turns, gpt_job, side_by_side
 
 

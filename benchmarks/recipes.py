@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import stamps
 import torch
+
+import stamps
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples" / "gpt"))
 from recipe import GPTRecipe, next_token_loss

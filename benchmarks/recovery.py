@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import common
-
 from runs import BenchmarkError, Running, gpt_job
 
 PHASES = ("compute", "exchange", "mirror", "vote", "apply", "gather")

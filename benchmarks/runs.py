@@ -17,8 +17,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
-import stamps
 import yaml
+
+import stamps
 from common import DATA, HERE, child_environment, median
 
 START_DEADLINE_S = 300.0

@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import common
-import stamps
 import yaml
 
+import common
+import stamps
 from runs import gpt_job
 
 STEPS = 2

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import common
-
 from runs import Running, gpt_job, side_by_side
 
 
