@@ -12,7 +12,7 @@ from elastictrain import faults
 from elastictrain.errors import ConfigError
 from elastictrain.faults import Fault, add, drain, fail, kill, kills_for, load_faults, parse_faults
 
-PHASES = "'compute', 'exchange', 'mirror', 'vote', 'apply', 'gather' or 'form'"
+PHASES = "'compute', 'exchange', 'mirror', 'vote', 'apply', 'gather', 'form' or 'seal'"
 WRONG: list[tuple[Any, str]] = [
     (
         {"do": "kill", "worker": 1, "step": 2, "phase": "dance"},
