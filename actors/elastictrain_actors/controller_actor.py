@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,9 +132,9 @@ class ControllerActor:
         except BaseException as error:  # the watcher must hear of it; a silent thread death would look like a hang
             self._outcome = Outcome("failed", 0, None, f"InternalError: {type(error).__name__}: {error}")
         finally:
-            self._effects.close()
-            self._journal.close()
-            self._folder.close()
+            for part in (self._effects, self._journal, self._folder):
+                with suppress(Exception):  # a full disk must not keep the outcome from the watcher
+                    part.close()
             self._over.set()
 
     def take(self, timeout_s: float) -> tuple[list[tuple[str, Any]], Outcome | None]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -100,6 +101,8 @@ class Driver:
                 self._turn()
         except ElasticTrainError as error:
             self._abandon(f"{type(error).__name__}: {error}")
+        except OSError as error:
+            self._abandon(f"ClusterError: the run directory cannot be written: {error}; free the disk under run_dir")
         self._show(force=True)
         assert self._outcome is not None
         return self._outcome
@@ -107,7 +110,8 @@ class Driver:
     def _abandon(self, error: str) -> None:
         for worker in sorted(self.machine.core.ledger.workers):
             self.effects.perform(cmd.Kill(worker, "the controller has failed"))
-        self.record.event("failed", {"error": error, "step": self.machine.core.ledger.published_step}, None)
+        with suppress(OSError, ElasticTrainError):
+            self.record.event("failed", {"error": error, "step": self.machine.core.ledger.published_step}, None)
         self._outcome = Outcome("failed", self.machine.core.ledger.published_step, None, error)
 
     def _turn(self) -> None:

@@ -144,6 +144,8 @@ class RayEffects:
                 if reference in self._pending:
                     worker, then = self._pending.pop(reference)
                     self._out += self._result(reference, worker, then)
+        elif not self._out:
+            time.sleep(timeout_s)  # nobody is there whom we could wait for
         found, self._out = [*self._out, *self._slow_starts()], []
         return found
 

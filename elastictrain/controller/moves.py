@@ -51,7 +51,7 @@ def on_start_failed(core: Core, event: ev.WorkerStartFailed, out: list[Command])
     if facts is None or facts.role is not Role.STARTING:
         return False
     core.forget(event.worker)
-    if event.user_error:
+    if event.user_error and core.ledger.plan is None:
         core.fail(event.error, out)
         return True
     _count_start_failure(core, event.worker, event.error, out)

@@ -20,12 +20,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import AllgatherOptions
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from elastictrain.errors import PeerLost
 
 Peer = tuple[int, torch.Tensor]
 FORM_TIMEOUT_S = 20.0
+GATHER_DEADLINE_S = 30.0
 
 
 class GroupSet:
@@ -40,6 +42,8 @@ class GroupSet:
     ) -> None:
         self.rank, self.world, self.device = rank, world, device
         self.deadline_s = 600.0
+        # A gather follows an exchange, so peers are close together; where they are not, the session raises this.
+        self.gather_deadline_s = GATHER_DEADLINE_S
         self._gloo: Any = None
         self._nccl: Any = None
         self._dropped = threading.Event()
@@ -93,7 +97,9 @@ class GroupSet:
         out = [torch.empty_like(mine) for _ in range(self.world)]
 
         def gather() -> None:
-            self._live_gloo().allgather([out], [mine]).wait(timedelta(seconds=self.deadline_s))
+            options = AllgatherOptions()
+            options.timeout = timedelta(seconds=self.gather_deadline_s)
+            self._live_gloo().allgather([out], [mine], options).wait(options.timeout)
 
         self._guard(gather)
         return [tensor.numpy().tobytes() for tensor in out]
@@ -130,6 +136,8 @@ class GroupSet:
                 operation()
         except RuntimeError as error:
             problem = f"{type(error).__name__}: {error}"
+        if not problem and self._dropped.is_set():
+            problem = "the group was dropped meanwhile"  # an aborted NCCL operation ends like one that has succeeded
         if problem:
             # Raised outside the except block: no context, hence no traceback that would keep works and sockets alive.
             self.drop()

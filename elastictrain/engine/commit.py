@@ -72,13 +72,15 @@ def apply_step(session: Session, pending: Pending, vote: bytes, votes: VoteForma
         )
     applies = check_vote(session, tally)
     done = session.committed
+    # The recipe's code runs before the state is touched: an exception there is the user's error and tears nothing.
+    lr_factor = float(hook(session.model.recipe, "schedule")(pending.step))
     done.tearing = True
     if applies:
         session.model.held.apply(
             session_gradients(session, pending),
             scale=gradient_scale(tally, session.job.clip_grad_norm),
             lanes=session.job.lanes,
-            lr_factor=float(hook(session.model.recipe, "schedule")(pending.step)),
+            lr_factor=lr_factor,
         )
         session.probes.at(pending.step, "apply")
         session.model.flat.commit_counters(tally.largest)

@@ -90,7 +90,13 @@ class FlatModel:
     # --- lanes ---
 
     def before_lane(self) -> None:
-        """Set the working buffers to the committed values."""
+        """Set the working buffers to the committed values.
+
+        A lane that was given up half-way (or an evaluation) may have put other tensors in their places: ours go back.
+        """
+        for name, tensor in (self._working | self._working_counters | self._transient).items():
+            module, key = self._places[name]
+            module._buffers[key] = tensor
         for name, working in self._working.items():
             working.copy_(self.committed_buffer(name).view(working.shape))
         for name, working in self._working_counters.items():

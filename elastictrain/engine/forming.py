@@ -13,7 +13,7 @@ import torch
 import xxhash
 
 from elastictrain.engine import saving
-from elastictrain.engine.collective import GroupSet, Peer
+from elastictrain.engine.collective import GATHER_DEADLINE_S, GroupSet, Peer
 from elastictrain.engine.commit import apply_step
 from elastictrain.engine.numerics import differences
 from elastictrain.engine.step import published_pieces
@@ -31,13 +31,17 @@ def enter_generation(session: Session, plan: FormPlan, groups: GroupSet) -> None
     """Bring this worker's state to `plan.step` under `plan.layout` and seal. Raises PeerLost, Parked or a checkpoint
     error; the worker's state is then what its next park report says.
     """
-    groups.deadline_s = FORMING_DEADLINE_S
+    groups.deadline_s = groups.gather_deadline_s = FORMING_DEADLINE_S
     held = session.model.held
     digests: dict[str, str] = {}
     if plan.restore is not None:
         _restore(session, plan)
     else:
+        session.pristine = False
         _roll_forward(session, plan)
+        # What an earlier forming that failed had begun to bring here is not whole: only what the truth holds counts.
+        known = plan.previous is not None and session.worker in plan.previous.workers
+        held.keep_only(plan.previous.held(session.worker) if known and plan.previous is not None else ())
         held.hold(plan.layout.held(session.worker))
         digests = _move(session, plan, groups)
         with session.apply_lock:
@@ -48,6 +52,7 @@ def enter_generation(session: Session, plan: FormPlan, groups: GroupSet) -> None
     _publish_all(session, plan, groups)
     _share_counters(session, plan, groups)
     _seal(session, plan, groups, digests)
+    groups.gather_deadline_s = GATHER_DEADLINE_S
 
 
 def _roll_forward(session: Session, plan: FormPlan) -> None:

@@ -10,6 +10,7 @@ import base64
 import json
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -155,8 +156,20 @@ class Saver:
         # from itself when it writes the same step again after the job went back.
         writer = f"w{worker:04d}-{uuid.uuid4().hex[:6]}"
         attempt = f"g{generation:06d}"
-        pack = PackWriter(self._store, step=step, attempt=attempt, writer=writer)
-        return {"attempt": attempt, "part": pack.write(owned.pieces).to_json(), "numbers": owned.numbers}
+        with self._storage(step):
+            pack = PackWriter(self._store, step=step, attempt=attempt, writer=writer)
+            return {"attempt": attempt, "part": pack.write(owned.pieces).to_json(), "numbers": owned.numbers}
+
+    @contextmanager
+    def _storage(self, step: int) -> Iterator[None]:
+        """Storage that fails is the cluster's to mend, not the recipe's."""
+        try:
+            yield
+        except (OSError, CheckpointError) as error:
+            raise ClusterError(
+                f"checkpoint step {step} cannot be stored in checkpoint.path={self._settings.path!r}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def commit(
         self,
@@ -179,18 +192,18 @@ class Saver:
             "aliases": stored_aliases(aliases),
             "info": dict(info),
         }
-        try:
-            manifest = commit(self._store, **facts)
-        except StaleGeneration as error:
-            raise ClusterError(
-                f"this worker's generation is over, and another one has stored step {step}: {error}"
-            ) from error
-        except (AlreadyCommitted, CorruptData):
-            # The job went back before this step, so what is stored there is damaged or has not happened. The new packs
-            # lie in the same folder.
-            discard(self._store, step, keep_attempt=facts["attempt"])
-            manifest = commit(self._store, **facts)
-        prune(self._store, keep=self._settings.keep, verified={step})
+        with self._storage(step):
+            try:
+                manifest = commit(self._store, **facts)
+            except StaleGeneration:
+                raise
+            except (AlreadyCommitted, CorruptData):
+                # The job went back before this step, so what is stored there is damaged or has not happened. The new
+                # packs lie in the same folder.
+                discard(self._store, step, keep_attempt=facts["attempt"])
+                manifest = commit(self._store, **facts)
+        with suppress(OSError, CheckpointError):  # what cannot be cleaned away now is cleaned away next time
+            prune(self._store, keep=self._settings.keep, verified={step})
         return f"{self._settings.path.rstrip('/')}/step-{manifest.step:08d}"
 
 

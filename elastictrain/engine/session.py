@@ -69,7 +69,7 @@ class Session:
         self._inbox: queue.SimpleQueue[FormPlan | None] = queue.SimpleQueue()
         self._latched = 0
         self._pause_in = -1
-        self._offer: tuple[int, tuple[tuple[int, ...], ...]] | None = None
+        self.offers: dict[int, tuple[tuple[int, ...], ...]] = {}
         self.groups: GroupSet | None = None
         self.generation = 0
         self.layout: Layout | None = None
@@ -109,20 +109,26 @@ class Session:
         with self.apply_lock:
             self._latched = max(self._latched, generation)
             groups, self.groups = self.groups, None
+            if self.committed.tearing:
+                raise InternalError(
+                    f"worker {self.worker} has torn its state within apply and can promise nothing (R7)"
+                )
             report = self.report()
         if groups is not None:
-            groups.drop()
+            # Destroying a group waits for its operations in flight; the report must not.
+            threading.Thread(target=groups.drop, name="elastictrain-drop", daemon=True).start()
         return report
 
     def ask_pause(self, generation: int) -> None:
         """Raise the pause flag in the next vote of `generation`: everybody parks at that commit."""
         self._pause_in = generation
 
-    def offer_lanes(self, plan: int, lanes: tuple[tuple[int, ...], ...]) -> None:
-        """Offer a new split of the lanes. It is switched in, without a barrier, at the first step at which every vote
-        has seen it.
+    def offer_lanes(self, generation: int, plan: int, lanes: tuple[tuple[int, ...], ...]) -> None:
+        """Offer a new split of the lanes of `generation` (plans are numbered from 1 in each). It is switched in,
+        without a barrier, at the first step at which every vote has seen it.
         """
-        self._offer = (plan, lanes)
+        if generation == self.generation:
+            self.offers[plan] = lanes
 
     def stop(self) -> None:
         """Let the training thread end."""
@@ -168,7 +174,7 @@ class Session:
                 self.emit(problem)
 
     def _explain(self, generation: int, error: BaseException) -> ev.Event | None:
-        if self.is_parked(generation):
+        if self.is_parked(generation) and not self.committed.tearing:
             return None  # whatever broke, broke because the generation was being taken down
         if isinstance(error, PeerLost):
             return ev.WorkerTroubled(0.0, generation, self.worker, str(error))
@@ -204,6 +210,7 @@ class Session:
         if plan.generation <= self._latched:
             raise Parked
         self.generation = plan.generation
+        self.offers = {}
         groups = self._open_groups(plan)
         with self.apply_lock:
             self.check()

@@ -78,7 +78,7 @@ class Stepping:
             s.check()
             s.pending = pending
         flags = FLAG_PAUSE if s._pause_in == self.plan.generation else 0
-        offered = s._offer[0] if s._offer else 0
+        offered = max(s.offers, default=0)
         vote = self.runner.vote(pending, flags=flags, plan=offered)
         extras = self.groups.all_gather_sized(report.extras()) if report.stores else []
         s.probes.at(self.step, "voted")
@@ -91,7 +91,9 @@ class Stepping:
             tally = apply_step(s, pending, vote, self.runner.vote_format, self.plan.generation)
             s.committed.remember(s.row_of(tally, self.runner.seconds))
         self.runner.gather()
-        s.committed.gathered_step = self.step
+        with s.apply_lock:
+            s.check()
+            s.committed.gathered_step = self.step
         self.runner.seconds["step_s"] = time.perf_counter() - started
         if not self.first_step:
             s._longest_s = max(s._longest_s, self.runner.seconds["step_s"])
@@ -108,10 +110,10 @@ class Stepping:
             expect([(t, lane) for t in (step, step + 1) if t <= self.job.steps for lane in mine])
 
     def _switch_lanes(self, plan: int) -> None:
-        offer = self.session._offer
-        if offer is not None and plan > self.lane_plan and plan == offer[0]:
+        """`plan` is the oldest of the newest plans that the votes have seen, so everybody has it."""
+        if plan > self.lane_plan:
             self.lane_plan = plan
-            self.layout = self.layout.with_lanes(offer[1])
+            self.layout = self.layout.with_lanes(self.session.offers[plan])
             self.runner = self._runner()
 
     # --- at a commit ---
@@ -195,6 +197,7 @@ class Stepping:
     def _close(self, report: StepReport) -> None:
         """The closing vote: after it the last step can no more be redone. Its digest names the final state."""
         s = self.session
+        self.groups.deadline_s = self.groups.gather_deadline_s = FIRST_STEP_DEADLINE_S  # peers may evaluate and store
         share = saving.digest_share(self._owned())
         extras = self.groups.all_gather_sized(report.extras()) if report.stores else []
         shares = self.groups.all_gather_sized(share)
