@@ -117,7 +117,10 @@ class Driver:
     def _turn(self) -> None:
         deadline_s = self.machine.next_deadline_s()
         wait_s = POLL_S if deadline_s is None else min(POLL_S, max(0.0, deadline_s - self._clock()))
-        for message in self.effects.poll(wait_s):
+        messages = list(self.effects.poll(wait_s))
+        if any(isinstance(message, ev.WorkerFailed) for message in messages):
+            messages = self._last_words() + messages
+        for message in messages:
             if isinstance(message, Row):
                 self.record.row(message.values)
             elif isinstance(message, cmd.Announce):
@@ -129,6 +132,13 @@ class Driver:
         if deadline_s is not None and self._clock() >= deadline_s:
             self._handle(ev.Tick(self._clock()))
         self._show()
+
+    def _last_words(self) -> list[Message | cmd.Announce]:
+        """An error may end the run at once; what others have published by then must still be heard."""
+        until_s, found = time.monotonic() + 2 * POLL_S, list[Message | cmd.Announce]()
+        while (left_s := until_s - time.monotonic()) > 0:
+            found += self.effects.poll(left_s)
+        return found
 
     def _handle(self, event: ev.Event) -> None:
         if self._outcome is not None:
