@@ -153,16 +153,21 @@ class ProcessEffects:
 
 @dataclass
 class MemoryRecord:
-    """`driver.Record` in lists."""
+    """`driver.Record` in lists; like the run directory, it takes a step's row once unless the run went back."""
 
     events: list[tuple[str, dict[str, Any], int | None]] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    last_step: int = 0
 
     def event(self, kind: str, data: Any, generation: int | None) -> None:
         self.events.append((kind, dict(data), generation))
+        if kind == "went_back":
+            self.last_step = min(self.last_step, data["to_step"])
 
     def row(self, values: Any) -> None:
-        self.rows.append(dict(values))
+        if values["step"] > self.last_step:
+            self.rows.append(dict(values))
+            self.last_step = values["step"]
 
     def status(self, values: Any) -> None:
         self.last_status = dict(values)
