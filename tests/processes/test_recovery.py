@@ -72,7 +72,7 @@ def test_the_one_that_took_over_dies_too(folder, reference):
 
 
 def test_two_at_once_that_do_not_mirror_each_other(folder, reference):
-    run = run_job(byte_job(folder, workers=4), [kill(0, 4, "exchange"), kill(2, 4, "exchange")])
+    run = run_job(byte_job(folder, workers=4), [kill(0, 4, "exchange")], die_together=(0, 2))
     same(run, reference)
     assert not run.record.of("went_back")
     assert run.record.of("recovery")[-1]["world_after"] == 2
@@ -81,7 +81,7 @@ def test_two_at_once_that_do_not_mirror_each_other(folder, reference):
 @pytest.mark.parametrize("checkpoint", [True, False], ids=["checkpoint", "initial state"])
 def test_both_holders_lost_goes_back_and_says_so(folder, tmp_path, reference, checkpoint):
     settings = {"checkpoint": {"path": str(tmp_path / "ckpt"), "every_steps": 2}} if checkpoint else {}
-    run = run_job(byte_job(folder, **settings), [kill(0, 6, "exchange"), kill(1, 6, "exchange")])
+    run = run_job(byte_job(folder, **settings), [kill(0, 6, "exchange")], die_together=(0, 1))
     same(run, reference)
     (back,) = run.record.of("went_back")
     assert back["to_step"] == (4 if checkpoint else 0)

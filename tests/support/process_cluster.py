@@ -81,6 +81,7 @@ class ProcessEffects:
     def __init__(self, job: Job, faults: Sequence[Any] = (), patch: Any = None, cuda_devices: int = 1) -> None:
         self.job, self.faults, self.patch, self.cuda_devices = job, faults, patch, cuda_devices
         self.all_ready_first, self.ready = False, set[int]()
+        self.die_together: tuple[int, ...] = ()
         self._held_back: list[cmd.Form] = []
         self.rendezvous = Rendezvous()
         self.pipes: dict[int, connection.Connection] = {}
@@ -124,16 +125,26 @@ class ProcessEffects:
             if ready in by_pipe:
                 found += self._drain(by_pipe[ready])
         for ready in connection.wait([*by_sentinel], 0):
-            worker = by_sentinel[ready]
-            found += self._drain(worker)
-            self.processes.pop(worker).join()
-            self.pipes.pop(worker, None)
-            found.append(ev.WorkerDied(0.0, worker, "process ended"))
+            if by_sentinel[ready] in self.processes:
+                found += self._bury(by_sentinel[ready])
         self.ready |= {m.worker for m in found if isinstance(m, ev.WorkerReady)}
         if self._held_back and not set(self.processes) - self.ready:
             self.all_ready_first = False
             for command in self._held_back:
                 self.perform(command)
+        return found
+
+    def _bury(self, worker: int) -> list[Message]:
+        """Its last messages and its death; with it go those that die together with it."""
+        found = self._drain(worker)
+        self.processes.pop(worker).join()
+        self.pipes.pop(worker, None)
+        found.append(ev.WorkerDied(0.0, worker, "process ended"))
+        for other in self.die_together if worker in self.die_together else ():
+            if other in self.processes:
+                self.processes[other].kill()
+                self.processes[other].join()
+                found += self._bury(other)
         return found
 
     def _drain(self, worker: int) -> list[Message]:
@@ -214,12 +225,13 @@ def run_job(
     patch: Any = None,
     cuda_devices: int = 1,
     all_ready_first: bool = False,
+    die_together: tuple[int, ...] = (),
     **spec: Any,
 ) -> Run:
     """Run a job to its end on processes. `patch(worker)` is called in every worker first (to plant bugs or delays)."""
     machine = Machine(replace(machine_spec(job, inspect(job)), **spec))
     effects = ProcessEffects(job, faults, patch, cuda_devices)
-    effects.all_ready_first = all_ready_first
+    effects.all_ready_first, effects.die_together = all_ready_first, die_together
     record, journal = MemoryRecord(), MemoryJournal()
     try:
         driver = Driver(machine, effects, record, journal, script=faults)
