@@ -64,6 +64,15 @@ def test_a_worker_may_die_in_any_phase(folder, reference, phase, worker):
     assert recovery["restored_from"] is None  # no storage is read
 
 
+def test_a_schedule_that_raises_ends_the_run_and_tears_nothing(folder):
+    """The recipe's code runs before apply touches the state: the user's error, not a death of every worker."""
+    run = run_job(byte_job(folder, recipe_args={"fail_at": 4}))
+    assert run.outcome.outcome == "failed"
+    assert "ValueError: no learning rate for step 4" in (run.outcome.error or "")
+    assert not run.record.of("worker_lost")
+    assert not run.record.of("went_back")
+
+
 def test_the_one_that_took_over_dies_too(folder, reference):
     run = run_job(byte_job(folder), [kill(1, 4, "exchange"), kill(2, 5, "mirror")])
     same(run, reference)

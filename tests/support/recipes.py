@@ -37,6 +37,8 @@ class Bytes(Recipe):
         return (losses * valid.flatten()).sum(), valid.sum()
 
     def schedule(self, step: int) -> float:
+        if step == self.fail_at:
+            raise ValueError(f"no learning rate for step {step}")
         return min(1.0, step / 3)
 
     def evaluate(self, model):
