@@ -11,7 +11,7 @@ from torch import nn
 from elastictrain.engine.flat import FlatModel
 from elastictrain.engine.space import Space
 from elastictrain.errors import RecipeError
-from tests.unit.engine.worlds import CPU, NetRecipe, Numbers, alone, make_job, same_bits
+from tests.unit.engine.worlds import CPU, NetRecipe, Numbers, alone, make_job, same_bits, started
 
 
 def flat_of(model: nn.Module, *, dtype: torch.dtype = torch.float32, rule: str = "same") -> FlatModel:
@@ -195,3 +195,18 @@ def test_counters_have_one_hash_that_sees_their_values() -> None:
     flat.model(torch.randn(3, 6))
     flat.after_lane(True)
     assert flat.counter_hash() != first
+
+
+def test_a_lane_given_up_half_way_leaves_no_buffer_behind() -> None:
+    """The forward has put another tensor in a buffer's place, and nobody has collected it: the redo starts clean."""
+    model = started(make_job(NetRecipe(), lanes=2))
+    module = model.flat.model
+    name = next(entry.name for entry in model.space.entries if entry.kind == "buffer")
+    buffer = dict(module.named_buffers())[name]
+    owner, _, key = name.rpartition(".")
+    model.flat.before_lane()
+    module.get_submodule(owner)._buffers[key] = torch.full_like(buffer, 7.0)
+    model.flat.before_lane()
+    found = dict(module.named_buffers())[name]
+    assert found is buffer
+    assert torch.equal(found.reshape(-1), model.flat.committed_buffer(name))
