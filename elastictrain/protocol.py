@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from elastictrain.layout import Layout, Move
 
@@ -26,6 +27,37 @@ class ParkReport:
     vote: bytes | None = None
     holds_next: bool = False
     computing: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the controller and the user need to know of a model; from `meta` tensors, without its memory."""
+
+    block_elements: tuple[int, ...]
+    parameters: int
+    optimizer: str
+    state_tensors: int
+    fixed_bytes: int
+    bytes_per_held_element: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What a prepared worker says of itself. `prepared_s`: seconds of each part of its preparation."""
+
+    worker: int
+    pid: int
+    numerics: dict[str, str]
+    fingerprint: dict[str, object]
+    memory_bytes: int | None
+    prepared_s: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One published step for metrics.jsonl."""
+
+    values: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,11 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from elastictrain.controller import events as ev
 from elastictrain.controller.machine import Machine
-from elastictrain.engine.worker_model import ModelFacts
 from elastictrain.errors import ClusterError, ElasticTrainError, InternalError
 from elastictrain.faults import Add, Drain, Fail, Kill
 from elastictrain.job import Job
 from elastictrain.observe import RunDirectory
-from elastictrain.protocol import Restore, Stage
+from elastictrain.protocol import ModelFacts, Restore, Stage
 from elastictrain_actors.driver import Driver, Outcome
 from elastictrain_actors.ray_effects import RayEffects
 from elastictrain_actors.spec import machine_spec

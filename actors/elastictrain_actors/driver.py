@@ -13,13 +13,13 @@ from typing import Any, Protocol
 
 from elastictrain.controller import commands as cmd
 from elastictrain.controller import events as ev
+from elastictrain.controller.events import Message
 from elastictrain.controller.journal import dump_event
 from elastictrain.controller.machine import Machine
 from elastictrain.controller.view import view
-from elastictrain.engine.host import Message
-from elastictrain.engine.reports import Row
 from elastictrain.errors import ClusterError, ElasticTrainError
 from elastictrain.faults import Add, Drain, Fail, Kill
+from elastictrain.protocol import Row
 
 POLL_S = 0.25
 STATUS_EVERY_S = 0.5

@@ -11,25 +11,29 @@ import re
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
 
 from elastictrain.controller import commands as cmd
 from elastictrain.controller import events as ev
-from elastictrain.engine.collective import Rendezvous
-from elastictrain.engine.host import Message, Ready
-from elastictrain.engine.numerics import differences
+from elastictrain.controller.events import Message
+from elastictrain.errors import ClusterError
 from elastictrain.faults import Add, Drain, Fail, Kill, kills_for
 from elastictrain.job import Job
-from elastictrain.protocol import ParkReport, Stage
+from elastictrain.protocol import ParkReport, Ready, Stage
 from elastictrain_actors.worker_actor import WorkerActor
+
+if TYPE_CHECKING:
+    from elastictrain.engine.collective import Rendezvous
 
 LONG_POLL_S = 0.2
 SLOW_START_S = 20.0
+STORE_START_S = 120.0
 
 
 @dataclass(slots=True)
@@ -74,10 +78,11 @@ class RayEffects:
         self._environment = dict(environment)
         self._address = ray.util.get_node_ip_address()
         self._node = ray.get_runtime_context().get_node_id()
-        self._rendezvous = Rendezvous(self._address)
+        self._rendezvous: Future[Rendezvous] | None = None
         self._workers: dict[int, _Worker] = {}
         # What each reference is waited for: called with its result, or with the error instead.
         self._pending: dict[Any, tuple[int, Callable[[int, Any], list[Message | cmd.Announce]]]] = {}
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="elastictrain-store")
         self._numerics: dict[str, str] | None = None
         self._out: list[Message | cmd.Announce] = []
 
@@ -88,19 +93,39 @@ class RayEffects:
             case cmd.StartWorker(worker):
                 self._start(worker)
             case cmd.Form(plan):
-                plan = replace(plan, store=self._rendezvous.address)
+                plan = replace(plan, store=self._store())
                 for worker in plan.layout.workers:
                     self._call(worker, "form", plan)
             case cmd.Park(generation, workers):
                 for worker in workers:
                     self._call(worker, "park", generation, then=lambda w, r: self._parked(generation, w, r))
-            case cmd.AskPause(generation, worker):
-                self._call(worker, "ask_pause", generation)
+            case cmd.AskPause(generation, worker, store):
+                self._call(worker, "ask_pause", generation, store)
             case cmd.Retire(worker):
                 self._call(worker, "retire")
                 self._forget(worker)
             case cmd.Kill(worker, _):
                 self._kill(worker)
+
+    def _store(self) -> str:
+        try:
+            return self._meeting_place().result(timeout=STORE_START_S).address
+        except (RuntimeError, OSError, TimeoutError) as error:
+            raise ClusterError(
+                f"no store for the groups to meet can be opened on {self._address}: {type(error).__name__}: {error}"
+            ) from error
+
+    def _meeting_place(self) -> Future[Rendezvous]:
+        """The store where groups meet needs torch, which takes seconds to import: it does so while workers start."""
+        if self._rendezvous is None:
+
+            def start() -> Rendezvous:
+                from elastictrain.engine.collective import Rendezvous
+
+                return Rendezvous(self._address)
+
+            self._rendezvous = self._background.submit(start)
+        return self._rendezvous
 
     def _start(self, worker: int) -> None:
         options: dict[str, Any] = {
@@ -114,6 +139,7 @@ class RayEffects:
             options["runtime_env"] = self._environment
         handle = ray.remote(WorkerActor).options(**options).remote(worker)
         self._workers[worker] = _Worker(handle, time.monotonic())
+        self._meeting_place()
         self._call(worker, "prepare", self.job, kills_for(self.faults, worker), self.stages, then=self._prepared)
 
     def _kill(self, worker: int) -> None:
@@ -205,6 +231,8 @@ class RayEffects:
 
     def _compare(self, worker: int, ready: Ready) -> str | None:
         """The first worker's numerics are the run's; a difference is said, and refused only if the job asks for it."""
+        from elastictrain.engine.numerics import differences  # torch has been imported by now, for the store
+
         if self._numerics is None:
             self._numerics = ready.numerics
         found = differences(self._numerics, ready.numerics, f"worker {worker}")
@@ -227,6 +255,7 @@ class RayEffects:
 
     def close(self) -> None:
         """End whatever is left."""
+        self._background.shutdown(wait=False)
         for worker in list(self._workers):
             self._kill(worker)
             self._forget(worker)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from elastictrain.controller.facts import MachineSpec
-from elastictrain.engine.worker_model import ModelFacts
 from elastictrain.job import Job
+from elastictrain.protocol import ModelFacts
 
 
 def machine_spec(job: Job, facts: ModelFacts, *, base_generation: int = 0) -> MachineSpec:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import ray
 
-from elastictrain.engine.host import Message, Ready, WorkerHost, start_error
+from elastictrain.controller.events import Message
 from elastictrain.faults import Fail, Kill
 from elastictrain.job import Job
-from elastictrain.protocol import FormPlan, ParkReport, Stage
+from elastictrain.protocol import FormPlan, ParkReport, Ready, Stage
+
+if TYPE_CHECKING:
+    from elastictrain.engine.host import WorkerHost
 
 
 class WorkerActor:
@@ -24,6 +28,9 @@ class WorkerActor:
         self, job: Job, faults: Sequence[Kill | Fail], stages: Sequence[Stage]
     ) -> tuple[Ready, str, str] | tuple[str, bool]:
         """(what it is, failure domain, address), or (error, whether the user must act)."""
+        # Here, and not above: the controller names this class and should not wait for torch's import.
+        from elastictrain.engine.host import WorkerHost, start_error
+
         try:
             address = ray.util.get_node_ip_address()
             self._host = WorkerHost(job, self._worker, host=address, faults=faults, stages=stages)
@@ -46,8 +53,8 @@ class WorkerActor:
     def park(self, generation: int) -> ParkReport:
         return self.host.park(generation)
 
-    def ask_pause(self, generation: int) -> None:
-        self.host.ask_pause(generation)
+    def ask_pause(self, generation: int, store: bool) -> None:
+        self.host.ask_pause(generation, store)
 
     def retire(self) -> None:
         """End without a word: what this worker held is held by others."""

@@ -46,6 +46,7 @@ def prune(
     *,
     lease_s: float = DEFAULT_LEASE_S,
     verified: Collection[int] = (),
+    current: int | None = None,
     now_s: float | None = None,
 ) -> Pruned:
     """Keep the newest ``keep`` sound checkpoints and remove older ones, and garbage.
@@ -53,11 +54,15 @@ def prune(
     Nothing is removed unless one of those kept is verified, every byte, first; steps whose packs a kept one
     uses stay.
 
+    A run that goes back to an older step and goes on from there leaves later steps behind that have not happened in its
+    history. They are known by their generations: ``current`` was committed after them.
+
     Args:
         store: where.
         keep: at least 1.
         lease_s: age in seconds from which on an attempt without a commit counts as given up.
         verified: steps that the caller has verified since they were written; they are not read again.
+        current: the step that was committed last; later steps of lower generations are removed.
         now_s: time in seconds since 1970; the clock's if not given.
 
     Raises:
@@ -73,7 +78,9 @@ def prune(
             sound.append(load(store, step))
         except CorruptData as error:
             result.unsound.append(Skipped(step, str(error)))
-    kept, old = sound[-keep:], sound[:-keep]
+    given_up = _given_up(sound, current)
+    sound = [manifest for manifest in sound if manifest not in given_up]
+    kept, old = sound[-keep:], [*sound[:-keep], *given_up]
     if old and not any(m.step in verified or not verify(store, m) for m in reversed(kept)):
         result.unsound += [Skipped(manifest.step, "its bytes are damaged") for manifest in kept]
         kept, old = sound, []
@@ -87,6 +94,13 @@ def prune(
     used = {path.rsplit("/", 1)[0] for manifest in kept for path in manifest.paths}
     _collect_garbage(store, used, (time.time() if now_s is None else now_s) - lease_s, result)
     return result
+
+
+def _given_up(sound: list[Manifest], current: int | None) -> list[Manifest]:
+    newest = next((manifest for manifest in sound if manifest.step == current), None)
+    if newest is None:
+        return []
+    return [m for m in sound if m.step > newest.step and m.generation < newest.generation]
 
 
 def discard(store: Store, step: int, keep_attempt: str | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from elastictrain.controller.commands import Announce, AskPause, Command, Kill, Park
+from elastictrain.controller.commands import Announce, Command, Kill, Park
 from elastictrain.controller.core import RESTORE_PATIENCE, Core
 from elastictrain.controller.events import Tick
 from elastictrain.controller.phases import Finishing, Forming, Parking, Running
@@ -63,5 +63,5 @@ def _ask_another(core: Core, state: Running, now_s: float, out: list[Command]) -
         return False
     state.asked = members[(members.index(state.asked) + 1) % len(members)]
     state.ask_again_s = now_s + core.parking_limit_s()
-    out.append(AskPause(core.ledger.generation, state.asked))
+    core.ask_pause(state.asked, out)
     return True

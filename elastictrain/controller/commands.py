@@ -34,10 +34,13 @@ class Form:
 
 @dataclass(frozen=True, slots=True)
 class AskPause:
-    """Let `worker` raise the pause flag in its next vote: all workers park at that commit."""
+    """Let `worker` raise the pause flag in its next vote: all workers park at that commit. `store`: they first store a
+    checkpoint of it.
+    """
 
     generation: int
     worker: int
+    store: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from elastictrain.controller.commands import Announce, Command, EndRun, Kill, Park, Retire
+from elastictrain.controller.commands import Announce, AskPause, Command, EndRun, Kill, Park, Retire
 from elastictrain.controller.facts import Incident, Ledger, MachineSpec, Role
 from elastictrain.controller.phases import Ended, Finishing, Forming, Parking, Phase, Running, State, check_change
 
@@ -32,6 +32,11 @@ class Core:
 
     def parking_limit_s(self) -> float:
         return max(self.spec.deadline_s, 20 * self.ledger.longest_parking_s)
+
+    def ask_pause(self, worker: int, out: list[Command]) -> None:
+        """A run that is stopped stores where it has come to."""
+        store = self.ledger.stop is not None and self.spec.checkpoint
+        out.append(AskPause(self.ledger.generation, worker, store))
 
     def step(self) -> int:
         """The last commit known to the controller."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from elastictrain.protocol import ParkReport, Restore
+from elastictrain.protocol import ParkReport, Restore, Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,3 +168,6 @@ Event = (
     | StopRequested
     | Tick
 )
+
+Message = Event | Row
+"""What a worker's outbox carries: events for the machine, rows for the run directory."""

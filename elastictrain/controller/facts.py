@@ -18,9 +18,9 @@ class MachineSpec:
 
     `block_elements`: elements of every block of the state. `lane_shares`, `block_shares`: by worker number, default 1.
     `fixed_bytes` and `bytes_per_held_element`: a worker needs `fixed_bytes + bytes_per_held_element x elements it
-    holds` (owned and mirrored); 0 and 0 switch the memory check off. `checkpoint`: the job stores checkpoints (only
-    used in messages). `start_attempts`: failed starts in a row before the controller stops trying for
-    `start_retry_s`. `deadline_s`: how long forming or parking may take, or 20 x the longest seen if that is more.
+    holds` (owned and mirrored); 0 and 0 switch the memory check off. `checkpoint`: the job stores checkpoints.
+    `start_attempts`: failed starts in a row before the controller stops trying for `start_retry_s`. `deadline_s`: how
+    long forming or parking may take, or 20 x the longest seen if that is more.
     `base_generation`: the newest generation of an earlier controller of this run; ours are above it.
     """
 
@@ -106,6 +106,8 @@ class Ledger:
     spares included. `plan`: of the newest generation. `sealed`: the newest generation known to be sealed, 0 when the
     state comes from `restore`. `layouts`: of `sealed` and of the generation that is forming. `leaving`: reports of
     workers in role LEAVING. `draining`: asked to leave, in order of request. `checkpoints`: path by step.
+    `published_step`: the last step that can be redone no more (R5). `shown_step`: the last one whose metrics have
+    arrived; the rows after it are published again by whoever publishes next.
     """
 
     target: int
@@ -120,6 +122,7 @@ class Ledger:
     restore: Restore = field(default_factory=lambda: Restore(0, None))
     checkpoints: dict[int, str] = field(default_factory=dict)
     published_step: int = 0
+    shown_step: int = 0
     leaving: dict[int, ParkReport] = field(default_factory=dict)
     draining: list[int] = field(default_factory=list)
     stop: str | None = None

@@ -32,7 +32,7 @@ def on_begun(core: Core, event: ev.Begun, out: list[Command]) -> bool:
     ledger.checkpoints = {step: path for step, path in event.checkpoints if step <= event.restore.step}
     if event.restore.checkpoint is not None:
         ledger.checkpoints[event.restore.step] = event.restore.checkpoint
-    ledger.published_step = event.restore.step
+    ledger.published_step = ledger.shown_step = event.restore.step
     return True
 
 
@@ -145,7 +145,7 @@ def _drop_checkpoint(core: Core, event: ev.WorkerFailed, out: list[Command]) -> 
     if ledger.checkpoints.get(restore.step) == restore.checkpoint:  # the first of its members to say so
         del ledger.checkpoints[restore.step]
         ledger.restore = ledger.newest_restore()
-        ledger.published_step = ledger.restore.step
+        ledger.published_step = ledger.shown_step = ledger.restore.step
         data = {"step": restore.step, "path": restore.checkpoint, "error": event.error}
         next_one = {"next_step": ledger.restore.step, "next_path": ledger.restore.checkpoint}
         out.append(Announce("checkpoint_dropped", data | next_one))
@@ -189,12 +189,12 @@ def on_sealed(core: Core, event: ev.Sealed, out: list[Command]) -> bool:
 
 def on_progress(core: Core, event: ev.Progress, out: list[Command]) -> bool:
     ledger = core.ledger
-    if event.generation != ledger.generation or event.step <= ledger.published_step:
+    if event.generation != ledger.generation or event.step <= ledger.shown_step:
         return False
     if core.state.phase not in (Phase.FORMING, Phase.RUNNING, Phase.PARKING, Phase.FINISHING):
         return False
     core.mark_sealed(event.now_s)  # a vote of this generation was complete
-    ledger.published_step = event.step
+    ledger.published_step, ledger.shown_step = max(ledger.published_step, event.step), event.step
     return True
 
 
@@ -280,6 +280,8 @@ def on_stop(core: Core, event: ev.StopRequested, out: list[Command]) -> bool:
     if core.ledger.stop is not None or core.state.phase is Phase.FINISHING:
         return False
     core.ledger.stop = event.reason
+    if isinstance(core.state, Running):
+        core.state.asked = None  # a pause that was asked for before would store nothing
     return True
 
 

@@ -137,7 +137,7 @@ def _plan_restore(spec: MachineSpec, ledger: Ledger, reports: Mapping[int, ParkR
                 restore=ledger.restore,
                 gather_to=layout.workers,
                 store="",
-                published_step=min(ledger.published_step, ledger.restore.step),
+                published_step=min(ledger.shown_step, ledger.restore.step),
                 checkpointed_step=_checkpointed(ledger),
                 joiners=_joiners(layout, reports),
             )
@@ -165,7 +165,7 @@ def _plan(ledger: Ledger, standing: Standing, layout: Layout, reports: Mapping[i
         restore=None,
         gather_to=gather_to,
         store="",
-        published_step=ledger.published_step,
+        published_step=ledger.shown_step,
         checkpointed_step=_checkpointed(ledger),
         joiners=joiners,
     )

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from elastictrain.controller.commands import Announce, AskPause, Command, Form, StartWorker
+from elastictrain.controller.commands import Announce, Command, Form, StartWorker
 from elastictrain.controller.core import Core
 from elastictrain.controller.facts import Role, WorkerFacts
 from elastictrain.controller.phases import Ended, Finishing, Forming, Gathering, Parking, Phase, Running
@@ -172,7 +172,8 @@ def _go_back(core: Core, standing: Standing, now_s: float, out: list[Command]) -
     ledger.incident.steps_redone += redone
     ledger.incident.restored_from = restore.checkpoint or "initial state"
     ledger.sealed, ledger.layouts = 0, {}
-    ledger.restore, ledger.published_step = restore, restore.step
+    ledger.restore = restore
+    ledger.published_step = ledger.shown_step = restore.step
     for worker in list(ledger.leaving):
         core.retire(worker, out)
     lost = sum(shard.hi - shard.lo for shard in standing.lost)
@@ -222,7 +223,8 @@ def _form(core: Core, plan: FormPlan, reports: Mapping[int, ParkReport], now_s: 
             ledger.workers[worker].role = Role.READY
     ledger.plan = plan
     ledger.layouts = {plan.generation: plan.layout} | ({} if truth is None else {truth.generation: truth})
-    ledger.published_step = plan.published_step
+    if plan.restore is not None:
+        ledger.published_step = min(ledger.published_step, plan.restore.step)
     core.enter(Forming(now_s, now_s + core.forming_limit_s(plan.restore is not None)))
     data = {"generation": plan.generation, "step": plan.step, "workers": list(plan.layout.workers)}
     moved = sum(move.hi - move.lo for move in plan.moves)
@@ -260,7 +262,7 @@ def _ask_pause(core: Core, now_s: float, out: list[Command]) -> bool:
         return False
     state.asked = ledger.members()[0]
     state.ask_again_s = now_s + core.parking_limit_s()
-    out.append(AskPause(ledger.generation, state.asked))
+    core.ask_pause(state.asked, out)
     return True
 
 

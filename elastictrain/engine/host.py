@@ -10,38 +10,24 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import pairwise
 
 import torch
 
 from elastictrain.controller import events as ev
+from elastictrain.controller.events import Message
 from elastictrain.data import LaneReader, Source, open_source
 from elastictrain.data.feeder import Feeder
 from elastictrain.engine.numerics import apply_numerics
 from elastictrain.engine.probes import Probes
-from elastictrain.engine.reports import Row
 from elastictrain.engine.session import Session
 from elastictrain.engine.step import lane_seed
 from elastictrain.engine.worker_model import build
 from elastictrain.errors import ClusterError, ElasticTrainError
 from elastictrain.faults import Fail, Kill
 from elastictrain.job import Job
-from elastictrain.protocol import FormPlan, ParkReport, Stage
-
-Message = ev.Event | Row
-
-
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """What a prepared worker says of itself."""
-
-    worker: int
-    pid: int
-    numerics: dict[str, str]
-    fingerprint: dict[str, object]
-    memory_bytes: int | None
-    prepared_s: dict[str, float]
+from elastictrain.protocol import FormPlan, ParkReport, Ready, Row, Stage
 
 
 class Outbox:
@@ -162,8 +148,8 @@ class WorkerHost:
     def park(self, generation: int) -> ParkReport:
         return self.session.park(generation)
 
-    def ask_pause(self, generation: int) -> None:
-        self.session.ask_pause(generation)
+    def ask_pause(self, generation: int, store: bool) -> None:
+        self.session.ask_pause(generation, store)
 
     def stop(self) -> None:
         """End the training thread; the process may then go."""

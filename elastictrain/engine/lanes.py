@@ -9,7 +9,7 @@ Shapes: every partial sum is one flat fp32 tensor [active_elements] laid out by 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -17,6 +17,24 @@ from torch import nn
 from elastictrain.engine.space import ALIGN_ELEMENTS, Entry, Space
 from elastictrain.errors import RecipeError
 from elastictrain.tree import Node, path_up
+
+
+class SpareBuffers:
+    """fp32 buffers that are used again: large ones that come and go cost resident memory that is not theirs."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._by_size: dict[int, list[torch.Tensor]] = {}
+
+    def take(self, elements: int) -> torch.Tensor:
+        """[elements] with any values."""
+        found = self._by_size.get(elements)
+        return found.pop() if found else torch.empty(elements, dtype=torch.float32, device=self._device)
+
+    def give_back(self, buffers: Iterable[torch.Tensor]) -> None:
+        """They will be overwritten."""
+        for buffer in buffers:
+            self._by_size.setdefault(buffer.numel(), []).append(buffer)
 
 
 class LaneTree:

@@ -13,13 +13,6 @@ from elastictrain.engine.worker_model import hook
 from elastictrain.job import Job
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One published step for metrics.jsonl."""
-
-    values: dict[str, Any]
-
-
 @dataclass(slots=True)
 class StepReport:
     """Of commit `step`, waiting for the vote after it (R5). `share`: this worker's part of its checkpoint."""

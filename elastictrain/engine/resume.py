@@ -61,6 +61,9 @@ def find_start(job: Job, *, resume: bool, step: int | None = None) -> Start:
     _verify(store, manifest, steps)
     stages, notes = _stages(job, manifest)
     _check_data(job, manifest, stages[-1])
+    later = [s for s in steps if s > manifest.step]
+    if later:
+        notes.append(("given_up", {"step": manifest.step, "steps": later}))
     path = f"{job.checkpoint.path.rstrip('/')}/step-{manifest.step:08d}"
     known = tuple((s, path.rpartition("/")[0] + f"/step-{s:08d}") for s in steps if s <= manifest.step)
     return Start(

@@ -203,7 +203,7 @@ class Saver:
                 discard(self._store, step, keep_attempt=facts["attempt"])
                 manifest = commit(self._store, **facts)
         with suppress(OSError, CheckpointError):  # what cannot be cleaned away now is cleaned away next time
-            prune(self._store, keep=self._settings.keep, verified={step})
+            prune(self._store, keep=self._settings.keep, verified={step}, current=step)
         return f"{self._settings.path.rstrip('/')}/step-{manifest.step:08d}"
 
 

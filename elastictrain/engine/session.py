@@ -23,15 +23,15 @@ from elastictrain.engine.forming import enter_generation
 from elastictrain.engine.lanes import LaneTree
 from elastictrain.engine.numerics import capture
 from elastictrain.engine.probes import Probes
-from elastictrain.engine.reports import Row, step_row
+from elastictrain.engine.reports import step_row
 from elastictrain.engine.step import Batches, Pending, StepRunner
 from elastictrain.engine.stepping import Stepping
-from elastictrain.engine.vote import Tally, VoteFormat
+from elastictrain.engine.vote import FLAG_PAUSE, FLAG_STORE, Tally, VoteFormat
 from elastictrain.engine.worker_model import WorkerModel
 from elastictrain.errors import CorruptCheckpoint, ElasticTrainError, InternalError, PeerLost
 from elastictrain.job import Job
 from elastictrain.layout import Layout, Shard
-from elastictrain.protocol import FormPlan, ParkReport
+from elastictrain.protocol import FormPlan, ParkReport, Row
 
 
 class Parked(Exception):
@@ -68,7 +68,7 @@ class Session:
         self.apply_lock = threading.Lock()
         self._inbox: queue.SimpleQueue[FormPlan | None] = queue.SimpleQueue()
         self._latched = 0
-        self._pause_in = -1
+        self._pause_in, self._pause_flags = -1, 0
         self.offers: dict[int, tuple[tuple[int, ...], ...]] = {}
         self.groups: GroupSet | None = None
         self.generation = 0
@@ -119,9 +119,15 @@ class Session:
             threading.Thread(target=groups.drop, name="elastictrain-drop", daemon=True).start()
         return report
 
-    def ask_pause(self, generation: int) -> None:
-        """Raise the pause flag in the next vote of `generation`: everybody parks at that commit."""
-        self._pause_in = generation
+    def ask_pause(self, generation: int, store: bool = False) -> None:
+        """Raise the pause flag in the next vote of `generation`: everybody parks at that commit, after a checkpoint of
+        it if `store`.
+        """
+        self._pause_in, self._pause_flags = generation, FLAG_PAUSE | (FLAG_STORE if store else 0)
+
+    def pause_flags(self) -> int:
+        """What this worker's next vote says about a pause."""
+        return self._pause_flags if self._pause_in == self.generation else 0
 
     def offer_lanes(self, generation: int, plan: int, lanes: tuple[tuple[int, ...], ...]) -> None:
         """Offer a new split of the lanes of `generation` (plans are numbered from 1 in each). It is switched in,

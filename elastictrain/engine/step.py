@@ -19,7 +19,7 @@ import torch
 from elastictrain.engine.collective import GroupSet, Peer
 from elastictrain.engine.flat import FlatModel
 from elastictrain.engine.held import HeldState
-from elastictrain.engine.lanes import LaneTree
+from elastictrain.engine.lanes import LaneTree, SpareBuffers
 from elastictrain.engine.vote import Ballot, VoteFormat, root_sums
 from elastictrain.errors import RecipeError
 from elastictrain.job import Job
@@ -86,6 +86,7 @@ class StepRunner:
         self.rank = layout.rank(worker)
         self.vote_format = VoteFormat(layout, flat.space.active_blocks, flat.largest_size)
         self.seconds: dict[str, float] = {}
+        self._spare, self._handed = SpareBuffers(flat.device), list[torch.Tensor]()
         self._owned = [s for s in layout.owned(worker) if self._span(s)[0] < self._span(s)[1]]
         self._mirrored = [s for s in layout.mirrored(worker) if self._span(s)[0] < self._span(s)[1]]
 
@@ -123,6 +124,7 @@ class StepRunner:
     def _hand_over(self, step: int, pending: Pending) -> None:
         """Lane by lane: after every round of lanes each owner combines what has come as far as the tree allows."""
         partial: dict[Shard, dict[Node, torch.Tensor]] = {shard: {} for shard in self._owned}
+        self._spare.give_back(self._handed)  # the previous step has been applied
         for turn in range(max(len(lanes) for lanes in self.layout.lanes)):
             nodes: list[tuple[Node, ...]] = [
                 (Node(lanes[turn], lanes[turn] + 1),) if turn < len(lanes) else () for lanes in self.layout.lanes
@@ -132,7 +134,7 @@ class StepRunner:
                 if mine:
                     self.run_lane(step, mine[0].lo, pending, first=turn == 0, merge=False)
             with self._timed("exchange"):
-                received = self._exchange(nodes, lambda size: torch.empty(size, device=self.flat.device))
+                received = self._exchange(nodes, self._spare.take)
                 for shard in self._owned:
                     a, b = self._span(shard)
                     for node, tensor in received[shard].items():
@@ -143,6 +145,7 @@ class StepRunner:
                     self.tree.release(node)
         for shard, parts in partial.items():
             pending.reduced[shard] = parts[whole(self.layout.lane_count)]
+        self._handed = list(pending.reduced.values())
 
     def _push(
         self, parts: dict[Node, torch.Tensor], node: Node, tensor: torch.Tensor, *, borrowed: bool = False
@@ -154,9 +157,11 @@ class StepRunner:
         for sibling, parent in path_up(node.lo, self.layout.lane_count):
             if sibling not in parts:
                 break
-            tensor, borrowed = parts.pop(sibling).add_(tensor), False
-            node = parent
-        parts[node] = tensor.clone() if borrowed else tensor
+            total = parts.pop(sibling).add_(tensor)
+            if not borrowed:
+                self._spare.give_back([tensor])
+            tensor, borrowed, node = total, False, parent
+        parts[node] = self._spare.take(tensor.numel()).copy_(tensor) if borrowed else tensor
 
     def _exchange(
         self, nodes: list[tuple[Node, ...]], place: Callable[[int], torch.Tensor]

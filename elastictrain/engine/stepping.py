@@ -11,11 +11,11 @@ from elastictrain.controller import events as ev
 from elastictrain.engine import saving
 from elastictrain.engine.collective import GroupSet
 from elastictrain.engine.commit import apply_step
-from elastictrain.engine.reports import Row, StepReport
+from elastictrain.engine.reports import StepReport
 from elastictrain.engine.step import StepRunner
-from elastictrain.engine.vote import FLAG_PAUSE, Tally
+from elastictrain.engine.vote import FLAG_PAUSE, FLAG_STORE, Tally
 from elastictrain.engine.worker_model import hook
-from elastictrain.protocol import FormPlan
+from elastictrain.protocol import FormPlan, Row
 
 if TYPE_CHECKING:
     from elastictrain.engine.session import Session
@@ -58,6 +58,8 @@ class Stepping:
             self.step += 1
             tally = self._one_step(report)
             if tally.flags & FLAG_PAUSE:
+                if tally.flags & FLAG_STORE:
+                    self._store_now()
                 with s.apply_lock:
                     s.check()
                 park = s.park(self.plan.generation)
@@ -77,9 +79,8 @@ class Stepping:
         with s.apply_lock:
             s.check()
             s.pending = pending
-        flags = FLAG_PAUSE if s._pause_in == self.plan.generation else 0
         offered = max(s.offers, default=0)
-        vote = self.runner.vote(pending, flags=flags, plan=offered)
+        vote = self.runner.vote(pending, flags=s.pause_flags(), plan=offered)
         extras = self.groups.all_gather_sized(report.extras()) if report.stores else []
         s.probes.at(self.step, "voted")
         # The vote of this step is complete: its predecessor can no more be redone, and may be seen (R5).
@@ -143,6 +144,21 @@ class Stepping:
             self._publish(report)
             report.row = None
         return report
+
+    def _store_now(self) -> None:
+        """Store the commit at which the run pauses. That everybody has gathered the shares shows that everybody has
+        applied it: it can be redone no more, as after the vote that would follow (R5).
+        """
+        s = self.session
+        report = StepReport(self.step, row=s.committed.rows.get(self.step), stores=s.saver is not None)
+        if s.saver is not None:
+            report.share = s.saver.write(
+                self._owned(), step=self.step, generation=self.plan.generation, worker=s.worker
+            )
+        self.groups.deadline_s = self.groups.gather_deadline_s = FIRST_STEP_DEADLINE_S
+        extras = self.groups.all_gather_sized(report.extras())
+        self._publish(report)
+        self._commit_checkpoint(report, extras)
 
     def _owned(self) -> saving.Owned:
         s = self.session

@@ -18,7 +18,7 @@ from elastictrain.layout import Layout
 from elastictrain.tree import Node, finish, roots, whole
 
 FLAG_PAUSE = 1
-FLAG_STOP = 2
+FLAG_STORE = 2
 _HEADER = 6  # generation, step, flags, plan, counter hash, tokens
 
 

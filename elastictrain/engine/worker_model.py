@@ -18,19 +18,8 @@ from elastictrain.engine.space import Space
 from elastictrain.engine.step import seed_everything
 from elastictrain.errors import ElasticTrainError, RecipeError
 from elastictrain.job import Job
+from elastictrain.protocol import ModelFacts
 from elastictrain.recipe import Recipe, load_recipe
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """What the controller and the user need to know of a model; from `meta` tensors, without its memory."""
-
-    block_elements: tuple[int, ...]
-    parameters: int
-    optimizer: str
-    state_tensors: int
-    fixed_bytes: int
-    bytes_per_held_element: int
 
 
 @dataclass(slots=True)

@@ -270,6 +270,10 @@ SENTENCES: dict[str, Callable[[Data], str]] = {
     ),
     "checkpoint": _checkpoint,
     "checkpoint_dropped": _dropped,
+    "given_up": lambda data: (
+        f"checkpoints of steps {', '.join(map(str, data['steps']))} are of a history that is given up by going on from "
+        f"step {data['step']}; they go with the first new checkpoint"
+    ),
     "refused": lambda data: _join("refused", _fact(data, "request", " to {}")) + _why(data),
     "skipped": _skipped,
     "numerics_differ": lambda data: f"numerics differ: {'; '.join(data['differences'])}",

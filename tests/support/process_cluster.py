@@ -17,9 +17,10 @@ from typing import Any
 
 from elastictrain.controller import commands as cmd
 from elastictrain.controller import events as ev
+from elastictrain.controller.events import Message
 from elastictrain.controller.machine import Machine
 from elastictrain.engine.collective import Rendezvous
-from elastictrain.engine.host import Message, WorkerHost, start_error
+from elastictrain.engine.host import WorkerHost, start_error
 from elastictrain.engine.worker_model import inspect
 from elastictrain.faults import kills_for
 from elastictrain.job import Job
@@ -69,7 +70,7 @@ def worker_main(
         elif isinstance(command, cmd.Park):
             send(ev.WorkerParked(0.0, command.generation, host.park(command.generation)))
         elif isinstance(command, cmd.AskPause):
-            host.ask_pause(command.generation)
+            host.ask_pause(command.generation, command.store)
         else:
             host.stop()
             os._exit(0)
@@ -80,17 +81,14 @@ class ProcessEffects:
 
     def __init__(self, job: Job, faults: Sequence[Any] = (), patch: Any = None, cuda_devices: int = 1) -> None:
         self.job, self.faults, self.patch, self.cuda_devices = job, faults, patch, cuda_devices
-        self.all_ready_first, self.ready = False, set[int]()
+        self.all_ready_first = False
         self.die_together: tuple[int, ...] = ()
-        self._held_back: list[cmd.Form] = []
+        self._held_back: list[ev.WorkerReady] = []
         self.rendezvous = Rendezvous()
         self.pipes: dict[int, connection.Connection] = {}
         self.processes: dict[int, Any] = {}
 
     def perform(self, command: cmd.Command) -> None:
-        if self.all_ready_first and isinstance(command, cmd.Form) and set(self.processes) - self.ready:
-            self._held_back.append(command)  # so that spares are warm before the first fault, not by luck
-            return
         if isinstance(command, cmd.StartWorker):
             self._start(command.worker)
         elif isinstance(command, cmd.Form):
@@ -127,12 +125,16 @@ class ProcessEffects:
         for ready in connection.wait([*by_sentinel], 0):
             if by_sentinel[ready] in self.processes:
                 found += self._bury(by_sentinel[ready])
-        self.ready |= {m.worker for m in found if isinstance(m, ev.WorkerReady)}
-        if self._held_back and not set(self.processes) - self.ready:
-            self.all_ready_first = False
-            for command in self._held_back:
-                self.perform(command)
-        return found
+        return self._hold_back(found) if self.all_ready_first else found
+
+    def _hold_back(self, found: list[Message]) -> list[Message]:
+        """Until all are ready, nobody is: so who is a spare, and that it is warm, does not depend on who was faster."""
+        self._held_back += [message for message in found if isinstance(message, ev.WorkerReady)]
+        found = [message for message in found if not isinstance(message, ev.WorkerReady)]
+        if {message.worker for message in self._held_back} < set(self.processes):
+            return found
+        self.all_ready_first = False
+        return [*found, *sorted(self._held_back, key=lambda ready: ready.worker)]
 
     def _bury(self, worker: int) -> list[Message]:
         """Its last messages and its death; with it go those that die together with it."""

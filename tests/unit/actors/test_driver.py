@@ -9,9 +9,8 @@ from elastictrain.controller import events as ev
 from elastictrain.controller.facts import MachineSpec
 from elastictrain.controller.journal import replay
 from elastictrain.controller.machine import Machine
-from elastictrain.engine.reports import Row
 from elastictrain.faults import add, drain
-from elastictrain.protocol import ParkReport, Restore
+from elastictrain.protocol import ParkReport, Restore, Row
 from elastictrain_actors.driver import Driver, status_fields
 
 SPEC = MachineSpec(lane_count=4, steps=8, block_elements=(4096,) * 4, max_workers=3, initial_workers=1, replace=False)
