@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,16 +14,6 @@ from tests.support.process_cluster import Run, byte_job, run_job
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
 
 Plant = Callable[[int], None] | None
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("invariants")
-
-
-@pytest.fixture(scope="module")
-def reference(folder) -> Run:
-    return run_job(byte_job(folder, workers=1))
 
 
 def keeps_its_bits(run: Run, reference: Run) -> bool:

@@ -2,13 +2,47 @@
 
 from __future__ import annotations
 
-import time
+import os
+import signal
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from elastictrain.engine import collective, commit, forming, session, step, stepping
+import torch
+
+from elastictrain.controller import events as ev
+from elastictrain.engine import collective, commit, forming, held, host, session, step, stepping
 from elastictrain.engine.probes import Probes
+from elastictrain.protocol import Row
+
+
+class Calls:
+    """Wakes whoever waits for what a call of `methods` of `owner` may have changed: no polling."""
+
+    def __init__(self, owner: Any, *methods: str) -> None:
+        self._called = threading.Condition()
+        for name in methods:
+            setattr(owner, name, self._noted(getattr(owner, name)))
+
+    def _noted(self, method: Any) -> Any:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return method(*args, **kwargs)
+            finally:
+                with self._called:
+                    self._called.notify_all()
+
+        return noted
+
+    def wait(self, until: Callable[[], bool], timeout_s: float = 60.0) -> None:
+        with self._called:
+            self._called.wait_for(until, timeout_s)
+
+
+def orders() -> Calls:
+    """What the controller tells this worker's session."""
+    return Calls(session.Session, "park", "ask_pause")
 
 
 def both(first: Callable[[int], None], second: Callable[[int], None]) -> Callable[[int], None]:
@@ -30,7 +64,7 @@ def _hold_vote(workers: tuple[int, ...], at: int, worker: int) -> None:
     if worker not in workers:
         return
     sessions: list[session.Session] = []
-    make, original = session.Session.__init__, Probes.at
+    make, original, told = session.Session.__init__, Probes.at, orders()
 
     def remember(self: Any, *args: Any, **kwargs: Any) -> None:
         make(self, *args, **kwargs)
@@ -38,9 +72,7 @@ def _hold_vote(workers: tuple[int, ...], at: int, worker: int) -> None:
 
     def wait(self: Probes, number: int, phase: str) -> None:
         if number == at and phase == "voted" and sessions[0].generation == 1:
-            until = time.monotonic() + 30
-            while sessions[0]._latched < 1 and time.monotonic() < until:
-                time.sleep(0.001)
+            told.wait(lambda: sessions[0]._latched >= 1, 30)
         original(self, number, phase)
 
     session.Session.__init__ = remember  # type: ignore[method-assign]
@@ -57,8 +89,26 @@ def wait_for_company(size: int, generations: int = 1 << 30) -> Callable[[int], N
 
 def _wait_for_company(size: int, generations: int, worker: int) -> None:
     del worker
-    seal = stepping.Stepping.__init__
-    run = stepping.StepRunner.run
+
+    def small(runner: Any, plan: Any, number: int) -> bool:
+        return plan.generation <= generations and runner.layout.world_size < size and number - plan.step > 2
+
+    _wait_for_pause(small)
+
+
+def wait_for_pause(at: int) -> Callable[[int], None]:
+    """Take no step from `at` on before a pause is asked for."""
+    return partial(_wait_for_pause_at, at)
+
+
+def _wait_for_pause_at(at: int, worker: int) -> None:
+    del worker
+    _wait_for_pause(lambda runner, plan, number: number >= at)
+
+
+def _wait_for_pause(due: Callable[[Any, Any, int], bool]) -> None:
+    """The first rank waits before a step for which `due(runner, plan, step)` until it is told to pause or to park."""
+    seal, run, told = stepping.Stepping.__init__, stepping.StepRunner.run, orders()
 
     def note(self: Any, owner: Any, plan: Any, groups: Any) -> None:
         seal(self, owner, plan, groups)
@@ -66,15 +116,55 @@ def _wait_for_company(size: int, generations: int, worker: int) -> None:
 
     def wait(self: Any, number: int) -> Any:
         owner, plan = getattr(self, "company", (None, None))
-        small = plan is not None and plan.generation <= generations and self.layout.world_size < size
-        if small and self.rank == 0 and number - plan.step > 2:
-            until = time.monotonic() + 60
-            while owner._pause_in != plan.generation and not owner.is_parked() and time.monotonic() < until:
-                time.sleep(0.001)
+        if plan is not None and self.rank == 0 and due(self, plan, number):
+            told.wait(lambda: owner._pause_in == plan.generation or owner.is_parked())
         return run(self, number)
 
     stepping.Stepping.__init__ = note  # type: ignore[method-assign]
     stepping.StepRunner.run = wait  # type: ignore[method-assign]
+
+
+def last_rows_are_lost(worker: int, generation: int) -> Callable[[int], None]:
+    """`worker` dies in `generation`, and the rows that it had to publish in it die with it: they wait in its outbox."""
+    return partial(_last_rows_are_lost, worker, generation)
+
+
+def _last_rows_are_lost(which: int, generation: int, worker: int) -> None:
+    put = host.Outbox.put
+
+    def forgetful(self: host.Outbox, message: Any) -> None:
+        published_in = message.values["generation"] if isinstance(message, Row) else None
+        if isinstance(message, ev.Progress):
+            published_in = message.generation
+        if worker != which or published_in != generation:
+            put(self, message)
+
+    host.Outbox.put = forgetful  # type: ignore[method-assign]
+
+
+def die_while_blocks_move(generation: int, victim: int, source: int) -> Callable[[int], None]:
+    """While `generation` forms, `victim` dies before blocks move, and `source` sends nothing before it is told to park:
+    who waits for its blocks has taken them up and has no values for them. Memory that is not filled reads NaN.
+    """
+    return partial(_die_while_blocks_move, generation, victim, source)
+
+
+def _die_while_blocks_move(generation: int, victim: int, source: int, worker: int) -> None:
+    move, take, told = forming._move, held.HeldState._master_for, orders()
+
+    def interrupted(owner: Any, plan: Any, groups: Any) -> Any:
+        if plan.generation == generation and worker == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if plan.generation == generation and worker == source:
+            told.wait(owner.is_parked)
+        return move(owner, plan, groups)
+
+    def unfilled(self: held.HeldState, block: Any) -> torch.Tensor:
+        master = take(self, block)
+        return master if self.flat.master_view(block) is not None else master.fill_(float("nan"))
+
+    forming._move = interrupted
+    held.HeldState._master_for = unfilled  # type: ignore[method-assign]
 
 
 # --- bugs: each takes one rule out ---
@@ -139,19 +229,40 @@ def free_before_seal(worker: int) -> None:
 def publish_at_once(worker: int) -> None:
     """Against R5: a step is published when this worker has applied it."""
     del worker
-    apply = stepping.apply_step
+    apply, sent = stepping.apply_step, _Deliveries()
 
     def hasty(owner: Any, pending: Any, vote: Any, votes: Any, generation: int) -> Any:
         tally = apply(owner, pending, vote, votes, generation)
         if owner.worker == 0:
             owner.emit(session.ev.Progress(0.0, generation, pending.step))
             owner.emit(session.ev.Sealed(0.0, generation, owner.worker, 0))  # urgent, so that it leaves at once
-            until = time.monotonic() + 0.3
-            while time.monotonic() < until:
-                time.sleep(0.01)
+            sent.wait_for_all()
         return tally
 
     stepping.apply_step = hasty
+
+
+class _Deliveries:
+    """Counts how often this process has come for what its outbox holds; before it comes again, it has sent that."""
+
+    def __init__(self) -> None:
+        self._come = threading.Condition()
+        self._times = 0
+        take = host.Outbox.take
+
+        def counted(outbox: host.Outbox, timeout_s: float) -> Any:
+            with self._come:
+                self._times += 1
+                self._come.notify_all()
+            return take(outbox, timeout_s)
+
+        host.Outbox.take = counted  # type: ignore[method-assign]
+
+    def wait_for_all(self) -> None:
+        """Until everything that was put before has been sent: it may be on its way with an older batch in hand."""
+        with self._come:
+            last = self._times + 2
+            self._come.wait_for(lambda: self._times >= last, 5.0)
 
 
 def never_drop(worker: int) -> None:

@@ -8,9 +8,10 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from typing import Any
 from elastictrain.controller import commands as cmd
 from elastictrain.controller import events as ev
 from elastictrain.controller.events import Message
+from elastictrain.controller.journal import read_events
 from elastictrain.controller.machine import Machine
 from elastictrain.engine.collective import Rendezvous
 from elastictrain.engine.host import WorkerHost, start_error
 from elastictrain.engine.worker_model import inspect
 from elastictrain.faults import kills_for
 from elastictrain.job import Job
-from elastictrain.protocol import Restore
+from elastictrain.protocol import FormPlan, Restore
 from elastictrain_actors.driver import Driver, Outcome
 from elastictrain_actors.spec import machine_spec
 
@@ -58,8 +60,10 @@ def worker_main(
     send(ev.WorkerReady(0.0, worker, f"{SHARED_DOMAIN}-{worker}", ready.memory_bytes))
 
     def pump() -> None:
+        number = 0
         while True:
-            for message in host.outbox.take(0.05):
+            number, messages = host.outbox.after(number, 0.05)
+            for message in messages:
                 send(message)
 
     threading.Thread(target=pump, daemon=True).start()
@@ -171,6 +175,7 @@ class MemoryRecord:
     events: list[tuple[str, dict[str, Any], int | None]] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
     last_step: int = 0
+    on_row: Callable[[Mapping[str, Any]], None] | None = None
 
     def event(self, kind: str, data: Any, generation: int | None) -> None:
         self.events.append((kind, dict(data), generation))
@@ -181,6 +186,8 @@ class MemoryRecord:
         if values["step"] > self.last_step:
             self.rows.append(dict(values))
             self.last_step = values["step"]
+            if self.on_row is not None:
+                self.on_row(values)
 
     def status(self, values: Any) -> None:
         self.last_status = dict(values)
@@ -228,19 +235,33 @@ def run_job(
     cuda_devices: int = 1,
     all_ready_first: bool = False,
     die_together: tuple[int, ...] = (),
+    on_row: Callable[[Driver, Mapping[str, Any]], None] | None = None,
     **spec: Any,
 ) -> Run:
-    """Run a job to its end on processes. `patch(worker)` is called in every worker first (to plant bugs or delays)."""
+    """Run a job to its end on processes. `patch(worker)` is called in every worker first (to plant bugs or delays),
+    `on_row(driver, values)` for every row that is recorded.
+    """
     machine = Machine(replace(machine_spec(job, inspect(job)), **spec))
     effects = ProcessEffects(job, faults, patch, cuda_devices)
     effects.all_ready_first, effects.die_together = all_ready_first, die_together
     record, journal = MemoryRecord(), MemoryJournal()
     try:
         driver = Driver(machine, effects, record, journal, script=faults)
+        if on_row is not None:
+            record.on_row = partial(on_row, driver)
         outcome = driver.run(ev.Begun(0.0, restore or Restore(0, None)))
     finally:
         effects.close()
     return Run(outcome, record, journal, machine)
+
+
+def plans_of(run: Run) -> list[FormPlan]:
+    """The plans of all generations, also of those that were never sealed: what the journal says, replayed."""
+    plans: list[FormPlan] = []
+    machine = Machine(run.machine.spec)
+    for event in read_events(run.journal):
+        plans += [command.plan for command in machine.handle(event) if isinstance(command, cmd.Form)]
+    return plans
 
 
 def write_text(folder: Path, *, rows: int = 400, group: int = 40) -> str:
