@@ -103,7 +103,8 @@ class Driver:
             self._abandon(f"{type(error).__name__}: {error}")
         except OSError as error:
             self._abandon(f"ClusterError: the run directory cannot be written: {error}; free the disk under run_dir")
-        self._show(force=True)
+        with suppress(OSError, ElasticTrainError):  # a full disk must not replace the outcome by its last status
+            self._show(force=True)
         assert self._outcome is not None
         return self._outcome
 
