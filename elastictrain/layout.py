@@ -8,7 +8,8 @@ Workers are numbered over the life of a run and numbers are never used again; a 
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right, insort
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -63,11 +64,11 @@ class Layout:
             raise InternalError(f"{len(self.workers)} workers but {len(self.lanes)} lane sets")
         if sorted(lane for lanes in self.lanes for lane in lanes) != list(range(self.lane_count)):
             raise InternalError(f"lanes {self.lanes} do not cover 0..{self.lane_count - 1} exactly once")
-        at = 0
+        at, workers = 0, {None, *self.workers}
         for shard in self.shards:
             if shard.lo != at or shard.hi <= shard.lo:
                 raise InternalError(f"shards do not tile the blocks: {shard} after block {at}")
-            if shard.owner == shard.mirror or not set(shard.holders()) <= set(self.workers):
+            if shard.owner == shard.mirror or shard.owner not in workers or shard.mirror not in workers:
                 raise InternalError(f"{shard} is held by workers that are equal or not in {self.workers}")
             at = shard.hi
 
@@ -97,6 +98,14 @@ class Layout:
             block for shard in self.shards if worker in shard.holders() for block in range(shard.lo, shard.hi)
         )
 
+    def by_holder(self) -> dict[int, list[Shard]]:
+        """The shards that each worker owns or mirrors, for all workers in one pass; who holds none is not in it."""
+        found: dict[int, list[Shard]] = {}
+        for shard in self.shards:
+            for worker in shard.holders():
+                found.setdefault(worker, []).append(shard)
+        return found
+
     def with_lanes(self, lanes: tuple[tuple[int, ...], ...]) -> Layout:
         """The same layout with the lanes dealt out otherwise."""
         return replace(self, lanes=lanes)
@@ -111,7 +120,8 @@ def cut(total: int, shares: Sequence[float]) -> list[int]:
     """Whole numbers that add up to `total`, in proportion to `shares` (largest remainder, ties to the first)."""
     if not shares or min(shares) < 0 or sum(shares) <= 0:
         raise ValueError(f"shares must be non-negative with a positive sum, got {list(shares)}")
-    exact = [total * share / sum(shares) for share in shares]
+    share_sum = sum(shares)
+    exact = [total * share / share_sum for share in shares]
     parts = [int(part) for part in exact]
     by_remainder = sorted(range(len(parts)), key=lambda i: (parts[i] - exact[i], i))
     for i in by_remainder[: total - sum(parts)]:
@@ -166,25 +176,69 @@ def deal_blocks(block_elements: Sequence[int], shares: Sequence[float]) -> list[
     return borders
 
 
-def choose_mirror(
-    owner: int, workers: Sequence[int], domains: Mapping[int, str], load: Mapping[int, int]
-) -> int | None:
-    """The mirror for something that `owner` owns: another failure domain first, then the least load, then the next
-    rank. None when the owner is alone. `load` counts what each worker mirrors already.
+class Candidates:
+    """Who may mirror what: ranks ordered by the elements they mirror already, so that a choice among ten thousand
+    workers costs about as much as a binary search.
+
+    `domains`: failure domain by worker, by default one of its own each. `load`: elements that each mirrors already.
     """
-    others = [worker for worker in workers if worker != owner]
-    if not others:
-        return None
-    start = workers.index(owner)
-    own_domain = domains.get(owner, str(owner))
-    return min(
-        others,
-        key=lambda w: (
-            domains.get(w, str(w)) == own_domain,
-            load.get(w, 0),
-            (workers.index(w) - start) % len(workers),
-        ),
-    )
+
+    def __init__(self, workers: Sequence[int], domains: Mapping[int, str], load: Mapping[int, int]) -> None:
+        self.workers = workers
+        self.rank = {worker: rank for rank, worker in enumerate(workers)}
+        self.domain = [domains.get(worker, str(worker)) for worker in workers]
+        self.size = Counter(self.domain)
+        self.load = [load.get(worker, 0) for worker in workers]
+        self.levels: dict[int, list[int]] = {}  # ascending ranks by load
+        for rank, elements in enumerate(self.load):
+            self.levels.setdefault(elements, []).append(rank)
+        self.loads = sorted(self.levels)
+        world = len(workers)
+        self.next_foreign = list(range(world))  # the next rank, cyclically, on another domain
+        for rank in range(2 * world - 2, -1, -1):
+            after = (rank + 1) % world
+            same = self.domain[rank % world] == self.domain[after]
+            self.next_foreign[rank % world] = self.next_foreign[after] if same else after
+
+    def add(self, worker: int, elements: int) -> None:
+        """`worker` mirrors `elements` more."""
+        rank = self.rank[worker]
+        level = self.levels[self.load[rank]]
+        del level[bisect_left(level, rank)]
+        if not level:
+            del self.levels[self.load[rank]]
+            del self.loads[bisect_left(self.loads, self.load[rank])]
+        self.load[rank] += elements
+        if self.load[rank] not in self.levels:
+            self.levels[self.load[rank]] = []
+            insort(self.loads, self.load[rank])
+        insort(self.levels[self.load[rank]], rank)
+
+    def next_in(self, level: Sequence[int], start: int) -> int | None:
+        """The first rank of `level` cyclically after `start`, on another domain if there is one at all."""
+        world = len(self.workers)
+        if self.size[self.domain[start]] == world:
+            found = level[bisect_right(level, start) % len(level)]
+            return None if found == start else found
+        want = self.next_foreign[start]
+        while True:
+            found = level[bisect_left(level, want) % len(level)]
+            if (found - start) % world < (want - start) % world:
+                return None  # all around
+            if self.domain[found] != self.domain[start]:
+                return found
+            past, want = want, self.next_foreign[found]
+            if (want - start) % world <= (past - start) % world:
+                return None
+
+
+def choose_mirror(owner: int, candidates: Candidates) -> int | None:
+    """The mirror for something that `owner` owns: another failure domain first, then the least load, then the next
+    rank. None when the owner is alone.
+    """
+    start = candidates.rank[owner]
+    found = (candidates.next_in(candidates.levels[load], start) for load in candidates.loads)
+    return next((candidates.workers[rank] for rank in found if rank is not None), None)
 
 
 def balanced(
@@ -202,14 +256,14 @@ def balanced(
     """A layout from scratch: lanes by `lane_shares` (speed), blocks by `block_shares` (memory), default even."""
     lanes = deal_lanes(lane_count, [(lane_shares or {}).get(w, 1.0) for w in workers], lane_order)
     borders = deal_blocks(block_elements, [(block_shares or {}).get(w, 1.0) for w in workers])
-    load: dict[int, int] = {}
+    candidates = Candidates(workers, domains or {}, {})
     shards: list[Shard] = []
     for worker, lo, hi in zip(workers, borders[:-1], borders[1:], strict=True):
         if lo == hi:
             continue
-        mirror = choose_mirror(worker, workers, domains or {}, load) if mirrors else None
+        mirror = choose_mirror(worker, candidates) if mirrors else None
         if mirror is not None:
-            load[mirror] = load.get(mirror, 0) + sum(block_elements[lo:hi])
+            candidates.add(mirror, sum(block_elements[lo:hi]))
         shards.append(Shard(lo, hi, worker, mirror))
     return Layout(generation, tuple(workers), lanes, tuple(shards), lane_count)
 
@@ -243,17 +297,19 @@ def promoted(
         holders = [worker for worker in shard.holders() if worker in alive]
         if not holders:
             raise InternalError(f"{shard} has lost both holders; only a checkpoint can bring it back")
-        kept.append(replace(shard, owner=holders[0], mirror=holders[1] if len(holders) > 1 else None))
+        whole = len(holders) > 1 or shard.mirror is None
+        kept.append(shard if whole else replace(shard, owner=holders[0], mirror=None))
     load: dict[int, int] = {}
     for shard in kept:
         if shard.mirror is not None:
             load[shard.mirror] = load.get(shard.mirror, 0) + sum(block_elements[shard.lo : shard.hi])
+    candidates = Candidates(survivors, domains or {}, load)
     shards: list[Shard] = []
     for shard in kept:
         if shard.mirror is None and mirrors:
-            mirror = choose_mirror(shard.owner, survivors, domains or {}, load)
+            mirror = choose_mirror(shard.owner, candidates)
             if mirror is not None:
-                load[mirror] = load.get(mirror, 0) + sum(block_elements[shard.lo : shard.hi])
+                candidates.add(mirror, sum(block_elements[shard.lo : shard.hi]))
             shard = replace(shard, mirror=mirror)
         shards.append(shard)
     lanes = deal_lanes(layout.lane_count, [(lane_shares or {}).get(w, 1.0) for w in survivors], lane_order)
@@ -269,9 +325,12 @@ def moves_between(before: Layout, after: Layout, alive: Iterable[int]) -> tuple[
     living = set(alive)
     sent: dict[int, int] = {}
     moves: list[Move] = []
+    begins = [old.lo for old in before.shards]
     for shard in after.shards:
+        first = max(0, bisect_right(begins, shard.lo) - 1)
+        overlapping = before.shards[first : bisect_left(begins, shard.hi)]
         for target in shard.holders():
-            for old in before.shards:
+            for old in overlapping:
                 lo, hi = max(shard.lo, old.lo), min(shard.hi, old.hi)
                 if lo >= hi or target in old.holders():
                     continue

@@ -8,8 +8,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from elastictrain.layout import (
+    Candidates,
     Layout,
     balanced,
+    choose_mirror,
     cut,
     deal_blocks,
     deal_lanes,
@@ -127,3 +129,29 @@ def test_block_borders_are_the_nearest_to_the_exact_place(elements: list[int], s
         exact = sum(elements) * sum(shares[:rank]) / sum(shares)
         off = abs(sum(elements[: borders[rank]]) - exact)
         assert off <= min(abs(sum(elements[:at]) - exact) for at in range(len(elements) + 1)) + 1e-6
+
+
+@given(st.data())
+def test_the_mirror_is_the_best_of_all_the_others(data: st.DataObject) -> None:
+    """Against the definition, over all workers one by one: domain, then load, then the next rank."""
+    workers = data.draw(st.lists(st.integers(0, 40), min_size=1, max_size=9, unique=True))
+    domains = {worker: data.draw(st.sampled_from("abc")) for worker in workers}
+    domains = {worker: name for worker, name in domains.items() if data.draw(st.booleans())}
+    load = {worker: data.draw(st.integers(0, 3)) for worker in workers}
+    candidates = Candidates(workers, domains, load)
+    for owner in data.draw(st.lists(st.sampled_from(workers), max_size=12)):
+        start, own = workers.index(owner), domains.get(owner, str(owner))
+        best = min(
+            (worker for worker in workers if worker != owner),
+            key=lambda w: (
+                domains.get(w, str(w)) == own,
+                load[w],
+                (workers.index(w) - start) % len(workers),
+            ),
+            default=None,
+        )
+        assert choose_mirror(owner, candidates) == best
+        if best is not None:
+            more = data.draw(st.integers(0, 3))
+            load[best] += more
+            candidates.add(best, more)

@@ -8,6 +8,7 @@ import pytest
 
 from elastictrain.errors import CapacityError, InternalError
 from elastictrain.layout import (
+    Candidates,
     Layout,
     Move,
     Shard,
@@ -60,10 +61,10 @@ def test_fewer_blocks_than_workers() -> None:
 
 def test_the_mirror_is_on_another_failure_domain() -> None:
     domains = {0: "a", 1: "a", 2: "b", 3: "b"}
-    assert choose_mirror(0, [0, 1, 2, 3], domains, {}) == 2
-    assert choose_mirror(0, [0, 1, 2, 3], domains, {2: 10}) == 3
-    assert choose_mirror(0, [0, 1], domains, {}) == 1  # the same domain only when there is no other
-    assert choose_mirror(0, [0], domains, {}) is None
+    assert choose_mirror(0, Candidates([0, 1, 2, 3], domains, {})) == 2
+    assert choose_mirror(0, Candidates([0, 1, 2, 3], domains, {2: 10})) == 3
+    assert choose_mirror(0, Candidates([0, 1], domains, {})) == 1  # the same domain only when there is no other
+    assert choose_mirror(0, Candidates([0], domains, {})) is None
 
 
 def test_the_mirror_is_promoted_in_place() -> None:
