@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from elastictrain.controller.facts import Ledger, MachineSpec, Role
 from elastictrain.controller.policies import (
@@ -55,7 +56,8 @@ def plan_next(
     truth, generation = standing.truth, ledger.generation + 1
     known = {**ledger.leaving, **reports}
     candidates = _candidates(ledger, truth, reports)
-    least = sum(worker in known and worker in truth.workers for worker in candidates)
+    holders = set(truth.workers)
+    least = sum(worker in known and worker in holders for worker in candidates)
     size = max(least, min(ledger.target, world_cap(spec)))
     if len(candidates) < spec.min_workers:
         return _too_few(spec, len(candidates))
@@ -64,14 +66,12 @@ def plan_next(
         proposal = propose_now(spec, ledger, truth, generation, learners(truth, reports), uneven)
         if proposal is not None:
             return _plan(ledger, standing, proposal.layout, reports)
-    reason = ""
+    reason, domains, memory = "", ledger.domains(), ledger.memory()
     while size <= world_cap(spec):  # more than the target only when the state does not fit otherwise
         group = candidates[:size]
-        for layout in (
-            layout_after_loss(spec, truth, generation, group, ledger.domains()),
-            even_layout(spec, generation, group, ledger.domains()),
-        ):
-            why = shortfall(spec, layout, ledger.memory())
+        for remake in (partial(layout_after_loss, spec, truth), partial(even_layout, spec)):
+            layout = remake(generation, group, domains)
+            why = shortfall(spec, layout, memory)
             if why is None:
                 return _plan(ledger, standing, layout, reports)
             reason = reason or why
@@ -83,7 +83,8 @@ def plan_next(
 
 def learners(truth: Layout, reports: Mapping[int, ParkReport]) -> list[int]:
     """Parked members that do not hold anything that counts: they were joining when the last forming failed."""
-    return [worker for worker in sorted(reports) if worker not in truth.workers]
+    holders = set(truth.workers)
+    return [worker for worker in sorted(reports) if worker not in holders]
 
 
 def propose_now(
@@ -111,9 +112,12 @@ def propose_now(
 def _candidates(ledger: Ledger, truth: Layout, reports: Mapping[int, ParkReport]) -> list[int]:
     """Holders first (also a leaving one without which a block would be lost), then learners, then waiting workers."""
     holders = [worker for worker in truth.workers if worker in reports]
+    taken = set(holders)
     for shard in truth.shards:
-        if not set(shard.holders()) & set(holders):
-            holders += [worker for worker in shard.holders() if worker in ledger.leaving][:1]
+        if not any(worker in taken for worker in shard.holders()):
+            kept = [worker for worker in shard.holders() if worker in ledger.leaving][:1]
+            holders += kept
+            taken.update(kept)
     return [*holders, *learners(truth, reports), *ledger.with_role(Role.READY)]
 
 
@@ -151,10 +155,11 @@ def _plan_restore(spec: MachineSpec, ledger: Ledger, reports: Mapping[int, ParkR
 def _plan(ledger: Ledger, standing: Standing, layout: Layout, reports: Mapping[int, ParkReport]) -> FormPlan:
     assert standing.truth is not None
     known = {**ledger.leaving, **reports}
-    joiners = tuple(worker for worker in layout.workers if worker not in standing.truth.workers)
-    alive = [worker for worker in layout.workers if worker in known and worker not in joiners]
-    behind = any(worker in standing.behind for worker in layout.workers)
-    gather_to = tuple(worker for worker in layout.workers if behind or worker in joiners or not known[worker].gathered)
+    holders = set(standing.truth.workers)
+    joiners = tuple(worker for worker in layout.workers if worker not in holders)
+    alive = [worker for worker in layout.workers if worker in known and worker in holders]
+    behind = not set(standing.behind).isdisjoint(layout.workers)
+    gather_to = tuple(w for w in layout.workers if behind or w not in holders or not known[w].gathered)
     return FormPlan(
         generation=layout.generation,
         step=standing.step,

@@ -59,10 +59,12 @@ def layout_after_loss(
     and the blocks stay even. Without newcomers the mirrors are promoted in place (R4). Of the two, the one with fewer
     blocks on a single failure domain is taken.
     """
-    dead = [worker for worker in truth.workers if worker not in group]
-    stand_ins = dict(_pair(dead, [worker for worker in group if worker not in truth.workers], domains))
-    order = [stand_ins.get(worker, worker) for worker in truth.workers if worker in group or worker in stand_ins]
-    order += [worker for worker in group if worker not in order]
+    here, before = set(group), set(truth.workers)
+    dead = [worker for worker in truth.workers if worker not in here]
+    stand_ins = dict(_pair(dead, [worker for worker in group if worker not in before], domains))
+    order = [stand_ins.get(worker, worker) for worker in truth.workers if worker in here or worker in stand_ins]
+    placed = set(order)
+    order += [worker for worker in group if worker not in placed]
 
     def promote(layout: Layout) -> Layout:
         return promoted(
@@ -103,6 +105,8 @@ def _replaced(layout: Layout, stand_ins: Mapping[int, int]) -> Layout:
             owner=stand_ins.get(shard.owner, shard.owner),
             mirror=None if shard.mirror is None else stand_ins.get(shard.mirror, shard.mirror),
         )
+        if shard.owner in stand_ins or shard.mirror in stand_ins
+        else shard
         for shard in layout.shards
     )
     return replace(layout, workers=tuple(stand_ins.get(w, w) for w in layout.workers), shards=shards)
@@ -135,16 +139,22 @@ def propose(
     is the only one (mirrors are off, or both holders leave together) it first hands over: it stays in the group but
     owns nothing, and leaves with the next pause. Nobody is left out below `min_workers`.
     """
-    wanted_to_leave = [worker for worker in draining if worker in truth.workers]
+    members = frozenset(truth.workers) if draining else frozenset()
+    wanted_to_leave = [worker for worker in draining if worker in members]
     staying = len(truth.workers) - len(wanted_to_leave)
     join = tuple(newcomers[: max(0, min(target, world_cap(spec)) - staying)])
+    if not (wanted_to_leave or join or rebalance):
+        return None
     group: list[int] = list(truth.workers)
     leave: list[int] = []
     handing: list[int] = []
+    held = truth.by_holder()
+    left = set(group)
     for worker in wanted_to_leave:
         if len(group) - len(handing) + len(join) - 1 < spec.min_workers or len(group) == 1:
             continue
-        if all(set(shard.holders()) & set(group) - {worker} for shard in truth.shards if worker in shard.holders()):
+        if all(any(other in left and other != worker for other in s.holders()) for s in held.get(worker, ())):
+            left.discard(worker)
             group.remove(worker)
             leave.append(worker)
         else:

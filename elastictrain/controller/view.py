@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from elastictrain.controller.facts import Role
@@ -20,12 +21,13 @@ def view(machine: Machine) -> dict[str, Any]:
     ledger, state = core.ledger, core.state
     layout = None if ledger.plan is None else ledger.plan.layout
     workers = []
-    for worker in ledger.members() if layout is not None else []:
-        assert layout is not None
-        owned = sum(shard.hi - shard.lo for shard in layout.owned(worker))
-        lanes = list(layout.lanes_of(worker))
-        domain = ledger.workers[worker].domain
-        workers.append({"worker": worker, "lanes": lanes, "blocks_owned": owned, "domain": domain})
+    members, owned = set(ledger.members()), Counter[int]()
+    for shard in layout.shards if layout is not None else ():
+        owned[shard.owner] += shard.hi - shard.lo
+    for worker, lanes in zip(layout.workers, layout.lanes, strict=True) if layout is not None else ():
+        if worker in members:
+            facts = {"lanes": list(lanes), "blocks_owned": owned[worker], "domain": ledger.workers[worker].domain}
+            workers.append({"worker": worker, **facts})
     return {
         "phase": state.phase.value,
         "reason": state.reason if isinstance(state, Gathering) else None,
