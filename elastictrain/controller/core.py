@@ -47,6 +47,11 @@ class Core:
         reports = self.state.reports if isinstance(self.state, Parking) else {}
         return [worker for worker in self.ledger.members() if worker not in reports]
 
+    def is_waiting(self) -> bool:
+        """Whether `waiting` is not empty, mostly without listing it."""
+        reports = self.state.reports if isinstance(self.state, Parking) else {}
+        return len(self.ledger.workers.of(Role.MEMBER)) > len(reports) or bool(self.waiting())
+
     def note_incident(self, now_s: float, cause: str, worker: int | None, *, planned: bool) -> None:
         """Open the record of a recovery or a planned pause, or add to the one that is open."""
         incident = self.ledger.incident
@@ -69,8 +74,8 @@ class Core:
         if isinstance(self.state, Parking) and not self.state.told:
             self.state.told = True
             self.state.deadline_s = now_s + self.parking_limit_s()
-            if self.waiting():
-                out.append(Park(self.ledger.generation, tuple(self.waiting())))
+            if waiting := self.waiting():
+                out.append(Park(self.ledger.generation, tuple(waiting)))
 
     def mark_sealed(self, now_s: float) -> None:
         """The newest generation's seal is complete somewhere: from now on its layout is the truth (R4)."""
@@ -132,7 +137,7 @@ class Core:
 
     def doom(self, worker: int, reason: str, out: list[Command]) -> None:
         """Kill a worker; nothing that it says counts from now on. It is gone when `WorkerDied` says so."""
-        self.ledger.workers[worker].doomed = True
+        self.ledger.workers.update_facts(worker, doomed=True)
         out.append(Kill(worker, reason))
 
     def retire(self, worker: int, out: list[Command]) -> None:

@@ -66,11 +66,14 @@ class Forming:
 
 @dataclass(slots=True)
 class Running:
-    """All members step. `asked`: the member that was asked to raise the pause flag; ask another at `ask_again_s`."""
+    """All members step. `asked`: the member that was asked to raise the pause flag; ask another at `ask_again_s`.
+    `uneven`: whether the layout is worth rebalancing; None until somebody asks (it cannot change while all step).
+    """
 
     phase: ClassVar[Phase] = Phase.RUNNING
     asked: int | None = None
     ask_again_s: float = 0.0
+    uneven: bool | None = None
 
 
 @dataclass(slots=True)

@@ -96,6 +96,9 @@ def propose_now(
     rebalance: bool = False,
 ) -> Proposal | None:
     """`policies.propose` with the facts of the ledger; `first` join before the waiting workers do."""
+    room = min(ledger.target, world_cap(spec)) > truth.world_size and (first or ledger.workers.of(Role.READY))
+    if not (room or rebalance or ledger.draining):
+        return None  # asked at every event: nobody may come, nobody leaves
     return propose(
         spec,
         truth,

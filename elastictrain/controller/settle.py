@@ -42,9 +42,9 @@ def _stop_waiting(core: Core, now_s: float, out: list[Command]) -> bool:
 
 def _give_up(core: Core, now_s: float, out: list[Command]) -> bool:
     spec, ledger, state = core.spec, core.ledger, core.state
-    if not ledger.begun or not isinstance(state, Gathering) or ledger.with_role(Role.STARTING):
+    if not ledger.begun or not isinstance(state, Gathering) or ledger.workers.of(Role.STARTING):
         return False
-    there = len(state.parked) + len(ledger.with_role(Role.READY))
+    there = len(state.parked) + len(ledger.workers.of(Role.READY))
     first = ledger.plan is None
     if there >= spec.min_workers:
         return False
@@ -102,7 +102,7 @@ def _start_missing(core: Core, now_s: float, out: list[Command]) -> bool:
 
 def _all_parked(core: Core, now_s: float, out: list[Command]) -> bool:
     state = core.state
-    if not isinstance(state, Parking) or core.waiting():
+    if not isinstance(state, Parking) or core.is_waiting():
         return False
     incident = core.ledger.incident
     assert incident is not None  # opened together with the phase
@@ -116,8 +116,8 @@ def _enough(core: Core, now_s: float, out: list[Command]) -> bool:
     state, ledger = core.state, core.ledger
     if not ledger.begun or not isinstance(state, Gathering):
         return False
-    ready = len(ledger.with_role(Role.READY))
-    if ledger.plan is None and ready < core.spec.initial_workers and ledger.with_role(Role.STARTING):
+    ready = len(ledger.workers.of(Role.READY))
+    if ledger.plan is None and ready < core.spec.initial_workers and ledger.workers.of(Role.STARTING):
         return False
     return _go_on(core, state.parked, now_s, out)
 
@@ -211,16 +211,16 @@ def _form(core: Core, plan: FormPlan, reports: Mapping[int, ParkReport], now_s: 
     ledger = core.ledger
     truth = ledger.truth
     for worker in plan.layout.workers:
-        ledger.workers[worker].role = Role.MEMBER
+        ledger.workers.update_facts(worker, role=Role.MEMBER)
         ledger.leaving.pop(worker, None)
     for worker in sorted(set(reports) - set(plan.layout.workers)):
         if truth is not None and worker in truth.workers:
-            ledger.workers[worker].role = Role.LEAVING
+            ledger.workers.update_facts(worker, role=Role.LEAVING)
             ledger.leaving[worker] = reports[worker]
         elif worker in ledger.draining:
             core.retire(worker, out)
         else:
-            ledger.workers[worker].role = Role.READY
+            ledger.workers.update_facts(worker, role=Role.READY)
     ledger.plan = plan
     ledger.layouts = {plan.generation: plan.layout} | ({} if truth is None else {truth.generation: truth})
     if plan.restore is not None:
@@ -234,7 +234,9 @@ def _form(core: Core, plan: FormPlan, reports: Mapping[int, ParkReport], now_s: 
 
 def _all_sealed(core: Core, now_s: float, out: list[Command]) -> bool:
     state, ledger = core.state, core.ledger
-    if not isinstance(state, Forming) or not set(ledger.members()) <= state.sealed or ledger.plan is None:
+    if not isinstance(state, Forming) or len(state.sealed) < len(ledger.workers.of(Role.MEMBER)):
+        return False  # asked at every single seal: not all can be there yet
+    if not set(ledger.members()) <= state.sealed or ledger.plan is None:
         return False
     core.close_incident(now_s, out)
     core.enter(Running())
@@ -248,17 +250,16 @@ def _all_sealed(core: Core, now_s: float, out: list[Command]) -> bool:
 
 
 def _retire_excess(core: Core, now_s: float, out: list[Command]) -> bool:
-    ledger = core.ledger
-    ready = ledger.with_role(Role.READY)
-    if not isinstance(core.state, Running) or not ready or ledger.processes() <= ledger.complement:
+    ready = core.ledger.workers.of(Role.READY)
+    if not isinstance(core.state, Running) or not ready or core.ledger.processes() <= core.ledger.complement:
         return False
-    core.retire(ready[-1], out)
+    core.retire(max(ready), out)
     return True
 
 
 def _ask_pause(core: Core, now_s: float, out: list[Command]) -> bool:
     state, ledger = core.state, core.ledger
-    if not isinstance(state, Running) or state.asked is not None or not _pause_is_worth_it(core):
+    if not isinstance(state, Running) or state.asked is not None or not _pause_is_worth_it(core, state):
         return False
     state.asked = ledger.members()[0]
     state.ask_again_s = now_s + core.parking_limit_s()
@@ -266,15 +267,17 @@ def _ask_pause(core: Core, now_s: float, out: list[Command]) -> bool:
     return True
 
 
-def _pause_is_worth_it(core: Core) -> bool:
+def _pause_is_worth_it(core: Core, state: Running) -> bool:
     spec, ledger = core.spec, core.ledger
     if ledger.stop is not None:
         return True
     if ledger.plan is None or ledger.truth is None:
         return False
-    stepped = ledger.published_step - ledger.plan.step
-    uneven = stepped >= spec.rebalance_after_steps and is_uneven(spec, ledger.truth, ledger.domains())
-    return propose_now(spec, ledger, ledger.truth, ledger.generation, rebalance=uneven) is not None
+    due = ledger.published_step - ledger.plan.step >= spec.rebalance_after_steps
+    if due and state.uneven is None:
+        state.uneven = is_uneven(spec, ledger.truth, ledger.domains())
+    rebalance = due and state.uneven is True
+    return propose_now(spec, ledger, ledger.truth, ledger.generation, rebalance=rebalance) is not None
 
 
 MOVES: tuple[Callable[[Core, float, list[Command]], bool], ...] = (
