@@ -79,8 +79,8 @@ def prune(
         except CorruptData as error:
             result.unsound.append(Skipped(step, str(error)))
     given_up = _given_up(sound, current)
-    sound = [manifest for manifest in sound if manifest not in given_up]
-    kept, old = sound[-keep:], [*sound[:-keep], *given_up]
+    counted = [manifest for manifest in sound if manifest not in given_up]
+    kept, old = counted[-keep:], [*counted[:-keep], *given_up]
     if old and not any(m.step in verified or not verify(store, m) for m in reversed(kept)):
         result.unsound += [Skipped(manifest.step, "its bytes are damaged") for manifest in kept]
         kept, old = sound, []

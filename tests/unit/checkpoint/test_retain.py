@@ -103,6 +103,73 @@ def test_steps_that_a_kept_one_uses_stay(store: Store) -> None:
     assert found.step == 50
 
 
+# --- what has not happened in the history that goes on ---
+
+
+@pytest.fixture
+def forked(store: Store) -> Store:
+    """Steps 10 to 40 of generation 1, then 25 of generation 5: a run went back to 20 and goes on from there."""
+    save(store, STATE, (), step=25, generation=5)
+    return store
+
+
+def test_later_steps_of_lower_generations_go_with_the_new_one(forked: Store) -> None:
+    result = prune(forked, 10, current=25)
+    assert (result.kept, result.removed) == ([10, 20, 25], [30, 40])
+    assert folders(forked) == ["step-00000010", "step-00000020", "step-00000025"]
+
+
+def test_they_do_not_count_among_those_that_are_kept(forked: Store) -> None:
+    result = prune(forked, 2, current=25)
+    assert (result.kept, result.removed) == ([20, 25], [10, 30, 40])
+
+
+def test_later_steps_of_the_same_or_a_higher_generation_stay(forked: Store) -> None:
+    save(forked, STATE, (), step=50, generation=6)
+    save(forked, STATE, (), step=60, generation=5)
+    result = prune(forked, 10, current=25)
+    assert (result.kept, result.removed) == ([10, 20, 25, 50, 60], [30, 40])
+
+
+def test_earlier_steps_stay_whatever_their_generation(store: Store) -> None:
+    save(store, STATE, (), step=15, generation=9)
+    assert prune(store, 10, current=40).removed == []
+    save(store, STATE, (), step=50, generation=10)
+    assert prune(store, 10, current=50).removed == []
+
+
+@pytest.mark.parametrize("current", [None, 26, 99])
+def test_without_a_current_step_that_is_there_nothing_has_been_given_up(forked: Store, current: int | None) -> None:
+    assert prune(forked, 10, current=current).removed == []
+
+
+def test_a_current_step_that_is_not_sound_removes_nothing(forked: Store) -> None:
+    flip(forked, "step-00000025/MANIFEST.json", 50)
+    result = prune(forked, 10, current=25)
+    assert result.removed == []
+    assert [one.step for one in result.unsound] == [25]
+
+
+def test_the_last_one_that_is_whole_is_never_given_up(forked: Store) -> None:
+    """Of those that would be kept not one can be verified: then what was given up is better than nothing."""
+    for step in (10, 20):
+        flip(forked, f"step-{step:08d}/a1/w0000-00.safetensors", 4100)
+    flip(forked, "step-00000025/a1/w0000-00.safetensors", 4100)
+    result = prune(forked, 10, current=25)
+    assert (result.kept, result.removed) == ([10, 20, 25, 30, 40], [])
+    assert prune(forked, 10, current=25, verified={25}).removed == [30, 40]
+
+
+def test_given_up_steps_that_a_kept_one_uses_stay(forked: Store) -> None:
+    told = json.loads(forked.read_all("step-00000040/MANIFEST.json"))
+    for file in told["files"]:
+        file["path"] = "../step-00000040/" + file["path"]
+    told |= {"step": 26, "generation": 5, "base": [40]}
+    forked.put("step-00000026/MANIFEST.json", sign(told))
+    result = prune(forked, 10, current=26)
+    assert (result.kept, result.removed) == ([10, 20, 25, 26, 40], [30])
+
+
 def test_at_least_one_is_kept(store: Store) -> None:
     with pytest.raises(InvalidPiece, match="keep=0: at least one checkpoint is always kept"):
         prune(store, 0)

@@ -169,6 +169,20 @@ def test_a_wait_has_a_deadline(world: World) -> None:
     assert error.__context__ is None
 
 
+@pytest.mark.parametrize("gather", ["all_gather_equal", "all_gather_sized"])
+def test_a_gather_has_a_deadline_of_its_own(world: World, gather: str) -> None:
+    """An exchange may be given minutes (a first step, a compilation); a vote follows an exchange and needs none."""
+    group = world.groups[1]
+    group.deadline_s, group.gather_deadline_s = 20.0, 0.1
+    error, seconds = lost(lambda: getattr(group, gather)(b"x"))
+    assert seconds < 5.0
+    assert error.__context__ is None
+    other = world.groups[2]
+    other.deadline_s, other.gather_deadline_s = 0.1, 20.0
+    _, seconds = lost(lambda: other.exchange([], [(0, torch.empty(1))]))
+    assert seconds < 5.0, "and an exchange does not wait for a gather's"
+
+
 def test_what_between_raises_is_not_taken_for_a_lost_peer(world: World) -> None:
     def fault() -> None:
         raise ValueError("injected")

@@ -1,0 +1,106 @@
+"""Where a run starts: the step, what is known of it, and what is given up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elastictrain.engine.host import first_stage, open_stage
+from elastictrain.engine.resume import find_start
+from elastictrain.engine.saving import Saver, owned_state
+from elastictrain.errors import ConfigError, CorruptCheckpoint
+from elastictrain.job import Job
+from elastictrain.layout import Shard
+from elastictrain.protocol import Restore
+from tests.unit.engine.worlds import NetRecipe, make_job, started
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    """A job with checkpoints of steps 2 and 4 (generation 3) and 6 (generation 5)."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"x": number, "y": 1}) + "\n" for number in range(64)))
+    made = make_job(NetRecipe(), lanes=2, lane_batch_size=2, checkpoint={"path": str(tmp_path / "ckpt"), "keep": 10})
+    made = made.model_copy(
+        update={"data": made.data.model_copy(update={"path": str(rows), "columns": ("x", "y"), "rows_per_block": 16})}
+    )
+    for step, generation in ((2, 3), (4, 3), (6, 5)):
+        store(made, step, generation)
+    return made
+
+
+def store(job: Job, step: int, generation: int) -> None:
+    assert job.checkpoint is not None
+    model, stage = started(job), first_stage(job)
+    shard = Shard(0, len(model.space.blocks), 0, None)
+    saver = Saver(job.checkpoint)
+    owned = owned_state(model.flat, model.held, [shard], with_counters=True)
+    source = open_stage(job, stage)
+    tree: dict[str, Any] = {
+        "seed": job.seed,
+        "data": dict(source.fingerprint),
+        "stages": [{"index": 0, "from_step": 0, "lanes": stage.lanes, "lane_batch_size": stage.lane_batch_size}],
+    }
+    source.close()
+    saver.commit(
+        [saver.write(owned, step=step, generation=generation, worker=0)],
+        step=step,
+        generation=generation,
+        tree=tree,
+        aliases=model.space.aliases,
+        info={},
+    )
+
+
+def path_of(job: Job, step: int) -> str:
+    assert job.checkpoint is not None
+    return f"{job.checkpoint.path}/step-{step:08d}"
+
+
+def test_the_newest_is_gone_on_from_and_nothing_is_given_up(job: Job) -> None:
+    start = find_start(job, resume=True)
+    assert start.restore == Restore(6, path_of(job, 6))
+    assert start.checkpoints == tuple((step, path_of(job, step)) for step in (2, 4, 6))
+    assert start.notes == ()
+    assert (start.resumed, start.generation) == (True, 5)
+
+
+def test_an_older_one_gives_up_what_came_after_it_and_says_so(job: Job) -> None:
+    start = find_start(job, resume=True, step=2)
+    assert start.restore == Restore(2, path_of(job, 2))
+    assert start.notes == (("given_up", {"step": 2, "steps": [4, 6]}),)
+    assert start.checkpoints == ((2, path_of(job, 2)),), "a later one is no place to go back to"
+    assert start.generation == 5, "above all that has committed, else the first commit would be refused"
+
+
+def test_giving_up_is_said_beside_a_new_stage(job: Job) -> None:
+    start = find_start(job.model_copy(update={"lanes": 3}), resume=True, step=4)
+    assert [kind for kind, _ in start.notes] == ["stage", "given_up"]
+    assert [(stage.index, stage.from_step, stage.lanes) for stage in start.stages] == [(0, 0, 2), (1, 4, 3)]
+
+
+def test_a_step_that_is_not_there_is_refused_with_those_that_are(job: Job) -> None:
+    with pytest.raises(ConfigError, match=r"^--resume-step 3: .*ckpt has steps 2, 4, 6; choose one of them$"):
+        find_start(job, resume=True, step=3)
+
+
+def test_a_damaged_newest_one_offers_the_older_one(job: Job) -> None:
+    assert job.checkpoint is not None
+    pack = next((Path(job.checkpoint.path) / "step-00000006").rglob("*.safetensors"))
+    raw = bytearray(pack.read_bytes())
+    raw[-5] ^= 1
+    pack.write_bytes(raw)
+    with pytest.raises(
+        CorruptCheckpoint, match=r"is damaged and refused: .*take the older step 4 with --resume-step 4$"
+    ):
+        find_start(job, resume=True)
+    assert find_start(job, resume=True, step=4).notes == (("given_up", {"step": 4, "steps": [6]}),)
+
+
+def test_a_new_run_leaves_the_checkpoints_of_another_alone(job: Job) -> None:
+    with pytest.raises(ConfigError, match=r"already holds checkpoints \(steps 2, 4, 6\); go on with them \(--resume\)"):
+        find_start(job, resume=False)

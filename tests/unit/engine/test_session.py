@@ -1,0 +1,98 @@
+"""A session in this process, world 1: what leaves it when apply is torn (R7), and what its control thread promises."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from elastictrain.controller import events as ev
+from elastictrain.engine.probes import InjectedFault, Probes
+from elastictrain.engine.session import Session
+from elastictrain.engine.worker_model import build
+from elastictrain.errors import InternalError
+from elastictrain.faults import fail
+from elastictrain.layout import Layout, Shard
+from elastictrain.protocol import FormPlan, Restore
+from tests.unit.engine.worlds import CPU, NetRecipe, Numbers, make_job
+
+TORN = r"^worker 0 has torn its state within apply and can promise nothing \(R7\)$"
+
+
+class Running:
+    """A session whose training thread runs; `said` holds what it emits."""
+
+    def __init__(self, probes: Probes) -> None:
+        job = make_job(NetRecipe(), lanes=2, steps=4)
+        model = build(job, CPU)
+        self.said: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.session = Session(
+            job, 0, model, Numbers(), device=CPU, host="127.0.0.1", emit=self.said.put, probes=probes
+        )
+        blocks = len(model.space.blocks)
+        layout = Layout(1, (0,), ((0, 1),), (Shard(0, blocks, 0, None),), 2)
+        self.plan = FormPlan(1, 0, layout, None, (), None, Restore(0, None), (0,), "")
+        self.thread = threading.Thread(target=self.session.run, daemon=True)
+        self.thread.start()
+
+    def wait_for(self, kind: type[Any]) -> Any:
+        while not isinstance(found := self.said.get(timeout=30), kind):
+            assert not isinstance(found, ev.WorkerFailed), found
+        return found
+
+    def close(self) -> None:
+        self.session.stop()
+        self.thread.join(30)
+
+
+@pytest.fixture
+def running(request: pytest.FixtureRequest) -> Iterator[Running]:
+    made = Running(request.param)
+    yield made
+    made.close()
+
+
+class TornWhileParking(Probes):
+    """The order to park comes while apply runs, so before what is torn can be told."""
+
+    session: Session
+
+    def at(self, step: int, phase: str) -> None:
+        if phase == "apply":
+            self.session._latched = 1  # what `park` does as soon as apply lets go of the lock
+            raise InjectedFault("torn while it is told to park")
+
+
+@pytest.mark.parametrize("running", [Probes(0, [fail(0, 2, "apply")])], indirect=True)
+def test_a_torn_apply_leaves_as_torn_and_parking_promises_nothing(running: Running) -> None:
+    running.session.form(running.plan)
+    failed = running.wait_for(ev.WorkerFailed)
+    assert (failed.generation, failed.worker, failed.kind) == (1, 0, "torn")
+    assert "injected: fail worker 0 at step 2 in apply" in failed.error
+    assert running.session.committed.step == 1, "the step has not happened"
+    with pytest.raises(InternalError, match=TORN):
+        running.session.park(1)
+    with pytest.raises(InternalError, match=TORN):
+        running.session.park(2)
+
+
+@pytest.mark.parametrize("running", [TornWhileParking(0, ())], indirect=True)
+def test_a_torn_apply_is_told_although_the_generation_is_over(running: Running) -> None:
+    """Else the controller would wait for a report that never comes."""
+    running.session.probes.session = running.session  # type: ignore[attr-defined]
+    running.session.form(running.plan)
+    failed = running.wait_for(ev.WorkerFailed)
+    assert failed.kind == "torn"
+    with pytest.raises(InternalError, match=TORN):
+        running.session.park(1)
+
+
+@pytest.mark.parametrize("running", [Probes(0, [fail(0, 2, "vote")])], indirect=True)
+def test_an_exception_before_apply_is_the_users_and_parking_promises_what_is_there(running: Running) -> None:
+    running.session.form(running.plan)
+    assert running.wait_for(ev.WorkerFailed).kind == "user"
+    report = running.session.park(1)
+    assert (report.applied_step, report.sealed_generation, report.holds_next) == (1, 1, True)
