@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import types
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,8 @@ from hypothesis import strategies as st
 from ray.runtime_env.runtime_env import _merge_runtime_env
 
 from elastictrain.errors import ConfigError
-from elastictrain.job import Job, parse_job
 from elastictrain_actors import travel
 from elastictrain_actors.runtime_env import (
-    JOB_CONFIG_VARIABLE,
     OVERRIDE_VARIABLE,
     beside_job,
     env_vars,
@@ -28,40 +24,9 @@ from elastictrain_actors.runtime_env import (
     prepare,
     runtime_env,
 )
+from tests.support.travelling import PACKAGES, a_job, inside, names_in
 
-PACKAGES = ["elastictrain", "elastictrain_actors", "elastictrain_checkpoint"]
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No Ray job around, and a working directory with a recipe in it."""
-    for name in (JOB_CONFIG_VARIABLE, OVERRIDE_VARIABLE, "RAY_ADDRESS", "ELASTICTRAIN_SHIP_DEPENDENCIES"):
-        monkeypatch.setenv(name, "")  # so that what a test lets the code set is taken back
-        monkeypatch.delenv(name)
-    (tmp_path / "code").mkdir()
-    (tmp_path / "code" / "recipe.py").write_text("class Mine: ...\n")
-    (tmp_path / "code" / "neighbour.py").write_text("")
-    (tmp_path / "code" / "__pycache__").mkdir()
-    (tmp_path / "code" / "__pycache__" / "recipe.pyc").write_text("")
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "rows.jsonl").write_text("{}\n")
-    monkeypatch.chdir(tmp_path)
-
-
-def a_job(**settings: Any) -> Job:
-    return parse_job(
-        {"recipe": "code/recipe.py:Mine", "data": {"kind": "jsonl", "path": "data"}, "steps": 1} | settings
-    )
-
-
-def inside(monkeypatch: pytest.MonkeyPatch, environment: dict[str, Any]) -> None:
-    config = {"runtime_env": environment, "metadata": {"job_submission_id": "sub-1"}}
-    monkeypatch.setenv(JOB_CONFIG_VARIABLE, json.dumps(config))
-
-
-def names_in(archive: str) -> list[str]:
-    with zipfile.ZipFile(archive) as opened:
-        return sorted(opened.namelist())
+pytestmark = pytest.mark.usefixtures("folder_with_a_recipe")
 
 
 # What workers get
