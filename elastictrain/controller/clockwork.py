@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from elastictrain.controller.commands import Announce, Command, Kill, Park
+from elastictrain.controller.commands import Command, Kill
 from elastictrain.controller.core import RESTORE_PATIENCE, Core
 from elastictrain.controller.events import Tick
+from elastictrain.controller.limits import nodes_back
+from elastictrain.controller.moves import condemn
 from elastictrain.controller.phases import Finishing, Forming, Parking, Running
 
 
 def next_deadline_s(core: Core) -> float | None:
     """When a `Tick` would change something, on the shell's clock; None: not before another event."""
     state = core.state
-    deadlines = [] if core.ledger.start_retry_at_s is None else [core.ledger.start_retry_at_s]
+    ledger = core.ledger
+    deadlines = [] if ledger.start_retry_at_s is None else [ledger.start_retry_at_s]
+    deadlines += [notice.leave_by_s for notice in ledger.notices.values() if not notice.due]
+    deadlines += [node.wakes_s for node in ledger.nodes.values() if node.wakes_s is not None]
+    if isinstance(state, Parking):
+        deadlines += [until_s for until_s in _suspected(core).values() if until_s is not None]
     if isinstance(state, Forming | Parking | Finishing):
         deadlines.append(state.deadline_s)
     elif isinstance(state, Running) and state.asked is not None:
@@ -21,40 +28,67 @@ def next_deadline_s(core: Core) -> float | None:
 
 def on_tick(core: Core, event: Tick, out: list[Command]) -> bool:
     now_s, state, ledger = event.now_s, core.state, core.ledger
-    changed = False
+    changed = nodes_back(core, now_s, out)
+    changed |= any(now_s >= notice.leave_by_s and not notice.due for notice in ledger.notices.values())  # see `settle`
     if ledger.start_retry_at_s is not None and now_s >= ledger.start_retry_at_s:
         ledger.start_retry_at_s = None
         ledger.start_failures = core.spec.start_attempts - 1  # one more try; after a failure wait again
         changed = True
     if isinstance(state, Running):
         return _ask_another(core, state, now_s, out) or changed
+    if isinstance(state, Parking):
+        changed |= _end_grace(core, now_s, out)
     if not isinstance(state, Forming | Parking | Finishing) or now_s < state.deadline_s:
         return changed
     if isinstance(state, Forming):
         # Forming is collective: if one member is frozen, none of them answers. Who does not park either is frozen.
         # If all of them park, it was only slow: the next attempt gets twice the time.
         ledger.patience *= 2
-        core.begin_parking(now_s, f"forming took longer than {now_s - state.started_s:.1f} s", None, out)
+        words = f"forming took longer than {now_s - state.started_s:.1f} s"
+        if ledger.patience >= 2**core.spec.budget.formings:
+            times = (
+                f"generation {ledger.generation}, and {core.spec.budget.formings - 1} before it, could not be formed"
+            )
+            core.fail(
+                f"ClusterError: {times}: {words}; look at the network and the storage; {core.resume_words()}", out
+            )
+            return True
+        core.begin_parking(now_s, words, None, out)
+        core.saw(now_s, "deadline", words)
     elif isinstance(state, Parking) and not state.told:
         state.told, state.deadline_s = True, now_s + core.parking_limit_s()
-        out.append(Park(ledger.generation, tuple(core.waiting())))
+        core.tell_to_park(out)
     elif isinstance(state, Parking):
         state.deadline_s = now_s + core.parking_limit_s()
-        _kill(core, core.waiting(), "it did not park in time", out)
+        _kill(core, now_s, core.waiting(), "it did not park in time", out)
     else:
         state.deadline_s = now_s + core.spec.deadline_s * RESTORE_PATIENCE
         silent = [w for w in ledger.members() if w not in state.digests and w not in state.gone]
-        _kill(core, silent, "it did not finish in time", out)
+        _kill(core, now_s, silent, "it did not finish in time", out)
     return True
 
 
-def _kill(core: Core, workers: list[int], reason: str, out: list[Command]) -> None:
+def _kill(core: Core, now_s: float, workers: list[int], reason: str, out: list[Command]) -> None:
     for worker in workers:
         if core.ledger.workers[worker].doomed:
             out.append(Kill(worker, reason))  # again: the first one has not been confirmed
         else:
-            out.append(Announce("unresponsive", {"worker": worker, "reason": reason}))
-            core.doom(worker, reason, out)
+            core.saw(now_s, "deadline", f"worker {worker}: {reason}")
+            condemn(core, now_s, worker, "frozen", reason, (), out)
+
+
+def _suspected(core: Core) -> dict[int, float | None]:
+    """The members that are taken for frozen but may still answer (R7), by the end of their grace."""
+    workers = core.ledger.workers
+    return {w: workers[w].suspected_until_s for w in core.waiting() if workers[w].suspected_until_s is not None}
+
+
+def _end_grace(core: Core, now_s: float, out: list[Command]) -> bool:
+    over = [worker for worker, until_s in _suspected(core).items() if until_s is not None and now_s >= until_s]
+    for worker in over:
+        why = core.ledger.workers[worker].why
+        condemn(core, now_s, worker, "frozen", f"frozen: {why}; it did not answer within its grace", (), out)
+    return bool(over)
 
 
 def _ask_another(core: Core, state: Running, now_s: float, out: list[Command]) -> bool:

@@ -12,9 +12,12 @@ from elastictrain.protocol import FormPlan
 
 @dataclass(frozen=True, slots=True)
 class StartWorker:
-    """Start process number `worker`; it will report WorkerReady, WorkerStartFailed or WorkerDied."""
+    """Start process number `worker`; it will report WorkerReady, WorkerStartFailed or WorkerDied. `avoid`: nodes where
+    it must not run (they keep failing, are lost, or are about to go). A worker that could start nowhere else waits.
+    """
 
     worker: int
+    avoid: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,9 @@ and, where it is about a generation, that generation: one of another generation 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from elastictrain.protocol import ParkReport, Restore, Row
+from elastictrain.protocol import ParkReport, Ready, Restore, Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +20,19 @@ class Begun:
 
 @dataclass(frozen=True, slots=True)
 class WorkerReady:
-    """A worker process is imported, warmed and waiting. `domain` is its failure domain (node id, or a label)."""
+    """A worker process is imported, warmed and waiting.
+
+    `node`: the machine it runs on; what is lost, preempted or set aside goes by it. `domain`: its failure domain, which
+    mirrors go by. Each stands for the other where it is empty. `labels`: of the node; with
+    `MachineSpec.domain_label` the value of that label is the failure domain instead (rack, zone).
+    """
 
     now_s: float
     worker: int
     domain: str
     memory_bytes: int | None = None
+    node: str = ""
+    labels: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +43,17 @@ class WorkerStartFailed:
     worker: int
     error: str
     user_error: bool
+    node: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerDied:
-    """The process is gone, and known to be gone."""
+    """The process is gone, and known to be gone. `node`: where it was, if it never said so itself."""
 
     now_s: float
     worker: int
     cause: str
+    node: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +69,9 @@ class WorkerTroubled:
 @dataclass(frozen=True, slots=True)
 class WorkerFailed:
     """An exception in a worker. `kind`: "user" (the recipe's: ends the run), "torn" (between vote and end of apply:
-    counts as a death, R7), "restore" (the checkpoint of this generation's plan is corrupt: an older one is taken),
-    "internal".
+    counts as a death, R7), "corrupt" (checks say that its state or its sums are wrong: counts as a death, and against
+    its node), "restore" (the checkpoint of this generation's plan is corrupt: an older one is taken), "internal".
+    `error` is shown to the user as it is, traceback included.
     """
 
     now_s: float
@@ -144,6 +154,78 @@ class StopRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerFrozen:
+    """Detection has named `worker`: it lives, but does nothing any more. It is killed, and its peers park at once.
+
+    `reason` in words; `evidence`: what was measured, a line each. `last_seen_s`: its last sign of life, if known.
+    """
+
+    now_s: float
+    worker: int
+    reason: str
+    evidence: tuple[str, ...] = ()
+    last_seen_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLost:
+    """`node` answers no more. All its workers count as gone for good: one that speaks again is killed, not heard.
+
+    `workers`: further ones that are known to be there (those that have not been ready yet). A lost rack is one such
+    event for each of its nodes.
+    """
+
+    now_s: float
+    node: str
+    reason: str
+    workers: tuple[int, ...] = ()
+    last_seen_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationHung:
+    """All members of `generation` wait for each other. `suspect`: who is the likeliest cause, if anybody is."""
+
+    now_s: float
+    generation: int
+    reason: str
+    suspect: int | None = None
+    evidence: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PreemptionNotice:
+    """At `deadline_s`, on the shell's clock, the machine goes: of `worker`, or all workers of `node`."""
+
+    now_s: float
+    deadline_s: float
+    worker: int | None = None
+    node: str = ""
+    reason: str = "preemption"
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterChanged:
+    """What the cluster has now: its live `nodes`, and what is there and what is free in words, for a run that waits."""
+
+    now_s: float
+    nodes: tuple[str, ...]
+    capacity: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerBack:
+    """The controller was away for `gone_s`: it was dead, or its process or its machine stood still. The first event of
+    a new controller after replay. Deadlines move by the gap; those of preemptions do not. `store_lost`: the store
+    where a forming generation meets went with it.
+    """
+
+    now_s: float
+    gone_s: float
+    store_lost: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
 
@@ -166,8 +248,14 @@ Event = (
     | DrainRequested
     | ResizeRequested
     | StopRequested
+    | WorkerFrozen
+    | NodeLost
+    | GenerationHung
+    | PreemptionNotice
+    | ClusterChanged
+    | ControllerBack
     | Tick
 )
 
-Message = Event | Row
-"""What a worker's outbox carries: events for the machine, rows for the run directory."""
+Message = Event | Row | Ready
+"""What a worker's outbox carries: events for the machine, rows for the run directory, and once what it is."""

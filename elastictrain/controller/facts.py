@@ -7,6 +7,9 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
+from elastictrain.controller.budgets import FailureBudget, Loss, Round
+from elastictrain.controller.incidents import Incident
+from elastictrain.controller.nodes import Nodes
 from elastictrain.errors import ConfigError
 from elastictrain.layout import LaneOrder, Layout
 from elastictrain.protocol import FormPlan, ParkReport, Restore
@@ -21,7 +24,9 @@ class MachineSpec:
     holds` (owned and mirrored); 0 and 0 switch the memory check off. `checkpoint`: the job stores checkpoints.
     `start_attempts`: failed starts in a row before the controller stops trying for `start_retry_s`. `deadline_s`: how
     long forming or parking may take, or 20 x the longest seen if that is more.
-    `base_generation`: the newest generation of an earlier controller of this run; ours are above it.
+    `base_generation`: the newest generation of an earlier controller of this run; ours are above it. `domain_label`:
+    the label of a node whose value is its failure domain (rack, zone); None: the node is. `last_holder_grace_s`: what
+    a frozen worker gets to answer when it alone holds some blocks. `budget`: how much failure the run puts up with.
     """
 
     lane_count: int
@@ -44,6 +49,9 @@ class MachineSpec:
     rebalance_after_steps: int = 20
     deadline_s: float = 60.0
     base_generation: int = 0
+    domain_label: str | None = None
+    last_holder_grace_s: float = 2.0
+    budget: FailureBudget = field(default_factory=FailureBudget)
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_workers <= self.initial_workers <= self.max_workers:
@@ -71,14 +79,34 @@ class Role(Enum):
 
 @dataclass(frozen=True, slots=True)
 class WorkerFacts:
-    """A worker that is not known to be dead. `doomed`: told to die; nothing that it says counts any more. Frozen: a
-    change is a new record in the roster, which keeps count.
+    """A worker that is not known to be dead. Frozen: a change is a new record in the roster, which keeps count.
+
+    `domain`: where mirrors must not be. `node`: the machine. `doomed`: told to die; nothing that it says counts any
+    more. `why`: why it is doomed or suspected. `avoid`: the nodes where it was not to start. `ready_s`: since when it
+    could join. `suspected_until_s`: named as frozen, but the last holder of some blocks: until then it may answer.
     """
 
     role: Role = Role.STARTING
     domain: str = ""
     memory_bytes: int | None = None
     doomed: bool = False
+    node: str = ""
+    why: str = ""
+    avoid: tuple[str, ...] = ()
+    ready_s: float | None = None
+    suspected_until_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """A member's machine goes at `deadline_s`. It leaves when a stand-in waits, at `leave_by_s` in any case; then it is
+    `released` (asked to leave). `due`: it leaves even if too few are left.
+    """
+
+    deadline_s: float
+    leave_by_s: float
+    released: bool = False
+    due: bool = False
 
 
 class Roster(MutableMapping[int, WorkerFacts]):
@@ -102,9 +130,10 @@ class Roster(MutableMapping[int, WorkerFacts]):
             self._by_role[before.role].discard(worker)
             self.doomed.discard(worker)
         self._facts[worker] = facts
-        self._by_role[facts.role].add(worker)
         if facts.doomed:
             self.doomed.add(worker)
+        if not facts.doomed or facts.role in (Role.MEMBER, Role.LEAVING):  # a doomed one that waits can no more join
+            self._by_role[facts.role].add(worker)
 
     def __delitem__(self, worker: int) -> None:
         self._by_role[self._facts.pop(worker).role].discard(worker)
@@ -139,25 +168,6 @@ class Roster(MutableMapping[int, WorkerFacts]):
 
 
 @dataclass(slots=True)
-class Incident:
-    """From the first sign of a loss (or the first member parked at a planned pause) to the next seal.
-
-    Times are seconds on the shell's clock. `planned`: nobody was lost and nobody was troubled so far. `between_steps`:
-    the members were parking at a commit, so that no step was under way.
-    """
-
-    cause: str
-    detected_s: float
-    world_before: int
-    planned: bool
-    workers: list[int] = field(default_factory=list)
-    between_steps: bool = False
-    parked_s: float | None = None
-    steps_redone: int = 0
-    restored_from: str | None = None
-
-
-@dataclass(slots=True)
 class Ledger:
     """Facts that outlive a phase.
 
@@ -166,7 +176,12 @@ class Ledger:
     state comes from `restore`. `layouts`: of `sealed` and of the generation that is forming. `leaving`: reports of
     workers in role LEAVING. `draining`: asked to leave, in order of request. `checkpoints`: path by step.
     `published_step`: the last step that can be redone no more (R5). `shown_step`: the last one whose metrics have
-    arrived; the rows after it are published again by whoever publishes next.
+    arrived; the rows after it are published again by whoever publishes next. `fenced`: workers of lost nodes that are
+    not known to be dead, with the reason. `notices`: members whose machine is about to go. `reprieved`: frozen workers
+    that have had their grace since the last commit. `incident`: open until the seal; `settling`: until the first commit
+    after it. `losses`, `hung`: of this generation; `rounds`: generations that ended with some since the job came to
+    step `reached`. `hangs`: in a row without a commit. `failures`: their times within the last hour, by cause.
+    `capacity`: what the cluster has, in words.
     """
 
     target: int
@@ -190,6 +205,20 @@ class Ledger:
     start_retry_at_s: float | None = None
     incident: Incident | None = None
     recoveries: list[dict[str, Any]] = field(default_factory=list)
+    fenced: dict[int, str] = field(default_factory=dict)
+    notices: dict[int, Notice] = field(default_factory=dict)
+    reprieved: set[int] = field(default_factory=set)
+    settling: Incident | None = None
+    incidents: list[dict[str, Any]] = field(default_factory=list)
+    incident_count: int = 0
+    losses: list[Loss] = field(default_factory=list)
+    hung: str = ""
+    rounds: list[Round] = field(default_factory=list)
+    reached: int = 0
+    hangs: int = 0
+    failures: dict[str, list[float]] = field(default_factory=dict)
+    nodes: Nodes = field(default_factory=dict)
+    capacity: str = ""
     longest_forming_s: float = 0.0
     longest_parking_s: float = 0.0
     patience: int = 1
@@ -219,7 +248,13 @@ class Ledger:
         return worker in self.workers.of(Role.MEMBER)
 
     def domains(self) -> dict[int, str]:
-        return {worker: facts.domain for worker, facts in self.workers.items() if facts.domain}
+        """The failure domain of every live worker that has said so. When a label puts all of them into one domain,
+        their nodes are the domains: a mirror on another machine of the same rack is better than one beside its owner.
+        """
+        domains = {worker: facts.domain for worker, facts in self.workers.items() if facts.domain}
+        if len(set(domains.values())) == 1:
+            return {worker: self.workers[worker].node or domain for worker, domain in domains.items()}
+        return domains
 
     def memory(self) -> dict[int, int]:
         return {w: facts.memory_bytes for w, facts in self.workers.items() if facts.memory_bytes is not None}
@@ -227,7 +262,7 @@ class Ledger:
     def processes(self) -> int:
         """Worker processes that count towards `complement`: those that are neither about to leave nor to die."""
         going = self.workers.doomed | self.workers.of(Role.LEAVING)
-        going.update(worker for worker in self.draining if worker in self.workers)
+        going.update(worker for worker in (*self.draining, *self.notices) if worker in self.workers)
         return len(self.workers) - len(going)
 
     def newest_restore(self) -> Restore:

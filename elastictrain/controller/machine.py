@@ -16,10 +16,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from elastictrain.controller import alarms, moves
 from elastictrain.controller import events as ev
-from elastictrain.controller import moves
 from elastictrain.controller.clockwork import next_deadline_s, on_tick
-from elastictrain.controller.commands import Command
+from elastictrain.controller.commands import Command, Kill
 from elastictrain.controller.core import Core
 from elastictrain.controller.facts import Ledger, MachineSpec
 from elastictrain.controller.phases import Gathering, Phase
@@ -41,8 +41,22 @@ HANDLERS: dict[type[Any], Callable[[Core, Any, list[Command]], bool]] = {
     ev.DrainRequested: moves.on_drain,
     ev.ResizeRequested: moves.on_resize,
     ev.StopRequested: moves.on_stop,
+    ev.WorkerFrozen: alarms.on_frozen,
+    ev.NodeLost: alarms.on_node_lost,
+    ev.GenerationHung: alarms.on_hung,
+    ev.PreemptionNotice: alarms.on_preemption,
+    ev.ClusterChanged: alarms.on_cluster,
+    ev.ControllerBack: alarms.on_back,
     ev.Tick: on_tick,
 }
+
+
+def speaker(event: ev.Event) -> int | None:
+    """The worker that an event comes from; None when it comes from elsewhere, or says only that a worker is gone."""
+    if isinstance(event, ev.WorkerParked):
+        return event.report.worker
+    spoken = ev.WorkerReady | ev.WorkerTroubled | ev.WorkerFailed | ev.Sealed | ev.WorkerFinished
+    return event.worker if isinstance(event, spoken) else None
 
 
 class Machine:
@@ -67,12 +81,17 @@ class Machine:
         return self.core.ledger.generation
 
     def handle(self, event: ev.Event) -> list[Command]:
-        """Take in one event; what must be done now, in order. Nothing before `Begun` counts but a stop."""
+        """Take in one event; what must be done now, in order. Nothing before `Begun` counts but a stop. A fenced worker
+        that speaks is not heard: it is killed.
+        """
         out: list[Command] = []
         if self.phase.is_terminal:
             return out
         if not self.core.ledger.begun and not isinstance(event, ev.Begun | ev.StopRequested):
             return out
+        fenced = self.core.ledger.fenced
+        if fenced and (worker := speaker(event)) in fenced:
+            return [Kill(worker, fenced[worker])]
         if HANDLERS[type(event)](self.core, event, out):
             settle(self.core, event.now_s, out)
         return out

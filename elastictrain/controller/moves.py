@@ -9,9 +9,12 @@ member of this one, is not heard and changes nothing at all.
 from __future__ import annotations
 
 from elastictrain.controller import events as ev
+from elastictrain.controller import limits
+from elastictrain.controller.budgets import error_line
 from elastictrain.controller.commands import Announce, Command, Park
 from elastictrain.controller.core import Core
 from elastictrain.controller.facts import Role, WorkerFacts
+from elastictrain.controller.nodes import NodeFacts
 from elastictrain.controller.phases import Finishing, Forming, Gathering, Parking, Phase, Running
 from elastictrain.controller.policies import even_layout, refuse_drain, refuse_resize, shortfall
 
@@ -40,9 +43,18 @@ def on_ready(core: Core, event: ev.WorkerReady, out: list[Command]) -> bool:
     facts = core.ledger.workers.get(event.worker)
     if facts is None or facts.doomed or facts.role is not Role.STARTING:
         return False
-    core.ledger.workers[event.worker] = WorkerFacts(Role.READY, event.domain, event.memory_bytes)
+    node = event.node or event.domain
+    domain = event.labels.get(core.spec.domain_label or "") or event.domain or event.node
+    if node:
+        known = core.ledger.nodes.setdefault(node, NodeFacts())
+        if known.avoided == "going":  # it was placed there before the notice came: it would go with its node
+            core.retire(event.worker, out)
+            return True
+    core.ledger.workers[event.worker] = WorkerFacts(
+        Role.READY, domain, event.memory_bytes, node=node, ready_s=event.now_s
+    )
     core.ledger.start_failures, core.ledger.start_retry_at_s = 0, None
-    out.append(Announce("worker_ready", {"worker": event.worker, "domain": event.domain}))
+    out.append(Announce("worker_ready", {"worker": event.worker, "domain": domain, "node": node}))
     return True
 
 
@@ -54,11 +66,14 @@ def on_start_failed(core: Core, event: ev.WorkerStartFailed, out: list[Command])
     if event.user_error and core.ledger.plan is None:
         core.fail(event.error, out)
         return True
-    _count_start_failure(core, event.worker, event.error, out)
+    if facts.doomed:
+        return True  # counted when it was doomed
+    _count_start_failure(core, event.now_s, event.worker, event.error, event.node, out)
     return True
 
 
-def _count_start_failure(core: Core, worker: int, error: str, out: list[Command]) -> None:
+def _count_start_failure(core: Core, now_s: float, worker: int, error: str, node: str, out: list[Command]) -> None:
+    limits.failed(core, now_s, "start", node, out)
     core.ledger.start_failures += 1
     core.ledger.start_error = error
     attempts = f"{core.ledger.start_failures} of {core.spec.start_attempts} in a row"
@@ -69,30 +84,43 @@ def on_died(core: Core, event: ev.WorkerDied, out: list[Command]) -> bool:
     ledger, worker = core.ledger, event.worker
     facts = ledger.workers.get(worker)
     if facts is None:
-        return False
+        return ledger.fenced.pop(worker, None) is not None
     if facts.role is Role.STARTING and not facts.doomed:
         core.forget(worker)
-        _count_start_failure(core, worker, event.cause, out)
+        _count_start_failure(core, event.now_s, worker, event.cause, event.node, out)
         return True
     out.append(Announce("worker_lost", {"worker": worker, "cause": event.cause, "generation": ledger.generation}))
-    counted = worker not in ledger.draining and facts.role is not Role.LEAVING
+    expected = facts.doomed or worker in ledger.notices or facts.role is Role.LEAVING
+    if not expected:
+        limits.lost(core, event.now_s, worker, "died", event.cause, out)
+    lose(core, event.now_s, worker, event.cause, out)
+    if ledger.incident is not None:
+        if facts.role is Role.MEMBER:
+            ledger.incident.blame(worker, facts.node, event.cause)
+            ledger.incident.saw(event.now_s, facts.node or "cluster", f"worker {worker} is gone: {event.cause}")
+        ledger.incident.gone(worker, event.now_s)
+    return True
+
+
+def lose(core: Core, now_s: float, worker: int, cause: str, out: list[Command]) -> None:
+    """A worker is gone, or counts as gone: forget it; what follows for the others."""
+    ledger, facts, state = core.ledger, core.ledger.workers[worker], core.state
+    asked = worker in ledger.draining or worker in ledger.notices or facts.role in (Role.LEAVING, Role.STARTING)
     core.forget(worker)
-    if counted and not core.spec.replace:
+    if not asked and not core.spec.replace:
         ledger.complement = max(0, ledger.complement - 1)
         ledger.target = max(core.spec.min_workers, min(ledger.target, ledger.complement))
     if facts.role is not Role.MEMBER:
-        return True
-    state = core.state
+        return
     if isinstance(state, Forming | Running | Parking):
         if isinstance(state, Parking):
             state.reports.pop(worker, None)
-        core.begin_parking(event.now_s, event.cause, worker, out)
+        core.begin_parking(now_s, cause, worker, out)
     elif isinstance(state, Gathering):
         state.parked.pop(worker, None)
-        core.note_incident(event.now_s, event.cause, worker, planned=False)
+        core.note_incident(now_s, cause, worker, out, planned=False)
     elif isinstance(state, Finishing):
         state.gone.add(worker)
-    return True
 
 
 def on_troubled(core: Core, event: ev.WorkerTroubled, out: list[Command]) -> bool:
@@ -105,13 +133,17 @@ def on_troubled(core: Core, event: ev.WorkerTroubled, out: list[Command]) -> boo
         state.gone.add(event.worker)
         return True
     if isinstance(state, Parking):
-        if state.told or event.worker in state.reports:
-            return False  # it has been told already
-        out.append(Park(event.generation, (event.worker,)))  # its peers have parked at the commit before it could
-        return True
+        if event.worker in state.reports:
+            return False
+        if not state.told and event.worker not in state.nudged:
+            state.nudged.add(event.worker)
+            out.append(Park(event.generation, (event.worker,)))  # its peers have parked at the commit before it could
+            return True
+        return core.saw(event.now_s, f"worker {event.worker}", f"lost a peer: {event.error}")  # it has been told
     if not isinstance(state, Forming | Running):
         return False
     core.begin_parking(event.now_s, f"worker {event.worker} lost a peer: {event.error}", None, out)
+    core.saw(event.now_s, f"worker {event.worker}", f"lost a peer: {event.error}")
     return True
 
 
@@ -123,17 +155,39 @@ def on_failed(core: Core, event: ev.WorkerFailed, out: list[Command]) -> bool:
         return event.kind == "restore" and _drop_checkpoint(core, event, out)
     if event.kind == "user":
         core.fail(event.error, out)
-    elif event.kind == "torn":  # R7: between vote and end of apply; its state is neither step
-        core.doom(event.worker, f"torn apply: {event.error}", out)
-        if isinstance(state, Parking):
-            state.reports.pop(event.worker, None)
+    elif event.kind in ("torn", "corrupt"):  # R7: between vote and end of apply; its state is neither step
+        words = "torn apply" if event.kind == "torn" else "corrupt"
+        condemn(core, event.now_s, event.worker, event.kind, f"{words}: {event.error}", (), out, cause=event.error)
         if not isinstance(state, Finishing):
-            core.begin_parking(event.now_s, f"torn apply: {event.error}", event.worker, out)
+            core.begin_parking(event.now_s, f"{words}: {event.error}", event.worker, out)
+            core.saw(event.now_s, f"worker {event.worker}", f"{words}: {error_line(event.error)}")
     elif event.kind == "restore" and _drop_checkpoint(core, event, out):
         core.begin_parking(event.now_s, f"a checkpoint could not be restored: {event.error}", None, out)
     else:
         core.fail(f"InternalError in worker {event.worker} ({event.kind}): {event.error}", out)
     return True
+
+
+def condemn(
+    core: Core,
+    now_s: float,
+    worker: int,
+    kind: str,
+    reason: str,
+    evidence: tuple[str, ...],
+    out: list[Command],
+    *,
+    cause: str = "",
+) -> None:
+    """Blame a worker, count its failure (`cause`: in full, default `reason`), and kill it."""
+    ledger, facts = core.ledger, core.ledger.workers[worker]
+    limits.lost(core, now_s, worker, kind, cause or reason, out)
+    if facts.role is Role.MEMBER and not isinstance(core.state, Finishing):
+        incident = core.note_incident(now_s, reason, worker, out, planned=False)
+        incident.blame(worker, facts.node, reason, evidence)
+    if facts.role is Role.STARTING:
+        ledger.start_failures, ledger.start_error = ledger.start_failures + 1, reason
+    core.doom(worker, reason, out)
 
 
 def _drop_checkpoint(core: Core, event: ev.WorkerFailed, out: list[Command]) -> bool:
@@ -160,7 +214,8 @@ def on_parked(core: Core, event: ev.WorkerParked, out: list[Command]) -> bool:
         state.gone.add(worker)
         return True
     if isinstance(state, Running):  # at the commit that carried the pause flag: the others come by themselves
-        core.note_incident(event.now_s, "planned pause", None, planned=True)
+        incident = core.note_incident(event.now_s, "planned pause", None, out, planned=True)
+        incident.notice = bool(core.ledger.notices)
         core.enter(Parking(event.now_s, event.now_s + core.parking_limit_s(), told=False))
     elif isinstance(state, Forming):
         core.begin_parking(event.now_s, f"worker {worker} parked while forming", None, out)
@@ -168,6 +223,9 @@ def on_parked(core: Core, event: ev.WorkerParked, out: list[Command]) -> bool:
     if not isinstance(state, Parking) or worker in state.reports:
         return False
     state.reports[worker] = event.report
+    if core.ledger.workers[worker].suspected_until_s is not None:  # it lives after all
+        core.ledger.workers.update_facts(worker, suspected_until_s=None, why="")
+        core.saw(event.now_s, f"worker {worker}", "parked, although it was taken for frozen")
     return True
 
 
@@ -195,6 +253,11 @@ def on_progress(core: Core, event: ev.Progress, out: list[Command]) -> bool:
         return False
     core.mark_sealed(event.now_s)  # a vote of this generation was complete
     ledger.published_step, ledger.shown_step = max(ledger.published_step, event.step), event.step
+    if ledger.plan is not None and event.step > ledger.plan.step:
+        ledger.hangs = 0
+        ledger.reprieved.clear()
+        if ledger.settling is not None:
+            core.complete_incident("recovered", event.now_s, out)
     return True
 
 
@@ -272,6 +335,7 @@ def on_resize(core: Core, event: ev.ResizeRequested, out: list[Command]) -> bool
     ledger.start_failures, ledger.start_retry_at_s = 0, None
     ledger.complement = max(event.target, ledger.complement + event.target - ledger.target)
     ledger.target = event.target
+    staying.sort(key=lambda worker: worker in ledger.notices)  # those that go anyway go first
     ledger.draining += reversed(staying[event.target :])
     return True
 

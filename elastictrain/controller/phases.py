@@ -78,13 +78,16 @@ class Running:
 
 @dataclass(slots=True)
 class Parking:
-    """Collecting reports. `told`: `Park` has been sent (at a planned pause the members come by themselves)."""
+    """Collecting reports. `told`: `Park` has been sent (at a planned pause the members come by themselves). `nudged`:
+    those who were sent it alone, because they could not come.
+    """
 
     phase: ClassVar[Phase] = Phase.PARKING
     started_s: float
     deadline_s: float
     told: bool
     reports: dict[int, ParkReport] = field(default_factory=dict)
+    nudged: set[int] = field(default_factory=set)
 
 
 @dataclass(slots=True)

@@ -32,7 +32,7 @@ from elastictrain.protocol import FormPlan, ParkReport
 
 @dataclass(frozen=True, slots=True)
 class Shortage:
-    """No generation can be formed now. `kind`: "workers" or "memory"; `reason` in words."""
+    """No generation can be formed now. `kind`: "workers", "memory" or "preemption"; `reason` in words."""
 
     kind: str
     reason: str
@@ -66,6 +66,9 @@ def plan_next(
         proposal = propose_now(spec, ledger, truth, generation, learners(truth, reports), uneven)
         if proposal is not None:
             return _plan(ledger, standing, proposal.layout, reports)
+        due = [worker for worker in candidates if worker in ledger.notices and ledger.notices[worker].due]
+        if due:
+            return _must_go(spec, len(candidates) - len(due), due)
     reason, domains, memory = "", ledger.domains(), ledger.memory()
     while size <= world_cap(spec):  # more than the target only when the state does not fit otherwise
         group = candidates[:size]
@@ -186,6 +189,15 @@ def _joiners(layout: Layout, reports: Mapping[int, ParkReport]) -> tuple[int, ..
 
 def _checkpointed(ledger: Ledger) -> int:
     return max(ledger.checkpoints, default=0)
+
+
+def _must_go(spec: MachineSpec, staying: int, due: Sequence[int]) -> Shortage:
+    who = f"worker {due[0]}" if len(due) == 1 else f"workers {', '.join(map(str, due))}"
+    return Shortage(
+        "preemption",
+        f"the machine of {who} is about to go, and without it {staying} workers are there, which is not enough "
+        f"(workers.min={spec.min_workers}) or cannot hold the state",
+    )
 
 
 def _too_few(spec: MachineSpec, there: int) -> Shortage:

@@ -1,13 +1,14 @@
 """Condition moves: what follows from the facts, whatever event brought them. Repeated in this order until nothing
 changes; the first that applies goes first:
 
-1. end: stop while nobody steps; give up when nobody can start; close when all members have finished
+1. end: over the failure budget; stop while nobody steps; give up when nobody can start; close when all have finished
 2. start the worker processes that are missing
-3. all members have parked: recovery rule, then form again, or wait for workers
-4. enough workers wait: form
-5. all members have seen the seal: run, and let go of those that have left
-6. let go of processes that are too many
-7. ask for a pause when a pause would change something
+3. let members go whose machine is about to go, when it is time
+4. all members have parked: recovery rule, then form again, or wait for workers
+5. enough workers wait: form; or kill who has to go anyway and stands in the way
+6. all members have seen the seal: run, and let go of those that have left
+7. let go of processes that are too many
+8. ask for a pause when a pause would change something
 """
 
 # ruff: noqa: ARG001  (all functions of the table have one shape, whether they need every argument or not)
@@ -16,9 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from elastictrain.controller.alarms import let_go_of_stored, release_notices
 from elastictrain.controller.commands import Announce, Command, Form, StartWorker
 from elastictrain.controller.core import Core
 from elastictrain.controller.facts import Role, WorkerFacts
+from elastictrain.controller.incidents import Incident
+from elastictrain.controller.limits import end_round, over_budget
+from elastictrain.controller.nodes import to_avoid
 from elastictrain.controller.phases import Ended, Finishing, Forming, Gathering, Parking, Phase, Running
 from elastictrain.controller.planning import Shortage, plan_next, propose_now
 from elastictrain.controller.policies import is_uneven
@@ -56,13 +61,9 @@ def _give_up(core: Core, now_s: float, out: list[Command]) -> bool:
         )
         return True
     if not spec.replace and ledger.complement < spec.min_workers and (first or not ledger.workers):
-        newest = ledger.newest_restore()
-        resume = "the job can be started again from the beginning"
-        if newest.checkpoint is not None:
-            resume = f"the job can be resumed from step {newest.step} ({newest.checkpoint})"
         core.fail(
             f"CapacityError: {there} workers are left, workers.min={spec.min_workers} are needed, and "
-            f"workers.replace=false starts no others; set workers.replace=true; {resume}",
+            f"workers.replace=false starts no others; set workers.replace=true; {core.resume_words()}",
             out,
         )
         return True
@@ -93,9 +94,10 @@ def _start_missing(core: Core, now_s: float, out: list[Command]) -> bool:
             data = {"failures": ledger.start_failures, "error": ledger.start_error, "after_s": core.spec.start_retry_s}
             out.append(Announce("start_paused", data))
         return False
+    avoid = to_avoid(ledger.nodes)
     for worker in range(ledger.next_worker, ledger.next_worker + missing):
-        ledger.workers[worker] = WorkerFacts()
-        out.append(StartWorker(worker))
+        ledger.workers[worker] = WorkerFacts(avoid=avoid)
+        out.append(StartWorker(worker, avoid))
     ledger.next_worker += missing
     return True
 
@@ -116,6 +118,8 @@ def _enough(core: Core, now_s: float, out: list[Command]) -> bool:
     state, ledger = core.state, core.ledger
     if not ledger.begun or not isinstance(state, Gathering):
         return False
+    if ledger.workers.doomed & ledger.workers.of(Role.MEMBER):
+        return False  # until it is known to be gone
     ready = len(ledger.workers.of(Role.READY))
     if ledger.plan is None and ready < core.spec.initial_workers and ledger.workers.of(Role.STARTING):
         return False
@@ -129,6 +133,8 @@ def _go_on(core: Core, reports: Mapping[int, ParkReport], now_s: float, out: lis
         standing = take_stock(ledger.layouts, ledger.sealed, {**ledger.leaving, **reports}, ledger.published_step)
         if isinstance(core.state, Parking):
             _count_redone(core, standing)
+            if end_round(core, ledger.restore.step if standing.truth is None else standing.step, out):
+                return True
         if standing.truth is not None:
             # All have promised not to move under an older plan: a layout that is not sealed now never will be.
             ledger.sealed = standing.truth.generation
@@ -166,11 +172,11 @@ def _go_back(core: Core, standing: Standing, now_s: float, out: list[Command]) -
     """Blocks have lost all their holders: the whole job goes back, and everything held is void."""
     ledger = core.ledger
     restore = ledger.newest_restore()
-    core.note_incident(now_s, "blocks have lost all their holders", None, planned=False)
-    assert ledger.incident is not None
+    incident = core.note_incident(now_s, "blocks have lost all their holders", None, out, planned=False)
     redone = max(0, standing.step - restore.step)
-    ledger.incident.steps_redone += redone
-    ledger.incident.restored_from = restore.checkpoint or "initial state"
+    incident.steps_redone += redone
+    incident.restored_from = restore.checkpoint or "initial state"
+    incident.decided("go back")
     ledger.sealed, ledger.layouts = 0, {}
     ledger.restore = restore
     ledger.published_step = ledger.shown_step = restore.step
@@ -185,7 +191,7 @@ def _go_back(core: Core, standing: Standing, now_s: float, out: list[Command]) -
                 "from_step": standing.step,
                 "to_step": restore.step,
                 "steps_redone": redone,
-                "restored_from": ledger.incident.restored_from,
+                "restored_from": incident.restored_from,
                 "reason": f"{lost} blocks were held only by workers {holders}, which are gone"
                 + ("" if core.spec.checkpoint else "; without the setting checkpoint only the start is stored"),
             },
@@ -202,6 +208,8 @@ def _wait(core: Core, shortage: Shortage, parked: dict[int, ParkReport], out: li
     if state.reason == shortage.reason or (core.ledger.plan is None and shortage.kind == "workers"):
         return False
     state.reason = shortage.reason
+    if core.ledger.incident is not None:
+        core.ledger.incident.decided("wait")
     data = {"generation": core.ledger.generation, "kind": shortage.kind, "reason": shortage.reason}
     out.append(Announce("gathering", data | {"parked": sorted(state.parked)}))
     return True
@@ -217,10 +225,12 @@ def _form(core: Core, plan: FormPlan, reports: Mapping[int, ParkReport], now_s: 
         if truth is not None and worker in truth.workers:
             ledger.workers.update_facts(worker, role=Role.LEAVING)
             ledger.leaving[worker] = reports[worker]
-        elif worker in ledger.draining:
+        elif worker in ledger.draining or worker in ledger.notices:
             core.retire(worker, out)
         else:
             ledger.workers.update_facts(worker, role=Role.READY)
+    if ledger.incident is not None:
+        _note_plan(core, ledger.incident, plan, now_s)
     ledger.plan = plan
     ledger.layouts = {plan.generation: plan.layout} | ({} if truth is None else {truth.generation: truth})
     if plan.restore is not None:
@@ -230,6 +240,21 @@ def _form(core: Core, plan: FormPlan, reports: Mapping[int, ParkReport], now_s: 
     moved = sum(move.hi - move.lo for move in plan.moves)
     out.append(Announce("forming", data | {"joiners": list(plan.joiners), "blocks_moved": moved}))
     out.append(Form(plan))
+
+
+def _note_plan(core: Core, incident: Incident, plan: FormPlan, now_s: float) -> None:
+    """What was decided, and what it moves."""
+    incident.forming_s = now_s
+    incident.generations.append(plan.generation)
+    incident.blocks_moved = sum(move.hi - move.lo for move in plan.moves)
+    incident.elements_moved = sum(sum(core.spec.block_elements[move.lo : move.hi]) for move in plan.moves)
+    for worker in plan.joiners:
+        ready_s = core.ledger.workers[worker].ready_s
+        incident.decided("spare" if ready_s is not None and ready_s <= incident.detected_s else "replace")
+    if plan.layout.world_size < incident.world_before:
+        incident.decided("drop")
+    if not incident.workers and not plan.joiners:
+        incident.decided("form again")
 
 
 def _all_sealed(core: Core, now_s: float, out: list[Command]) -> bool:
@@ -273,6 +298,8 @@ def _pause_is_worth_it(core: Core, state: Running) -> bool:
         return True
     if ledger.plan is None or ledger.truth is None:
         return False
+    if any(notice.due for notice in ledger.notices.values()):
+        return True  # below the minimum too
     due = ledger.published_step - ledger.plan.step >= spec.rebalance_after_steps
     if due and state.uneven is None:
         state.uneven = is_uneven(spec, ledger.truth, ledger.domains())
@@ -281,12 +308,15 @@ def _pause_is_worth_it(core: Core, state: Running) -> bool:
 
 
 MOVES: tuple[Callable[[Core, float, list[Command]], bool], ...] = (
+    over_budget,
     _stop_waiting,
     _give_up,
     _close,
     _start_missing,
+    release_notices,
     _all_parked,
     _enough,
+    let_go_of_stored,
     _all_sealed,
     _retire_excess,
     _ask_pause,

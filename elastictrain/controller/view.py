@@ -14,8 +14,10 @@ def view(machine: Machine) -> dict[str, Any]:
     """JSON-ready status.
 
     `phase`, `reason` (while gathering), `generation`, `step` (published), `steps`, `checkpointed_step`, `world`,
-    `workers` (rank order: worker, lanes, blocks owned, failure domain), `held_once` (blocks with a single live holder),
-    `spares`, `starting`, `draining`, `target`, `last_recovery`, `recoveries`, `digest` and `error` (at the end).
+    `workers` (rank order: worker, lanes, blocks owned, failure domain, node), `held_once` (blocks with a single live
+    holder), `spares`, `starting`, `draining`, `preempted` (worker and the time at which it goes), `fenced`,
+    `nodes_set_aside` (node, its failures), `target`, `last_recovery`, `recoveries` and `incidents` (the last hundred),
+    `digest` and `error` (at the end).
     """
     core = machine.core
     ledger, state = core.ledger, core.state
@@ -26,11 +28,12 @@ def view(machine: Machine) -> dict[str, Any]:
         owned[shard.owner] += shard.hi - shard.lo
     for worker, lanes in zip(layout.workers, layout.lanes, strict=True) if layout is not None else ():
         if worker in members:
-            facts = {"lanes": list(lanes), "blocks_owned": owned[worker], "domain": ledger.workers[worker].domain}
-            workers.append({"worker": worker, **facts})
+            facts = ledger.workers[worker]
+            share = {"lanes": list(lanes), "blocks_owned": owned[worker]}
+            workers.append({"worker": worker, **share, "domain": facts.domain, "node": facts.node})
     return {
         "phase": state.phase.value,
-        "reason": state.reason if isinstance(state, Gathering) else None,
+        "reason": _waits_for(machine, state) if isinstance(state, Gathering) else None,
         "generation": ledger.generation,
         "step": ledger.published_step,
         "steps": core.spec.steps,
@@ -41,12 +44,36 @@ def view(machine: Machine) -> dict[str, Any]:
         "spares": ledger.with_role(Role.READY),
         "starting": ledger.with_role(Role.STARTING),
         "draining": list(ledger.draining),
+        "preempted": [{"worker": w, "deadline_s": notice.deadline_s} for w, notice in sorted(ledger.notices.items())],
+        "fenced": sorted(ledger.fenced),
+        "nodes_set_aside": {
+            node: [what for _, what in facts.failures]
+            for node, facts in sorted(ledger.nodes.items())
+            if facts.aside_until_s is not None
+        },
         "target": ledger.target,
         "last_recovery": dict(ledger.recoveries[-1]) if ledger.recoveries else None,
         "recoveries": [dict(recovery) for recovery in ledger.recoveries],
+        "incidents": [dict(incident) for incident in ledger.incidents],
         "digest": state.digest if isinstance(state, Ended) else None,
         "error": state.error if isinstance(state, Ended) else None,
     }
+
+
+def _waits_for(machine: Machine, state: Gathering) -> str:
+    """What is missing, who is on the way, and what the cluster has."""
+    ledger, spec = machine.core.ledger, machine.spec
+    words = [state.reason]
+    if ledger.plan is None:
+        ready, least = len(ledger.with_role(Role.READY)), spec.min_workers
+        words.append(f"{ready} of {spec.initial_workers} are ready, workers.min={least}")
+    if starting := ledger.with_role(Role.STARTING):
+        words.append(f"{len(starting)} are starting")
+    if ledger.start_failures:
+        words.append(f"the last {ledger.start_failures} could not start: {ledger.start_error}")
+    if ledger.capacity:
+        words.append(ledger.capacity)
+    return "; ".join(words)
 
 
 def held_once(machine: Machine) -> int:
