@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from elastictrain.controller import commands as cmd
 from elastictrain.controller import events as ev
 from elastictrain.controller.facts import MachineSpec
@@ -12,6 +14,7 @@ from elastictrain.controller.machine import Machine
 from elastictrain.faults import add, drain
 from elastictrain.protocol import ParkReport, Restore, Row
 from elastictrain_actors.driver import Driver, status_fields
+from elastictrain_actors.journal_file import Replaced
 
 SPEC = MachineSpec(lane_count=4, steps=8, block_elements=(4096,) * 4, max_workers=3, initial_workers=1, replace=False)
 
@@ -81,15 +84,12 @@ def test_the_journal_brings_the_machine_back():
 
 
 def test_a_second_controller_changes_nothing():
-    """R5: the generation is taken, so this controller forms none and ends."""
-    outcome, effects, _, _, _ = drive([READY], DONE, journal=Journal(taken=(1,)))
-    assert outcome.outcome == "failed"
-    assert outcome.error == (
-        "ClusterError: generation 1 of this run has been formed by another controller; this one ends and changes "
-        "nothing any more"
-    )
-    assert not [c for c in effects.commands if isinstance(c, cmd.Form)]
-    assert [c.worker for c in effects.commands if isinstance(c, cmd.Kill)] == [0]
+    """R5: the generation is taken, so this controller forms none and ends; the workers are the other one's now."""
+    effects = Scripted([READY], DONE)
+    driver = Driver(Machine(SPEC), effects, Record(), Journal(taken=(1,)))
+    with pytest.raises(Replaced, match="generation 1 of this run has been formed by another controller"):
+        driver.run(ev.Begun(0.0, Restore(0, None)))
+    assert not [c for c in effects.commands if isinstance(c, cmd.Form | cmd.Kill)]
 
 
 def test_the_fault_script_asks_when_its_step_is_published():
@@ -107,6 +107,18 @@ def test_requests_come_in_between_events():
     effects.batches.append([paused])
     outcome = driver.run(ev.Begun(0.0, Restore(0, None)))
     assert outcome.outcome == "stopped"
+
+
+@pytest.mark.parametrize("kind", ["user", "internal"])
+def test_what_others_have_published_before_an_error_is_heard(kind: str):
+    """The error may come first: it is urgent, and rows ride along with what comes later."""
+    failed = ev.WorkerFailed(0.0, 1, 0, kind, "ValueError: the recipe's")
+    later = [Row({"step": 3}), ev.Progress(0.0, 1, 3)]
+    sealed = [ev.Sealed(0.0, 1, 0, 0), Row({"step": 1})]
+    outcome, _, record, _, _ = drive([READY], sealed, [failed, Row({"step": 2})], [], later)
+    assert (outcome.outcome, outcome.step) == ("failed", 3)
+    assert "ValueError: the recipe's" in outcome.error
+    assert sorted(row["step"] for row in record.rows) == [1, 2, 3]
 
 
 def test_status_speaks_the_words_of_the_run_directory():
