@@ -1,5 +1,9 @@
 """The controller: decides layouts, and is never on the path of a step. Pure: no Ray, no torch, no clock, no threads."""
 
+from elastictrain.controller.adoption import bring_back as bring_back
+from elastictrain.controller.adoption import outstanding as outstanding
+from elastictrain.controller.adoption import reconcile as reconcile
+from elastictrain.controller.budgets import FailureBudget as FailureBudget
 from elastictrain.controller.facts import MachineSpec as MachineSpec
 from elastictrain.controller.invariants import Watch as Watch
 from elastictrain.controller.invariants import check_invariants as check_invariants

@@ -53,7 +53,7 @@ class FailureBudget:
 @dataclass(frozen=True, slots=True)
 class Loss:
     """A worker that was lost in a round, by itself: not with its node, not on request. `kind`: died, frozen, torn,
-    corrupt. `lanes`: those it was computing.
+    corrupt. `lanes`: those it was computing; none while its generation was forming.
     """
 
     worker: int
@@ -97,7 +97,7 @@ def verdict(budget: FailureBudget, rounds: Sequence[Round], reached: int, resume
             f"{budget.same_torn} times, {who}. Another try would fail in the same way. The exception comes from the "
             f"recipe's optimizer; {resume}. The error of worker {torn.worker}:\n{torn.cause}"
         )
-    last = rounds[-budget.same_lane :]
+    last = [one for one in rounds if any(loss.lanes for loss in one.losses)][-budget.same_lane :]
     lanes = sorted(common_lanes(last)) if len(last) >= budget.same_lane else []
     if lanes:
         return _repeated(step, last, f"Whoever computes {_lanes(lanes)} of this step is lost", resume)

@@ -23,6 +23,15 @@ Of a change (`Watch`):
 - **I11** The published step never falls, except when the job goes back to a checkpoint, and that is announced.
 - **I12** A move's source is a live holder in the sealed layout, and every new holder gets each of its blocks once.
 - **I13** A worker is retired only when no sealed layout counts on it.
+- **I14** A worker of a lost node is fenced: it has no role, gets none again, and is in no new plan.
+- **I15** A doomed worker has no say: no report of it counts, and it is in no new plan.
+- **I16** Whoever is doomed as the last holder of a block is announced as the loss of both holders.
+- **I17** Nodes are set aside only up to their share of the known ones, and starts avoid all of them only when every one
+  is lost or about to go.
+- **I18** A run that goes on has lost workers, or hung, in fewer rounds at one step than its budget allows.
+- **I19** What an event commands follows from the state after it, so that a new controller can command it again.
+- **I20** That a controller was away kills nobody, and every deadline moves by the gap.
+- **I21** A notice belongs to a member (or to one that leaves); when it is due, its worker is draining.
 """
 
 from __future__ import annotations
@@ -30,11 +39,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from elastictrain.controller.commands import Announce, Command, Form, Retire, StartWorker
+from elastictrain.controller import events as ev
+from elastictrain.controller.adoption import outstanding
+from elastictrain.controller.commands import (
+    Announce,
+    AskPause,
+    Command,
+    EndRun,
+    Form,
+    Kill,
+    Park,
+    Retire,
+    StartWorker,
+)
 from elastictrain.controller.core import Core
 from elastictrain.controller.facts import Role
 from elastictrain.controller.machine import Machine
-from elastictrain.controller.phases import TRANSITIONS, Phase
+from elastictrain.controller.phases import TRANSITIONS, Finishing, Forming, Gathering, Parking, Phase
 from elastictrain.errors import InternalError
 from elastictrain.layout import Layout, lost_blocks
 from elastictrain.protocol import FormPlan
@@ -46,7 +67,7 @@ def _require(holds: bool, invariant: str, facts: object) -> None:
 
 
 def check_invariants(machine: Machine) -> None:
-    """I1 to I7. Raises InternalError that names the invariant."""
+    """I1 to I7, and what of I14 to I21 is about a state. Raises InternalError that names the invariant."""
     core = machine.core
     spec, ledger, phase = core.spec, core.ledger, machine.phase
     members, leaving = ledger.with_role(Role.MEMBER), ledger.with_role(Role.LEAVING)
@@ -63,6 +84,14 @@ def check_invariants(machine: Machine) -> None:
     _require(phase is not Phase.RUNNING or not leaving, "I6", leaving)
     _require(set(ledger.draining) <= {*members, *leaving}, "I7", ledger.draining)
     _require(len(set(ledger.draining)) == len(ledger.draining), "I7", ledger.draining)
+    _require(not set(ledger.fenced) & set(ledger.workers), "I14", ledger.fenced)
+    heard = core.state.reports if isinstance(core.state, Parking) else {}
+    heard = core.state.parked if isinstance(core.state, Gathering) else heard
+    _require(not ledger.workers.doomed & set(heard), "I15", (ledger.workers.doomed, sorted(heard)))
+    _require(phase.is_terminal or len(ledger.rounds) < spec.budget.same_step, "I18", ledger.rounds)
+    _require(set(ledger.notices) <= {*members, *leaving}, "I21", ledger.notices)
+    due = {worker for worker, notice in ledger.notices.items() if notice.due}
+    _require(due <= set(ledger.draining), "I21", (ledger.notices, ledger.draining))
 
 
 def _check_layout(core: Core, layout: Layout) -> None:
@@ -88,15 +117,19 @@ def _check_live(core: Core, members: Sequence[int], leaving: Sequence[int]) -> N
 
 
 class Watch:
-    """Checks I8 to I13: call `before` ahead of an event is handled and `after` with the commands it gave."""
+    """Checks I8 to I21: call `before` ahead of an event is handled and `after` with the commands it gave."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.started: set[int] = set()
         self.before()
 
-    def before(self) -> None:
-        ledger = self.machine.core.ledger
+    def before(self, event: ev.Event | None = None) -> None:
+        """`event`: what comes next; without it I20 is not checked."""
+        self.event = event
+        ledger, state = self.machine.core.ledger, self.machine.core.state
+        self.truth, self.doomed = ledger.truth, set(ledger.workers.doomed)
+        self.deadline_s = state.deadline_s if isinstance(state, Forming | Parking | Finishing) else None
         self.phase = self.machine.phase
         self.generation = ledger.generation
         self.published_step = ledger.published_step
@@ -114,10 +147,61 @@ class Watch:
             elif isinstance(command, Form):
                 _require(command.plan.generation == self.generation + 1, "I9", command.plan.generation)
                 self._check_moves(command.plan)
+                there = set(command.plan.layout.workers)
+                _require(not there & set(ledger.fenced), "I14", (command.plan.layout.workers, ledger.fenced))
+                _require(not there & ledger.workers.doomed, "I15", (command.plan.layout.workers, ledger.workers.doomed))
             elif isinstance(command, Retire) and not self.machine.phase.is_terminal:
                 truth = ledger.truth
                 _require(truth is None or command.worker not in truth.workers, "I13", command)
+        if not self.phase.is_terminal:
+            self._check_dooms(commands)
+            self._check_nodes(commands)
+            self._check_can_be_repeated(commands)
+            self._check_gap(commands)
         check_invariants(self.machine)
+
+    def _check_dooms(self, commands: Sequence[Command]) -> None:
+        ledger = self.machine.core.ledger
+        new = ledger.workers.doomed - self.doomed
+        if not new or self.truth is None:
+            return
+        speaking = set(ledger.workers) - ledger.workers.doomed
+        alone = [s for s in self.truth.shards if new & set(s.holders()) and not speaking & set(s.holders())]
+        said = any(isinstance(c, Announce) and c.kind == "doomed" and c.data["blocks_held_alone"] > 0 for c in commands)
+        _require(said or not alone, "I16", (sorted(new), alone))
+
+    def _check_nodes(self, commands: Sequence[Command]) -> None:
+        nodes = self.machine.core.ledger.nodes
+        for command in commands:
+            if isinstance(command, Announce) and command.kind == "node_set_aside":
+                aside = sum(facts.aside_until_s is not None for facts in nodes.values())
+                _require(aside <= len(nodes) * self.machine.spec.budget.node_share, "I17", nodes)
+            elif isinstance(command, StartWorker) and nodes and set(command.avoid) >= set(nodes):
+                _require(all(facts.avoid_until_s is not None for facts in nodes.values()), "I17", nodes)
+
+    def _check_can_be_repeated(self, commands: Sequence[Command]) -> None:
+        ledger, state = self.machine.core.ledger, self.machine.core.state
+        again = outstanding(self.machine)
+        known = {*ledger.workers, *ledger.fenced}
+        for command in commands:
+            if isinstance(command, StartWorker | Form | AskPause) and self.machine.phase.is_terminal:
+                continue  # the end came in the same event
+            if isinstance(command, StartWorker | Form | AskPause | EndRun):
+                _require(command in again, "I19", (command, again))
+            elif isinstance(command, Kill) and command.worker in known:
+                _require(any(isinstance(c, Kill) and c.worker == command.worker for c in again), "I19", command)
+            elif isinstance(command, Park) and isinstance(state, Parking):
+                told = {w for c in again if isinstance(c, Park) for w in c.workers}
+                need = set(command.workers) - set(state.reports) - ledger.workers.doomed
+                _require(need & set(ledger.workers) <= told, "I19", (command, again))
+
+    def _check_gap(self, commands: Sequence[Command]) -> None:
+        state = self.machine.core.state
+        if not isinstance(self.event, ev.ControllerBack):
+            return
+        _require(not any(isinstance(command, Kill) for command in commands), "I20", commands)
+        if self.deadline_s is not None and isinstance(state, Forming | Parking | Finishing) and not commands[1:]:
+            _require(state.deadline_s == self.deadline_s + self.event.gone_s, "I20", state)
 
     def _check_phase(self, commands: Sequence[Command]) -> None:
         now = self.machine.phase

@@ -47,7 +47,8 @@ def lost(core: Core, now_s: float, worker: int, kind: str, cause: str, out: list
         return
     if isinstance(core.state, Parking) and worker in core.state.reports:
         return  # it had parked: whatever it died of, it was not the step
-    ledger.losses.append(Loss(worker, kind, cause, ledger.plan.layout.lanes_of(worker)))
+    stepping = ledger.sealed == ledger.generation
+    ledger.losses.append(Loss(worker, kind, cause, ledger.plan.layout.lanes_of(worker) if stepping else ()))
 
 
 def end_round(core: Core, reached: int, out: list[Command]) -> bool:

@@ -37,7 +37,7 @@ class Scene:
         out: list[cm.Command] = []
         for event in events:
             self.log.append(event)
-            self.watch.before()
+            self.watch.before(event)
             commands = self.machine.handle(event)
             self.watch.after(commands)
             out += commands

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from time import process_time
 from typing import get_args
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from elastictrain.controller import Machine, dump_event, load_event, read_events, replay, view
 from elastictrain.controller import events as ev
+from elastictrain.controller.journal import VERSION
 from elastictrain.errors import ClusterError
 from elastictrain.protocol import ParkReport
 from tests.unit.controller.scene import Scene, spec
@@ -58,12 +60,48 @@ def test_a_torn_last_line_is_ignored(kept: int) -> None:
     assert read_events([*lines[:-1], lines[-1][:kept]]) == live.log[:-1]
 
 
-@pytest.mark.parametrize("broken", ["", "{}", "null", '{"event":"Nothing","data":{}}', '{"event":"Tick","data":{}}'])
+@pytest.mark.parametrize(
+    "broken", ["", "{}", "null", '{"event":7,"data":{}}', f'{{"v":{VERSION},"event":"Tick","data":{{}}}}', '{"v":2,"ev']
+)
 def test_a_broken_line_in_the_middle_is_an_error(broken: str) -> None:
     lines = [dump_event(event) for event in scene().log]
     lines[3] = broken
     with pytest.raises(ClusterError, match=f"^journal line 4 of {len(lines)} is broken: not an event: "):
         read_events(lines)
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ('{"event":"Tick","data":{"now_s":1.0}}', f"it is of version 1, this is version {VERSION}"),
+        ('{"v":99,"event":"Tick","data":{"now_s":1.0}}', f"it is of version 99, this is version {VERSION}"),
+        (f'{{"v":{VERSION},"event":"Nothing","data":{{}}}}', "it has Nothing, which is not known here"),
+        (f'{{"v":{VERSION},"event":"Tick","data":{{"now_s":1.0,"mood":2}}}}', "it has mood, which is not known here"),
+    ],
+)
+@pytest.mark.parametrize("place", [3, -1])
+def test_a_line_of_another_version_is_an_error_also_at_the_end(line: str, why: str, place: int) -> None:
+    lines = [dump_event(event) for event in scene().log]
+    lines[place] = line
+    number = place % len(lines) + 1
+    with pytest.raises(ClusterError) as caught:
+        read_events(lines)
+    assert str(caught.value) == (
+        f"journal line {number} of {len(lines)} was written by another version of elastictrain: {why}. The controller "
+        "can be brought back only by the version that started the run; use that one, or start the run again from its "
+        "newest checkpoint with --resume"
+    )
+
+
+def test_a_long_journal_is_replayed_in_seconds() -> None:
+    """A hundred thousand events; by the processor's clock, so that a busy machine does not matter."""
+    live = Scene(steps=10**6, checkpoint=True).run()
+    lines = [dump_event(event) for event in live.log]
+    lines += [dump_event(ev.Progress(float(step), 1, step)) for step in range(1, 100_001)]
+    started_s = process_time()
+    machine = replay(live.machine.spec, lines)
+    assert machine.core.ledger.published_step == 100_000
+    assert process_time() - started_s < 10.0
 
 
 def test_the_view_is_plain_data() -> None:

@@ -110,6 +110,13 @@ EVENTS: dict[str, ev.Event] = {
     "resize": ev.ResizeRequested(2.0, 2),
     "stop": ev.StopRequested(2.0, "enough"),
     "tick": ev.Tick(2.0),
+    "frozen": ev.WorkerFrozen(2.0, 0, "no step for 3 s"),
+    "node lost": ev.NodeLost(2.0, "node0", "no beat for 2 s"),
+    "hung": ev.GenerationHung(2.0, 1, "all wait", suspect=0),
+    "preemption": ev.PreemptionNotice(2.0, 32.0, worker=0),
+    "cluster": ev.ClusterChanged(2.0, ("node0", "node1"), "8 CPUs"),
+    "back": ev.ControllerBack(2.0, 1.0),
+    "back without the store": ev.ControllerBack(2.0, 1.0, store_lost=True),
 }
 
 # Where each event leads to from each phase, in the order of SCENES; "." = stays. Terminal phases are tested apart.
@@ -132,6 +139,13 @@ TABLE: dict[str, tuple[str, ...]] = {
     "resize": (".", ".", ".", ".", "."),
     "stop": (ST, ".", ".", ".", "."),
     "tick": (".", ".", ".", ".", "."),
+    "frozen": (".", P, P, ".", "."),
+    "node lost": (".", P, P, ".", "."),
+    "hung": (".", P, P, ".", "."),
+    "preemption": (".", ".", ".", ".", "."),
+    "cluster": (".", ".", ".", ".", "."),
+    "back": (".", ".", ".", ".", "."),
+    "back without the store": (".", P, ".", ".", "."),
 }
 
 
