@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +24,8 @@ from elastictrain.observe.rundir import latest_of
 from elastictrain_actors.cluster import check_gpus, connected
 from elastictrain_actors.controller_actor import RunOrder, start_controller, watch
 from elastictrain_actors.driver import Outcome
+from elastictrain_actors.journal_file import begin_anew
+from elastictrain_actors.reach import write_address
 
 Faults = Sequence[Kill | Fail | Add | Drain]
 
@@ -60,9 +63,11 @@ def run(
             checkpoints=start.checkpoints,
             faults=tuple(faults),
             environment=environment,
+            namespace=f"elastictrain-{uuid.uuid4().hex[:12]}",
             stages=start.stages,
-            base_generation=start.generation,
+            base_generation=max(start.generation, begin_anew(folder)),
         )
+        write_address(folder, order.namespace)
         outcome = _follow(order, watcher)
     found = RunDirectory.open(folder)
     summary = summarise(found)

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 from elastictrain.controller import events as ev
-from elastictrain.controller.machine import Machine
+from elastictrain.controller.journal import load_event, replay
 from elastictrain.errors import ClusterError, ElasticTrainError, InternalError
 from elastictrain.faults import Add, Drain, Fail, Kill
 from elastictrain.job import Job
 from elastictrain.observe import RunDirectory
 from elastictrain.protocol import ModelFacts, Restore, Stage
 from elastictrain_actors.driver import Driver, Outcome
+from elastictrain_actors.journal_file import JournalFile, Replaced
 from elastictrain_actors.ray_effects import RayEffects
 from elastictrain_actors.spec import machine_spec
+
+CONTROLLER = "controller"
+"""The actor's name in the run's namespace."""
+LINGER_S = 60.0
+RETURN_DEADLINE_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +43,7 @@ class RunOrder:
     checkpoints: tuple[tuple[int, str], ...]
     faults: tuple[Kill | Fail | Add | Drain, ...]
     environment: dict[str, Any]
+    namespace: str
     stages: tuple[Stage, ...] = ()
     base_generation: int = 0
 
@@ -74,40 +83,10 @@ class _Record:
             return found
 
 
-class _JournalFile:
-    """Events, appended and flushed before they are handled; generations, claimed by creating a file."""
-
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / "journal.jsonl"
-        self._generations = folder / "generations"
-        self._generations.mkdir(exist_ok=True)
-        self._file = self._path.open("a", encoding="utf-8")
-
-    def newest_generation(self) -> int:
-        return max((int(file.name) for file in self._generations.iterdir()), default=0)
-
-    def claim(self, generation: int) -> bool:
-        try:
-            (self._generations / f"{generation:08d}").touch(exist_ok=False)
-        except FileExistsError:
-            return False
-        return True
-
-    def append(self, line: str) -> None:
-        try:
-            self._file.write(line + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise ClusterError(
-                f"journal {self._path} cannot be written: {error}; free the disk under run_dir"
-            ) from error
-
-    def close(self) -> None:
-        self._file.close()
-
-
 class ControllerActor:
-    """Runs one job. `start` returns at once; `take` feeds the watcher; `outcome` is there when the run is over."""
+    """Runs one job, from its first breath: Ray restarts it when it dies, and it goes on from its journal. `take` feeds
+    the watcher; the outcome is there when the run is over.
+    """
 
     def __init__(self, order: RunOrder) -> None:
         self._order = order
@@ -115,19 +94,34 @@ class ControllerActor:
         self._over = threading.Event()
         self._folder = RunDirectory.resume(order.run_dir, order.job)
         self._record = _Record(self._folder, order.job.name)
-        self._effects = RayEffects(order.job, order.faults, order.stages, order.environment)
-        self._journal = _JournalFile(Path(order.run_dir))
-        base = max(order.base_generation, self._journal.newest_generation())
-        self._machine = Machine(machine_spec(order.job, order.facts, base_generation=base))
-        self._driver = Driver(self._machine, self._effects, self._record, self._journal, script=order.faults)
-
-    def start(self) -> None:
+        self._journal = JournalFile(Path(order.run_dir))
+        self._effects = RayEffects(
+            order.job, order.faults, order.stages, order.environment,
+            namespace=order.namespace, epoch=self._journal.epoch,
+        )  # fmt: skip
+        spec = machine_spec(order.job, order.facts, base_generation=order.base_generation)
+        lines = self._journal.lines()
+        self._gone_s = self._journal.silent_for_s() if lines else 0.0
+        self._machine = replay(spec, lines)
+        last_s = load_event(lines[-1]).now_s if lines else time.monotonic()
+        self._driver = Driver(
+            self._machine, self._effects, self._record, self._journal,
+            script=order.faults, clock=_going_on_from(last_s + self._gone_s),
+        )  # fmt: skip
         threading.Thread(target=self._run, name="elastictrain-controller", daemon=True).start()
+
+    def begun(self) -> int:
+        """The number of this controller: 1, or more when it has been brought back."""
+        return self._journal.epoch
 
     def _run(self) -> None:
         try:
-            begun = ev.Begun(0.0, self._order.restore, self._order.checkpoints)
-            self._outcome = self._driver.run(begun)
+            if self._machine.core.ledger.begun:
+                self._outcome = self._driver.take_over(self._gone_s)
+            else:
+                self._outcome = self._driver.run(ev.Begun(0.0, self._order.restore, self._order.checkpoints))
+        except Replaced:
+            os._exit(0)  # another one does all this now; not a word to anybody
         except BaseException as error:  # the watcher must hear of it; a silent thread death would look like a hang
             self._outcome = Outcome("failed", 0, None, f"InternalError: {type(error).__name__}: {error}")
         finally:
@@ -135,6 +129,10 @@ class ControllerActor:
                 with suppress(Exception):  # a full disk must not keep the outcome from the watcher
                     part.close()
             self._over.set()
+        # Whoever watches takes the outcome and ends this actor; with nobody there it ends by itself.
+        threading.Event().wait(LINGER_S)
+        with suppress(ValueError):
+            ray.kill(ray.get_actor(CONTROLLER, self._order.namespace), no_restart=True)
 
     def take(self, timeout_s: float) -> tuple[list[tuple[str, Any]], Outcome | None]:
         """What has been recorded since the last call, and the outcome once there is one."""
@@ -156,6 +154,12 @@ class ControllerActor:
         self._driver.request(makers[kind](0.0, *arguments))
 
 
+def _going_on_from(time_s: float) -> Callable[[], float]:
+    """A clock that shows `time_s` now. Machines have clocks of their own; the journal's time must never go back."""
+    started_s = time.monotonic()
+    return lambda: time_s + time.monotonic() - started_s
+
+
 @contextmanager
 def _in_our_words() -> Iterator[None]:
     """What goes wrong in or with the controller's actor, as one of our errors."""
@@ -165,6 +169,8 @@ def _in_our_words() -> Iterator[None]:
         if isinstance(error.cause, ElasticTrainError):
             raise error.cause from None
         raise InternalError(f"the controller failed: {error}") from error
+    except ActorUnavailableError:
+        raise
     except RayActorError as error:
         if isinstance(error.__cause__, ElasticTrainError):
             raise error.__cause__ from None
@@ -175,25 +181,46 @@ def _in_our_words() -> Iterator[None]:
 
 
 def start_controller(order: RunOrder) -> Any:
-    """Start the controller on this node, so that the run directory lies where its user looks for it."""
+    """Start the controller on this node, so that the run directory lies where its user looks for it. It is detached: it
+    outlives this process, and Ray brings it back when it dies.
+    """
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    actor = ray.remote(ControllerActor).options(num_cpus=0, max_restarts=0, max_concurrency=8, scheduling_strategy=here)
+    actor = ray.remote(ControllerActor).options(
+        num_cpus=0, max_restarts=-1, max_concurrency=8, scheduling_strategy=here, lifetime="detached",
+        name=CONTROLLER, namespace=order.namespace,
+    )  # fmt: skip
     handle = actor.remote(order)
     with _in_our_words():
-        ray.get(handle.start.remote())
+        ray.get(handle.begun.remote())
     return handle
 
 
-def watch(handle: Any, on_item: Any, *, poll_s: float = 0.2) -> Outcome:
-    """Hand everything the controller records to `on_item(kind, item)` until the run is over."""
+def watch(handle: Any, on_item: Any, *, poll_s: float = 0.5) -> Outcome:
+    """Hand everything the controller records to `on_item(kind, item)` until the run is over; then end the controller.
+
+    A controller that is being brought back is waited for.
+    """
+    missed_since_s: float | None = None
     while True:
         items: list[tuple[str, Any]]
         outcome: Outcome | None
-        with _in_our_words():
-            items, outcome = ray.get(handle.take.remote(poll_s))
+        try:
+            with _in_our_words():
+                items, outcome = ray.get(handle.take.remote(poll_s))
+        except ActorUnavailableError:
+            missed_since_s = missed_since_s or time.monotonic()
+            if time.monotonic() - missed_since_s > RETURN_DEADLINE_S:
+                raise ClusterError(
+                    f"the controller has not come back within {RETURN_DEADLINE_S:.0f} s; the workers go on without "
+                    "it, see `ray list actors`; or go on from the newest checkpoint with --resume"
+                ) from None
+            threading.Event().wait(0.1)
+            continue
+        missed_since_s = None
         for kind, item in items:
             on_item(kind, item)
         if outcome is not None:
+            ray.kill(handle, no_restart=True)
             return outcome

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -16,11 +16,15 @@ from elastictrain.controller import events as ev
 from elastictrain.controller.events import Message
 from elastictrain.controller.journal import dump_event
 from elastictrain.controller.machine import Machine
+from elastictrain.controller.phases import Ended
 from elastictrain.controller.view import view
-from elastictrain.errors import ClusterError, ElasticTrainError
+from elastictrain.errors import ElasticTrainError
 from elastictrain.faults import Add, Drain, Fail, Kill
-from elastictrain.protocol import Row
+from elastictrain.protocol import Ready, Row
+from elastictrain_actors.journal_file import Replaced
 
+Heard = Message | cmd.Announce
+"""What effects hand to the driver: what workers say, and lines for events.jsonl."""
 POLL_S = 0.25
 STATUS_EVERY_S = 0.5
 
@@ -30,7 +34,11 @@ class Effects(Protocol):
 
     def perform(self, command: cmd.Command) -> None: ...
 
-    def poll(self, timeout_s: float) -> Sequence[Message | cmd.Announce]:
+    def adopt(self, workers: Iterable[int]) -> Sequence[Heard]:
+        """Take over the workers of a controller that has died; says which of them are gone."""
+        ...
+
+    def poll(self, timeout_s: float) -> Sequence[Heard]:
         """What has happened; returns as soon as there is something, or after `timeout_s`."""
         ...
 
@@ -95,10 +103,32 @@ class Driver:
 
     def run(self, begun: ev.Begun) -> Outcome:
         """Until the run is over. An error of ours ends the run as failed instead of leaving workers behind."""
+        return self._until_over(lambda: self._handle(begun))
+
+    def take_over(self, gone_s: float) -> Outcome:
+        """Go on where a controller that has died left off: the machine has replayed its journal. `gone_s`: how long
+        nobody was there. What it had decided may or may not have been done, so all of it is done again.
+        """
+        state = self.machine.core.state
+        if isinstance(state, Ended):
+            self._outcome = Outcome(state.phase.value, state.step, state.digest, state.error)
+        return self._until_over(lambda: self._adopt(gone_s))
+
+    def _adopt(self, gone_s: float) -> None:
+        if self._outcome is not None:
+            return
+        workers = sorted(self.machine.core.ledger.workers)
+        self.record.event("controller_back", {"gone_s": round(gone_s, 3), "workers": workers}, None)
+        found = self.effects.adopt(workers)
+        self._hear(found)
+
+    def _until_over(self, begin: Callable[[], None]) -> Outcome:
         try:
-            self._handle(begun)
+            begin()
             while self._outcome is None:
                 self._turn()
+        except Replaced:
+            raise
         except ElasticTrainError as error:
             self._abandon(f"{type(error).__name__}: {error}")
         except OSError as error:
@@ -121,22 +151,25 @@ class Driver:
         messages = list(self.effects.poll(wait_s))
         if any(isinstance(message, ev.WorkerFailed) for message in messages):
             messages = self._last_words() + messages
-        for message in messages:
-            if isinstance(message, Row):
-                self.record.row(message.values)
-            elif isinstance(message, cmd.Announce):
-                self.record.event(message.kind, message.data, self.machine.generation or None)
-            else:
-                self._handle(message)
+        self._hear(messages)
         while not self._requests.empty():
             self._handle(self._requests.get())
         if deadline_s is not None and self._clock() >= deadline_s:
             self._handle(ev.Tick(self._clock()))
         self._show()
 
-    def _last_words(self) -> list[Message | cmd.Announce]:
+    def _hear(self, messages: Sequence[Heard]) -> None:
+        for message in messages:
+            if isinstance(message, Row):
+                self.record.row(message.values)
+            elif isinstance(message, cmd.Announce):
+                self.record.event(message.kind, message.data, self.machine.generation or None)
+            elif not isinstance(message, Ready):  # effects have made a WorkerReady of it
+                self._handle(message)
+
+    def _last_words(self) -> list[Heard]:
         """An error may end the run at once; what others have published by then must still be heard."""
-        until_s, found = time.monotonic() + 2 * POLL_S, list[Message | cmd.Announce]()
+        until_s, found = time.monotonic() + 2 * POLL_S, list[Heard]()
         while (left_s := until_s - time.monotonic()) > 0:
             found += self.effects.poll(left_s)
         return found
@@ -166,7 +199,7 @@ class Driver:
             self.record.event(command.outcome, {k: v for k, v in facts.items() if v is not None}, None)
             self._outcome = Outcome(command.outcome, command.step, command.digest, command.error)
         elif isinstance(command, cmd.Form) and not self.journal.claim(command.plan.generation):
-            raise ClusterError(
+            raise Replaced(
                 f"generation {command.plan.generation} of this run has been formed by another controller; this one "
                 "ends and changes nothing any more"
             )

@@ -10,14 +10,14 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from elastictrain.controller import commands as cmd
 from elastictrain.controller import events as ev
@@ -25,13 +25,14 @@ from elastictrain.controller.events import Message
 from elastictrain.errors import ClusterError
 from elastictrain.faults import Add, Drain, Fail, Kill, kills_for
 from elastictrain.job import Job
-from elastictrain.protocol import ParkReport, Ready, Stage
-from elastictrain_actors.worker_actor import WorkerActor
+from elastictrain.protocol import Ready, Stage
+from elastictrain_actors.driver import Heard
+from elastictrain_actors.worker_actor import WorkerActor, worker_name
 
 if TYPE_CHECKING:
     from elastictrain.engine.collective import Rendezvous
 
-LONG_POLL_S = 0.2
+LONG_POLL_S = 0.5
 SLOW_START_S = 20.0
 STORE_START_S = 120.0
 
@@ -42,7 +43,9 @@ class _Worker:
     since_s: float
     pid: int | None = None
     node: str = ""
+    heard: int = 0
     said_slow: bool = False
+    broken: str = ""
 
 
 def death_in_words(said: str) -> str:
@@ -73,18 +76,24 @@ class RayEffects:
         faults: Sequence[Kill | Fail | Add | Drain],
         stages: Sequence[Stage],
         environment: Mapping[str, Any],
+        *,
+        namespace: str,
+        epoch: int,
     ) -> None:
+        """`namespace`: of the run's actors. `epoch`: number of this controller; workers refuse orders of older ones."""
         self.job, self.faults, self.stages = job, faults, tuple(stages)
         self._environment = dict(environment)
+        self._namespace, self._epoch = namespace, epoch
+        self._to_poll: set[int] = set()
         self._address = ray.util.get_node_ip_address()
         self._node = ray.get_runtime_context().get_node_id()
         self._rendezvous: Future[Rendezvous] | None = None
         self._workers: dict[int, _Worker] = {}
         # What each reference is waited for: called with its result, or with the error instead.
-        self._pending: dict[Any, tuple[int, Callable[[int, Any], list[Message | cmd.Announce]]]] = {}
+        self._pending: dict[Any, tuple[int, Callable[[int, Any], list[Heard]]]] = {}
         self._background = ThreadPoolExecutor(1, thread_name_prefix="elastictrain-store")
         self._numerics: dict[str, str] | None = None
-        self._out: list[Message | cmd.Announce] = []
+        self._out: list[Heard] = []
 
     # --- commands ---
 
@@ -98,7 +107,7 @@ class RayEffects:
                     self._call(worker, "form", plan)
             case cmd.Park(generation, workers):
                 for worker in workers:
-                    self._call(worker, "park", generation, then=lambda w, r: self._parked(generation, w, r))
+                    self._call(worker, "park", generation)
             case cmd.AskPause(generation, worker, store):
                 self._call(worker, "ask_pause", generation, store)
             case cmd.Retire(worker):
@@ -134,13 +143,40 @@ class RayEffects:
             "max_restarts": 0,
             "max_task_retries": 0,
             "max_concurrency": 8,
+            # It outlives its controller (and a driver that goes away); a second start of the same number finds it.
+            "name": worker_name(worker),
+            "namespace": self._namespace,
+            "lifetime": "detached",
+            "get_if_exists": True,
         }
         if self._environment:
             options["runtime_env"] = self._environment
         handle = ray.remote(WorkerActor).options(**options).remote(worker)
-        self._workers[worker] = _Worker(handle, time.monotonic())
         self._meeting_place()
-        self._call(worker, "prepare", self.job, kills_for(self.faults, worker), self.stages, then=self._prepared)
+        self._meet(worker, handle)
+        self._call(worker, "prepare", self.job, kills_for(self.faults, worker), self.stages)
+
+    def adopt(self, workers: Iterable[int]) -> list[Heard]:
+        """Take over the workers of a controller that has died. Those that are gone are reported dead."""
+        found: list[Heard] = []
+        for worker in workers:
+            try:
+                self._meet(worker, ray.get_actor(worker_name(worker), self._namespace))
+            except ValueError:
+                found.append(ev.WorkerDied(0.0, worker, "it died while no controller was there"))
+        self._meeting_place()
+        return found
+
+    def _meet(self, worker: int, handle: Any) -> None:
+        self._workers[worker] = _Worker(handle, time.monotonic())
+        reference = handle.who.remote()
+        self._pending[reference] = (worker, self._introduced)
+        self._to_poll.add(worker)
+
+    def _introduced(self, worker: int, who: tuple[int, str]) -> list[Heard]:
+        facts = self._workers[worker]
+        facts.pid, facts.node = who
+        return []
 
     def _kill(self, worker: int) -> None:
         facts = self._workers.get(worker)
@@ -156,12 +192,16 @@ class RayEffects:
         facts = self._workers.get(worker)
         if facts is None:
             return
-        reference = getattr(facts.handle, method).remote(*arguments)
+        reference = getattr(facts.handle, method).remote(self._epoch, *arguments)
         self._pending[reference] = (worker, then or (lambda *_: []))
 
     # --- what comes back ---
 
-    def poll(self, timeout_s: float) -> Sequence[Message | cmd.Announce]:
+    def poll(self, timeout_s: float) -> Sequence[Heard]:
+        # What the last call returned has been written down by now, so workers may forget it.
+        for worker in self._to_poll:
+            self._poll_again(worker)
+        self._to_poll.clear()
         if self._pending and not self._out:
             ready, _ = ray.wait(list(self._pending), num_returns=1, timeout=timeout_s)
             if ready:  # take whatever else is there, in one turn
@@ -186,41 +226,44 @@ class RayEffects:
                 found.append(cmd.Announce("slow_start", {"worker": worker, "asked": asked, "free": free}))
         return found
 
-    def _result(self, reference: Any, worker: int, then: Any) -> list[Message | cmd.Announce]:
+    def _result(self, reference: Any, worker: int, then: Any) -> list[Heard]:
         try:
             result = ray.get(reference)
+        except ActorUnavailableError as error:
+            return self._broken(worker, error)
         except RayActorError as error:
             return self._died(worker, error)
         except RayError as error:
-            if worker in self._workers:
-                self._kill(worker)
-            return [] if worker not in self._workers else self._died(worker, error)
+            return self._broken(worker, error)
         return list(then(worker, result))
 
-    def _died(self, worker: int, error: Exception) -> list[Message | cmd.Announce]:
-        if worker not in self._workers:
+    def _broken(self, worker: int, error: Exception) -> list[Heard]:
+        """A call failed in a worker that may still live: end it. It is dead when its next poll says so, not before."""
+        facts = self._workers.get(worker)
+        if facts is not None and not facts.broken:
+            facts.broken = death_in_words(str(error))
+            self._kill(worker)
+            self._to_poll.add(worker)
+        return []
+
+    def _died(self, worker: int, error: Exception) -> list[Heard]:
+        facts = self._workers.get(worker)
+        if facts is None:
             return []
         self._forget(worker)
-        return [ev.WorkerDied(0.0, worker, death_in_words(str(error)))]
+        return [ev.WorkerDied(0.0, worker, facts.broken or death_in_words(str(error)))]
 
     def _forget(self, worker: int) -> None:
         self._workers.pop(worker, None)
         self._pending = {ref: item for ref, item in self._pending.items() if item[0] != worker}
 
-    def _prepared(self, worker: int, result: Any) -> list[Message | cmd.Announce]:
-        if not isinstance(result[0], Ready):
-            self._kill(worker)
-            self._forget(worker)
-            return [ev.WorkerStartFailed(0.0, worker, result[0], result[1])]
-        ready, node, _ = result
-        facts = self._workers[worker]
-        facts.pid, facts.node = ready.pid, node
+    def _prepared(self, worker: int, ready: Ready) -> list[Heard]:
+        node = self._workers[worker].node
         refusal = self._compare(worker, ready)
         if refusal:
             self._kill(worker)
             self._forget(worker)
             return [ev.WorkerStartFailed(0.0, worker, refusal, True)]
-        self._poll_again(worker)
         seconds = {name: round(value, 3) for name, value in ready.prepared_s.items()}
         return [
             cmd.Announce(
@@ -243,15 +286,23 @@ class RayEffects:
         )
 
     def _poll_again(self, worker: int) -> None:
-        self._call(worker, "next_messages", LONG_POLL_S, then=self._messages)
+        facts = self._workers.get(worker)
+        if facts is not None:
+            self._call(worker, "next_messages", facts.heard, LONG_POLL_S, then=self._messages)
 
-    def _messages(self, worker: int, messages: list[Message]) -> list[Message]:
-        self._poll_again(worker)
-        return messages
-
-    def _parked(self, generation: int, worker: int, report: ParkReport) -> list[Message]:
-        del worker
-        return [ev.WorkerParked(0.0, generation, report)]
+    def _messages(self, worker: int, result: tuple[int, list[Message]]) -> list[Heard]:
+        found: list[Heard] = []
+        self._workers[worker].heard, messages = result
+        self._to_poll.add(worker)
+        for message in messages:
+            if isinstance(message, Ready):
+                found += self._prepared(worker, message)
+                continue
+            found.append(message)
+            if isinstance(message, ev.WorkerStartFailed):
+                self._kill(worker)
+                self._forget(worker)
+        return found
 
     def close(self) -> None:
         """End whatever is left."""

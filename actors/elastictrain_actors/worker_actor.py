@@ -1,4 +1,4 @@
-"""The Ray actor of one worker: a `WorkerHost` and nothing else."""
+"""The Ray actor of one worker: a `WorkerHost`. It outlives its controller; a new one finds it by name."""
 
 from __future__ import annotations
 
@@ -8,55 +8,89 @@ from typing import TYPE_CHECKING
 
 import ray
 
+from elastictrain.controller import events as ev
 from elastictrain.controller.events import Message
+from elastictrain.engine.outbox import Outbox
+from elastictrain.errors import ClusterError
 from elastictrain.faults import Fail, Kill
 from elastictrain.job import Job
-from elastictrain.protocol import FormPlan, ParkReport, Ready, Stage
+from elastictrain.protocol import FormPlan, Stage
 
 if TYPE_CHECKING:
     from elastictrain.engine.host import WorkerHost
 
 
+def worker_name(worker: int) -> str:
+    """The actor's name in the run's namespace."""
+    return f"worker-{worker}"
+
+
 class WorkerActor:
-    """Hosts a worker. Calls are short except `prepare` and the long poll; they run in threads of their own."""
+    """Hosts a worker. Calls are short except `prepare` and the long poll; they run in threads of their own.
+
+    Every call carries the controller's epoch: one of an older epoch is a controller that has been replaced, and is
+    refused (ClusterError).
+    """
 
     def __init__(self, worker: int) -> None:
         self._worker = worker
+        self._epoch = 0
+        self._outbox = Outbox()
         self._host: WorkerHost | None = None
 
-    def prepare(
-        self, job: Job, faults: Sequence[Kill | Fail], stages: Sequence[Stage]
-    ) -> tuple[Ready, str, str] | tuple[str, bool]:
-        """(what it is, failure domain, address), or (error, whether the user must act)."""
+    def who(self) -> tuple[int, str]:
+        """Process id and Ray node id."""
+        return os.getpid(), ray.get_runtime_context().get_node_id()
+
+    def prepare(self, epoch: int, job: Job, faults: Sequence[Kill | Fail], stages: Sequence[Stage]) -> None:
+        """Build model, data and session; says `Ready` or `WorkerStartFailed`. A second call changes nothing."""
+        self._check(epoch)
+        if self._host is not None:
+            return
         # Here, and not above: the controller names this class and should not wait for torch's import.
         from elastictrain.engine.host import WorkerHost, start_error
 
         try:
             address = ray.util.get_node_ip_address()
-            self._host = WorkerHost(job, self._worker, host=address, faults=faults, stages=stages)
-            ready = self._host.prepare()
+            self._host = WorkerHost(job, self._worker, host=address, faults=faults, stages=stages, outbox=self._outbox)
+            self._outbox.put(self._host.prepare())
         except BaseException as error:
-            return start_error(error)
-        return ready, ray.get_runtime_context().get_node_id(), address
+            self._outbox.put(ev.WorkerStartFailed(0.0, self._worker, *start_error(error)))
 
     @property
     def host(self) -> WorkerHost:
         assert self._host is not None, "prepare() comes first"
         return self._host
 
-    def next_messages(self, timeout_s: float) -> list[Message]:
-        return self.host.outbox.take(timeout_s)
+    def next_messages(self, epoch: int, after: int, timeout_s: float) -> tuple[int, list[Message]]:
+        """See `Outbox.after`."""
+        self._check(epoch)
+        return self._outbox.after(after, timeout_s)
 
-    def form(self, plan: FormPlan) -> None:
+    def form(self, epoch: int, plan: FormPlan) -> None:
+        self._check(epoch)
         self.host.form(plan)
 
-    def park(self, generation: int) -> ParkReport:
-        return self.host.park(generation)
+    def park(self, epoch: int, generation: int) -> None:
+        """Parks at once; the report is a message, so that it is not lost with the controller that asked."""
+        self._check(epoch)
+        self._outbox.put(ev.WorkerParked(0.0, generation, self.host.park(generation)))
 
-    def ask_pause(self, generation: int, store: bool) -> None:
+    def ask_pause(self, epoch: int, generation: int, store: bool) -> None:
+        self._check(epoch)
         self.host.ask_pause(generation, store)
 
-    def retire(self) -> None:
+    def retire(self, epoch: int) -> None:
         """End without a word: what this worker held is held by others."""
-        self.host.stop()
+        self._check(epoch)
+        if self._host is not None:
+            self._host.stop()
         os._exit(0)
+
+    def _check(self, epoch: int) -> None:
+        if epoch < self._epoch:
+            raise ClusterError(
+                f"controller {epoch} has been replaced by controller {self._epoch} and is not obeyed by worker "
+                f"{self._worker}"
+            )
+        self._epoch = epoch

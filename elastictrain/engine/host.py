@@ -5,21 +5,22 @@ The Ray actor and the local multi-process tests host the same object.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 import time
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import pairwise
 
 import torch
 
-from elastictrain.controller import events as ev
-from elastictrain.controller.events import Message
 from elastictrain.data import LaneReader, Source, open_source
 from elastictrain.data.feeder import Feeder
 from elastictrain.engine.numerics import apply_numerics
+from elastictrain.engine.outbox import Outbox
 from elastictrain.engine.probes import Probes
 from elastictrain.engine.session import Session
 from elastictrain.engine.step import lane_seed
@@ -27,33 +28,7 @@ from elastictrain.engine.worker_model import build
 from elastictrain.errors import ClusterError, ElasticTrainError
 from elastictrain.faults import Fail, Kill
 from elastictrain.job import Job
-from elastictrain.protocol import FormPlan, ParkReport, Ready, Row, Stage
-
-
-class Outbox:
-    """Events wait here until they are fetched; a long poll ends as soon as there is one."""
-
-    def __init__(self) -> None:
-        self._messages: list[Message] = []
-        self._changed = threading.Condition()
-
-    def put(self, message: Message) -> None:
-        with self._changed:
-            self._messages.append(message)
-            # Rows ride along with the next event or the end of the poll: metrics must not cost a call per step.
-            if not isinstance(message, Row | ev.Progress):
-                self._changed.notify_all()
-
-    def take(self, timeout_s: float) -> list[Message]:
-        """All that waits; blocks up to `timeout_s` until something urgent comes."""
-
-        def urgent() -> bool:
-            return any(not isinstance(m, Row | ev.Progress) for m in self._messages)
-
-        with self._changed:
-            self._changed.wait_for(urgent, timeout=timeout_s)
-            messages, self._messages = self._messages, []
-            return messages
+from elastictrain.protocol import FormPlan, ParkReport, Ready, Stage
 
 
 class StageFeeder:
@@ -89,11 +64,18 @@ class WorkerHost:
     """Prepares a worker (model, data, a trial lane) and runs its training thread."""
 
     def __init__(
-        self, job: Job, worker: int, *, host: str, faults: Iterable[Kill | Fail] = (), stages: Sequence[Stage] = ()
+        self,
+        job: Job,
+        worker: int,
+        *,
+        host: str,
+        faults: Iterable[Kill | Fail] = (),
+        stages: Sequence[Stage] = (),
+        outbox: Outbox | None = None,
     ) -> None:
         self.job, self.worker, self.host = job, worker, host
         self.stages = tuple(stages) or (first_stage(job),)
-        self.outbox = Outbox()
+        self.outbox = outbox or Outbox()
         self._probes = Probes(worker, faults)
         self._session: Session | None = None
         self._thread: threading.Thread | None = None
@@ -123,6 +105,7 @@ class WorkerHost:
             stages=[asdict(stage) for stage in self.stages],
         )
         session.rehearse()
+        _give_back_freed_memory()
         marks.append(("trial_lane_s", time.perf_counter()))
         self._session = session
         self._thread = threading.Thread(target=session.run, name="elastictrain-training", daemon=True)
@@ -162,6 +145,12 @@ def start_error(error: BaseException) -> tuple[str, bool]:
     if isinstance(error, ElasticTrainError):
         return f"{type(error).__name__}: {error}", not isinstance(error, ClusterError)
     return "".join(traceback.format_exception(error)), not isinstance(error, OSError | MemoryError)
+
+
+def _give_back_freed_memory() -> None:
+    """Building a model leaves freed pages that glibc keeps; other systems give them back by themselves."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _device_memory_bytes(device: torch.device) -> int | None:

@@ -10,6 +10,7 @@ Shapes: every partial sum is one flat fp32 tensor [active_elements] laid out by 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -37,6 +38,10 @@ class SpareBuffers:
             self._by_size.setdefault(buffer.numel(), []).append(buffer)
 
 
+Views = dict[nn.Parameter, torch.Tensor]
+"""Where each parameter lies in one flat buffer, in the parameter's shape."""
+
+
 class LaneTree:
     """Collects the gradients of lanes run in ascending order; `nodes` are then the worker's roots."""
 
@@ -51,6 +56,8 @@ class LaneTree:
         self.interrupted: Callable[[], None] = lambda: None
         self._lane = -1
         self._targets: list[torch.Tensor] = []
+        self._target_views: list[Views] = []
+        self._views: dict[int, tuple[torch.Tensor, Views]] = {}
         self._adds_to_sibling = False
         self._micro = 0
         self._seen: set[nn.Parameter] = set()
@@ -101,6 +108,7 @@ class LaneTree:
         # With several micro-batches the lane's own sum must be complete before it meets its sibling.
         self._adds_to_sibling = bool(chain) and self._micro_batches == 1
         self._targets = chain if self._adds_to_sibling else [self._buffer(), *chain]
+        self._target_views = [self._views_of(target) for target in self._targets]
 
     def begin_micro_batch(self, index: int) -> None:
         self._micro = index
@@ -110,6 +118,14 @@ class LaneTree:
         if self._pool:
             return self._pool.pop()
         return torch.zeros(self._space.active_elements, dtype=torch.float32, device=self._device)
+
+    def _views_of(self, buffer: torch.Tensor) -> Views:
+        """Cut once per buffer: a hook runs for every parameter of every lane, and slicing costs more than adding."""
+        known = self._views.get(id(buffer))
+        if known is None:  # the buffer is kept with its views, so that its id stays its own
+            views = {p: buffer[e.start : e.stop].view(e.shape) for p, e in self._entries.items()}
+            known = self._views[id(buffer)] = (buffer, views)
+        return known[1]
 
     def _take(self, parameter: nn.Parameter) -> None:
         # Taken before anything can raise: what stayed in .grad would be added to the next lane's gradient.
@@ -126,28 +142,26 @@ class LaneTree:
         self._seen.add(parameter)
         if gradient.is_sparse:
             gradient = gradient.to_dense()
-        self._enter(self._entries[parameter], gradient.reshape(-1))
+        self._enter([views[parameter] for views in self._target_views], gradient)
 
-    def _enter(self, entry: Entry, values: torch.Tensor) -> None:
-        """One parameter's gradient (or one buffer's change) of this lane: [elements], any float dtype."""
-        where = slice(entry.start, entry.stop)
-        own = self._targets[0][where]
+    def _enter(self, places: list[torch.Tensor], values: torch.Tensor) -> None:
+        """One parameter's gradient (or one buffer's change) of this lane, any float dtype. `places`: where it lies in
+        each target, from the lane's own (or its sibling's) upwards.
+        """
+        own = places[0]
         if self._adds_to_sibling or self._micro > 0:
             own.add_(values.float() if values.dtype != torch.float32 else values)
         else:
             own.copy_(values)
         if self._micro_batches == 1:
-            self._climb(where)
-
-    def _climb(self, where: slice) -> None:
-        for lower, upper in zip(self._targets, self._targets[1:], strict=False):
-            upper[where].add_(lower[where])
+            climb(places)
 
     def end_micro_batch(self) -> None:
         """A parameter without a gradient counts as +0.0: the same for all lanes, whoever computes them."""
         for parameter, entry in self._entries.items():
             if parameter not in self._seen:
-                self._enter(entry, torch.zeros(entry.elements, device=self._device))
+                zeros = torch.zeros(entry.shape, device=self._device)
+                self._enter([views[parameter] for views in self._target_views], zeros)
 
     def end(self, buffer_changes: dict[str, torch.Tensor]) -> None:
         """Finish the lane. `buffer_changes`: fp32 change of every floating buffer, [elements] each."""
@@ -156,19 +170,26 @@ class LaneTree:
             for name, change in buffer_changes.items():
                 entry = self._space.by_name[name]
                 self._targets[0][entry.start : entry.stop].copy_(change)
-            self._climb(slice(None))
+            climb(self._targets)
         else:
             for name, change in buffer_changes.items():
-                self._enter(self._space.by_name[name], change)
+                entry = self._space.by_name[name]
+                self._enter([target[entry.start : entry.stop] for target in self._targets], change)
         *spent, result = self._targets
         self._pool.extend(spent)
         self.nodes[self._merged_node] = result
-        self._targets = []
+        self._targets, self._target_views = [], []
 
     def abandon(self) -> None:
         """Give up the lane in progress; its buffers are used again."""
         self._pool.extend(self._targets)
-        self._targets = []
+        self._targets, self._target_views = [], []
         for parameter in self._entries:
             parameter.grad = None
         self.reset()
+
+
+def climb(places: list[torch.Tensor]) -> None:
+    """Add each to the next one: a complete subtree's sum goes up as far as its siblings are there."""
+    for lower, upper in pairwise(places):
+        upper.add_(lower)

@@ -26,6 +26,9 @@ from elastictrain.job import Job
 from elastictrain.layout import Layout, Shard
 from elastictrain.tree import Node, finish, path_up, roots, whole
 
+SLICES = 4
+"""In how many slices an owner takes lanes that are handed over."""
+
 
 class Batches(Protocol):
     """Where a lane's samples come from: a pure function of step and lane."""
@@ -122,8 +125,10 @@ class StepRunner:
                 pending.reduced[shard] = finish(parts, torch.Tensor.add_, whole(self.layout.lane_count))
 
     def _hand_over(self, step: int, pending: Pending) -> None:
-        """Lane by lane: after every round of lanes each owner combines what has come as far as the tree allows."""
-        partial: dict[Shard, dict[Node, torch.Tensor]] = {shard: {} for shard in self._owned}
+        """Lane by lane: after every round of lanes each owner combines what has come as far as the tree allows. It does
+        so in slices of its range, so that what has come and waits is one slice of each peer's and not its whole.
+        """
+        partial: list[dict[Shard, dict[Node, torch.Tensor]]] = [{s: {} for s in self._owned} for _ in range(SLICES)]
         self._spare.give_back(self._handed)  # the previous step has been applied
         for turn in range(max(len(lanes) for lanes in self.layout.lanes)):
             nodes: list[tuple[Node, ...]] = [
@@ -134,17 +139,21 @@ class StepRunner:
                 if mine:
                     self.run_lane(step, mine[0].lo, pending, first=turn == 0, merge=False)
             with self._timed("exchange"):
-                received = self._exchange(nodes, self._spare.take)
-                for shard in self._owned:
-                    a, b = self._span(shard)
-                    for node, tensor in received[shard].items():
-                        self._push(partial[shard], node, tensor)
-                    for node in mine:
-                        self._push(partial[shard], node, self.tree.nodes[node][a:b], borrowed=True)
+                for part, parts in enumerate(partial):
+                    received = self._exchange(nodes, self._spare.take, part, SLICES)
+                    for shard in self._owned:
+                        for node, tensor in received[shard].items():
+                            self._push(parts[shard], node, tensor)
+                        a, b = self._slice(shard, part, SLICES)
+                        for node in mine if a < b else ():
+                            self._push(parts[shard], node, self.tree.nodes[node][a:b], borrowed=True)
                 for node in mine:
                     self.tree.release(node)
-        for shard, parts in partial.items():
-            pending.reduced[shard] = parts[whole(self.layout.lane_count)]
+        root = whole(self.layout.lane_count)
+        for shard in self._owned:
+            sums = [parts[shard].pop(root) for parts in partial if parts[shard]]  # slices of few elements are empty
+            pending.reduced[shard] = torch.cat(sums, out=self._spare.take(sum(part.numel() for part in sums)))
+            self._spare.give_back(sums)
         self._handed = list(pending.reduced.values())
 
     def _push(
@@ -164,27 +173,33 @@ class StepRunner:
         parts[node] = self._spare.take(tensor.numel()).copy_(tensor) if borrowed else tensor
 
     def _exchange(
-        self, nodes: list[tuple[Node, ...]], place: Callable[[int], torch.Tensor]
+        self, nodes: list[tuple[Node, ...]], place: Callable[[int], torch.Tensor], part: int = 0, parts: int = 1
     ) -> dict[Shard, dict[Node, torch.Tensor]]:
-        """Send every owner the given nodes' sums for its shards; returns what came for ours, each in `place(size)`."""
+        """Send every owner the given nodes' sums for its shards; returns what came for ours, each in `place(size)`.
+        `part` of `parts`: only that slice of every shard.
+        """
         sends: list[Peer] = []
         for shard in self.layout.shards:
-            a, b = self._span(shard)
+            a, b = self._slice(shard, part, parts)
             if shard.owner != self.worker and a < b:
                 owner = self.layout.rank(shard.owner)
                 sends += [(owner, self.tree.nodes[node][a:b]) for node in nodes[self.rank]]
         recvs: list[Peer] = []
         received: dict[Shard, dict[Node, torch.Tensor]] = {}
         for shard in self._owned:
-            a, b = self._span(shard)
+            a, b = self._slice(shard, part, parts)
             received[shard] = {}
             for rank in range(self.layout.world_size):
-                for node in nodes[rank] if rank != self.rank else ():
+                for node in nodes[rank] if rank != self.rank and a < b else ():
                     buffer = place(b - a)
                     received[shard][node] = buffer
                     recvs.append((rank, buffer))
         self.groups.exchange(sends, recvs, between=lambda: self.probe("exchange"))
         return received
+
+    def _slice(self, shard: Shard, part: int, parts: int) -> tuple[int, int]:
+        a, b = self._span(shard)
+        return a + (b - a) * part // parts, a + (b - a) * (part + 1) // parts
 
     def _mirror(self, pending: Pending) -> None:
         """The owner sends its reduced gradient, not its state, to its mirror: the redo-log entry's second copy."""

@@ -1,0 +1,42 @@
+"""What a worker has to say, kept until the controller has written it down. No torch."""
+
+from __future__ import annotations
+
+import threading
+
+from elastictrain.controller import events as ev
+from elastictrain.controller.events import Message
+from elastictrain.protocol import Row
+
+
+class Outbox:
+    """Messages stay here until the controller says that it has written them down: one that dies between hearing and
+    writing has heard nothing, and its successor is told again. A long poll ends as soon as something urgent comes.
+    """
+
+    def __init__(self) -> None:
+        self._messages: list[Message] = []
+        self._first = 1
+        self._changed = threading.Condition()
+
+    def put(self, message: Message) -> None:
+        with self._changed:
+            self._messages.append(message)
+            # Rows ride along with the next event or the end of the poll: metrics must not cost a call per step.
+            if not isinstance(message, Row | ev.Progress):
+                self._changed.notify_all()
+
+    def after(self, number: int, timeout_s: float) -> tuple[int, list[Message]]:
+        """Messages are numbered from 1. Forget those up to `number`; wait up to `timeout_s` until something urgent
+        comes; return the number of the newest message and all that wait. 0 asks for everything again.
+        """
+
+        def urgent() -> bool:
+            return any(not isinstance(message, Row | ev.Progress) for message in self._messages)
+
+        with self._changed:
+            written = max(0, number + 1 - self._first)
+            del self._messages[:written]
+            self._first += written
+            self._changed.wait_for(urgent, timeout=timeout_s)
+            return self._first + len(self._messages) - 1, list(self._messages)
