@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from elastictrain.controller import events as ev
-from elastictrain.engine import collective, commit, forming, held, host, session, step, stepping
+from elastictrain.engine import collective, commit, forming, held, outbox, session, step, stepping
 from elastictrain.engine.probes import Probes
 from elastictrain.protocol import Row
 
@@ -130,16 +130,16 @@ def last_rows_are_lost(worker: int, generation: int) -> Callable[[int], None]:
 
 
 def _last_rows_are_lost(which: int, generation: int, worker: int) -> None:
-    put = host.Outbox.put
+    put = outbox.Outbox.put
 
-    def forgetful(self: host.Outbox, message: Any) -> None:
+    def forgetful(self: outbox.Outbox, message: Any) -> None:
         published_in = message.values["generation"] if isinstance(message, Row) else None
         if isinstance(message, ev.Progress):
             published_in = message.generation
         if worker != which or published_in != generation:
             put(self, message)
 
-    host.Outbox.put = forgetful  # type: ignore[method-assign]
+    outbox.Outbox.put = forgetful  # type: ignore[method-assign]
 
 
 def die_while_blocks_move(generation: int, victim: int, source: int) -> Callable[[int], None]:
@@ -248,15 +248,15 @@ class _Deliveries:
     def __init__(self) -> None:
         self._come = threading.Condition()
         self._times = 0
-        take = host.Outbox.take
+        fetch = outbox.Outbox.after
 
-        def counted(outbox: host.Outbox, timeout_s: float) -> Any:
+        def counted(box: outbox.Outbox, number: int, timeout_s: float) -> Any:
             with self._come:
                 self._times += 1
                 self._come.notify_all()
-            return take(outbox, timeout_s)
+            return fetch(box, number, timeout_s)
 
-        host.Outbox.take = counted  # type: ignore[method-assign]
+        outbox.Outbox.after = counted  # type: ignore[method-assign]
 
     def wait_for_all(self) -> None:
         """Until everything that was put before has been sent: it may be on its way with an older batch in hand."""
