@@ -15,7 +15,8 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 from elastictrain.controller import events as ev
-from elastictrain.controller.journal import load_event, replay
+from elastictrain.controller.adoption import bring_back
+from elastictrain.controller.journal import load_event
 from elastictrain.errors import ClusterError, ElasticTrainError, InternalError
 from elastictrain.faults import Add, Drain, Fail, Kill
 from elastictrain.job import Job
@@ -102,7 +103,7 @@ class ControllerActor:
         spec = machine_spec(order.job, order.facts, base_generation=order.base_generation)
         lines = self._journal.lines()
         self._gone_s = self._journal.silent_for_s() if lines else 0.0
-        self._machine = replay(spec, lines)
+        self._machine, self._unsaid = bring_back(spec, lines)
         last_s = load_event(lines[-1]).now_s if lines else time.monotonic()
         self._driver = Driver(
             self._machine, self._effects, self._record, self._journal,
@@ -117,7 +118,7 @@ class ControllerActor:
     def _run(self) -> None:
         try:
             if self._machine.core.ledger.begun:
-                self._outcome = self._driver.take_over(self._gone_s)
+                self._outcome = self._driver.take_over(self._gone_s, self._unsaid)
             else:
                 self._outcome = self._driver.run(ev.Begun(0.0, self._order.restore, self._order.checkpoints))
         except Replaced:

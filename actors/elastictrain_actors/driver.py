@@ -6,17 +6,17 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from elastictrain.controller import commands as cmd
 from elastictrain.controller import events as ev
+from elastictrain.controller.adoption import outstanding, reconcile
 from elastictrain.controller.events import Message
 from elastictrain.controller.journal import dump_event
 from elastictrain.controller.machine import Machine
-from elastictrain.controller.phases import Ended
 from elastictrain.controller.view import view
 from elastictrain.errors import ElasticTrainError
 from elastictrain.faults import Add, Drain, Fail, Kill
@@ -34,8 +34,8 @@ class Effects(Protocol):
 
     def perform(self, command: cmd.Command) -> None: ...
 
-    def adopt(self, workers: Iterable[int]) -> Sequence[Heard]:
-        """Take over the workers of a controller that has died; says which of them are gone."""
+    def adopt(self) -> Sequence[int]:
+        """Take over the workers that a controller before this one has left; says which are there."""
         ...
 
     def poll(self, timeout_s: float) -> Sequence[Heard]:
@@ -105,22 +105,23 @@ class Driver:
         """Until the run is over. An error of ours ends the run as failed instead of leaving workers behind."""
         return self._until_over(lambda: self._handle(begun))
 
-    def take_over(self, gone_s: float) -> Outcome:
+    def take_over(self, gone_s: float, unsaid: Sequence[cmd.Announce]) -> Outcome:
         """Go on where a controller that has died left off: the machine has replayed its journal. `gone_s`: how long
-        nobody was there. What it had decided may or may not have been done, so all of it is done again.
+        nobody was there; `unsaid`: lines of events.jsonl that may be missing. What had been decided may or may not have
+        been done, so all of it is done again.
         """
-        state = self.machine.core.state
-        if isinstance(state, Ended):
-            self._outcome = Outcome(state.phase.value, state.step, state.digest, state.error)
-        return self._until_over(lambda: self._adopt(gone_s))
+        return self._until_over(lambda: self._adopt(gone_s, unsaid))
 
-    def _adopt(self, gone_s: float) -> None:
-        if self._outcome is not None:
-            return
-        workers = sorted(self.machine.core.ledger.workers)
-        self.record.event("controller_back", {"gone_s": round(gone_s, 3), "workers": workers}, None)
-        found = self.effects.adopt(workers)
-        self._hear(found)
+    def _adopt(self, gone_s: float, unsaid: Sequence[cmd.Announce]) -> None:
+        alive = self.effects.adopt()
+        for announce in unsaid:
+            self._perform(announce)
+        strangers, gone = reconcile(self.machine, alive, self._clock())
+        self._handle(ev.ControllerBack(0.0, gone_s, store_lost=True))  # the store was in the process that died
+        for command in [*strangers, *outstanding(self.machine)]:
+            self._perform(command)
+        for event in gone:
+            self._handle(event)
 
     def _until_over(self, begin: Callable[[], None]) -> Outcome:
         try:

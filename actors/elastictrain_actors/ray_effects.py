@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ from elastictrain.faults import Add, Drain, Fail, Kill, kills_for
 from elastictrain.job import Job
 from elastictrain.protocol import Ready, Stage
 from elastictrain_actors.driver import Heard
-from elastictrain_actors.worker_actor import WorkerActor, worker_name
+from elastictrain_actors.worker_actor import WorkerActor, worker_name, worker_number
 
 if TYPE_CHECKING:
     from elastictrain.engine.collective import Rendezvous
@@ -99,8 +99,8 @@ class RayEffects:
 
     def perform(self, command: cmd.Command) -> None:
         match command:
-            case cmd.StartWorker(worker):
-                self._start(worker)
+            case cmd.StartWorker(worker, avoid):
+                self._start(worker, avoid)
             case cmd.Form(plan):
                 plan = replace(plan, store=self._store())
                 for worker in plan.layout.workers:
@@ -136,7 +136,9 @@ class RayEffects:
             self._rendezvous = self._background.submit(start)
         return self._rendezvous
 
-    def _start(self, worker: int) -> None:
+    def _start(self, worker: int, avoid: Sequence[str]) -> None:
+        if worker in self._workers:
+            return
         options: dict[str, Any] = {
             "num_cpus": self.job.workers.cpus,
             "num_gpus": self.job.workers.gpus,
@@ -149,6 +151,8 @@ class RayEffects:
             "lifetime": "detached",
             "get_if_exists": True,
         }
+        if avoid:
+            options["label_selector"] = {"ray.io/node-id": f"!in({','.join(avoid)})"}
         if self._environment:
             options["runtime_env"] = self._environment
         handle = ray.remote(WorkerActor).options(**options).remote(worker)
@@ -156,15 +160,16 @@ class RayEffects:
         self._meet(worker, handle)
         self._call(worker, "prepare", self.job, kills_for(self.faults, worker), self.stages)
 
-    def adopt(self, workers: Iterable[int]) -> list[Heard]:
-        """Take over the workers of a controller that has died. Those that are gone are reported dead."""
-        found: list[Heard] = []
-        for worker in workers:
-            try:
-                self._meet(worker, ray.get_actor(worker_name(worker), self._namespace))
-            except ValueError:
-                found.append(ev.WorkerDied(0.0, worker, "it died while no controller was there"))
+    def adopt(self) -> Sequence[int]:
+        """Take over the workers that a controller before this one has left; says which are there."""
         self._meeting_place()
+        found = []
+        for actor in ray.util.list_named_actors(all_namespaces=True):
+            number = worker_number(actor["name"])
+            if actor["namespace"] == self._namespace and number is not None:
+                with suppress(ValueError):  # it has died since
+                    self._meet(number, ray.get_actor(actor["name"], self._namespace))
+                    found.append(number)
         return found
 
     def _meet(self, worker: int, handle: Any) -> None:

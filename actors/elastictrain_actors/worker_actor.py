@@ -25,6 +25,12 @@ def worker_name(worker: int) -> str:
     return f"worker-{worker}"
 
 
+def worker_number(name: str) -> int | None:
+    """The other way round; None for the name of something else."""
+    prefix, _, number = name.rpartition("-")
+    return int(number) if prefix == "worker" and number.isdecimal() else None
+
+
 class WorkerActor:
     """Hosts a worker. Calls are short except `prepare` and the long poll; they run in threads of their own.
 

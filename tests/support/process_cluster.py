@@ -107,6 +107,9 @@ class ProcessEffects:
         elif isinstance(command, cmd.Kill) and command.worker in self.processes:
             os.kill(self.processes[command.worker].pid, signal.SIGKILL)
 
+    def adopt(self) -> list[int]:
+        return []
+
     def _start(self, worker: int) -> None:
         ours, theirs = _context.Pipe()
         arguments = (theirs, self.job, worker, kills_for(self.faults, worker), self.patch, self.cuda_devices)
