@@ -7,6 +7,7 @@ from elastictrain.controller.core import RESTORE_PATIENCE, Core
 from elastictrain.controller.events import Tick
 from elastictrain.controller.limits import nodes_back
 from elastictrain.controller.moves import condemn
+from elastictrain.controller.nodes import resting_until
 from elastictrain.controller.phases import Finishing, Forming, Parking, Running
 
 
@@ -16,7 +17,7 @@ def next_deadline_s(core: Core) -> float | None:
     ledger = core.ledger
     deadlines = [] if ledger.start_retry_at_s is None else [ledger.start_retry_at_s]
     deadlines += [notice.leave_by_s for notice in ledger.notices.values() if not notice.due]
-    deadlines += [node.wakes_s for node in ledger.nodes.values() if node.wakes_s is not None]
+    deadlines += resting_until(ledger.nodes)
     if isinstance(state, Parking):
         deadlines += [until_s for until_s in _suspected(core).values() if until_s is not None]
     if isinstance(state, Forming | Parking | Finishing):
@@ -80,7 +81,9 @@ def _kill(core: Core, now_s: float, workers: list[int], reason: str, out: list[C
 def _suspected(core: Core) -> dict[int, float | None]:
     """The members that are taken for frozen but may still answer (R7), by the end of their grace."""
     workers = core.ledger.workers
-    return {w: workers[w].suspected_until_s for w in core.waiting() if workers[w].suspected_until_s is not None}
+    return (
+        {w: workers[w].suspected_until_s for w in core.waiting() if w in workers.suspected} if workers.suspected else {}
+    )
 
 
 def _end_grace(core: Core, now_s: float, out: list[Command]) -> bool:

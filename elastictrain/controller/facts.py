@@ -114,12 +114,13 @@ class Roster(MutableMapping[int, WorkerFacts]):
     thousand workers.
     """
 
-    __slots__ = ("_by_role", "_facts", "doomed")
+    __slots__ = ("_by_role", "_facts", "doomed", "suspected")
 
     def __init__(self) -> None:
         self._facts: dict[int, WorkerFacts] = {}
         self._by_role: dict[Role, set[int]] = {role: set() for role in Role}
         self.doomed: set[int] = set()
+        self.suspected: set[int] = set()
 
     def __getitem__(self, worker: int) -> WorkerFacts:
         return self._facts[worker]
@@ -129,7 +130,10 @@ class Roster(MutableMapping[int, WorkerFacts]):
         if before is not None:
             self._by_role[before.role].discard(worker)
             self.doomed.discard(worker)
+            self.suspected.discard(worker)
         self._facts[worker] = facts
+        if facts.suspected_until_s is not None:
+            self.suspected.add(worker)
         if facts.doomed:
             self.doomed.add(worker)
         if not facts.doomed or facts.role in (Role.MEMBER, Role.LEAVING):  # a doomed one that waits can no more join
@@ -138,6 +142,7 @@ class Roster(MutableMapping[int, WorkerFacts]):
     def __delitem__(self, worker: int) -> None:
         self._by_role[self._facts.pop(worker).role].discard(worker)
         self.doomed.discard(worker)
+        self.suspected.discard(worker)
 
     def __contains__(self, worker: object) -> bool:
         return worker in self._facts
