@@ -58,6 +58,8 @@ def reconcile(machine: Machine, alive: Iterable[int], now_s: float) -> tuple[lis
     that is still to be started, and is not there, is not dead: `outstanding` starts it.
     """
     found, workers = set(alive), machine.core.ledger.workers
+    if machine.phase.is_terminal:
+        return [], []  # all are to end, says `outstanding`
     strangers: list[Command] = [Kill(worker, "nobody counts on it any more") for worker in sorted(found - set(workers))]
     gone = [worker for worker in sorted(set(workers) - found) if workers[worker].role is not Role.STARTING]
     gone += [worker for worker in workers.doomed if worker not in found and worker not in gone]

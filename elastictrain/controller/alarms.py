@@ -12,7 +12,7 @@ from elastictrain.controller import events as ev
 from elastictrain.controller import limits
 from elastictrain.controller.commands import Announce, Command
 from elastictrain.controller.core import Core
-from elastictrain.controller.facts import Notice, Role
+from elastictrain.controller.facts import Hang, Notice, Role
 from elastictrain.controller.moves import condemn, lose
 from elastictrain.controller.nodes import keep_only
 from elastictrain.controller.phases import Finishing, Forming, Gathering, Parking, Running
@@ -22,42 +22,35 @@ def on_frozen(core: Core, event: ev.WorkerFrozen, out: list[Command]) -> bool:
     facts = core.ledger.workers.get(event.worker)
     if facts is None or facts.doomed or facts.suspected_until_s is not None:
         return False
-    _accuse(core, event.now_s, event.worker, event.reason, event.evidence, event.last_seen_s, out)
+    accuse(core, event, out)
     return True
 
 
-def _accuse(
-    core: Core,
-    now_s: float,
-    worker: int,
-    reason: str,
-    evidence: tuple[str, ...],
-    last_seen_s: float | None,
-    out: list[Command],
-) -> None:
+def accuse(core: Core, event: ev.WorkerFrozen, out: list[Command]) -> None:
     """Kill a frozen worker; its peers park at once. One that alone holds some blocks is first told to park like the
     others, and killed when it does not (R7): once, until the next commit.
     """
+    now_s, worker, reason = event.now_s, event.worker, event.reason
     ledger, state = core.ledger, core.state
     facts = ledger.workers[worker]
     alone = core.held_alone(worker)
     spare_it = alone > 0 and worker not in ledger.reprieved and not isinstance(state, Finishing)
     spare_it = spare_it and facts.role in (Role.MEMBER, Role.LEAVING)
-    data = {"worker": worker, "node": facts.node, "reason": reason, "evidence": list(evidence)}
+    data = {"worker": worker, "node": facts.node, "reason": reason, "evidence": list(event.evidence)}
     grace = {"blocks_held_alone": alone, "grace_s": core.spec.last_holder_grace_s} if spare_it else {}
     out.append(Announce("frozen", data | grace))
     cause = f"worker {worker} is frozen: {reason}"
     if not spare_it:
-        condemn(core, now_s, worker, "frozen", f"frozen: {reason}", evidence, out)
+        condemn(core, now_s, worker, "frozen", f"frozen: {reason}", event.evidence, out)
     if facts.role is Role.MEMBER and isinstance(state, Forming | Running | Parking):
         core.begin_parking(now_s, cause, None, out)
     if spare_it:
-        ledger.reprieved.add(worker)
+        ledger.reprieved[worker] = ledger.generation
         if worker in core.waiting() and isinstance(core.state, Parking):
             until_s = now_s + core.spec.last_holder_grace_s
             ledger.workers.update_facts(worker, why=reason, suspected_until_s=until_s)
-    if core.saw(now_s, "watch", cause) and ledger.incident is not None and last_seen_s is not None:
-        ledger.incident.last_seen_s = last_seen_s
+    if core.saw(now_s, "watch", cause) and ledger.incident is not None and event.last_seen_s is not None:
+        ledger.incident.last_seen_s = event.last_seen_s
 
 
 def on_node_lost(core: Core, event: ev.NodeLost, out: list[Command]) -> bool:
@@ -86,19 +79,35 @@ def on_node_lost(core: Core, event: ev.NodeLost, out: list[Command]) -> bool:
 
 
 def on_hung(core: Core, event: ev.GenerationHung, out: list[Command]) -> bool:
+    """All park and form again. The suspect is to blame only if no step was committed since the last hang, which is
+    known when all have parked (`blame_for_hang`); until then it has the grace of a last holder to park.
+    """
     ledger, suspect = core.ledger, event.suspect
     if event.generation != ledger.generation or not isinstance(core.state, Forming | Running):
         return False
     ledger.hangs += 1
-    ledger.hung = event.reason
+    ledger.hung = Hang(event.reason, suspect, event.evidence)
     limits.failed(core, event.now_s, "hung", "", out)
-    blamed = suspect is not None and ledger.hangs > 1 and ledger.is_member(suspect)
     data = {"generation": event.generation, "reason": event.reason, "suspect": suspect, "times": ledger.hangs}
-    out.append(Announce("hung", data | {"evidence": list(event.evidence), "blamed": blamed}))
+    out.append(Announce("hung", data | {"evidence": list(event.evidence)}))
     core.begin_parking(event.now_s, f"generation {event.generation} hangs: {event.reason}", None, out)
     core.saw(event.now_s, "watch", f"all wait for each other: {event.reason}")
-    if blamed and suspect is not None and not ledger.workers[suspect].doomed:
-        _accuse(core, event.now_s, suspect, f"second hang in a row: {event.reason}", event.evidence, None, out)
+    if suspect is not None and ledger.hangs > 1 and ledger.is_member(suspect):
+        until_s = event.now_s + core.spec.last_holder_grace_s
+        ledger.workers.update_facts(suspect, why=event.reason, suspected_until_s=until_s)
+    return True
+
+
+def blame_for_hang(core: Core, now_s: float, out: list[Command]) -> bool:
+    """All have parked after a hang. True: the suspect has been killed, and is waited for."""
+    ledger = core.ledger
+    hung, suspect = ledger.hung, None if ledger.hung is None else ledger.hung.suspect
+    if hung is None or suspect is None or ledger.hangs < 2 or not ledger.is_member(suspect):
+        return False
+    if core.held_alone(suspect) and suspect not in ledger.reprieved:
+        ledger.reprieved[suspect] = ledger.generation
+        return False
+    condemn(core, now_s, suspect, "frozen", f"second hang in a row: {hung.reason}", hung.evidence, out)
     return True
 
 
@@ -109,15 +118,20 @@ def on_preemption(core: Core, event: ev.PreemptionNotice, out: list[Command]) ->
     ledger, now_s = core.ledger, event.now_s
     if isinstance(core.state, Finishing) or ledger.stop is not None:
         return False
-    node = event.node or (ledger.workers[event.worker].node if event.worker in ledger.workers else "")
     there = {worker for worker, facts in ledger.workers.items() if event.node and facts.node == event.node}
-    there |= {event.worker} if event.worker is not None and event.worker in ledger.workers else set()
+    if event.worker is not None and event.worker in ledger.workers:
+        there.add(event.worker)
     new = [w for w in sorted(there) if w not in ledger.notices and not ledger.workers[w].doomed]
     new = [w for w in new if ledger.workers[w].role is not Role.LEAVING]
     if not new:
         return False
     limits.avoid(core, now_s, event.node, event.deadline_s, "going")
-    data = {"node": node, "workers": new, "reason": event.reason, "notice_s": event.deadline_s - now_s}
+    data = {
+        "node": event.node or ledger.workers[new[0]].node,
+        "workers": new,
+        "reason": event.reason,
+        "notice_s": event.deadline_s - now_s,
+    }
     out.append(Announce("preemption", data))
     for worker in new:
         if not core.spec.replace and worker not in ledger.draining:

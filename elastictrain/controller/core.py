@@ -156,6 +156,12 @@ class Core:
         """Add to the open incident what somebody has seen. False: nothing new, or no incident is open."""
         return self.ledger.incident is not None and self.ledger.incident.saw(now_s, source, what)
 
+    def note_commit(self) -> None:
+        """The present generation has committed a step: whoever was let off before it has used it well."""
+        ledger = self.ledger
+        ledger.hangs = 0 if ledger.hung is None else 1
+        ledger.reprieved = {w: formed for w, formed in ledger.reprieved.items() if formed == ledger.generation}
+
     def held_alone(self, worker: int) -> int:
         """How many blocks of the sealed layout have no other live holder that may still speak."""
         ledger = self.ledger
@@ -177,7 +183,7 @@ class Core:
         ledger.workers.pop(worker, None)
         ledger.leaving.pop(worker, None)
         ledger.notices.pop(worker, None)
-        ledger.reprieved.discard(worker)
+        ledger.reprieved.pop(worker, None)
         if worker in ledger.draining:
             ledger.draining.remove(worker)
 

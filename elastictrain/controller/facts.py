@@ -98,6 +98,15 @@ class WorkerFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class Hang:
+    """All members of the present generation waited for each other: `reason`, and whom the watch suspects."""
+
+    reason: str
+    suspect: int | None
+    evidence: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Notice:
     """A member's machine goes at `deadline_s`. It leaves when a stand-in waits, at `leave_by_s` in any case; then it is
     `released` (asked to leave). `due`: it leaves even if too few are left.
@@ -182,10 +191,11 @@ class Ledger:
     workers in role LEAVING. `draining`: asked to leave, in order of request. `checkpoints`: path by step.
     `published_step`: the last step that can be redone no more (R5). `shown_step`: the last one whose metrics have
     arrived; the rows after it are published again by whoever publishes next. `fenced`: workers of lost nodes that are
-    not known to be dead, with the reason. `notices`: members whose machine is about to go. `reprieved`: frozen workers
-    that have had their grace since the last commit. `incident`: open until the seal; `settling`: until the first commit
-    after it. `losses`, `hung`: of this generation; `rounds`: generations that ended with some since the job came to
-    step `reached`. `hangs`: in a row without a commit. `failures`: their times within the last hour, by cause.
+    not known to be dead, with the reason. `notices`: members whose machine is about to go. `reprieved`: workers that
+    were taken for frozen since the last commit and let off, with the generation. `incident`: open until the seal;
+    `settling`: until the first commit after it. `losses`, `hung`: of this generation; `rounds`: generations that ended
+    with some since the job came to step `reached`. `hangs`: in a row without a commit. `failures`: their times within
+    the last hour, by cause.
     `capacity`: what the cluster has, in words.
     """
 
@@ -212,12 +222,12 @@ class Ledger:
     recoveries: list[dict[str, Any]] = field(default_factory=list)
     fenced: dict[int, str] = field(default_factory=dict)
     notices: dict[int, Notice] = field(default_factory=dict)
-    reprieved: set[int] = field(default_factory=set)
+    reprieved: dict[int, int] = field(default_factory=dict)
     settling: Incident | None = None
     incidents: list[dict[str, Any]] = field(default_factory=list)
     incident_count: int = 0
     losses: list[Loss] = field(default_factory=list)
-    hung: str = ""
+    hung: Hang | None = None
     rounds: list[Round] = field(default_factory=list)
     reached: int = 0
     hangs: int = 0

@@ -183,7 +183,10 @@ class Watch:
         ledger, state = self.machine.core.ledger, self.machine.core.state
         again = outstanding(self.machine)
         known = {*ledger.workers, *ledger.fenced}
+        asked = [command for command in commands if isinstance(command, AskPause)]
         for command in commands:
+            if command in asked[:-1]:
+                continue  # another was asked, or for something else, in the same event
             if isinstance(command, StartWorker | Form | AskPause) and self.machine.phase.is_terminal:
                 continue  # the end came in the same event
             if isinstance(command, StartWorker | Form | AskPause | EndRun):

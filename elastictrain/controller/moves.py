@@ -222,6 +222,8 @@ def on_parked(core: Core, event: ev.WorkerParked, out: list[Command]) -> bool:
     state = core.state
     if not isinstance(state, Parking) or worker in state.reports:
         return False
+    if event.report.sealed_generation == core.ledger.generation:
+        core.mark_sealed(event.now_s)  # now, for the worker that knows it may be gone before the last one has parked
     state.reports[worker] = event.report
     if core.ledger.workers[worker].suspected_until_s is not None:  # it lives after all
         core.ledger.workers.update_facts(worker, suspected_until_s=None, why="")
@@ -254,8 +256,7 @@ def on_progress(core: Core, event: ev.Progress, out: list[Command]) -> bool:
     core.mark_sealed(event.now_s)  # a vote of this generation was complete
     ledger.published_step, ledger.shown_step = max(ledger.published_step, event.step), event.step
     if ledger.plan is not None and event.step > ledger.plan.step:
-        ledger.hangs = 0
-        ledger.reprieved.clear()
+        core.note_commit()
         if ledger.settling is not None:
             core.complete_incident("recovered", event.now_s, out)
     return True

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from elastictrain.controller.alarms import let_go_of_stored, release_notices
+from elastictrain.controller.alarms import blame_for_hang, let_go_of_stored, release_notices
 from elastictrain.controller.commands import Announce, Command, Form, StartWorker
 from elastictrain.controller.core import Core
 from elastictrain.controller.facts import Role, WorkerFacts
@@ -132,6 +132,10 @@ def _go_on(core: Core, reports: Mapping[int, ParkReport], now_s: float, out: lis
     try:
         standing = take_stock(ledger.layouts, ledger.sealed, {**ledger.leaving, **reports}, ledger.published_step)
         if isinstance(core.state, Parking):
+            if standing.truth is not None and ledger.plan is not None and standing.step > ledger.plan.step:
+                core.note_commit()
+            if blame_for_hang(core, now_s, out):
+                return True  # until it is gone
             _count_redone(core, standing)
             if end_round(core, ledger.restore.step if standing.truth is None else standing.step, out):
                 return True

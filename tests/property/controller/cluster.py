@@ -13,6 +13,7 @@ from collections import defaultdict, deque
 from elastictrain.controller import Machine, MachineSpec, Phase, Watch, dump_event, replay
 from elastictrain.controller import commands as cm
 from elastictrain.controller import events as ev
+from elastictrain.controller.machine import speaker
 from elastictrain.layout import Layout
 from elastictrain.protocol import FormPlan, ParkReport, Restore
 from tests.property.controller.worker import Worker, vote_bytes
@@ -42,31 +43,60 @@ class Cluster:
         self.checkpoints: dict[int, str] = {} if restore.checkpoint is None else {restore.step: restore.checkpoint}
         self.went_back_to: list[int] = []
         self.ended: cm.EndRun | None = None
+        self.started: set[int] = set()
+        self.fenced: set[int] = set()  # workers of lost nodes: the controller takes them for gone
+        self.down = False  # nobody listens: the controller is dead
+        self.performs: int | None = None  # so many commands more will it perform before it dies
         self.send(ev.Begun(0.0, restore))
 
     # -- the controller's side
 
-    def send(self, event: ev.Event) -> None:
+    def send(self, event: ev.Event) -> list[cm.Command]:
+        """The journal takes it, the machine decides, and what it decides is done, unless the controller dies first."""
+        if self.down:
+            return []
         self.log.append(event)
-        if isinstance(event, ev.Sealed) and event.worker not in self.doomed:
+        if isinstance(event, ev.Sealed) and event.worker not in self.doomed | self.fenced:
             self.seal_known.add(event.generation)
         elif isinstance(event, ev.WorkerParked) and event.generation == self.machine.generation:
-            if event.report.worker not in self.doomed:
+            if event.report.worker not in self.doomed | self.fenced:
                 self.seal_known.add(event.report.sealed_generation)
         elif isinstance(event, ev.WorkerDied):
             self.unnoticed.pop(event.worker, None)
-        self.watch.before()
+        self.watch.before(event)
         commands = self.machine.handle(event)
         self.watch.after(commands)
         for command in commands:
+            self.decided(command)
+        for command in commands:
+            if self.performs == 0:
+                self.down, self.performs = True, None
+            if self.down:
+                break
             self.perform(command)
+            self.performs = None if self.performs is None else self.performs - 1
+        return commands
 
-    def perform(self, command: cm.Command) -> None:
-        if isinstance(command, cm.StartWorker):
-            self.workers[command.worker] = Worker(command.worker)
-        elif isinstance(command, cm.Form):
+    def decided(self, command: cm.Command) -> None:
+        """The journal knows: whether it is performed or not, it counts."""
+        if isinstance(command, cm.Form):
             self.check_form(command.plan)
             self.plans[command.plan.generation] = command.plan
+        elif isinstance(command, cm.Kill):
+            self.doomed.add(command.worker)
+        elif isinstance(command, cm.Announce) and command.kind == "went_back":
+            assert self.is_lost(), f"{command} although every block has a live holder"
+            assert command.data["to_step"] == max(self.checkpoints, default=0)
+            self.went_back_to.append(command.data["to_step"])
+            self.voided |= set(self.plans)
+
+    def perform(self, command: cm.Command) -> None:
+        """Idempotent, as effects must be."""
+        if isinstance(command, cm.StartWorker):
+            if command.worker not in self.started:
+                self.started.add(command.worker)
+                self.workers[command.worker] = Worker(command.worker)
+        elif isinstance(command, cm.Form):
             for number in command.plan.layout.workers:
                 self.enter(self.workers.get(number), command.plan)
         elif isinstance(command, cm.Park):
@@ -74,26 +104,22 @@ class Cluster:
                 self.park(self.workers.get(number), command.generation)
         elif isinstance(command, cm.AskPause):
             worker = self.workers.get(command.worker)
-            if worker is not None and worker.generation == command.generation:
+            if worker is not None and worker.generation == command.generation and not worker.cut:
                 worker.pause = True
         elif isinstance(command, cm.Retire):
-            self.workers.pop(command.worker, None)
+            if command.worker in self.workers and not self.workers[command.worker].cut:
+                del self.workers[command.worker]
         elif isinstance(command, cm.Kill):
-            self.doomed.add(command.worker)
-            self.kill(command.worker, lose_messages=True)
-        elif isinstance(command, cm.Announce):
-            if command.kind == "went_back":
-                assert self.is_lost(), f"{command} although every block has a live holder"
-                assert command.data["to_step"] == max(self.checkpoints, default=0)
-                self.went_back_to.append(command.data["to_step"])
-                self.voided |= set(self.plans)
+            if command.worker in self.workers and not self.workers[command.worker].cut:
+                self.kill(command.worker, lose_messages=True)
         elif isinstance(command, cm.EndRun):
-            assert self.ended is None, "the run ended twice"
+            assert self.ended in (None, command), "the run ended twice"
             self.ended = command
 
     def believed(self) -> dict[int, Worker]:
         """The workers that the controller must take for alive."""
-        return {**self.workers, **self.unnoticed}
+        there = {**self.workers, **self.unnoticed}
+        return {number: worker for number, worker in there.items() if number not in self.fenced}
 
     def true_layout(self) -> Layout | None:
         """The layout that counts: sealed, and known to be so by a survivor or by the controller."""
@@ -108,7 +134,7 @@ class Cluster:
 
     def check_form(self, plan: FormPlan) -> None:
         for worker in self.workers.values():
-            assert worker.plan is None or worker.state == "parked", (
+            assert worker.plan is None or worker.state == "parked" or worker.number in self.fenced, (
                 f"generation {plan.generation} forms while {worker} is not parked"
             )
         truth = self.true_layout()
@@ -130,12 +156,12 @@ class Cluster:
     # -- the workers' side
 
     def enter(self, worker: Worker | None, plan: FormPlan) -> None:
-        if worker is None or worker.parked_at >= plan.generation:
+        if worker is None or worker.cut or max(worker.parked_at, worker.generation) >= plan.generation:
             return
         worker.plan, worker.state, worker.pause = plan, "forming", False
 
     def park(self, worker: Worker | None, generation: int) -> None:
-        if worker is None or worker.frozen or worker.generation > generation:
+        if worker is None or worker.frozen or worker.cut or worker.generation > generation:
             return
         worker.state, worker.parked_at, vote = "parked", generation, worker.vote
         report = ParkReport(worker.number, worker.generation, worker.applied, worker.sealed, worker.gathered, vote)
@@ -162,7 +188,7 @@ class Cluster:
             return False
         if worker.state == "starting":
             worker.state = "waiting"
-            worker.outbox.append(ev.WorkerReady(self.now_s, number, f"node{number % 3}"))
+            worker.outbox.append(ev.WorkerReady(self.now_s, number, worker.node, node=worker.node))
             return True
         if worker.state not in ("forming", "voted", "stepping"):
             return False
@@ -170,6 +196,8 @@ class Cluster:
         topic = "seal" if worker.state != "stepping" else self.topic(worker)
         key = (worker.generation, topic)
         if number not in self.votes[key]:
+            if worker.cut:
+                return self.lose_peer(worker)
             if worker.state == "forming" and not self.prepare(worker):
                 return self.lose_peer(worker)
             self.votes[key].add(number)
@@ -204,7 +232,13 @@ class Cluster:
             if move.target != worker.number:
                 continue
             source = self.workers.get(move.source)
-            if source is None or source.frozen or source.generation != plan.generation or source.state == "parked":
+            if (
+                source is None
+                or source.frozen
+                or source.cut
+                or source.generation != plan.generation
+                or source.state == "parked"
+            ):
                 return False
             self.roll(source, plan)
             for block in range(move.lo, move.hi):
@@ -257,7 +291,9 @@ class Cluster:
         assert worker.plan is not None
         gone = ("parked", "troubled", "torn")
         peers = map(self.workers.get, worker.plan.layout.workers)
-        return any(p is None or p.generation != worker.generation or p.state in gone or p.frozen for p in peers)
+        return worker.cut or any(
+            p is None or p.generation != worker.generation or p.state in gone or p.frozen or p.cut for p in peers
+        )
 
     def lose_peer(self, worker: Worker) -> bool:
         if not self.peer_gone(worker):
@@ -266,50 +302,13 @@ class Cluster:
         worker.outbox.append(ev.WorkerTroubled(self.now_s, worker.generation, worker.number, "peer lost"))
         return True
 
-    # -- more faults
-
-    def tear(self, number: int) -> bool:
-        """An exception between vote and end of apply (R7)."""
-        worker = self.workers.get(number)
-        if worker is None or worker.frozen or worker.state != "stepping":
-            return False
-        worker.state, worker.frozen = "torn", True
-        worker.outbox.append(ev.WorkerFailed(self.now_s, worker.generation, number, "torn", "out of memory"))
-        return True
-
-    def freeze(self, number: int) -> bool:
-        """The process stops; its peers notice only by their own timeouts."""
-        worker = self.workers.get(number)
-        if worker is None or worker.frozen or worker.state not in ("forming", "stepping"):
-            return False
-        worker.frozen = True
-        return True
-
-    def fail_restore(self, number: int) -> bool:
-        """The checkpoint of the plan turns out to be corrupt."""
-        worker = self.workers.get(number)
-        if worker is None or worker.frozen or worker.state != "forming" or worker.plan is None:
-            return False
-        restore = worker.plan.restore
-        if restore is None or restore.checkpoint is None or self.votes[worker.generation, "seal"]:
-            return False
-        worker.state = "troubled"
-        worker.outbox.append(ev.WorkerFailed(self.now_s, worker.generation, number, "restore", "hash differs"))
-        return True
-
-    def fail_start(self, number: int) -> bool:
-        worker = self.workers.get(number)
-        if worker is None or worker.state != "starting":
-            return False
-        del self.workers[number]
-        self.notices.append(ev.WorkerStartFailed(self.now_s, number, "no room", False))
-        return True
-
     # -- messages and time
 
     def deliver(self, choice: int) -> bool:
         """Hand over the oldest message of one sender."""
-        queues = [worker.outbox for worker in self.workers.values() if worker.outbox]
+        if self.down:
+            return False
+        queues = [worker.outbox for worker in self.workers.values() if worker.outbox and not worker.cut]
         if self.notices:
             queues.append(self.notices)
         if not queues:
@@ -332,11 +331,14 @@ class Cluster:
         return True
 
     def tick(self, by_s: float) -> None:
+        """The clock goes on; somebody looks at it if the controller lives."""
         self.now_s += by_s
         self.send(ev.Tick(self.now_s))
 
     def send_stale(self, choice: int) -> bool:
         """Repeat a message of another generation: it must change nothing at all."""
+        if self.down:
+            return False
         old = [
             event
             for event in self.past
@@ -347,7 +349,10 @@ class Cluster:
             return False
         before = copy.deepcopy(self.machine)
         stale = old[choice % len(old)]
-        assert self.machine.handle(stale) == [], f"{stale} was answered"
+        answer = self.machine.handle(stale)
+        assert answer == [] or (speaker(stale) in self.fenced and isinstance(answer[0], cm.Kill)), (
+            f"{stale} was answered"
+        )
         assert self.machine == before, f"{stale} changed the state"
         return True
 
@@ -361,16 +366,18 @@ class Cluster:
                 busy |= self.act(worker)
             while self.deliver(number):
                 busy = True
-            frozen = [worker.number for worker in self.workers.values() if worker.frozen]
-            if not busy and frozen and self.machine.phase is Phase.RUNNING:
-                self.kill(frozen[0], lose_messages=False)  # no peer misses it: the agent of its node does
-            elif not busy:
+            if not busy and not self.attend():
                 deadline = self.machine.next_deadline_s()
                 if deadline is None and self.ended is None:
                     self.send(ev.AddRequested(self.now_s))  # replace is off, and too few are left
                 elif deadline is not None:
                     self.tick(max(0.0, deadline - self.now_s))
         assert self.ended is not None, f"no end after {rounds} quiet rounds: {self.machine.core}"
+
+    def attend(self) -> bool:
+        """What the agents of the nodes do when nothing else happens."""
+        frozen = [worker.number for worker in self.workers.values() if worker.frozen]
+        return bool(frozen) and self.machine.phase is Phase.RUNNING and self.kill(frozen[0], lose_messages=False)
 
     def check_end(self) -> None:
         """What holds of every ended run."""

@@ -7,7 +7,7 @@ import random
 from elastictrain.controller import MachineSpec
 from elastictrain.controller import events as ev
 from elastictrain.protocol import Restore
-from tests.property.controller.cluster import Cluster
+from tests.property.controller.faults import FaultyCluster, random_harm
 
 
 def random_spec(rng: random.Random) -> MachineSpec:
@@ -30,22 +30,27 @@ def random_spec(rng: random.Random) -> MachineSpec:
     )
 
 
-FAULTS = ("kill", "kill", "kill", "tear", "freeze", "fail_start", "fail_restore")
+FAULTS = (
+    *("kill", "kill", "kill", "tear", "freeze", "freeze", "fail_start", "fail_restore"),
+    *("name_frozen", "name_frozen", "hang", "cut", "lose_node", "lose_node", "heal", "preempt", "lose_controller"),
+)
 WISHES = ("add", "drain", "drain", "resize", "resize", "stop")
 
 
-def storm(seed: int, length: int = 220) -> Cluster:
+def storm(seed: int, length: int = 220) -> FaultyCluster:
     """Random events, faults and wishes, then a calm in which the run must end. Raises when a property fails."""
     rng = random.Random(seed)
     restore = Restore(3, "checkpoint 3") if rng.random() < 0.2 else Restore(0, None)
-    cluster = Cluster(random_spec(rng), restore)
+    cluster = FaultyCluster(random_spec(rng), restore)
     badness = rng.choice([0.0, 0.01, 0.03, 0.08])
     busy = rng.choice([0.45, 0.55, 0.8])  # with a slow network workers are far ahead of what the controller knows
     for _ in range(length):
         if cluster.ended is not None:
             break
         dice = rng.random()
-        if dice < badness:
+        if cluster.down and rng.random() < 0.1:
+            cluster.bring_back(rng.choice([0.01, 1.0, 100.0]))
+        elif dice < badness:
             fault(cluster, rng, rng.choice(FAULTS))
         elif dice < 1.5 * badness + 0.01:
             wish(cluster, rng, rng.choice(WISHES))
@@ -61,16 +66,13 @@ def storm(seed: int, length: int = 220) -> Cluster:
     return cluster
 
 
-def fault(cluster: Cluster, rng: random.Random, kind: str) -> None:
+def fault(cluster: FaultyCluster, rng: random.Random, kind: str) -> None:
     members = cluster.machine.core.ledger.members()
     number = rng.choice(members if members and rng.random() < 0.8 else [*sorted(cluster.workers), 999])
-    if kind == "kill":
-        cluster.kill(number, lose_messages=rng.random() < 0.5)
-    else:
-        getattr(cluster, kind)(number)
+    random_harm(cluster, rng, kind, number)
 
 
-def wish(cluster: Cluster, rng: random.Random, kind: str) -> None:
+def wish(cluster: FaultyCluster, rng: random.Random, kind: str) -> None:
     now_s = cluster.now_s
     if kind == "add":
         cluster.send(ev.AddRequested(now_s))

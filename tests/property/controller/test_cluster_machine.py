@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from elastictrain.controller import MachineSpec
 from elastictrain.controller import events as ev
-from tests.property.controller.cluster import Cluster
+from tests.property.controller.faults import FaultyCluster
 
 PICK = st.integers(0, 30)
 
@@ -35,11 +35,11 @@ def specs(draw: st.DrawFn) -> MachineSpec:
 class ClusterMachine(RuleBasedStateMachine):
     """`Cluster` checks every command against what really happened; `Watch` checks the numbered invariants."""
 
-    cluster: Cluster
+    cluster: FaultyCluster
 
     @initialize(spec=specs())
     def begin(self, spec: MachineSpec) -> None:
-        self.cluster = Cluster(spec)
+        self.cluster = FaultyCluster(spec)
 
     def _member(self, pick: int) -> int:
         """Aimed at the living generation, where there is one."""
@@ -78,9 +78,23 @@ class ClusterMachine(RuleBasedStateMachine):
     def kill(self, pick: int, lose_messages: bool) -> None:
         self.cluster.kill(self._member(pick), lose_messages=lose_messages)
 
-    @rule(pick=PICK, what=st.sampled_from(["tear", "freeze", "fail_restore"]))
+    @rule(
+        pick=PICK,
+        what=st.sampled_from(
+            ["tear", "freeze", "fail_restore", "name_frozen", "hang", "cut", "lose_node", "heal", "preempt"]
+        ),
+    )
     def harm(self, pick: int, what: str) -> None:
         getattr(self.cluster, what)(self._member(pick))
+
+    @rule(after=st.integers(0, 4))
+    def lose_controller(self, after: int) -> None:
+        self.cluster.lose_controller(after)
+
+    @precondition(lambda self: self.cluster.down)
+    @rule(gone_s=st.sampled_from([0.01, 100.0]))
+    def bring_back(self, gone_s: float) -> None:
+        self.cluster.bring_back(gone_s)
 
     @rule(pick=PICK)
     def fail_start(self, pick: int) -> None:

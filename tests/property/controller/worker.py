@@ -26,7 +26,12 @@ class Worker:
     copies: dict[int, int] = field(default_factory=dict)  # block -> step of the copy
     pause: bool = False
     frozen: bool = False
+    cut: bool = False  # nothing reaches it, and nothing from it arrives
     outbox: deque[ev.Event] = field(default_factory=deque)
+
+    @property
+    def node(self) -> str:
+        return f"node{self.number % 3}"
 
     @property
     def generation(self) -> int:

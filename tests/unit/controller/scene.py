@@ -96,3 +96,7 @@ def every(kind: type[C], commands: list[cm.Command]) -> list[C]:
 
 def announced(commands: list[cm.Command], kind: str) -> dict[str, Any]:
     return only(dict, [c.data for c in commands if isinstance(c, cm.Announce) and c.kind == kind])  # type: ignore[arg-type, return-value]
+
+
+def kinds(commands: list[cm.Command]) -> list[str]:
+    return [c.kind if isinstance(c, cm.Announce) else type(c).__name__ for c in commands]
