@@ -174,7 +174,9 @@ class Roster(MutableMapping[int, WorkerFacts]):
 
     def update_facts(self, worker: int, **changes: Any) -> None:
         """Give `worker` new values of the fields named."""
-        self[worker] = replace(self._facts[worker], **changes)
+        facts = self._facts[worker]
+        if any(getattr(facts, name) != value for name, value in changes.items()):
+            self[worker] = replace(facts, **changes)
 
     def of(self, role: Role) -> set[int]:
         """The numbers in `role`; not to be changed."""

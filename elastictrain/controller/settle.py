@@ -34,8 +34,12 @@ from elastictrain.protocol import FormPlan, ParkReport
 
 def settle(core: Core, now_s: float, out: list[Command]) -> None:
     """Run the condition moves to a fixed point."""
-    while not core.state.phase.is_terminal and any(move(core, now_s, out) for move in MOVES):
-        pass
+    while not isinstance(core.state, Ended):
+        for move, phase in MOVES:
+            if (phase is None or phase is core.state.phase) and move(core, now_s, out):
+                break
+        else:
+            return
 
 
 def _stop_waiting(core: Core, now_s: float, out: list[Command]) -> bool:
@@ -311,17 +315,18 @@ def _pause_is_worth_it(core: Core, state: Running) -> bool:
     return propose_now(spec, ledger, ledger.truth, ledger.generation, rebalance=rebalance) is not None
 
 
-MOVES: tuple[Callable[[Core, float, list[Command]], bool], ...] = (
-    over_budget,
-    _stop_waiting,
-    _give_up,
-    _close,
-    _start_missing,
-    release_notices,
-    _all_parked,
-    _enough,
-    let_go_of_stored,
-    _all_sealed,
-    _retire_excess,
-    _ask_pause,
+MOVES: tuple[tuple[Callable[[Core, float, list[Command]], bool], Phase | None], ...] = (
+    (over_budget, None),
+    (_stop_waiting, Phase.GATHERING),
+    (_give_up, Phase.GATHERING),
+    (_close, Phase.FINISHING),
+    (_start_missing, None),
+    (release_notices, None),
+    (_all_parked, Phase.PARKING),
+    (_enough, Phase.GATHERING),
+    (let_go_of_stored, Phase.GATHERING),
+    (_all_sealed, Phase.FORMING),
+    (_retire_excess, Phase.RUNNING),
+    (_ask_pause, Phase.RUNNING),
 )
+"""In order of priority, each with the only phase in which it applies (None: in any): in others it is not even asked."""
