@@ -20,6 +20,7 @@ from elastictrain.engine.step import published_pieces
 from elastictrain.engine.worker_model import build_initial
 from elastictrain.errors import CheckpointMismatch, InternalError, PeerLost
 from elastictrain.protocol import FormPlan
+from elastictrain.signs import Activity
 
 if TYPE_CHECKING:
     from elastictrain.engine.session import Session
@@ -33,6 +34,7 @@ def enter_generation(session: Session, plan: FormPlan, groups: GroupSet) -> None
     """
     groups.deadline_s = groups.gather_deadline_s = FORMING_DEADLINE_S
     held = session.model.held
+    session.pulse.enter(Activity.FORM)
     digests: dict[str, str] = {}
     if plan.restore is not None:
         _restore(session, plan)
@@ -49,6 +51,7 @@ def enter_generation(session: Session, plan: FormPlan, groups: GroupSet) -> None
             session.committed.step = plan.step
     for number in held.masters:
         session.model.flat.publish(number, held.masters[number])
+    session.pulse.enter(Activity.MEET)
     _publish_all(session, plan, groups)
     _share_counters(session, plan, groups)
     _seal(session, plan, groups, digests)
@@ -85,6 +88,7 @@ def _move(session: Session, plan: FormPlan, groups: GroupSet) -> dict[str, str]:
     coming = {i: m for i, m in enumerate(plan.moves) if m.target == session.worker}
 
     def swap(sends: dict[int, torch.Tensor], recvs: dict[int, torch.Tensor]) -> None:
+        session.pulse.enter(Activity.MEET)
         groups.exchange(
             [(rank(plan.moves[i].target), t) for i, t in sends.items() if t.numel()],
             [(rank(plan.moves[i].source), t) for i, t in recvs.items() if t.numel()],
@@ -96,6 +100,7 @@ def _move(session: Session, plan: FormPlan, groups: GroupSet) -> dict[str, str]:
     swap({i: torch.frombuffer(bytearray(h), dtype=torch.uint8) for i, (h, _) in out.items()}, headers)
     payloads = {i: torch.empty(int(size[1]), dtype=torch.uint8, device=device) for i, size in sizes.items()}
     swap({i: p for i, (_, p) in out.items()}, payloads)
+    session.pulse.enter(Activity.FORM)
     digests = {f"{i}>": _digest(header, payload) for i, (header, payload) in out.items()}
     for i, move in coming.items():
         header = headers[i].numpy().tobytes()

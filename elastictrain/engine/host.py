@@ -29,6 +29,7 @@ from elastictrain.errors import ClusterError, ElasticTrainError
 from elastictrain.faults import Fail, Kill
 from elastictrain.job import Job
 from elastictrain.protocol import FormPlan, ParkReport, Ready, Stage
+from elastictrain.pulse import Pulse
 
 
 class StageFeeder:
@@ -72,10 +73,12 @@ class WorkerHost:
         faults: Iterable[Kill | Fail] = (),
         stages: Sequence[Stage] = (),
         outbox: Outbox | None = None,
+        pulse: Pulse | None = None,
     ) -> None:
         self.job, self.worker, self.host = job, worker, host
         self.stages = tuple(stages) or (first_stage(job),)
         self.outbox = outbox or Outbox()
+        self.pulse = pulse or Pulse.create_or_mute(None, worker)[0]
         self._probes = Probes(worker, faults)
         self._session: Session | None = None
         self._thread: threading.Thread | None = None
@@ -103,6 +106,7 @@ class WorkerHost:
             probes=self._probes,
             data_fingerprint=source.fingerprint,
             stages=[asdict(stage) for stage in self.stages],
+            pulse=self.pulse,
         )
         session.rehearse()
         _give_back_freed_memory()

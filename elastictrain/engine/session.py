@@ -32,6 +32,8 @@ from elastictrain.errors import CorruptCheckpoint, ElasticTrainError, InternalEr
 from elastictrain.job import Job
 from elastictrain.layout import Layout, Shard
 from elastictrain.protocol import FormPlan, ParkReport, Row
+from elastictrain.pulse import Pulse
+from elastictrain.signs import Activity
 
 
 class Parked(Exception):
@@ -54,9 +56,11 @@ class Session:
         probes: Probes | None = None,
         data_fingerprint: Mapping[str, Any] | None = None,
         stages: Sequence[Mapping[str, Any]] = (),
+        pulse: Pulse | None = None,
     ) -> None:
         self.job, self.worker, self.model, self.batches = job, worker, model, batches
         self.device, self.host, self.emit = device, host, emit
+        self.pulse = pulse or Pulse.create_or_mute(None, worker)[0]
         self.probes = probes or Probes(worker, ())
         self.data_fingerprint = dict(data_fingerprint or {})
         self.stages = [dict(stage) for stage in stages]
@@ -167,7 +171,8 @@ class Session:
 
     def run(self) -> None:
         """Work until `stop`. Never raises: what happens leaves as events."""
-        while (plan := self._inbox.get()) is not None:
+        self.pulse.adopt()
+        while (plan := self._next_plan()) is not None:
             problem: ev.Event | None = None
             try:
                 self._generation(plan)
@@ -178,6 +183,10 @@ class Session:
             self._leave(plan.generation)
             if problem is not None:
                 self.emit(problem)
+
+    def _next_plan(self) -> FormPlan | None:
+        self.pulse.at(self.generation, self.committed.step, Activity.IDLE)
+        return self._inbox.get()
 
     def _explain(self, generation: int, error: BaseException) -> ev.Event | None:
         if self.is_parked(generation) and not self.committed.tearing:
@@ -208,7 +217,10 @@ class Session:
         return (self.generation if generation is None else generation) <= self._latched
 
     def check(self) -> None:
-        """Raise Parked when this generation is over; called between lanes and as gradients come."""
+        """Raise Parked when this generation is over; called between lanes and as gradients come, so it is also the
+        sign that the lane gets on.
+        """
+        self.pulse.beat()
         if self.is_parked():
             raise Parked
 
@@ -217,6 +229,7 @@ class Session:
             raise Parked
         self.generation = plan.generation
         self.offers = {}
+        self.pulse.at(plan.generation, plan.step, Activity.MEET)
         groups = self._open_groups(plan)
         with self.apply_lock:
             self.check()

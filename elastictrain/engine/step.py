@@ -24,6 +24,7 @@ from elastictrain.engine.vote import Ballot, VoteFormat, root_sums
 from elastictrain.errors import RecipeError
 from elastictrain.job import Job
 from elastictrain.layout import Layout, Shard
+from elastictrain.signs import Activity
 from elastictrain.tree import Node, finish, path_up, roots, whole
 
 SLICES = 4
@@ -66,7 +67,7 @@ def seed_everything(seed: int) -> None:
 
 class StepRunner:
     """The phases of a step under one layout. `probe(phase)` is called in the middle of each phase (fault injection);
-    `check` raises when the session has parked.
+    `check` raises when the session has parked; `enter` says what this worker is doing (its sign of life).
     """
 
     def __init__(
@@ -82,10 +83,11 @@ class StepRunner:
         batches: Batches,
         probe: Callable[[str], None],
         check: Callable[[], None],
+        enter: Callable[[Activity], None] = lambda _: None,
     ) -> None:
         self.job, self.recipe, self.worker = job, recipe, worker
         self.layout, self.groups, self.flat, self.held, self.tree = layout, groups, flat, held, tree
-        self.batches, self.probe, self.check = batches, probe, check
+        self.batches, self.probe, self.check, self.enter = batches, probe, check, enter
         self.rank = layout.rank(worker)
         self.vote_format = VoteFormat(layout, flat.space.active_blocks, flat.largest_size)
         self.seconds: dict[str, float] = {}
@@ -223,7 +225,9 @@ class StepRunner:
     def run_lane(self, step: int, lane: int, pending: Pending, *, first: bool, merge: bool) -> None:
         """Forward and backward of one lane; its gradient ends in the lane tree, its loss in `pending`."""
         self.check()
+        self.enter(Activity.DATA)
         batch = self.batches.batch(step, lane)
+        self.enter(Activity.COMPUTE)
         self.flat.before_lane()
         seed_everything(lane_seed(self.job.seed, step, lane))
         self.tree.begin(lane, merge=merge)
@@ -320,6 +324,7 @@ class StepRunner:
             self.groups.exchange(sends, recvs, between=lambda: self.probe("gather"))
 
     def _timed(self, phase: str) -> _Timer:
+        self.enter(Activity[phase.upper()])
         return _Timer(self.seconds, f"{phase}_s")
 
 

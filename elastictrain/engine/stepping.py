@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,7 @@ from elastictrain.engine.step import StepRunner
 from elastictrain.engine.vote import FLAG_PAUSE, FLAG_STORE, Tally
 from elastictrain.engine.worker_model import hook
 from elastictrain.protocol import FormPlan, Row
+from elastictrain.signs import Activity
 
 if TYPE_CHECKING:
     from elastictrain.engine.session import Session
@@ -39,7 +40,7 @@ class Stepping:
         s = self.session
         runner = StepRunner(
             self.job, s.model.recipe, s.worker, self.layout, self.groups, s.model.flat, s.model.held, s.tree, s.batches,
-            probe=lambda phase: s.probes.at(self.step, phase), check=s.check,
+            probe=lambda phase: s.probes.at(self.step, phase), check=s.check, enter=s.pulse.enter,
         )  # fmt: skip
         s.vote_format = runner.vote_format
         s.layout = self.layout
@@ -72,6 +73,7 @@ class Stepping:
         s = self.session
         started = time.perf_counter()
         s.computing = self.step
+        s.pulse.begin_step(self.plan.generation, self.step)
         unmeasured = self.first_step or report.evaluates or report.stores  # peers may evaluate or store meanwhile
         self.groups.deadline_s = FIRST_STEP_DEADLINE_S if unmeasured else max(60.0, 30.0 * s._longest_s)
         self._expect(self.step)
@@ -95,6 +97,7 @@ class Stepping:
         with s.apply_lock:
             s.check()
             s.committed.gathered_step = self.step
+        s.pulse.end_step()
         self.runner.seconds["step_s"] = time.perf_counter() - started
         if not self.first_step:
             s._longest_s = max(s._longest_s, self.runner.seconds["step_s"])
@@ -135,9 +138,10 @@ class Stepping:
         )
         report.evaluates, report.stores = evaluate, store
         if evaluate and self.is_publisher:
+            s.pulse.enter(Activity.EVALUATE)
             report.evaluation = self._evaluate()
         if store and s.saver is not None:
-            report.share = s.saver.write(self._owned(), step=step, generation=self.plan.generation, worker=s.worker)
+            report.share = self._write(step)
         if sealed:
             self._publish_missed(step)
         if sealed and not evaluate and not store:
@@ -152,13 +156,20 @@ class Stepping:
         s = self.session
         report = StepReport(self.step, row=s.committed.rows.get(self.step), stores=s.saver is not None)
         if s.saver is not None:
-            report.share = s.saver.write(
-                self._owned(), step=self.step, generation=self.plan.generation, worker=s.worker
-            )
+            report.share = self._write(self.step)
         self.groups.deadline_s = self.groups.gather_deadline_s = FIRST_STEP_DEADLINE_S
+        s.pulse.enter(Activity.VOTE)
         extras = self.groups.all_gather_sized(report.extras())
         self._publish(report)
         self._commit_checkpoint(report, extras)
+
+    def _write(self, step: int) -> dict[str, Any] | None:
+        """Make this worker's share of a checkpoint durable."""
+        s = self.session
+        s.pulse.enter(Activity.STORE)
+        if s.saver is None:
+            return None
+        return s.saver.write(self._owned(), step=step, generation=self.plan.generation, worker=s.worker)
 
     def _owned(self) -> saving.Owned:
         s = self.session
@@ -199,6 +210,7 @@ class Stepping:
         s = self.session
         if not (report.stores and self.is_publisher and s.saver is not None):
             return
+        s.pulse.enter(Activity.STORE)
         path = s.saver.commit(
             StepReport.shares(extras),
             step=report.step,
@@ -214,12 +226,15 @@ class Stepping:
         """The closing vote: after it the last step can no more be redone. Its digest names the final state."""
         s = self.session
         self.groups.deadline_s = self.groups.gather_deadline_s = FIRST_STEP_DEADLINE_S  # peers may evaluate and store
+        s.pulse.enter(Activity.STORE)
         share = saving.digest_share(self._owned())
+        s.pulse.enter(Activity.VOTE)
         extras = self.groups.all_gather_sized(report.extras()) if report.stores else []
         shares = self.groups.all_gather_sized(share)
         self._publish(report)
         self._commit_checkpoint(report, extras)
         digest = saving.combine_shares(shares, s.model.space.aliases)
+        s.pulse.enter(Activity.VOTE)
         # Nobody leaves before everybody has the digest: a group dropped early would fail a slower peer.
         self.groups.all_gather_equal(b"done")
         s.emit(ev.WorkerFinished(0.0, self.plan.generation, s.worker, self.step, digest))
