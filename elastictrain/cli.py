@@ -209,6 +209,40 @@ def validate(job_file: JobFile) -> None:
     typer.echo(f"data      {source.order.samples} samples, {source.order.steps_per_epoch} steps an epoch")
 
 
+@app.command()
+def simulate(
+    workers: Annotated[int | None, typer.Option(help="Workers of the virtual cluster (default 1000).")] = None,
+    hours: Annotated[float | None, typer.Option(help="Simulated hours (default 24).")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the faults (default 0); the same seed, the same day.")
+    ] = None,
+    spares: Annotated[int | None, typer.Option(help="Warm spares (default one in a hundred).")] = None,
+    worse: Annotated[float, typer.Option(help="Faults so many times as often.")] = 1.0,
+    check: Annotated[str | None, typer.Option(help="Invariants: auto, all (after every event), sampled, off.")] = None,
+    scenario: Annotated[Path | None, typer.Option(help="YAML with more settings: rates, costs, min_workers …")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let the real controller run a virtual cluster with seeded faults; print goodput and recoveries."""
+    from elastictrain.sim import make_scenario, read_settings
+    from elastictrain.sim import simulate as run_scenario
+
+    options = {"workers": workers, "hours": hours, "seed": seed, "spares": spares, "check": check}
+    settings = {} if scenario is None else read_settings(scenario)
+    settings |= {name: value for name, value in options.items() if value is not None}
+    chosen = make_scenario(settings, worse=worse)
+    begun_s = time.monotonic()
+    report = run_scenario(chosen)
+    wall_s = time.monotonic() - begun_s
+    if as_json:
+        typer.echo(json.dumps(report.as_dict() | {"wall_s": round(wall_s, 3)}))
+        return
+    from rich.console import Console
+
+    from elastictrain.sim.picture import picture
+
+    Console().print(picture(report, wall_s))
+
+
 @app.command(
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
     help="Look at checkpoints and check them: ls, show, verify, digest (see ckpt --help).",

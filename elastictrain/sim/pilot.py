@@ -1,0 +1,165 @@
+"""The controller's shell in the simulation: hands events to the real machine, wakes it at its deadlines, dies, and
+comes back from the journal.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+
+from elastictrain.controller import Machine, MachineSpec, Watch, dump_event, read_events
+from elastictrain.controller import events as ev
+from elastictrain.controller.adoption import outstanding, reconcile
+from elastictrain.controller.commands import Announce, Command
+from elastictrain.sim.books import require
+from elastictrain.sim.clock import Clock
+
+Letter = Callable[[float], Iterable[ev.Event]]
+"""Messages on their way: the events as they are observed when they arrive, given the time of that."""
+
+WHOLE_JOURNAL_WORLD = 64
+"""Up to this many workers the journal is kept from the first event; in larger worlds the last minutes of it."""
+TAIL_S = 300.0
+TEXT_LINES = 20_000
+"""Up to this many lines a journal goes through its text form; longer ones are replayed from memory."""
+
+
+class Pilot:
+    """`perform`: carries out a command. `overhear`: is shown every event before the machine is.
+    `alive`: the processes that a returning controller finds.
+    """
+
+    def __init__(
+        self,
+        spec: MachineSpec,
+        clock: Clock,
+        perform: Callable[[Command], None],
+        overhear: Callable[[ev.Event], None],
+        alive: Callable[[], Iterable[int]],
+        check_every: int,
+    ) -> None:
+        self.spec, self.clock, self.perform, self.overhear, self.alive = spec, clock, perform, overhear, alive
+        self.machine = Machine(spec)
+        self.check_every = check_every
+        self.watch = Watch(self.machine)
+        self.events = self.checks = self.deaths = self.replayed = 0
+        self.is_down = False
+        self.down_since_s = 0.0
+        self.waiting: deque[Letter] = deque()
+        self.base: Machine | None = None
+        self.journal: list[ev.Event] | None = None
+        self.wakes_s: float | None = None
+        self.is_dying = False
+        self.unsaid: list[Command] | None = None
+        if spec.initial_workers <= WHOLE_JOURNAL_WORLD:
+            self.keep_journal()
+
+    def deliver(self, letter: Letter) -> None:
+        """Messages have arrived; while the controller is dead they wait."""
+        if self.is_down:
+            self.waiting.append(letter)
+            return
+        events = list(letter(self.clock.now_s))
+        for at, event in enumerate(events, start=1):
+            self.handle(event)
+            if self.is_down:  # it died over this one
+                self.waiting.append(lambda _, rest=tuple(events[at:]): rest)
+                return
+        self._set_alarm()
+
+    def handle(self, event: ev.Event) -> None:
+        if self.machine.phase.is_terminal:
+            return
+        self.events += 1
+        if self.journal is not None:
+            self.journal.append(event)
+        self.overhear(event)
+        checked = self.check_every and self.events % self.check_every == 0
+        if checked:
+            self.watch.before()
+        commands = self.machine.handle(event)
+        if checked:
+            self.checks += 1
+            self.watch.after(commands)
+        if self.is_dying:
+            self.unsaid, self.is_dying, self.is_down = commands, False, True
+            return
+        self._perform(commands)
+
+    def _perform(self, commands: Sequence[Command]) -> None:
+        """Announcements first: they say what the others mean."""
+        for command in commands:
+            if isinstance(command, Announce):
+                self.perform(command)
+        for command in commands:
+            if not isinstance(command, Announce):
+                self.perform(command)
+
+    def _set_alarm(self) -> None:
+        wakes_s = self.machine.next_deadline_s()
+        if wakes_s is not None and wakes_s != self.wakes_s:
+            self.clock.at(wakes_s, self._wake, wakes_s)
+        self.wakes_s = wakes_s
+
+    def _wake(self, wakes_s: float) -> None:
+        if wakes_s == self.wakes_s and not self.is_down:
+            self.wakes_s = None
+            self.deliver(lambda now_s: [ev.Tick(now_s)])
+
+    # --- death and return ---
+
+    def keep_journal(self) -> None:
+        """From now on the journal is kept, on top of a copy of the machine as it is."""
+        if self.journal is None and not self.is_down:
+            self.base, self.journal = self._copy(), []
+
+    def _copy(self) -> Machine:
+        """A deep copy, except of what is frozen."""
+        ledger = self.machine.core.ledger
+        frozen = [self.spec, ledger.plan, *ledger.layouts.values()]
+        return copy.deepcopy(self.machine, {id(part): part for part in frozen if part is not None})
+
+    def die(self, *, over_an_event: bool) -> None:
+        """Now, or when the next event has been written down and handled, but nothing of it has been done."""
+        if not self.is_down and not self.machine.phase.is_terminal:
+            self.is_dying, self.is_down, self.down_since_s = over_an_event, not over_an_event, self.clock.now_s
+
+    def come_back(self) -> None:
+        """A new controller replays the journal, is compared with the one that died, does again what may not have been
+        done, and hears what waited.
+        """
+        if not self.is_down and not self.is_dying:
+            return
+        self.deaths += 1
+        self.is_down = self.is_dying = False
+        if self.journal is not None and self.base is not None:
+            events = self.journal
+            if len(events) <= TEXT_LINES:
+                events = read_events([dump_event(event) for event in events])
+            machine, commands = self.base, list[Command]()
+            for event in events:
+                commands = machine.handle(event)
+            require(self.unsaid is None or self.unsaid == commands, f"replay commands {commands}, not {self.unsaid}")
+            self.replayed += len(events)
+            require(machine == self.machine, "the machine that replayed the journal is not equal to the one that died")
+            self.machine = self.watch.machine = machine
+            self.base, self.journal = None, None
+            if self.spec.initial_workers <= WHOLE_JOURNAL_WORLD:
+                self.keep_journal()
+        self.wakes_s = None
+        letters, self.waiting = list(self.waiting), deque()
+        self._perform([command for command in self.unsaid or () if isinstance(command, Announce)])
+        self.unsaid = None
+        self._adopt()
+        for letter in letters:
+            self.deliver(letter)
+        self._set_alarm()
+
+    def _adopt(self) -> None:
+        """What the state implies is commanded again, and who has died meanwhile is found out."""
+        now_s = self.clock.now_s
+        strangers, gone = reconcile(self.machine, self.alive(), now_s)
+        self._perform([*outstanding(self.machine), *strangers])
+        for event in (ev.ControllerBack(now_s, now_s - self.down_since_s), *gone):
+            self.handle(event)

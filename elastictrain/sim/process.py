@@ -1,0 +1,51 @@
+"""A virtual worker process: where it stands, and what it would say of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from elastictrain.protocol import ParkReport
+
+
+class Stage(Enum):
+    """What a process does."""
+
+    STARTING = "starting"
+    IDLE = "idle"
+    FORMING = "forming"
+    STEPPING = "stepping"
+    PARKED = "parked"
+    FINISHED = "finished"
+
+
+def vote_bytes(step: int) -> bytes:
+    """The result of the vote for `step`: only that it is the same for all matters here."""
+    return step.to_bytes(8, "big")
+
+
+@dataclass(slots=True, eq=False)
+class Process:
+    """`silent`: frozen, torn or cut off: it answers nobody. `cut`: no kill reaches it either. `generation`: the newest
+    plan that it has entered; it refuses plans up to `parked_at`. `applied`: the step that its state is at.
+    """
+
+    number: int
+    node: int
+    stage: Stage = Stage.STARTING
+    silent: bool = False
+    cut: bool = False
+    generation: int = 0
+    parked_at: int = 0
+    applied: int = 0
+    sealed: int = 0
+    gathered: bool = False
+    vote: bytes | None = None
+
+    def park(self, generation: int) -> ParkReport:
+        """Latch apply off and promise it (invariant R3)."""
+        computing = self.stage is Stage.STEPPING
+        self.stage, self.parked_at = Stage.PARKED, generation
+        return ParkReport(
+            self.number, self.generation, self.applied, self.sealed, self.gathered, self.vote, False, computing
+        )
