@@ -64,11 +64,14 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """A generation that ended with `losses`, or hung, before the job had come further than `reached`."""
+    """A generation that ended with `losses`, or hung, before the job had come further than `reached`. `exact`: that is
+    known from survivors; else it is what was published, which is one step behind.
+    """
 
     generation: int
     losses: tuple[Loss, ...]
     hung: str = ""
+    exact: bool = True
 
 
 def common_lanes(rounds: Sequence[Round]) -> set[int]:
@@ -88,12 +91,12 @@ def error_line(text: str) -> str:
 
 def verdict(budget: FailureBudget, rounds: Sequence[Round], reached: int, resume: str) -> str | None:
     """Why the run must end after these `rounds` without progress beyond step `reached`, for the user; or None."""
-    step = reached + 1
+    step = f"step {reached + 1}" + ("" if any(one.exact for one in rounds) else f" or {reached + 2}")
     torn = _torn(rounds[-budget.same_torn :]) if len(rounds) >= budget.same_torn else None
     if torn is not None:
         who = " and then ".join(f"on {_people(one)}" for one in rounds[-budget.same_torn :])
         return (
-            f"RecipeError: step {step} could be computed but not applied: the update failed with the same error "
+            f"RecipeError: {step} could be computed but not applied: the update failed with the same error "
             f"{budget.same_torn} times, {who}. Another try would fail in the same way. The exception comes from the "
             f"recipe's optimizer; {resume}. The error of worker {torn.worker}:\n{torn.cause}"
         )
@@ -118,12 +121,12 @@ def _torn(rounds: Sequence[Round]) -> Loss | None:
     return found if lines else None
 
 
-def _repeated(step: int, rounds: Sequence[Round], place: str, resume: str) -> str:
+def _repeated(step: str, rounds: Sequence[Round], place: str, resume: str) -> str:
     losses = [f"worker {loss.worker} ({loss.cause})" for one in rounds for loss in one.losses]
     losses += [f"generation {one.generation} hung ({one.hung})" for one in rounds if one.hung]
     listed = "; ".join(losses[:8]) + (f"; and {len(losses) - 8} more" if len(losses) > 8 else "")
     return (
-        f"RecipeError: step {step} cannot be committed: it has failed {len(rounds)} times in a row, each time on fresh "
+        f"RecipeError: {step} cannot be committed: it has failed {len(rounds)} times in a row, each time on fresh "
         f"workers: {listed}. {place}, so another try would fail in the same way. The usual cause is that a worker runs "
         "out of memory: lower lane_batch_size (and raise lanes to keep the batch), raise workers.cpus so that fewer "
         "workers share a node, or give them nodes with more memory. Otherwise look at what the recipe does at this "

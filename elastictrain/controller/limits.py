@@ -51,15 +51,17 @@ def lost(core: Core, now_s: float, worker: int, kind: str, cause: str, out: list
     ledger.losses.append(Loss(worker, kind, cause, ledger.plan.layout.lanes_of(worker) if stepping else ()))
 
 
-def end_round(core: Core, reached: int, out: list[Command]) -> bool:
-    """A generation is over, and the job has come to step `reached`. True: the run has failed, over its budget."""
+def end_round(core: Core, reached: int, exact: bool, out: list[Command]) -> bool:
+    """A generation is over, and the job has come to step `reached`, as far as is known (`exact`: survivors say so).
+    True: the run has failed, over its budget.
+    """
     ledger = core.ledger
     losses, hung, ledger.losses, ledger.hung = ledger.losses, ledger.hung, [], None
     if reached > ledger.reached:
         ledger.reached, ledger.rounds = reached, []
     if not losses and hung is None:
         return False
-    ledger.rounds.append(Round(ledger.generation, tuple(losses), "" if hung is None else hung.reason))
+    ledger.rounds.append(Round(ledger.generation, tuple(losses), "" if hung is None else hung.reason, exact))
     words = verdict(core.spec.budget, ledger.rounds, ledger.reached, core.resume_words())
     if words is not None:
         core.fail(words, out)

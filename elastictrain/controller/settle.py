@@ -141,7 +141,8 @@ def _go_on(core: Core, reports: Mapping[int, ParkReport], now_s: float, out: lis
             if blame_for_hang(core, now_s, out):
                 return True  # until it is gone
             _count_redone(core, standing)
-            if end_round(core, ledger.restore.step if standing.truth is None else standing.step, out):
+            reached = ledger.restore.step if standing.truth is None else standing.step
+            if end_round(core, reached, not standing.lost, out):
                 return True
         if standing.truth is not None:
             # All have promised not to move under an older plan: a layout that is not sealed now never will be.

@@ -47,6 +47,7 @@ class Cluster:
         self.fenced: set[int] = set()  # workers of lost nodes: the controller takes them for gone
         self.down = False  # nobody listens: the controller is dead
         self.performs: int | None = None  # so many commands more will it perform before it dies
+        self.not_performed: list[cm.Command] = []
         self.send(ev.Begun(0.0, restore))
 
     # -- the controller's side
@@ -72,9 +73,11 @@ class Cluster:
             if self.performs == 0:
                 self.down, self.performs = True, None
             if self.down:
-                break
+                self.not_performed.append(command)
+                continue
             self.perform(command)
-            self.performs = None if self.performs is None else self.performs - 1
+            if self.performs is not None and not isinstance(command, cm.Announce):
+                self.performs -= 1
         return commands
 
     def decided(self, command: cm.Command) -> None:

@@ -37,11 +37,14 @@ FAULTS = (
 WISHES = ("add", "drain", "drain", "resize", "resize", "stop")
 
 
-def storm(seed: int, length: int = 220) -> FaultyCluster:
+def storm(
+    seed: int, length: int = 220, *, poison: tuple[int, int] | None = None, poison_apply: int | None = None
+) -> FaultyCluster:
     """Random events, faults and wishes, then a calm in which the run must end. Raises when a property fails."""
     rng = random.Random(seed)
     restore = Restore(3, "checkpoint 3") if rng.random() < 0.2 else Restore(0, None)
     cluster = FaultyCluster(random_spec(rng), restore)
+    cluster.poison, cluster.poison_apply = poison, poison_apply
     badness = rng.choice([0.0, 0.01, 0.03, 0.08])
     busy = rng.choice([0.45, 0.55, 0.8])  # with a slow network workers are far ahead of what the controller knows
     for _ in range(length):

@@ -31,11 +31,14 @@ def test_the_storms_reach_what_they_are_for() -> None:
         seen["roll_forward"] += sum(plan.roll_forward is not None for plan in plans)
         seen["joined"] += sum(bool(plan.joiners) and plan.generation > 1 for plan in plans)
         seen["moved"] += sum(bool(plan.moves) for plan in plans)
-    short = {
-        what: seen[what]
-        for what in ("finished", "stopped", "failed", "recoveries", "went_back", "roll_forward", "joined", "moved")
-        if seen[what] < 5
-    }
+        seen.update({type(event).__name__ for event in cluster.log})
+        seen["fenced"] += len(cluster.fenced)
+        seen["spoke while fenced"] += len(cluster.spoke)
+        seen["not performed"] += len(cluster.not_performed)
+    wanted = ["finished", "stopped", "failed", "recoveries", "went_back", "roll_forward", "joined", "moved"]
+    wanted += ["WorkerFrozen", "NodeLost", "GenerationHung", "PreemptionNotice", "ControllerBack"]
+    wanted += ["fenced", "spoke while fenced", "not performed"]
+    short = {what: seen[what] for what in wanted if seen[what] < 5}
     assert not short, f"seen too seldom: {short} of {seen}"
 
 
