@@ -78,6 +78,12 @@ class Data(_Settings):
     """JSONL has no row groups: lines per block."""
     storage_options: dict[str, Any] = Field(default_factory=dict)
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether any of it is read over a network."""
+        places = (self.path,) if isinstance(self.path, str) else self.path
+        return any("://" in place and not place.startswith("file://") for place in places)
+
     @model_validator(mode="after")
     def _modes(self) -> Self:
         if (self.text_column is None) != (self.sequence_length is None):
@@ -140,6 +146,18 @@ class Numerics(_Settings):
     """Refuse a worker or a checkpoint whose numerics differ, instead of reporting it."""
 
 
+class Integrity(_Settings):
+    """Checks for memory and arithmetic that are silently wrong (docs/integrity.md says what they find, and when)."""
+
+    state: bool = True
+    """Compare sums of the state with every vote: against this worker's own of a step before, and against the copies."""
+    recompute_every: PositiveInt | None = 50
+    """At every step that is a multiple of this, compute one lane a second time on another worker. None: never."""
+    distrust: Literal["since_last_check", "since_it_joined"] = "since_last_check"
+    """How far back the run goes when a worker is found to compute wrongly: to the newest checkpoint that is not newer
+    than the last check that it passed, or than its first step (certain, also when it is wrong only now and then)."""
+
+
 class Job(_Settings):
     """A training job. See the field docs; `load_job` reads the same from YAML."""
 
@@ -165,6 +183,7 @@ class Job(_Settings):
     workers: Workers = Workers()
     checkpoint: Checkpoint | None = None
     numerics: Numerics = Numerics()
+    integrity: Integrity = Integrity()
     gradients: Literal["sum", "hand_over"] = "sum"
     """Sum lanes locally before the exchange (less traffic), or hand them to their owners one by one (less memory)."""
     ownership: Literal["sliced", "whole"] = "sliced"
@@ -173,6 +192,8 @@ class Job(_Settings):
     """Elements per block; default chosen from the size of the model alone."""
     mirrors: bool = True
     """Keep a second holder of every block. Off only to measure what it costs."""
+    debug: bool = False
+    """Let breakpoints stand: no worker is taken for frozen, however long it does nothing. A dead one still is dead."""
     run_dir: str | None = None
     """Folder for events, metrics, plots; default `runs/<name>-<time>`."""
 

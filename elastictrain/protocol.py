@@ -51,6 +51,8 @@ class Ready:
     fingerprint: dict[str, object]
     memory_bytes: int | None
     prepared_s: dict[str, float]
+    node: str = ""
+    labels: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,9 @@ class _Watched:
 
     def sign(self, now_s: float) -> WorkerSign:
         file, stat = self.file, self.process.stat()
-        self.beat = self.file.read() or self.beat
+        found = self.file.read()
+        if found is not None and (self.beat is None or found.count > self.beat.count):
+            self.beat = found
         beat, held_up_s, state = self.beat, None, "X"
         if stat is None:
             self.gone_s = now_s if self.gone_s is None else self.gone_s
@@ -98,7 +100,11 @@ class Agent:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         new = socket.socket(family, kind, protocol)
         new.setblocking(False)
-        new.connect(address)
+        try:
+            new.connect(address)
+        except OSError:
+            new.close()
+            raise
         with self._looking:
             old, self._socket = self._socket, new
             self._epoch, self.number, self._beats, self._echo = epoch, number, 0, 0

@@ -56,6 +56,8 @@ def _start(job: Job, address: str | None, environment: dict[str, Any]) -> None:
             ray.init(address=address or os.environ.get("RAY_ADDRESS") or "auto", **shared)
         else:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            # Idle processes that Ray starts in advance take the cores from the ones that are asked for.
+            os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
             ray.init(address="local", include_dashboard=False, **_embedded(job), **shared)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
         where = address or os.environ.get("RAY_ADDRESS") or "this machine"

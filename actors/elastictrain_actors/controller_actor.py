@@ -24,7 +24,7 @@ from elastictrain.observe import RunDirectory
 from elastictrain.protocol import ModelFacts, Restore, Stage
 from elastictrain_actors.driver import Driver, Outcome
 from elastictrain_actors.journal_file import JournalFile, Replaced
-from elastictrain_actors.ray_effects import RayEffects
+from elastictrain_actors.ray_effects import Place, RayEffects
 from elastictrain_actors.spec import machine_spec
 
 CONTROLLER = "controller"
@@ -45,6 +45,7 @@ class RunOrder:
     faults: tuple[Kill | Fail | Add | Drain, ...]
     environment: dict[str, Any]
     namespace: str
+    token: str
     stages: tuple[Stage, ...] = ()
     base_generation: int = 0
 
@@ -96,19 +97,17 @@ class ControllerActor:
         self._folder = RunDirectory.resume(order.run_dir, order.job)
         self._record = _Record(self._folder, order.job.name)
         self._journal = JournalFile(Path(order.run_dir))
-        self._effects = RayEffects(
-            order.job, order.faults, order.stages, order.environment,
-            namespace=order.namespace, epoch=self._journal.epoch,
-        )  # fmt: skip
         spec = machine_spec(order.job, order.facts, base_generation=order.base_generation)
         lines = self._journal.lines()
         self._gone_s = self._journal.silent_for_s() if lines else 0.0
         self._machine, self._unsaid = bring_back(spec, lines)
         last_s = load_event(lines[-1]).now_s if lines else time.monotonic()
+        clock = _going_on_from(last_s + self._gone_s)
+        place = Place(order.namespace, order.token, self._journal.epoch, clock)
+        self._effects = RayEffects(order.job, order.faults, order.stages, order.environment, place)
         self._driver = Driver(
-            self._machine, self._effects, self._record, self._journal,
-            script=order.faults, clock=_going_on_from(last_s + self._gone_s),
-        )  # fmt: skip
+            self._machine, self._effects, self._record, self._journal, script=order.faults, clock=clock
+        )
         threading.Thread(target=self._run, name="elastictrain-controller", daemon=True).start()
 
     def begun(self) -> int:

@@ -25,7 +25,7 @@ from elastictrain_actors.journal_file import Replaced
 
 Heard = Message | cmd.Announce
 """What effects hand to the driver: what workers say, and lines for events.jsonl."""
-POLL_S = 0.25
+POLL_S = 0.1
 STATUS_EVERY_S = 0.5
 
 

@@ -42,11 +42,14 @@ class Heartbeats:
         self._thread.start()
 
     def _bind(self, host: str) -> socket.socket:
+        bound = None
         try:
             family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)[0]
             bound = socket.socket(family, kind, protocol)
             bound.bind(address)
         except OSError as error:
+            if bound is not None:
+                bound.close()
             raise ClusterError(f"no UDP port can be opened on this node's address {host}: {error}") from error
         with suppress(OSError):
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)

@@ -53,7 +53,7 @@ class NodeAgent:
 
 def start_agent(
     node_id: str, token: str, number: int, *, environment: dict[str, Any] | None = None, detached_as: str | None = None,
-    home: str | None = None,
+    home: str | None = None, namespace: str | None = None,
 ) -> Any:  # fmt: skip
     """The handle of a new agent on exactly that node. `detached_as`: a name under which it outlives its controller, and
     a later controller finds it. Ray does not restart it: a new one gets a higher number from us.
@@ -69,5 +69,5 @@ def start_agent(
     if environment:
         options["runtime_env"] = environment
     if detached_as is not None:
-        options |= {"name": detached_as, "lifetime": "detached", "get_if_exists": True}
+        options |= {"name": detached_as, "lifetime": "detached", "namespace": namespace, "get_if_exists": True}
     return ray.remote(NodeAgent).options(**options).remote(token, number, home)

@@ -1,33 +1,41 @@
 """`driver.Effects` on Ray actors: one function per command, each idempotent; failures come back as events.
 
-A worker's death is noticed through its long poll, which fails within some 50 ms of the process's end. A restart of an
-actor is not a restart of its state, so actors are never restarted by Ray: the controller starts another number.
+A worker's death is noticed through its long poll, which fails within some 50 ms of the process's end; that it is
+frozen, or its node lost, by the node agents (`agents`, `watchman`). A restart of an actor is not a restart of its
+state, so actors are never restarted by Ray: the controller starts another number.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, RayActorError
 
 from elastictrain.controller import commands as cmd
 from elastictrain.controller import events as ev
 from elastictrain.controller.events import Message
+from elastictrain.controller.suspicion import Suspicion
 from elastictrain.errors import ClusterError
-from elastictrain.faults import Add, Drain, Fail, Kill, kills_for
+from elastictrain.faults import Fault, kills_for
 from elastictrain.job import Job
 from elastictrain.protocol import Ready, Stage
+from elastictrain.pulse import is_same_process
+from elastictrain_actors.agents import Agents
+from elastictrain_actors.calls import Calls
+from elastictrain_actors.deaths import death_in_words
 from elastictrain_actors.driver import Heard
-from elastictrain_actors.worker_actor import WorkerActor, worker_name, worker_number
+from elastictrain_actors.heartbeats import Heartbeats
+from elastictrain_actors.procfs import KillAnswer
+from elastictrain_actors.watchman import Watchman
+from elastictrain_actors.worker_actor import Identity, WorkerActor, worker_name, worker_number
 
 if TYPE_CHECKING:
     from elastictrain.engine.collective import Rendezvous
@@ -37,63 +45,50 @@ SLOW_START_S = 20.0
 STORE_START_S = 120.0
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a controller stands. `namespace`: of the run's actors; `token`: the run's secret; `epoch`: number of the
+    controller: workers and agents refuse orders of older ones; `clock`: the driver's.
+    """
+
+    namespace: str
+    token: str
+    epoch: int
+    clock: Callable[[], float]
+
+
 @dataclass(slots=True)
 class _Worker:
     handle: Any
     since_s: float
-    pid: int | None = None
-    node: str = ""
+    who: Identity | None = None
     heard: int = 0
     said_slow: bool = False
-    broken: str = ""
-
-
-def death_in_words(said: str) -> str:
-    """Ray's paragraph about the end of an actor as one short phrase, with Ray's exit type where it names one."""
-    exit_type = re.search(r"exit type: ([A-Z_]+)", said)
-    text = said.lower()
-    if "node" in text and ("node has died" in text or "node died" in text or "node was terminated" in text):
-        words = "its node died"
-    elif "memory usage threshold" in text or (exit_type and exit_type[1] == "NODE_OUT_OF_MEMORY"):
-        words = "killed by Ray: its node ran out of memory"
-    elif exit_type is not None and exit_type[1] == "SYSTEM_ERROR":
-        words = "its process died (killed or crashed)"
-    elif exit_type is not None:
-        words = "its process ended"
-    else:
-        lines = [line.strip() for line in said.splitlines() if line.strip()]
-        words = next((line for line in lines if "died" in line or "killed" in line), lines[0] if lines else "it died")
-        words = words if len(words) <= 160 else words[:157] + "..."
-    return f"{words} [{exit_type[1]}]" if exit_type else words
+    end: str = field(default="")
+    """Why it has been told to die; nothing that it says counts any more."""
 
 
 class RayEffects:
     """Workers as Ray actors. Used from one thread, the driver's."""
 
     def __init__(
-        self,
-        job: Job,
-        faults: Sequence[Kill | Fail | Add | Drain],
-        stages: Sequence[Stage],
-        environment: Mapping[str, Any],
-        *,
-        namespace: str,
-        epoch: int,
+        self, job: Job, faults: Sequence[Fault], stages: Sequence[Stage], environment: Mapping[str, Any], place: Place
     ) -> None:
-        """`namespace`: of the run's actors. `epoch`: number of this controller; workers refuse orders of older ones."""
-        self.job, self.faults, self.stages = job, faults, tuple(stages)
+        self.job, self.faults, self.stages, self._place = job, faults, tuple(stages), place
         self._environment = dict(environment)
-        self._namespace, self._epoch = namespace, epoch
-        self._to_poll: set[int] = set()
         self._address = ray.util.get_node_ip_address()
         self._node = ray.get_runtime_context().get_node_id()
         self._rendezvous: Future[Rendezvous] | None = None
-        self._workers: dict[int, _Worker] = {}
-        # What each reference is waited for: called with its result, or with the error instead.
-        self._pending: dict[Any, tuple[int, Callable[[int, Any], list[Heard]]]] = {}
         self._background = ThreadPoolExecutor(1, thread_name_prefix="elastictrain-store")
+        self._calls = Calls()
+        self._workers: dict[int, _Worker] = {}
+        self._to_poll: set[int] = set()
         self._numerics: dict[str, str] | None = None
         self._out: list[Heard] = []
+        ears = Heartbeats(self._address, place.token, place.epoch)
+        judgement = Suspicion(debug=job.debug, remote_data=job.data.is_remote)
+        self._watchman = Watchman(ears, judgement, place.clock)
+        self._agents = Agents(place, self._watchman, self._calls, self._environment)
 
     # --- commands ---
 
@@ -102,19 +97,21 @@ class RayEffects:
             case cmd.StartWorker(worker, avoid):
                 self._start(worker, avoid)
             case cmd.Form(plan):
+                self._watchman.formed(plan.generation, plan.layout.workers)
                 plan = replace(plan, store=self._store())
                 for worker in plan.layout.workers:
-                    self._call(worker, "form", plan)
+                    self._order(worker, "form", plan)
             case cmd.Park(generation, workers):
+                self._watchman.parking(generation)
                 for worker in workers:
-                    self._call(worker, "park", generation)
+                    self._order(worker, "park", generation)
             case cmd.AskPause(generation, worker, store):
-                self._call(worker, "ask_pause", generation, store)
+                self._order(worker, "ask_pause", generation, store)
             case cmd.Retire(worker):
-                self._call(worker, "retire")
+                self._order(worker, "retire")
                 self._forget(worker)
-            case cmd.Kill(worker, _):
-                self._kill(worker)
+            case cmd.Kill(worker, reason):
+                self._kill(worker, reason)
 
     def _store(self) -> str:
         try:
@@ -147,7 +144,7 @@ class RayEffects:
             "max_concurrency": 8,
             # It outlives its controller (and a driver that goes away); a second start of the same number finds it.
             "name": worker_name(worker),
-            "namespace": self._namespace,
+            "namespace": self._place.namespace,
             "lifetime": "detached",
             "get_if_exists": True,
         }
@@ -155,50 +152,70 @@ class RayEffects:
             options["label_selector"] = {"ray.io/node-id": f"!in({','.join(avoid)})"}
         if self._environment:
             options["runtime_env"] = self._environment
-        handle = ray.remote(WorkerActor).options(**options).remote(worker)
+        self._meet(worker, ray.remote(WorkerActor).options(**options).remote(worker, self._place.token))
         self._meeting_place()
-        self._meet(worker, handle)
-        self._call(worker, "prepare", self.job, kills_for(self.faults, worker), self.stages)
+        self._order(worker, "prepare", self.job, kills_for(self.faults, worker), self.stages)
 
     def adopt(self) -> Sequence[int]:
         """Take over the workers that a controller before this one has left; says which are there."""
         self._meeting_place()
         found = []
-        for actor in ray.util.list_named_actors(all_namespaces=True):
-            number = worker_number(actor["name"])
-            if actor["namespace"] == self._namespace and number is not None:
+        names = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True)
+                 if a["namespace"] == self._place.namespace]  # fmt: skip
+        self._agents.replace(names)
+        for name in names:
+            number = worker_number(name)
+            if number is not None:
                 with suppress(ValueError):  # it has died since
-                    self._meet(number, ray.get_actor(actor["name"], self._namespace))
+                    self._meet(number, ray.get_actor(name, self._place.namespace))
                     found.append(number)
         return found
 
     def _meet(self, worker: int, handle: Any) -> None:
         self._workers[worker] = _Worker(handle, time.monotonic())
-        reference = handle.who.remote()
-        self._pending[reference] = (worker, self._introduced)
         self._to_poll.add(worker)
+        self._expect(worker, handle.who.remote(), lambda who: self._introduced(worker, who))
 
-    def _introduced(self, worker: int, who: tuple[int, str]) -> list[Heard]:
+    def _introduced(self, worker: int, who: Identity) -> None:
         facts = self._workers[worker]
-        facts.pid, facts.node = who
-        return []
+        facts.who = who
+        self._agents.need(who.node)
+        if facts.end:
+            self._kill(worker, facts.end)  # told to die before anybody knew where it was
 
-    def _kill(self, worker: int) -> None:
+    def _kill(self, worker: int, reason: str) -> None:
+        """SIGKILL by the agent of its node, which also ends a stopped process and confirms; without one (or without an
+        answer) as well as it can be done from here. It is dead when `WorkerDied` says so.
+        """
         facts = self._workers.get(worker)
         if facts is None:
+            self._out.append(ev.WorkerDied(0.0, worker, "it is gone"))
             return
-        if facts.pid is not None and facts.node == self._node:
-            # ray.kill leaves a stopped process alive; SIGKILL does not.
-            with suppress(ProcessLookupError):
-                os.kill(facts.pid, signal.SIGKILL)
+        facts.end = facts.end or reason
         ray.kill(facts.handle, no_restart=True)
-
-    def _call(self, worker: int, method: str, *arguments: Any, then: Any = None) -> None:
-        facts = self._workers.get(worker)
-        if facts is None:
+        who = facts.who
+        if who is None:
             return
-        reference = getattr(facts.handle, method).remote(self._epoch, *arguments)
-        self._pending[reference] = (worker, then or (lambda *_: []))
+        if who.node == self._node and is_same_process(who.pid, who.start_ticks):
+            with suppress(ProcessLookupError):
+                os.kill(who.pid, signal.SIGKILL)
+        self._agents.kill(who.node, who.pid, who.start_ticks, lambda answer: self._killed(worker, answer))
+
+    def _killed(self, worker: int, answer: KillAnswer | None) -> list[Heard]:
+        facts = self._workers.get(worker)
+        if answer is not KillAnswer.GONE or facts is None:
+            return []  # Ray, or the loss of its node, will tell
+        self._forget(worker)
+        return [ev.WorkerDied(0.0, worker, facts.end)]
+
+    def _order(self, worker: int, method: str, *arguments: Any) -> None:
+        facts = self._workers.get(worker)
+        if facts is not None:
+            order = getattr(facts.handle, method).remote(self._place.epoch, *arguments)
+            self._expect(worker, order, lambda _: None)
+
+    def _expect(self, worker: int, reference: Any, then: Callable[[Any], Sequence[Heard] | None]) -> None:
+        self._calls.add(reference, worker, then, lambda error: self._failed(worker, error))
 
     # --- what comes back ---
 
@@ -207,74 +224,64 @@ class RayEffects:
         for worker in self._to_poll:
             self._poll_again(worker)
         self._to_poll.clear()
-        if self._pending and not self._out:
-            ready, _ = ray.wait(list(self._pending), num_returns=1, timeout=timeout_s)
-            if ready:  # take whatever else is there, in one turn
-                ready, _ = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=0)
-            for reference in ready:
-                if reference in self._pending:
-                    worker, then = self._pending.pop(reference)
-                    self._out += self._result(reference, worker, then)
-        elif not self._out:
-            time.sleep(timeout_s)  # nobody is there whom we could wait for
-        found, self._out = [*self._out, *self._slow_starts()], []
+        if not self._out:
+            self._out += self._calls.take(timeout_s)
+        found, self._out = [*self._out, *self._look(), *self._slow_starts()], []
+        return found
+
+    def _look(self) -> list[Heard]:
+        """What the watchman has noticed. What he says of workers that are forgotten is old."""
+        found: list[Heard] = []
+        for noticed in self._watchman.look():
+            if isinstance(noticed, ev.NodeLost):
+                self._agents.lost(noticed.node)
+            if isinstance(noticed, ev.WorkerDied):
+                if noticed.worker not in self._workers:
+                    continue
+                self._forget(noticed.worker)
+            found.append(noticed)
         return found
 
     def _slow_starts(self) -> list[cmd.Announce]:
         """Workers for which the cluster has had no room for a while: say what is asked and what is free."""
         found = []
         for worker, facts in self._workers.items():
-            if facts.pid is None and not facts.said_slow and time.monotonic() - facts.since_s > SLOW_START_S:
+            if facts.who is None and not facts.said_slow and time.monotonic() - facts.since_s > SLOW_START_S:
                 facts.said_slow = True
                 asked = {"cpus": self.job.workers.cpus, "gpus": self.job.workers.gpus}
                 free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
                 found.append(cmd.Announce("slow_start", {"worker": worker, "asked": asked, "free": free}))
         return found
 
-    def _result(self, reference: Any, worker: int, then: Any) -> list[Heard]:
-        try:
-            result = ray.get(reference)
-        except ActorUnavailableError as error:
-            return self._broken(worker, error)
-        except RayActorError as error:
-            return self._died(worker, error)
-        except RayError as error:
-            return self._broken(worker, error)
-        return list(then(worker, result))
-
-    def _broken(self, worker: int, error: Exception) -> list[Heard]:
-        """A call failed in a worker that may still live: end it. It is dead when its next poll says so, not before."""
-        facts = self._workers.get(worker)
-        if facts is not None and not facts.broken:
-            facts.broken = death_in_words(str(error))
-            self._kill(worker)
-            self._to_poll.add(worker)
-        return []
-
-    def _died(self, worker: int, error: Exception) -> list[Heard]:
+    def _failed(self, worker: int, error: Exception) -> list[Heard]:
+        """A call has failed: the worker is dead, or (its own exception, out of reach) is made so."""
         facts = self._workers.get(worker)
         if facts is None:
             return []
-        self._forget(worker)
-        return [ev.WorkerDied(0.0, worker, facts.broken or death_in_words(str(error)))]
+        if isinstance(error, RayActorError) and not isinstance(error, ActorUnavailableError):
+            self._forget(worker)
+            return [ev.WorkerDied(0.0, worker, facts.end or death_in_words(str(error)))]
+        if not facts.end:
+            self._kill(worker, death_in_words(str(error)))
+            self._to_poll.add(worker)  # its next poll fails when it is dead, not before
+        return []
 
     def _forget(self, worker: int) -> None:
-        self._workers.pop(worker, None)
-        self._pending = {ref: item for ref, item in self._pending.items() if item[0] != worker}
+        if self._workers.pop(worker, None) is not None:
+            self._calls.forget(worker)
+            self._watchman.worker_gone(worker)
 
     def _prepared(self, worker: int, ready: Ready) -> list[Heard]:
-        node = self._workers[worker].node
         refusal = self._compare(worker, ready)
         if refusal:
-            self._kill(worker)
-            self._forget(worker)
+            self._kill(worker, refusal)
             return [ev.WorkerStartFailed(0.0, worker, refusal, True)]
-        seconds = {name: round(value, 3) for name, value in ready.prepared_s.items()}
+        node = ready.node
+        facts = {"worker": worker, "pid": ready.pid, "domain": node,
+                 "prepared_s": {name: round(value, 3) for name, value in ready.prepared_s.items()}}  # fmt: skip
         return [
-            cmd.Announce(
-                "worker_prepared", {"worker": worker, "pid": ready.pid, "domain": node, "prepared_s": seconds}
-            ),
-            ev.WorkerReady(0.0, worker, node, ready.memory_bytes),
+            cmd.Announce("worker_prepared", facts),
+            ev.WorkerReady(0.0, worker, node, ready.memory_bytes, node, ready.labels),
         ]
 
     def _compare(self, worker: int, ready: Ready) -> str | None:
@@ -293,25 +300,28 @@ class RayEffects:
     def _poll_again(self, worker: int) -> None:
         facts = self._workers.get(worker)
         if facts is not None:
-            self._call(worker, "next_messages", facts.heard, LONG_POLL_S, then=self._messages)
+            reference = facts.handle.next_messages.remote(self._place.epoch, facts.heard, LONG_POLL_S)
+            self._expect(worker, reference, lambda result: self._messages(worker, result))
 
     def _messages(self, worker: int, result: tuple[int, list[Message]]) -> list[Heard]:
-        found: list[Heard] = []
-        self._workers[worker].heard, messages = result
+        facts = self._workers[worker]
+        facts.heard, messages = result
         self._to_poll.add(worker)
-        for message in messages:
+        found: list[Heard] = []
+        for message in messages if not facts.end else ():
             if isinstance(message, Ready):
                 found += self._prepared(worker, message)
                 continue
             found.append(message)
             if isinstance(message, ev.WorkerStartFailed):
-                self._kill(worker)
-                self._forget(worker)
+                self._kill(worker, "it could not start")
         return found
 
     def close(self) -> None:
         """End whatever is left."""
         self._background.shutdown(wait=False)
         for worker in list(self._workers):
-            self._kill(worker)
+            self._kill(worker, "the run is over")
             self._forget(worker)
+        self._agents.close()
+        self._watchman.heartbeats.close()

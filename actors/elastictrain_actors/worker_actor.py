@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import ray
@@ -15,6 +16,7 @@ from elastictrain.errors import ClusterError
 from elastictrain.faults import Fail, Kill
 from elastictrain.job import Job
 from elastictrain.protocol import FormPlan, Stage
+from elastictrain.pulse import Pulse, pulse_folder, start_ticks
 
 if TYPE_CHECKING:
     from elastictrain.engine.host import WorkerHost
@@ -31,6 +33,15 @@ def worker_number(name: str) -> int | None:
     return int(number) if prefix == "worker" and number.isdecimal() else None
 
 
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Which process a worker is, beyond doubt: pids are used again, start times with them are not."""
+
+    node: str
+    pid: int
+    start_ticks: int
+
+
 class WorkerActor:
     """Hosts a worker. Calls are short except `prepare` and the long poll; they run in threads of their own.
 
@@ -38,15 +49,16 @@ class WorkerActor:
     refused (ClusterError).
     """
 
-    def __init__(self, worker: int) -> None:
-        self._worker = worker
+    def __init__(self, worker: int, token: str) -> None:
+        """`token`: the run's secret, which also names the folder of its signs of life."""
+        self._worker, self._token = worker, token
         self._epoch = 0
         self._outbox = Outbox()
         self._host: WorkerHost | None = None
 
-    def who(self) -> tuple[int, str]:
-        """Process id and Ray node id."""
-        return os.getpid(), ray.get_runtime_context().get_node_id()
+    def who(self) -> Identity:
+        """Can be said before torch is imported."""
+        return Identity(ray.get_runtime_context().get_node_id(), os.getpid(), start_ticks(os.getpid()) or 0)
 
     def prepare(self, epoch: int, job: Job, faults: Sequence[Kill | Fail], stages: Sequence[Stage]) -> None:
         """Build model, data and session; says `Ready` or `WorkerStartFailed`. A second call changes nothing."""
@@ -58,8 +70,13 @@ class WorkerActor:
 
         try:
             address = ray.util.get_node_ip_address()
-            self._host = WorkerHost(job, self._worker, host=address, faults=faults, stages=stages, outbox=self._outbox)
-            self._outbox.put(self._host.prepare())
+            pulse, _ = Pulse.create_or_mute(pulse_folder(self._token), self._worker)
+            self._host = WorkerHost(
+                job, self._worker, host=address, faults=faults, stages=stages, outbox=self._outbox, pulse=pulse
+            )
+            context = ray.get_runtime_context()
+            ready = self._host.prepare()
+            self._outbox.put(replace(ready, node=context.get_node_id(), labels=context.get_node_labels() or {}))
         except BaseException as error:
             self._outbox.put(ev.WorkerStartFailed(0.0, self._worker, *start_error(error)))
 

@@ -15,28 +15,32 @@ class Outbox:
     """
 
     def __init__(self) -> None:
-        self._messages: list[Message] = []
+        self._messages: list[tuple[Message, bool]] = []
         self._first = 1
+        self._progress_is_news = False
         self._changed = threading.Condition()
 
     def put(self, message: Message) -> None:
+        """Rows ride along with the next event or the end of the poll: metrics must not cost a call per step. The first
+        commit after a seal is news: it ends a recovery.
+        """
         with self._changed:
-            self._messages.append(message)
-            # Rows ride along with the next event or the end of the poll: metrics must not cost a call per step.
-            if not isinstance(message, Row | ev.Progress):
+            urgent = not isinstance(message, Row | ev.Progress)
+            if isinstance(message, ev.Progress):
+                urgent, self._progress_is_news = self._progress_is_news, False
+            elif isinstance(message, ev.Sealed):
+                self._progress_is_news = True
+            self._messages.append((message, urgent))
+            if urgent:
                 self._changed.notify_all()
 
     def after(self, number: int, timeout_s: float) -> tuple[int, list[Message]]:
         """Messages are numbered from 1. Forget those up to `number`; wait up to `timeout_s` until something urgent
         comes; return the number of the newest message and all that wait. 0 asks for everything again.
         """
-
-        def urgent() -> bool:
-            return any(not isinstance(message, Row | ev.Progress) for message in self._messages)
-
         with self._changed:
             written = max(0, number + 1 - self._first)
             del self._messages[:written]
             self._first += written
-            self._changed.wait_for(urgent, timeout=timeout_s)
-            return self._first + len(self._messages) - 1, list(self._messages)
+            self._changed.wait_for(lambda: any(urgent for _, urgent in self._messages), timeout=timeout_s)
+            return self._first + len(self._messages) - 1, [message for message, _ in self._messages]

@@ -72,7 +72,7 @@ def order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunOrder]
         workers=Workers(max=1, replace=False),
     )
     RunDirectory.create(tmp_path / "run", job).close()
-    yield RunOrder(job, str(tmp_path / "run"), FACTS, Restore(0, None), (), (), {}, "namespace")
+    yield RunOrder(job, str(tmp_path / "run"), FACTS, Restore(0, None), (), (), {}, "namespace", "token")
     for thread in threading.enumerate():
         if thread.name == "elastictrain-controller":
             thread.join(10)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from elastictrain_actors.ray_effects import death_in_words
+from elastictrain_actors.deaths import death_in_words
 
 DEAD = "The actor died unexpectedly before finishing this task.\n\tclass_name: WorkerActor\n\tnamespace: 1c1\n"
 CRASHED = (

@@ -1,0 +1,103 @@
+"""The node agents of a run, seen from the controller: one on every node that has a worker, started when its first
+worker has said where it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from elastictrain_actors.calls import Calls
+from elastictrain_actors.driver import Heard
+from elastictrain_actors.node_agent import start_agent
+from elastictrain_actors.procfs import KillAnswer
+from elastictrain_actors.watchman import Watchman
+
+if TYPE_CHECKING:
+    from elastictrain_actors.ray_effects import Place
+
+KILL_S = 2.0
+NUMBERS_PER_EPOCH = 1000
+PREFIX = "agent-"
+
+
+@dataclass(slots=True)
+class _Agent:
+    handle: Any
+    number: int
+    follows: bool = False
+
+
+class Agents:
+    """Used from one thread, the driver's."""
+
+    def __init__(self, place: Place, watchman: Watchman, calls: Calls, environment: Mapping[str, Any]) -> None:
+        self._place, self._watchman, self._calls = place, watchman, calls
+        self._environment = dict(environment)
+        self._agents: dict[str, _Agent] = {}
+        self._numbers: dict[str, int] = {}
+
+    def replace(self, names: Iterable[str]) -> None:
+        """End the agents of a controller before this one (by the names of the run's actors): ours follow us."""
+        for name in names:
+            if name.startswith(PREFIX):
+                with suppress(ValueError):
+                    ray.kill(ray.get_actor(name, self._place.namespace), no_restart=True)
+
+    def need(self, node: str) -> None:
+        """A worker lives on `node`: have an agent there."""
+        if node not in self._agents:
+            self._start(node)
+
+    def _start(self, node: str) -> None:
+        # Numbers tell a node's agents apart; those of a later controller are above those of an earlier one.
+        number = self._numbers[node] = self._numbers.get(node, self._place.epoch * NUMBERS_PER_EPOCH) + 1
+        handle = start_agent(
+            node, self._place.token, number, environment=self._environment, namespace=self._place.namespace,
+            detached_as=f"{PREFIX}{node[:12]}-{number}",
+        )  # fmt: skip
+        agent = self._agents[node] = _Agent(handle, number)
+        ears = self._watchman.heartbeats
+
+        def died(_: object) -> None:
+            if self._agents.get(node) is agent:
+                del self._agents[node]
+                self._watchman.agent_died(node)
+                if agent.follows:  # one that never came up would not the next time either
+                    self._start(node)
+
+        def follows(yes: bool) -> None:
+            if yes and self._agents.get(node) is agent:
+                agent.follows = True
+                self._watchman.agent_started(node, number)
+
+        key = (PREFIX, node, number)
+        self._calls.add(handle.follow.remote(self._place.epoch, ears.host, ears.port, number), key, follows, died)
+        self._calls.add(handle.run.remote(), key, died, died)
+
+    def lost(self, node: str) -> None:
+        """The node is out of reach: so is its agent. One is started again when a worker shows up there again."""
+        agent = self._agents.pop(node, None)
+        if agent is not None:
+            self._calls.forget((PREFIX, node, agent.number))
+            ray.kill(agent.handle, no_restart=True)
+
+    def kill(
+        self, node: str, pid: int, start_ticks: int, answered: Callable[[KillAnswer | None], Sequence[Heard]]
+    ) -> None:
+        """SIGKILL a worker and confirm. `answered` gets None when there is no agent that could say."""
+        agent = self._agents.get(node)
+        if agent is None or not agent.follows:
+            return
+        order = agent.handle.kill.remote(self._place.epoch, pid, start_ticks, KILL_S)
+        self._calls.add(order, (PREFIX, node, agent.number), answered, lambda _: answered(None))
+
+    def close(self) -> None:
+        """The run is over: the agents end."""
+        for agent in self._agents.values():
+            ray.kill(agent.handle, no_restart=True)
+        self._agents.clear()

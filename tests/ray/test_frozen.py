@@ -1,0 +1,38 @@
+"""Workers that live and do nothing, on real actors: named, killed by their node's agent, confirmed gone; same bits."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import elastictrain as et
+from elastictrain.observe import RunDirectory
+from tests.ray.test_controller_death import AtRow, job
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240), pytest.mark.usefixtures("shared_ray")]
+
+
+def frozen_events(run_dir: Path) -> list[dict[str, Any]]:
+    return [event.data for event in RunDirectory.open(run_dir).events() if event.kind == "frozen"]
+
+
+def test_a_stopped_process_is_named_and_replaced_although_ray_never_notices(tmp_path: Path) -> None:
+    undisturbed = et.run(job(tmp_path, "alone"))
+
+    def freeze(worker: int) -> None:
+        os.kill(watcher.pids[worker], signal.SIGSTOP)
+
+    watcher = AtRow({20: lambda: freeze(1), 120: lambda: freeze(0)})
+    disturbed = et.run(job(tmp_path, "frozen"), observer=watcher)
+    assert disturbed.digest == undisturbed.digest
+    assert [event["worker"] for event in frozen_events(tmp_path / "frozen")] == [1, 0]
+    assert all("stopped by a signal" in event["reason"] for event in frozen_events(tmp_path / "frozen"))
+    assert disturbed.world_sizes == [3, 2, 1]
+    assert [r.steps_redone <= 1 for r in disturbed.recoveries] == [True, True]
+    for pid in (watcher.pids[0], watcher.pids[1]):
+        assert not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes(), "gone"
+    assert not frozen_events(tmp_path / "alone"), "nobody is named in a run without faults"
