@@ -20,7 +20,7 @@ class FaultyCluster(Cluster):
     def __init__(self, spec: MachineSpec, restore: Restore = FROM_THE_START) -> None:
         self.lost_nodes: set[str] = set()
         self.spoke: set[int] = set()  # fenced workers that the controller has heard from
-        self.named: set[int] = set()  # said to be frozen
+        self.named: set[int] = set()  # said to be frozen, or to make the others hang
         self.going: dict[int, float] = {}  # workers whose machine goes, and when
         self.hangs: list[int] = []  # generations that hung
         self.poison: tuple[int, int] | None = None  # (step, lane): whoever computes it dies
@@ -113,6 +113,7 @@ class FaultyCluster(Cluster):
         if self.down or self.machine.phase not in (Phase.FORMING, Phase.RUNNING):
             return False
         self.hangs.append(self.machine.generation)
+        self.named.add(number)
         self.send(ev.GenerationHung(self.now_s, self.machine.generation, "all wait", number))
         return True
 
@@ -166,7 +167,7 @@ class FaultyCluster(Cluster):
         super().decided(command)
         if isinstance(command, cm.Kill) and "second hang" in command.reason and command.worker in self.workers:
             *_, before, last = self.hangs
-            reached = max(w.applied for w in self.workers.values() if w.generation == last)
+            reached = max(w.applied for w in self.believed().values() if w.generation == last)
             assert reached <= self.plans[before + 1].step, "a step was committed between the two hangs"
 
     # -- the controller
