@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 
 import common
-
 from elastictrain.sim import FaultRates, Scenario, simulate
 
 SEED = 9
@@ -66,7 +65,7 @@ def main() -> None:
     results.notes += [
         f"Seed {options.seed}; rates of faults and costs are the defaults of `elastictrain simulate`: a bad cluster.",
         "A recovery lasts from the fault, not from its detection, to the seal of the next generation.",
-        "Detection, start-up, forming and storage take what the scenario says; what is measured here is the controller.",
+        "Detection, start-up, forming and storage take what the scenario says; measured is the controller alone.",
     ]
     results.write()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from elastictrain.controller import Machine, MachineSpec, Watch, dump_event, read_events
 from elastictrain.controller import events as ev
@@ -23,6 +24,10 @@ WHOLE_JOURNAL_WORLD = 64
 TAIL_S = 300.0
 TEXT_LINES = 20_000
 """Up to this many lines a journal goes through its text form; longer ones are replayed from memory."""
+
+
+def _later(events: Sequence[ev.Event], _: float) -> Sequence[ev.Event]:
+    return events
 
 
 class Pilot:
@@ -62,15 +67,15 @@ class Pilot:
             return
         events = list(letter(self.clock.now_s))
         for at, event in enumerate(events, start=1):
-            self.handle(event)
-            if self.is_down:  # it died over this one
-                self.waiting.append(lambda _, rest=tuple(events[at:]): rest)
+            if not self.handle(event):  # it died over this one
+                self.waiting.append(partial(_later, events[at:]))
                 return
         self._set_alarm()
 
-    def handle(self, event: ev.Event) -> None:
+    def handle(self, event: ev.Event) -> bool:
+        """Write the event down, let the machine handle it and do what it commands. False: died before doing it."""
         if self.machine.phase.is_terminal:
-            return
+            return True
         self.events += 1
         if self.journal is not None:
             self.journal.append(event)
@@ -84,8 +89,9 @@ class Pilot:
             self.watch.after(commands)
         if self.is_dying:
             self.unsaid, self.is_dying, self.is_down = commands, False, True
-            return
+            return False
         self._perform(commands)
+        return True
 
     def _perform(self, commands: Sequence[Command]) -> None:
         """Announcements first: they say what the others mean."""

@@ -98,8 +98,7 @@ class Weather:
         unseen = rng.random() < self.scenario.rates.unseen_freeze
         cluster.fall_silent(process, kind if not unseen else f"{kind}, unseen")
         if not unseen:
-            delay_s = self.costs.detect_frozen_s * rng.uniform(0.5, 1.5)
-            cluster.say(delay_s, lambda now_s: ev.WorkerFrozen(now_s, number, "no sign of life"))
+            self.clock.after(self.costs.detect_frozen_s * rng.uniform(0.5, 1.5), self._name, process)
             return True
         crew, delay_s = cluster.crew, self.costs.collective_timeout_s
         if crew is not None and process.generation == crew.generation:
@@ -111,6 +110,13 @@ class Weather:
                 cluster.say(delay_s, lambda now_s: ev.GenerationHung(now_s, hung.generation, hung.reason, suspect))
                 self.clock.after(2 * delay_s, crew.complain)
         return True
+
+    def _name(self, process: Process) -> None:
+        """Detection says that it is frozen, and says so again while it stands there."""
+        if self.cluster.processes.get(process.number) is process:
+            number = process.number
+            self.cluster.send(lambda now_s: [ev.WorkerFrozen(now_s, number, "no sign of life")])
+            self.clock.after(4 * self.costs.detect_frozen_s + 1.0, self._name, process)
 
     def _tear(self, kind: str, rng: Random) -> bool:
         """An exception between vote and end of apply (R7): the vote was complete."""
