@@ -184,7 +184,7 @@ class PulseFile:
         return (_THREAD.unpack(raw)[0] if len(raw) == _THREAD.size else 0) or self.pid
 
     def read(self) -> Beat | None:
-        """The newest whole beat; None when none can be read."""
+        """The newest whole beat; the one before it while the newest is being written; None when none can be read."""
         for _ in range(_READ_TRIES):
             newest: tuple[int, ...] | None = None
             for offset in _SLOTS_AT:

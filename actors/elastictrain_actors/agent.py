@@ -7,7 +7,6 @@ one of an older controller is refused.
 
 from __future__ import annotations
 
-import os
 import socket
 import threading
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 from elastictrain.pulse import PulseFile, is_same_process, pulse_paths
 from elastictrain.signs import Beat, NodeReport, WorkerSign
 from elastictrain_actors.beats import Codec
-from elastictrain_actors.procfs import KillAnswer, ProcessReader, end_process
+from elastictrain_actors.procfs import KillAnswer, ProcessReader, end_process, lift_thread
 
 BEAT_S = 0.1
 PUNCTUAL_S = 0.02
@@ -141,6 +140,7 @@ class Agent:
 
     def run(self) -> None:
         """Report every 0.1 s until `stop`, or until there has long been neither a controller nor a worker."""
+        lift_thread()
         due_s = self._clock()
         while not self._stop.wait(max(0.0, due_s - self._clock())):
             now_s = self._clock()
@@ -219,12 +219,3 @@ class Agent:
     def _is_lonely(self) -> bool:
         alive = any(watched.gone_s is None for watched in self._watched.values())
         return not alive and self._clock() - self._heard_s > LONELY_S
-
-
-def lift_priority() -> bool:
-    """Let the agent run before the workers that it watches, where the system allows it."""
-    try:
-        os.setpriority(os.PRIO_PROCESS, 0, -10)
-    except OSError:
-        return False
-    return True

@@ -16,6 +16,7 @@ from elastictrain.controller.leases import LIMIT_S, Leases, WatchedClock
 from elastictrain.errors import ClusterError
 from elastictrain.signs import NodeReport
 from elastictrain_actors.beats import Codec
+from elastictrain_actors.procfs import lift_thread
 
 TURN_S = 0.05
 _BUFFER_BYTES = 4 * 2**20
@@ -111,6 +112,7 @@ class Heartbeats:
     # --- the thread ---
 
     def _run(self) -> None:
+        lift_thread()
         while not self._stop.is_set():
             with self._lock:
                 self._clock.advance(time.monotonic())
@@ -145,7 +147,7 @@ class Heartbeats:
         if report is None:
             return
         with self._lock:
-            if self._leases.heard(report.node, report.agent, report.number, report.echo):
+            if self._leases.heard(report, self._clock.now_s):
                 self._reports[report.node] = report
             if not self._leases.answers(report.node, report.agent, report.number, self._clock.now_s):
                 return

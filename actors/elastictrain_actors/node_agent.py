@@ -14,7 +14,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastictrain.pulse import pulse_folder, sweep
-from elastictrain_actors.agent import Agent, lift_priority
+from elastictrain_actors.agent import Agent
 from elastictrain_actors.procfs import KillAnswer
 
 
@@ -23,7 +23,6 @@ class NodeAgent:
 
     def __init__(self, token: str, number: int, home: str | None = None) -> None:
         sweep(None if home is None else Path(home))
-        lift_priority()
         folder = pulse_folder(token, None if home is None else Path(home))
         self._agent = Agent(ray.get_runtime_context().get_node_id(), folder, token, number=number)
 

@@ -6,16 +6,23 @@ cut in both, and the verdict never comes later than the limit after the cut, wha
 the cut can be echoed. (The lease of Gray and Cheriton 1989, seen from its grantor.)
 
 Ages are told in *watched time*: a watcher that was kept from running for three seconds has not seen three seconds of
-silence. Pure: time arrives as an argument.
+silence. And a node whose beats have lately been late, by its own count, is given twice its worst lateness on top of the
+limit (up to 10 s in all; what is remembered of it halves every 30 s): one that starves is not dead.
+
+Pure: time arrives as an argument.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from elastictrain.signs import NodeReport
+
 LIMIT_S = 1.6
 """Silence until a node counts as lost. With one turn of the watcher and one of the controller on top, the whole stays
 below 2 s; below it lie 11 beats of 0.1 s that would all have to fail at 200 ms of latency each way."""
+LONGEST_S = 10.0
+HALF_LIFE_S = 30.0
 
 
 @dataclass(slots=True)
@@ -46,6 +53,18 @@ class _Lease:
     echo: int = 0
     answers: dict[int, float] = field(default_factory=dict)
     renewed_s: float | None = None
+    late_s: float | None = None
+    worst_s: float = 0.0
+    worst_at_s: float = 0.0
+
+    def note_lateness(self, late_s: float, now_s: float) -> None:
+        """`late_s`: the agent's own sum, as of its newest beat."""
+        delta_s = 0.0 if self.late_s is None else late_s - self.late_s
+        self.late_s = late_s
+        self.worst_s, self.worst_at_s = max(delta_s, self.lately_s(now_s)), now_s
+
+    def lately_s(self, now_s: float) -> float:
+        return self.worst_s * 0.5 ** ((now_s - self.worst_at_s) / HALF_LIFE_S)
 
 
 class Leases:
@@ -71,20 +90,22 @@ class Leases:
         """Not watched any more: it is known to be lost, or its agent has died (which is not the death of a node)."""
         self._leases.pop(node, None)
 
-    def heard(self, node: str, agent: int, number: int, echo: int) -> bool:
+    def heard(self, report: NodeReport, now_s: float) -> bool:
         """A beat has come. True when it is the newest of the node's own agent; late, doubled and foreign ones change
         nothing but the echo, which counts whenever it comes.
         """
-        lease = self._leases.get(node)
-        if lease is None or agent != lease.agent:
+        lease, echo = self._leases.get(report.node), report.echo
+        if lease is None or report.agent != lease.agent:
             return False
         if echo > lease.echo and echo in lease.answers:
             lease.echo = echo
             lease.renewed_s = max(lease.renewed_s or 0.0, lease.answers[echo])
             lease.answers = {n: at_s for n, at_s in lease.answers.items() if n > echo}
-        is_newest = number > lease.newest
-        lease.newest = max(lease.newest, number)
-        return is_newest
+        if report.number <= lease.newest:
+            return False
+        lease.newest = report.number
+        lease.note_lateness(report.late_s, now_s)
+        return True
 
     def answers(self, node: str, agent: int, number: int, now_s: float) -> bool:
         """Whether beat `number` is to be answered, now. Answers never echoed are kept while they could matter."""
@@ -107,10 +128,15 @@ class Leases:
         lease = self._leases.get(node)
         return None if lease is None or lease.renewed_s is None else now_s - lease.renewed_s
 
+    def allowed_s(self, node: str, now_s: float) -> float:
+        """How long a node may be silent."""
+        lease = self._leases[node]
+        return max(self.limit_s, min(LONGEST_S, self.limit_s + 2 * lease.lately_s(now_s)))
+
     def silent(self, now_s: float) -> dict[str, float]:
         """The lost nodes, with seconds of silence."""
-        ages = {node: self.age_s(node, now_s) for node in self._leases}
-        return {node: age_s for node, age_s in sorted(ages.items()) if age_s is not None and age_s > self.limit_s}
+        ages = {node: self.age_s(node, now_s) for node in sorted(self._leases)}
+        return {n: age_s for n, age_s in ages.items() if age_s is not None and age_s > self.allowed_s(n, now_s)}
 
     def unheard(self, now_s: float) -> dict[str, float]:
         """Nodes whose agent has not made a single round trip, with seconds since it was started: perhaps datagrams do
