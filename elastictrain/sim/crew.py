@@ -117,7 +117,7 @@ class Crew:
         def sealed(now_s: float, part: Sequence[Process]) -> Iterable[ev.Event]:
             return [ev.Sealed(now_s, generation, process.number, step) for process in part]
 
-        self._post_all(members, sealed, self.around.scenario.costs.message_s)
+        self._post_all(members, sealed, self.around.scenario.costs.poll_s)
 
     def _find_corrupt(self) -> None:
         """One member finds that the checkpoint's bytes are not what its hash says."""
@@ -174,7 +174,7 @@ class Crew:
         def finished(now_s: float, part: Sequence[Process]) -> Iterable[ev.Event]:
             return [ev.WorkerFinished(now_s, generation, process.number, steps, digest) for process in part]
 
-        self._post_all(members, finished, self.around.scenario.costs.message_s)
+        self._post_all(members, finished, self.around.scenario.costs.poll_s)
 
     def delay(self, by_s: float) -> None:
         """A short partition: everybody waits for a message, and the step under way takes longer."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 from elastictrain.controller import events as ev
 from elastictrain.errors import InternalError
 from elastictrain.sim.books import Violation, require
@@ -21,6 +23,16 @@ def simulate(scenario: Scenario) -> Report:
     breaks one of its invariants, or is not what its journal says. The message names seed and time: the same call
     repeats it.
     """
+    collects = gc.isenabled()
+    gc.disable()  # millions of events and no cycles worth a search: a fifth of the time
+    try:
+        return _simulate(scenario)
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _simulate(scenario: Scenario) -> Report:
     cluster = Cluster(scenario)
     Weather(cluster, scenario.end_s)
     try:

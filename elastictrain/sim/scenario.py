@@ -25,6 +25,10 @@ SMALL_WORLD = 64
 """Up to this many workers `check="auto"` checks every invariant after every event."""
 
 
+SAMPLE = 10_007
+"""Otherwise after every so many events; a prime, so that the sample does not fall into step with the recoveries."""
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -69,7 +73,8 @@ class FaultRates(_Part):
 class Costs(_Part):
     """Seconds that things take. `step_s`: a step of the undisturbed world; a smaller world takes longer by the lanes of
     its busiest worker. Forming takes `forming_s + forming_doubling_s x log2(world)`, and `restore_s` more when the
-    state comes from storage. `node_back_s` and `partition_s` are means of exponential distributions; a
+    state comes from storage. What a worker has to say waits up to `poll_s` in its outbox; its answer to a call does
+    not, and may overtake it. `node_back_s` and `partition_s` are means of exponential distributions; a
     partition shorter than `silence_s` only delays the step.
     """
 
@@ -80,6 +85,7 @@ class Costs(_Part):
     restore_s: Seconds = 60.0
     park_s: Seconds = 0.2
     message_s: Seconds = 0.02
+    poll_s: Seconds = 0.1
     detect_death_s: Seconds = 0.1
     detect_frozen_s: Seconds = 2.5
     silence_s: Seconds = 2.0
@@ -142,8 +148,8 @@ class Scenario(_Part):
     @property
     def check_every(self) -> int:
         """Check the invariants after each so many events; 0: never."""
-        every = 1 if self.workers <= SMALL_WORLD else 5000
-        return {"auto": every, "all": 1, "sampled": 5000, "off": 0}[self.check]
+        every = 1 if self.workers <= SMALL_WORLD else SAMPLE
+        return {"auto": every, "all": 1, "sampled": SAMPLE, "off": 0}[self.check]
 
     def step_time_s(self, world: int) -> float:
         """Seconds of a step with `world` workers: lanes are whole, so the busiest worker decides."""

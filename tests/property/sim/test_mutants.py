@@ -11,6 +11,7 @@ import pytest
 from elastictrain.controller import moves, planning, policies, recovery, settle
 from elastictrain.controller.core import Core
 from elastictrain.controller.facts import Ledger
+from elastictrain.controller.phases import Parking
 from elastictrain.layout import Layout
 from elastictrain.protocol import Restore
 from elastictrain.sim import Costs, FaultRates, Scenario, Violation, simulate
@@ -81,8 +82,15 @@ def forgets_a_corrupt_checkpoint_is_corrupt(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(moves, "_drop_checkpoint", lambda core, event, out: True)
 
 
-def distrusts_the_survivors_seal(patch: pytest.MonkeyPatch) -> None:
-    real = recovery.take_stock
+def believes_only_what_all_have_sealed(patch: pytest.MonkeyPatch) -> None:
+    """A seal that some have seen, and not all, does not count."""
+    real, mark = recovery.take_stock, Core.mark_sealed
+
+    def late(core: Core, now_s: float) -> None:
+        if not isinstance(core.state, Parking):
+            mark(core, now_s)
+
+    patch.setattr(Core, "mark_sealed", late)
 
     def deaf(layouts: Any, sealed: int, reports: Any, step: int) -> Any:
         return real(layouts, sealed, {w: replace(r, sealed_generation=0) for w, r in reports.items()}, step)
@@ -111,7 +119,7 @@ PLANTS: list[Plant] = [
     keeps_no_mirrors,
     restores_the_oldest_checkpoint,
     forgets_a_corrupt_checkpoint_is_corrupt,
-    distrusts_the_survivors_seal,
+    believes_only_what_all_have_sealed,
     learns_from_its_own_clock,
 ]
 
@@ -119,7 +127,7 @@ PLANTS: list[Plant] = [
 def days() -> None:
     for seed in range(25):
         rates = FaultRates(
-            worker_death_h=3.0,
+            worker_death_h=1.0,
             worker_freeze_h=10.0,
             torn_apply_h=10.0,
             node_loss_h=3.0,
@@ -129,10 +137,11 @@ def days() -> None:
             corrupt_checkpoint=0.3,
             unseen_freeze=0.0,
             split_vote=0.5,
-            late_seal=0.5,
+            late_seal=0.8,
         )
-        # Forming takes long, so that faults hit it too; without mirrors every loss goes back to a checkpoint.
-        costs = Costs(checkpoint_every_s=120.0, checkpoint_write_s=10.0, restore_s=2.0, forming_s=20.0)
+        # Forming may take long, so that faults hit it too; without mirrors every loss goes back to a checkpoint.
+        slow = {"forming_s": 60.0, "poll_s": 1.0} if seed % 2 else {}
+        costs = Costs(checkpoint_every_s=120.0, checkpoint_write_s=10.0, restore_s=2.0, **slow)
         sizes = {"workers": 6, "workers_per_node": 2, "min_workers": 2, "mirrors": seed % 3 > 0, "check": "all"}
         simulate(Scenario.model_validate({"hours": 2.0, "seed": seed, "rates": rates, "costs": costs, **sizes}))
 
