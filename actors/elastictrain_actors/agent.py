@@ -133,7 +133,8 @@ class Agent:
         kept = {tuple(identity) for identity in keep}
         with self._looking:
             self._find()
-            orphans = [w.identity for w in self._watched.values() if w.gone_s is None and w.identity not in kept]
+            living = [w.identity for w in self._watched.values() if w.process.stat() is not None]
+        orphans = [identity for identity in living if identity not in kept]
         return {pid: self.kill(epoch, pid, ticks, deadline_s) for pid, ticks in orphans}
 
     # --- the loop ---

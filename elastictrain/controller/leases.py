@@ -15,6 +15,7 @@ Pure: time arrives as an argument.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import exp2
 
 from elastictrain.signs import NodeReport
 
@@ -64,7 +65,7 @@ class _Lease:
         self.worst_s, self.worst_at_s = max(delta_s, self.lately_s(now_s)), now_s
 
     def lately_s(self, now_s: float) -> float:
-        return self.worst_s * 0.5 ** ((now_s - self.worst_at_s) / HALF_LIFE_S)
+        return self.worst_s * exp2((self.worst_at_s - now_s) / HALF_LIFE_S)
 
 
 class Leases:
