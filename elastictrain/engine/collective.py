@@ -6,26 +6,30 @@ views), an all-gather of bytes of equal size (the vote) and one of any size. glo
 CUDA too: a vote on the host leaves no device in doubt (invariant R2). NCCL moves CUDA tensors.
 
 Invariant R6, drop instead of abort: on gloo `abort()` does nothing to an operation in flight, and a survivor that waits
-for a live peer that has given up would wait for the whole timeout. Dropping every reference to the group closes its
-sockets and frees the peers at once. So errors leave this module as `PeerLost` without the traceback that would keep
-pending works, and with them the sockets, alive.
+for a live peer that has given up would wait for the whole timeout. Dropping a group shuts down its connections (see
+`links`), which frees this worker and its peers at once, whatever state they are in. Where connections cannot be found,
+dropping every reference to the group closes its sockets; so errors leave this module as `PeerLost` without the
+traceback that would keep pending works, and with them the sockets, alive.
 """
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import AllgatherOptions
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from elastictrain.engine import links
 from elastictrain.errors import PeerLost
 
 Peer = tuple[int, torch.Tensor]
+T = TypeVar("T")
 FORM_TIMEOUT_S = 20.0
 GATHER_DEADLINE_S = 30.0
 
@@ -46,12 +50,13 @@ class GroupSet:
         self.gather_deadline_s = GATHER_DEADLINE_S
         self._gloo: Any = None
         self._nccl: Any = None
+        self._links: tuple[int, set[links.Address]] | None = None
         self._dropped = threading.Event()
         if world == 1:
             return
         if store is None:
             raise PeerLost(f"generation {generation}: no rendezvous store for {world} workers")
-        self._gloo = _form_gloo(PrefixStore(f"generation-{generation}/gloo", store), rank, world, host)
+        self._gloo, self._links = _form_gloo(PrefixStore(f"generation-{generation}/gloo", store), rank, world, host)
         if device.type == "cuda":
             self._nccl = _form_nccl(PrefixStore(f"generation-{generation}/nccl", store), rank, world)
 
@@ -116,7 +121,10 @@ class GroupSet:
     def drop(self) -> None:
         """Let go of the groups; peers that wait on us are freed at once. Safe from any thread, more than once."""
         self._dropped.set()
-        self._gloo = None
+        self._gloo, own = None, self._links
+        self._links = None
+        if own is not None:
+            links.cut(*own)
         if self._nccl is not None:
             nccl, self._nccl = self._nccl, None
             nccl.abort()
@@ -144,12 +152,18 @@ class GroupSet:
             raise PeerLost(f"rank {self.rank} of {self.world}: {problem}")
 
 
-def _form_gloo(store: Store, rank: int, world: int, host: str) -> Any:
-    def build() -> Any:
+def _form_gloo(store: Store, rank: int, world: int, host: str) -> tuple[Any, tuple[int, set[links.Address]] | None]:
+    """The group, and where its connections end: (own port, addresses of the peers)."""
+
+    def build() -> tuple[Any, tuple[int, set[links.Address]] | None]:
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = timedelta(seconds=FORM_TIMEOUT_S)
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
-        return dist.ProcessGroupGloo(store, rank, world, options)
+        device, port = links.listening(lambda: dist.ProcessGroupGloo.create_device(hostname=host))
+        options._devices = [device]
+        store.set(f"link/{rank}", f"{socket.gethostbyname(host)}:{port or ''}")
+        group = dist.ProcessGroupGloo(store, rank, world, options)
+        ends = [store.get(f"link/{peer}").decode().rpartition(":") for peer in range(world) if peer != rank]
+        return group, None if port is None else (port, {(name, int(at)) for name, _, at in ends if at})
 
     return _build(build, rank, world)
 
@@ -163,7 +177,7 @@ def _form_nccl(store: Store, rank: int, world: int) -> Any:
     return _build(build, rank, world)
 
 
-def _build(build: Callable[[], Any], rank: int, world: int) -> Any:
+def _build(build: Callable[[], T], rank: int, world: int) -> T:
     problem = ""
     try:
         return build()

@@ -147,6 +147,30 @@ def test_dropping_frees_a_waiting_peer_at_once_and_it_frees_the_next(world: Worl
         assert error.__cause__ is None
 
 
+@pytest.mark.parametrize("operation", ["exchange", "gather"])
+def test_dropping_frees_its_own_wait_for_a_peer_that_neither_answers_nor_hangs_up(world: World, operation: str) -> None:
+    """A frozen peer, or one on a lost node: its connection stands. What comes over it later must not arrive either."""
+    buffer, waits = torch.zeros(4), threading.Event()
+
+    def work(group: GroupSet) -> object:
+        group.deadline_s = group.gather_deadline_s = 60.0
+        if operation == "gather":
+            waits.set()
+            return group.all_gather_equal(b"here")
+        return group.exchange([], [(2, buffer)], between=waits.set)
+
+    (waiting,) = world.start(work, ranks=[1])
+    assert waits.wait(5)
+    world.groups[1].drop()
+    with pytest.raises(PeerLost):
+        waiting.result(5)
+    late = world.groups[2]
+    late.deadline_s = 5.0
+    with pytest.raises(PeerLost):
+        late.exchange([(1, torch.ones(4))], [(1, torch.zeros(4))])
+    assert buffer.tolist() == [0.0] * 4
+
+
 def test_a_dropped_set_refuses_and_may_be_dropped_again(world: World) -> None:
     group = world.groups[1]
     group.drop()
