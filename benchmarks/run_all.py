@@ -21,6 +21,7 @@ ALL = {
     "memory": ["memory.py"],
     "mirrors": ["mirrors.py"],
     "startup": ["startup.py"],
+    "simulate": ["simulate.py"],
 }
 BEGIN, END = "<!-- figures: written by run_all.py -->", "<!-- end of figures -->"
 

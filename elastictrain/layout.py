@@ -294,11 +294,13 @@ def promoted(
     alive = set(survivors)
     kept: list[Shard] = []
     for shard in layout.shards:
+        if shard.owner in alive and (shard.mirror is None or shard.mirror in alive):
+            kept.append(shard)
+            continue
         holders = [worker for worker in shard.holders() if worker in alive]
         if not holders:
             raise InternalError(f"{shard} has lost both holders; only a checkpoint can bring it back")
-        whole = len(holders) > 1 or shard.mirror is None
-        kept.append(shard if whole else replace(shard, owner=holders[0], mirror=None))
+        kept.append(replace(shard, owner=holders[0], mirror=None))
     load: dict[int, int] = {}
     for shard in kept:
         if shard.mirror is not None:

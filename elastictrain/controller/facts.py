@@ -76,6 +76,8 @@ class Role(Enum):
     MEMBER = "member"
     LEAVING = "leaving"
 
+    __hash__ = object.__hash__  # members are single: hashing their names would be felt at every event
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerFacts:
@@ -278,7 +280,10 @@ class Ledger:
 
     def processes(self) -> int:
         """Worker processes that count towards `complement`: those that are neither about to leave nor to die."""
-        going = self.workers.doomed | self.workers.of(Role.LEAVING)
+        workers = self.workers
+        if not (self.draining or self.notices or workers.doomed):
+            return len(workers) - len(workers.of(Role.LEAVING))
+        going = workers.doomed | workers.of(Role.LEAVING)
         going.update(worker for worker in (*self.draining, *self.notices) if worker in self.workers)
         return len(self.workers) - len(going)
 

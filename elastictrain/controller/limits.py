@@ -70,7 +70,10 @@ def end_round(core: Core, reached: int, exact: bool, out: list[Command]) -> bool
 
 def over_budget(core: Core, now_s: float, out: list[Command]) -> bool:
     """Condition move: too many failures of one cause within an hour end the run."""
-    cap = core.spec.budget.hourly(core.spec.max_workers)
+    budget = core.spec.budget
+    if max(map(len, core.ledger.failures.values()), default=0) <= budget.per_hour:
+        return False
+    cap = budget.hourly(core.spec.max_workers)
     for kind, times in core.ledger.failures.items():
         recent = sum(at_s > now_s - WINDOW_S for at_s in times) if len(times) > cap else 0
         if recent > cap:

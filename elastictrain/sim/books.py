@@ -43,6 +43,7 @@ class Books:
     marks: dict[int, int] = field(default_factory=dict)
     stored: dict[int, str] = field(default_factory=dict)
     undone: int = 0
+    holders: dict[int, dict[int, list[Shard]]] = field(default_factory=dict)
 
     def true_layout(self, believed: Mapping[int, Process]) -> Layout | None:
         """The layout sealed last, as far as a survivor or the controller can know; None: the state is in storage.
@@ -105,20 +106,27 @@ class Books:
             elif worker in holders:
                 require(process.applied == plan.step, f"worker {worker} has applied {process.applied}, not {plan.step}")
             require(process.gathered or worker in plan.gather_to, f"worker {worker} would compute with old parameters")
-        had, received = before.by_holder(), dict[int, list[Run]]()
+        had, received = self._holders(before), dict[int, list[Run]]()
         for move in plan.moves:
             have = had.get(move.source, []) if move.source in processes else []
             wanted = [(move.lo, move.hi)]
             require(_covers(_runs(have), wanted), f"worker {move.source} cannot give blocks {wanted}: {move}")
             require(move.source in plan.layout.workers, f"{move.source} sends, but takes no part: {move}")
             received.setdefault(move.target, []).append((move.lo, move.hi))
-        for worker, shards in plan.layout.by_holder().items():
+        for worker, shards in self._holders(plan.layout).items():
             mine = had.get(worker, [])
             if mine != shards:
                 have_runs = [*_runs(mine), *received.get(worker, [])]
                 require(
                     _covers(have_runs, _runs(shards)), f"worker {worker} enters {plan.generation} without its blocks"
                 )
+
+    def _holders(self, layout: Layout) -> dict[int, list[Shard]]:
+        """What each member holds; the next plan will ask for the same layout again."""
+        if layout.generation not in self.holders:
+            self.holders = {g: found for g, found in self.holders.items() if g >= layout.generation - 2}
+            self.holders[layout.generation] = layout.by_holder()
+        return self.holders[layout.generation]
 
     def went_back(self, step: int, believed: Mapping[int, Process]) -> None:
         """The whole job goes back to a checkpoint of `step`."""
