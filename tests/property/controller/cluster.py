@@ -62,6 +62,9 @@ class Cluster:
         elif isinstance(event, ev.WorkerParked) and event.generation == self.machine.generation:
             if event.report.worker not in self.doomed | self.fenced:
                 self.seal_known.add(event.report.sealed_generation)
+        elif isinstance(event, ev.Progress) and event.generation == self.machine.generation:
+            if self.machine.phase is not Phase.GATHERING and event.step > self.machine.core.ledger.shown_step:
+                self.seal_known.add(event.generation)  # whoever says so: a vote of all members was complete
         elif isinstance(event, ev.WorkerDied):
             self.unnoticed.pop(event.worker, None)
         self.watch.before(event)
