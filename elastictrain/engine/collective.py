@@ -121,10 +121,10 @@ class GroupSet:
     def drop(self) -> None:
         """Let go of the groups; peers that wait on us are freed at once. Safe from any thread, more than once."""
         self._dropped.set()
-        self._gloo, own = None, self._links
-        self._links = None
+        own, self._links = self._links, None
         if own is not None:
             links.cut(*own)
+        self._gloo = None  # last: a group that is let go waits for what is under way in it
         if self._nccl is not None:
             nccl, self._nccl = self._nccl, None
             nccl.abort()

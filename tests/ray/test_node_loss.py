@@ -1,0 +1,34 @@
+"""A node that falls silent is lost to our own heartbeats long before Ray sees it, and stays fenced when it is back."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+STEPS = 250
+
+
+def test_a_silent_node_on_four_raylets(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.node_loss", str(tmp_path)],
+        env=environment, capture_output=True, text=True, timeout=280, check=False, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["digests"][0] == found["digests"][1]
+    assert found["worlds"] == [[3], [3, 2]]
+    assert found["redone"][0] <= 1
+    assert found["rows"] == list(range(1, STEPS + 1)), "every step once"
+    kinds = [kind for kind, _ in found["events"]]
+    assert kinds.count("node_lost") == 1
+    reason = dict(found["events"])["node_lost"]
+    assert "no round trip of heartbeats" in reason
+    assert found["to_commit_s"] < 30, "by our heartbeats, not by Ray's health check"
+    assert found["fenced_ended"], "the worker that came back was ended"
