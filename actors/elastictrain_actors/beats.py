@@ -1,8 +1,7 @@
 """The two datagrams between a node agent and the controller: a report, and its answer.
 
 JSON behind a 16-byte HMAC-SHA256 keyed by the run's token, so that stray, cut, foreign or forged datagrams are dropped
-as a whole. Both directions have keys of their own: an echo of a report is no answer. Lists instead of objects: a report
-of 16 workers stays near one Ethernet frame.
+as a whole. Lists instead of objects: a report of 16 workers stays near one Ethernet frame.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from elastictrain.signs import Activity, NodeReport, WorkerSign
 
 MAC_BYTES = 16
 MAX_DATAGRAM_BYTES = 60_000
-_REPORT, _ANSWER = b"report", b"answer"
 
 
 class Codec:
@@ -25,8 +23,7 @@ class Codec:
 
     def __init__(self, token: str) -> None:
         """`token`: secret of the run; it never travels."""
-        base = sha256(b"elastictrain-beats-1:" + token.encode()).digest()
-        self._keys = {kind: hmac.digest(base, kind, "sha256") for kind in (_REPORT, _ANSWER)}
+        self._key = sha256(b"elastictrain-beats-1:" + token.encode()).digest()
 
     def encode_report(self, report: NodeReport) -> bytes:
         workers = [
@@ -37,11 +34,11 @@ class Codec:
             for w in report.workers
         ]  # fmt: skip
         head = [report.node, report.agent, report.number, report.echo, _short(report.at_s), _short(report.late_s)]
-        return self._seal(_REPORT, [*head, workers])
+        return self._seal([*head, workers])
 
     def decode_report(self, datagram: bytes) -> NodeReport | None:
         """None for whatever is not a report of this run."""
-        found = self._open(_REPORT, datagram)
+        found = self._open(datagram)
         try:
             node, agent, number, echo, at_s, late_s, workers = found
             return NodeReport(
@@ -53,24 +50,24 @@ class Codec:
 
     def encode_answer(self, epoch: int, node: str, agent: int, number: int) -> bytes:
         """Beat `number` of that agent has been received by the controller of `epoch`."""
-        return self._seal(_ANSWER, [epoch, node, agent, number])
+        return self._seal([epoch, node, agent, number])
 
     def decode_answer(self, datagram: bytes) -> tuple[int, str, int, int] | None:
         """(epoch, node, agent, number); None for whatever is not an answer of this run."""
-        found = self._open(_ANSWER, datagram)
+        found = self._open(datagram)
         try:
             epoch, node, agent, number = found
             return int(epoch), str(node), int(agent), int(number)
         except (TypeError, ValueError):
             return None
 
-    def _seal(self, kind: bytes, content: Any) -> bytes:
+    def _seal(self, content: Any) -> bytes:
         payload = json.dumps(content, separators=(",", ":")).encode()
-        return hmac.digest(self._keys[kind], payload, "sha256")[:MAC_BYTES] + payload
+        return hmac.digest(self._key, payload, "sha256")[:MAC_BYTES] + payload
 
-    def _open(self, kind: bytes, datagram: bytes) -> Any:
+    def _open(self, datagram: bytes) -> Any:
         mac, payload = datagram[:MAC_BYTES], datagram[MAC_BYTES:]
-        if not hmac.compare_digest(mac, hmac.digest(self._keys[kind], payload, "sha256")[:MAC_BYTES]):
+        if not hmac.compare_digest(mac, hmac.digest(self._key, payload, "sha256")[:MAC_BYTES]):
             return None
         try:
             return json.loads(payload)

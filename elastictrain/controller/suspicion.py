@@ -282,12 +282,13 @@ class Suspicion:
         step = max(track.sign.step for track in members)
         if step > self._hung_step and self._hangs:
             self._hangs, self._behind = 0, Counter()
-        if self._said_hung or not all(track.is_waiting for track in members):
+        if self._said_hung:
             return []
         if all(track.sign.activity is Activity.IDLE for track in members):
             return []  # between two generations, or at the end
+        # One that stands still in its own work has been named by now: the others wait for that one.
         if any(track.named or track.sign.is_stopped for track in members):
-            return []  # they wait for that one
+            return []
         patience = 2 ** min(self._hangs, 3)
         if not all(track.still_s > self._allowed_s(track) * patience for track in members):
             return []

@@ -81,10 +81,10 @@ def test_another_run_and_the_other_direction_are_nothing() -> None:
 def test_a_report_of_another_shape_is_nothing() -> None:
     codec = Codec("x")
     for content in ([], {}, 5, None, ["n", 1, 1, 0, 1.0, 0.0, [[1]]], ["n", 1, 1, 0, 1.0, 0.0, 5], ["n"]):
-        assert codec.decode_report(codec._seal(b"report", content)) is None
-        assert codec.decode_answer(codec._seal(b"answer", content)) is None
+        assert codec.decode_report(codec._seal(content)) is None
+        assert codec.decode_answer(codec._seal(content)) is None
     unknown = [0, 1, 1, "R", 0.0, None, 1, 1, 1, 99, 1, 0.0, 0.0, 0.0]  # an activity of a later version
-    assert codec.decode_report(codec._seal(b"report", ["n", 1, 1, 0, 1.0, 0.0, [unknown]])) is None
+    assert codec.decode_report(codec._seal(["n", 1, 1, 0, 1.0, 0.0, [unknown]])) is None
 
 
 def test_sixteen_workers_fit_into_two_frames_and_nothing_infinite_travels() -> None:
