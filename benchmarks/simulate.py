@@ -28,18 +28,19 @@ def main() -> None:
     hours = min(options.hours, 2.0) if options.quick else options.hours
     for workers in options.workers or [64, 1_000, 10_000]:
         scenario = Scenario(workers=workers, hours=hours, seed=options.seed, rates=FaultRates())
-        begun_s = time.perf_counter()
+        begun_s, used_s = time.perf_counter(), time.process_time()
         report = simulate(scenario)
-        wall_s = time.perf_counter() - begun_s
-        results.raw[f"{workers} workers"] = report.as_dict() | {"wall_s": wall_s}
+        wall_s, used_s = time.perf_counter() - begun_s, time.process_time() - used_s
+        results.raw[f"{workers} workers"] = report.as_dict() | {"wall_s": wall_s, "processor_s": used_s}
         recovered = report.recoveries
         results.row(
             **{
                 "workers": workers,
                 "hours": report.hours,
                 "wall s": wall_s,
+                "processor s": used_s,
                 "events": report.events,
-                "µs / event": 1e6 * wall_s / report.events,
+                "µs / event": 1e6 * used_s / report.events,
                 "faults": sum(report.faults.values()),
                 "steps": report.steps,
                 "lost or twice": report.steps_lost + report.steps_twice,
@@ -54,7 +55,9 @@ def main() -> None:
         if workers == 10_000 and not options.quick:
             reached = common.verdict(wall_s, TARGET_S, at_most=True)
             results.figure(f"10,000 workers, {hours:g} h, wall s", wall_s, f"{TARGET_S:g} or less", reached)
-            results.figure("10,000 workers, events", report.events, "printed", "reached")
+            reached = common.verdict(used_s, TARGET_S, at_most=True)
+            results.figure(f"10,000 workers, {hours:g} h, processor s", used_s, f"{TARGET_S:g} or less", reached)
+            results.figure("10,000 workers, events handled", report.events, "printed", "printed")
         lost = report.steps_lost + report.steps_twice
         results.figure(
             f"steps lost or committed twice, {workers:,} virtual workers",
