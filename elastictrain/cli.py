@@ -8,56 +8,27 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
-from elastictrain.errors import ElasticTrainError, InternalError, UserError
+from elastictrain import steer
+from elastictrain.terminal import AsJson, Commands, JobFile, Run, end_with
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from elastictrain.job import Job
-    from elastictrain.observe import Event, Observer, RunDirectory, Status, Summary
-
-EXIT_USER, EXIT_CLUSTER, EXIT_INTERNAL, EXIT_STOPPED = 2, 3, 4, 130
-FOLLOW_POLL_S = 0.25
-
-
-class _Commands(TyperGroup):
-    """Turns our errors into a message and an exit code; others keep their traceback."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except UserError as error:
-            code, message = EXIT_USER, str(error)
-        except InternalError as error:
-            code, message = EXIT_INTERNAL, f"{error}\nThis is a bug in elastictrain; please report it."
-        except ElasticTrainError as error:
-            code, message = EXIT_CLUSTER, str(error)
-        except KeyboardInterrupt:
-            code, message = EXIT_STOPPED, "stopped"
-        # typer.secho, not rich: a message may hold [brackets], and must not be wrapped.
-        typer.secho(message, fg=typer.colors.RED, err=True)
-        raise typer.Exit(code)
+    from elastictrain.observe import Observer
 
 
 app = typer.Typer(
     name="elastictrain",
-    cls=_Commands,
+    cls=Commands,
     help="Elastic, fault-tolerant PyTorch training: the mathematics is fixed, only its placement moves.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job: recipe, data, lanes, steps, workers.")]
-Run = Annotated[str, typer.Argument(metavar="RUN", help="Path of a run, its name under ./runs, or latest.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
 @app.command()
@@ -88,7 +59,7 @@ def run(
     job = _job(job_file, workers=workers, steps=steps, run_dir=run_dir, resume=resume or resume_step is not None)
     script = load_faults(faults) if faults is not None else ()
     # With --json standard output belongs to programs; people look at standard error.
-    observer: Observer = Blind() if quiet else LiveView(ViewConsole(stderr=as_json))
+    observer: Observer = Blind() if quiet else LiveView(ViewConsole(stderr=as_json), come_back=True)
 
     from elastictrain.run import run as run_job
 
@@ -98,15 +69,7 @@ def run(
         )
     finally:
         observer.close()
-    if as_json:
-        typer.echo(summary.line())
-    elif not quiet:
-        _print_summary(ViewConsole(), summary)
-    if summary.outcome == "stopped":
-        raise typer.Exit(EXIT_STOPPED)
-    if summary.outcome == "failed":
-        typer.secho(f"failed: {summary.error or 'see events.jsonl'}", fg=typer.colors.RED, err=True)
-        raise typer.Exit(EXIT_CLUSTER)
+    end_with(summary, as_json=as_json, quiet=quiet)
 
 
 @app.command()
@@ -130,30 +93,29 @@ def submit(
 @app.command()
 def status(run: Run, as_json: AsJson = False) -> None:
     """Show where a run stands."""
-    from elastictrain.observe import find_run, summarise
+    from elastictrain.observe import find_run
     from elastictrain.observe.lock import holder_of
+    from elastictrain.observe.standing import complete, is_gone, status_of
 
     found = find_run(run)
-    now, holder = _status_of(found), holder_of(found.path)
-    summary = summarise(found)
+    now, holder, summary = status_of(found), holder_of(found.path), complete(found)
     if as_json:
         known = now.model_dump(mode="json") | {"held_by": holder, "summary": summary.model_dump(mode="json")}
         typer.echo(json.dumps(known))
         return
     from rich.console import Console
 
-    from elastictrain.observe.live import DETAILS, EVENTS_SHOWN, picture
+    from elastictrain.observe.live import picture, telling
 
     console = Console()
-    console.print(
-        picture(now, found.metrics()[-120:], [e for e in found.events() if e.kind not in DETAILS][-EVENTS_SHOWN:])
-    )
+    console.print(picture(now, found.metrics()[-120:], telling(found.events())))
     if holder is not None:
         console.print(f"written by {holder}", style="dim", markup=False)
+    elif summary.outcome == "running" and is_gone(found):
+        words = "nobody writes to this run any more: it ended without a word; go on with --resume"
+        console.print(words, style="yellow")
     elif summary.outcome == "running":
-        console.print(
-            "nobody writes to this run any more: it ended without a word; go on with --resume", style="yellow"
-        )
+        console.print("nobody writes to this run at this moment; its controller may be coming back", style="yellow")
 
 
 @app.command()
@@ -168,16 +130,20 @@ def events(
 
     from elastictrain.observe import describe, find_run
     from elastictrain.observe.events import iso
+    from elastictrain.observe.follow import followed_events
     from elastictrain.observe.live import EVENT_STYLES
 
     found = find_run(run)
     console = Console(soft_wrap=True, highlight=False)
-    for event in _followed(found) if follow else found.events():
+    for event in followed_events(found) if follow else found.events():
         if as_json:
             typer.echo(event.model_dump_json())
         else:
             line = Text(f"{iso(event.time)}  ", style="dim")
             console.print(line.append(Text(describe(event), style=EVENT_STYLES.get(event.kind, "default"))))
+
+
+steer.register(app)
 
 
 @app.command()
@@ -270,65 +236,6 @@ def _job(path: Path, *, workers: int | None, steps: int | None, run_dir: Path | 
         bounds = {"start": workers, "min": min(now.min, workers), "max": max(now.max, workers)}
         overrides["workers"] = now.model_dump() | bounds
     return load_job(path, **overrides) if overrides else job
-
-
-def _status_of(run: RunDirectory) -> Status:
-    """status.json brought up to the newest row and event: it is replaced seldom, and not at all by a run that dies."""
-    from elastictrain.observe import Status, summarise
-    from elastictrain.observe.live import RATE_STEPS
-    from elastictrain.observe.metrics import tokens_per_s
-
-    found = run.read_status() or Status(run_dir=str(run.path), name=run.path.name)
-    rows, summary = run.metrics(), summarise(run)
-    facts: dict[str, Any] = {"run_dir": str(run.path)}
-    if rows:
-        facts |= {"step": rows[-1].step, "loss": rows[-1].loss, "generation": rows[-1].generation}
-        facts |= {"world": rows[-1].world or found.world, "tokens_per_s": tokens_per_s(rows[-RATE_STEPS:])}
-    recoveries = [event.data for event in run.events() if event.kind == "recovery"]
-    if recoveries:
-        facts["last_recovery"] = recoveries[-1]
-    if summary.outcome != "running":
-        facts |= {"state": summary.outcome, "error": summary.error, "step": summary.steps}
-    return found.model_copy(update=facts)
-
-
-def _followed(run: RunDirectory) -> Iterator[Event]:
-    """All events, those that come later too, until the run has ended or nobody writes to it any more."""
-    from elastictrain.observe.lock import holder_of
-    from elastictrain.observe.summary import ENDINGS
-
-    shown = 0
-    while True:
-        written_to = holder_of(run.path) is not None  # asked first: what was written before the end is still read
-        known = run.events()
-        yield from known[shown:]
-        shown = max(shown, len(known))
-        if not written_to or (known and known[-1].kind in ENDINGS):
-            return
-        time.sleep(FOLLOW_POLL_S)
-
-
-def _print_summary(console: Console, summary: Summary) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    from elastictrain.observe.live import number, recovery_words
-
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim")
-    table.add_column(overflow="fold")
-    rows = [
-        ("outcome", f"{summary.outcome}, {summary.steps} steps"),
-        ("loss", f"{number(summary.first_loss)} → {number(summary.last_loss)}"),
-        ("tokens/s", f"{summary.tokens_per_s:,.0f}" if summary.tokens_per_s else "–"),
-        ("world", " → ".join(map(str, summary.world_sizes)) or "–"),
-        *(("recovery", f"{recovery_words(r.model_dump())}, generation {r.generation}") for r in summary.recoveries),
-        ("digest", summary.digest or "–"),
-        ("run", summary.run_dir),
-    ]
-    for name, value in rows:
-        table.add_row(name, Text(value))
-    console.print(table)
 
 
 def main() -> None:

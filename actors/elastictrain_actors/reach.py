@@ -4,8 +4,8 @@ it with their answers.
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -18,13 +18,13 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from elastictrain.errors import ClusterError, ConfigError
 from elastictrain.observe import Event, RunDirectory, summarise
+from elastictrain.observe.address import Address
 from elastictrain.observe.answers import Answer, Request, answer, progress
 from elastictrain.observe.events import parse_events
 from elastictrain.observe.follow import Tail
 from elastictrain.observe.standing import is_gone
 from elastictrain_actors.controller_actor import CONTROLLER
 
-FILE = "address.json"
 CONNECT_S = 5.0
 CALL_S = 10.0
 POLL_S = 0.25
@@ -35,8 +35,8 @@ TIMEOUT_S = 300.0
 
 def write_address(folder: Path, namespace: str) -> None:
     """Say in the run directory where the run can be reached."""
-    where = {"address": ray.get_runtime_context().gcs_address, "namespace": namespace}
-    (folder / FILE).write_text(json.dumps(where), encoding="utf-8")
+    address = ray.get_runtime_context().gcs_address
+    Address(address=address, namespace=namespace, auth_mode=os.environ.get("RAY_AUTH_MODE")).write(folder)
 
 
 @contextmanager
@@ -44,26 +44,20 @@ def controller_of(folder: Path) -> Iterator[Any]:
     """The controller's handle. Raises ConfigError when the run is over or was never started on a cluster, ClusterError
     when its cluster cannot be reached from here.
     """
-    try:
-        where = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        address, namespace = str(where["address"]), str(where["namespace"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(
-            f"RUN {str(folder)!r}: it has no {FILE}, so it is not known where it runs; it has not started yet, or never did"
-        ) from None
+    where = Address.read(folder)
     here_before = ray.is_initialized()
     if not here_before:
         try:
-            _knock(address)
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            _knock(where.address)
+            ray.init(address=where.address, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, RuntimeError, ValueError) as error:
             raise ClusterError(
-                f"RUN {str(folder)!r}: no Ray at {address}, where it was started: {str(error).splitlines()[0]}; from "
-                f"another machine, ask on the head instead; if its cluster is gone, {GO_ON}"
+                f"RUN {str(folder)!r}: no Ray at {where.address}, where it was started ({str(error).splitlines()[0]}); "
+                f"from another machine, ask on the head instead; if its cluster is gone, {GO_ON}"
             ) from error
     try:
         try:
-            handle = ray.get_actor(CONTROLLER, namespace)
+            handle = ray.get_actor(CONTROLLER, where.namespace)
         except ValueError:
             raise ConfigError(f"RUN {str(folder)!r}: it is over, nothing runs any more") from None
         yield handle

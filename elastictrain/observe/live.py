@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import shlex
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +17,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from elastictrain.observe.events import Event, count, describe, recovery_seconds
-from elastictrain.observe.metrics import MetricsRow, tokens_per_s
+from elastictrain.observe.events import Event, recovery_seconds
+from elastictrain.observe.metrics import RATE_STEPS, MetricsRow, tokens_per_s
+from elastictrain.observe.sentences import count, describe
 from elastictrain.observe.status import Status
 
 P = ParamSpec("P")
@@ -30,15 +32,15 @@ STATE_STYLES = {
 }  # fmt: skip
 EVENT_STYLES = {
     "failed": "red", "worker_lost": "red", "unresponsive": "red", "start_failed": "red", "fault": "red",
+    "frozen": "red", "node_lost": "red", "hung": "red", "storage_stalled": "red", "node_set_aside": "yellow",
+    "preemption": "yellow", "controller_back": "yellow", "agent_unheard": "yellow", "incident": "green",
     "recovery": "yellow", "gathering": "yellow", "refused": "yellow", "skipped": "yellow", "numerics_differ": "yellow",
     "slow_start": "yellow",
     "went_back": "magenta", "checkpoint_dropped": "magenta", "finished": "green", "resized": "green",
 }  # fmt: skip
-DETAILS = frozenset({"forming", "parking", "worker_started", "worker_prepared", "worker_retired"})
+DETAILS = frozenset({"forming", "parking", "doomed", "worker_started", "worker_prepared", "worker_retired"})
 """Kinds that stand in events.jsonl but would push what matters off the screen."""
 EVENTS_SHOWN = 6
-RATE_STEPS = 20
-"""Steps that tokens/s is taken over."""
 
 
 def _guarded(method: Callable[Concatenate[LiveView, P], None]) -> Callable[Concatenate[LiveView, P], None]:
@@ -67,6 +69,7 @@ class LiveView:
     """An `Observer` that draws to `console`: a panel that is redrawn on a terminal, plain lines elsewhere.
 
     `every_s`: shortest time between two plain lines of progress; `redraw_s`: between two pictures. `clock`: seconds.
+    `come_back`: say in the beginning how the run can be watched from elsewhere.
     Draws in the caller's thread and has none of its own.
     """
 
@@ -76,11 +79,13 @@ class LiveView:
         *,
         every_s: float = 5.0,
         redraw_s: float = 0.2,
+        come_back: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console = console
         self._every_s = every_s
         self._redraw_s = redraw_s
+        self._come_back = come_back
         self._clock = clock
         self._status = Status()
         self._rows: deque[MetricsRow] = deque(maxlen=4 * SPARKLINE_COLUMNS)
@@ -93,7 +98,24 @@ class LiveView:
     @_guarded
     def update(self, status: Mapping[str, Any]) -> None:
         self._status = Status.model_validate({**self._status.model_dump(), **status})
+        if self._come_back and self._status.run_dir:
+            self._come_back = False  # before the picture: it stays on the screen when the picture has gone
+            self._print(f"from elsewhere: elastictrain attach {shlex.quote(self._status.run_dir)}", "dim")
         self._draw()
+
+    @_guarded
+    def catch_up(self, status: Mapping[str, Any], rows: Sequence[MetricsRow], events: Sequence[Event]) -> None:
+        """See `follow.Viewer`."""
+        self._status = Status.model_validate({**self._status.model_dump(), **status})
+        self._rows.extend(rows)
+        self._events.extend(telling(events))
+        if self._console.is_terminal:
+            self._draw()
+            return
+        for event in self._events:
+            self._say(event)
+        if rows:
+            self._print(progress_line(self._status, list(self._rows)))
 
     @_guarded
     def row(self, metrics: Mapping[str, Any]) -> None:
@@ -114,7 +136,10 @@ class LiveView:
         if self._console.is_terminal:
             self._draw()
         else:
-            self._print(f"{event.time:%H:%M:%S} {describe(event)}", EVENT_STYLES.get(event.kind, ""))
+            self._say(event)
+
+    def _say(self, event: Event) -> None:
+        self._print(f"{event.time:%H:%M:%S} {describe(event)}", EVENT_STYLES.get(event.kind, ""))
 
     def close(self) -> None:
         """Leave the last picture on the screen and give the terminal back. Idempotent."""
@@ -157,6 +182,11 @@ class LiveView:
         self._stop()
         with contextlib.suppress(Exception, SystemExit):
             self._print(f"the live view is off ({type(error).__name__}: {error}); the run goes on", "yellow")
+
+
+def telling(events: Sequence[Event]) -> list[Event]:
+    """The last of the events that are worth a place on the screen."""
+    return [event for event in events if event.kind not in DETAILS][-EVENTS_SHOWN:]
 
 
 def progress_line(status: Status, rows: Sequence[MetricsRow]) -> str:
@@ -217,9 +247,9 @@ def _figures(status: Status, rows: Sequence[MetricsRow]) -> Table:
     )
     evaluation = next((row.evaluation for row in reversed(rows) if row.evaluation), None)
     if evaluation:
-        table.add_row("evaluation", ", ".join(f"{name} {number(value)}" for name, value in evaluation.items()))
+        table.add_row("evaluation", Text(", ".join(f"{name} {number(value)}" for name, value in evaluation.items())))
     if status.last_recovery:
-        table.add_row("last recovery", recovery_words(status.last_recovery))
+        table.add_row("last recovery", Text(recovery_words(status.last_recovery)))
     if status.waiting:
         table.add_row("waiting", Text(status.waiting, style="yellow"))
     if status.error:

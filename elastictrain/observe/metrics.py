@@ -8,6 +8,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 PHASE_KEYS = ("compute_s", "exchange_s", "mirror_s", "vote_s", "apply_s", "gather_s")
+RATE_STEPS = 20
+"""Steps that tokens/s is taken over where it is shown."""
 
 
 class MetricsRow(BaseModel):

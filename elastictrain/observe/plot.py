@@ -23,9 +23,10 @@ STYLE: dict[str, tuple[str, Any]] = {
     "drain": ("#e69f00", "-."),
     "restore": ("#cc79a7", ":"),
     "skipped": ("#666666", ":"),
+    "notice": ("#56b4e9", (0, (1, 3))),
 }
 NAMES = {"loss": "worker lost", "join": "joined", "drain": "drained", "restore": "back to checkpoint",
-         "skipped": "step skipped"}  # fmt: skip
+         "skipped": "step skipped", "notice": "notice"}  # fmt: skip
 LOSS_COLOUR, WORLD_COLOUR = "#0072b2", "#444444"
 EVALUATION_COLOURS = ("#56b4e9", "#009e73", "#cc79a7", "#e69f00")
 INK = "#333333"

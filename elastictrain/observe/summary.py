@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pydantic import BaseModel, ConfigDict, Field
 
 from elastictrain.observe.events import Event, recovery_seconds
+from elastictrain.observe.incidents import once
 from elastictrain.observe.metrics import MetricsRow, tokens_per_s
 from elastictrain.observe.rundir import RunDirectory
 
@@ -57,7 +58,7 @@ class Summary(BaseModel):
 
 def summarise(run: RunDirectory) -> Summary:
     """Read from events and metrics alone, so that it is the same before and after the run's end, and after a crash."""
-    events, rows = run.events(), run.metrics()
+    events, rows = once(run.events()), run.metrics()
     end = _end(events)
     losses = [row.loss for row in rows if row.loss is not None]
     return Summary(

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -227,6 +228,8 @@ def test_status(folder: Path) -> None:
 
 def test_status_says_who_writes_or_that_nobody_does(folder: Path) -> None:
     run = tell(folder / "runs" / "a", end=None)
+    assert "nobody writes to this run at this moment" in call("status", "a").stdout
+    silence(run)
     assert "nobody writes to this run any more" in call("status", "a").stdout
     (run.path / "lock").write_text(json.dumps({"pid": os.getpid(), "host": "elsewhere"}))
     assert f"written by process {os.getpid()} on elsewhere" in call("status", "a").stdout
@@ -259,6 +262,12 @@ def test_follow_prints_what_comes_and_ends_with_the_run(folder: Path) -> None:
     assert kinds[before:] == ["run_resumed", "checkpoint", "finished"]
 
 
+def silence(run: RunDirectory) -> None:
+    """As if nobody had written to it for an hour."""
+    for file in run.path.iterdir():
+        os.utime(file, (time.time() - 3600,) * 2)
+
+
 def summarised_job() -> Any:
     from tests.unit.observe.story import job
 
@@ -267,6 +276,7 @@ def summarised_job() -> Any:
 
 def test_follow_ends_when_nobody_writes(folder: Path) -> None:
     run = tell(folder / "runs" / "a", end=None)
+    silence(run)
     assert len(call("events", "a", "-f").stdout.splitlines()) == len(run.events())
 
 

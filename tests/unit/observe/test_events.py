@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import ast
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastictrain.errors import InternalError
-from elastictrain.observe.events import SENTENCES, Event, describe, iso, make_event, parse_events, step_back
+from elastictrain.observe.events import Event, iso, make_event, parse_events, step_back
+from elastictrain.observe.sentences import SENTENCES, describe
 
 NOW = datetime(2026, 11, 22, 10, 0, 0, 123456, tzinfo=UTC)
 CHANGE = {"seconds": 0.314, "steps_redone": 1, "world_before": 3, "world_after": 2, "cause": "killed by signal 9"}
+NODE = "0a1b2c3d" + "e" * 48
 
 SAID: list[tuple[str, dict[str, Any], str]] = [
     ("run_started", {"name": "gpt", "world": 3, "steps": 50}, "run started (gpt) with 3 workers, 50 steps"),
@@ -109,6 +113,76 @@ SAID: list[tuple[str, dict[str, Any], str]] = [
     ("finished", {"step": 50, "digest": "ab"}, "finished at step 50, digest ab"),
     ("failed", {"step": 5, "error": "loss is NaN"}, "failed at step 5: loss is NaN"),
     ("stopped", {"step": 5, "reason": "asked"}, "stopped at step 5: asked"),
+    (
+        "frozen",
+        {"worker": 1, "node": "n", "reason": "no sign of life for 2.1 s", "evidence": ["state T"]},
+        "worker 1 is frozen: no sign of life for 2.1 s",
+    ),
+    (
+        "frozen",
+        {"worker": 1, "reason": "silent", "blocks_held_alone": 4, "grace_s": 2.0},
+        "worker 1 is frozen: silent; it gets 2 s to answer, since it alone holds 4 blocks",
+    ),
+    ("doomed", {"worker": 1, "node": "n", "reason": "frozen", "blocks_held_alone": 0}, "worker 1 is killed: frozen"),
+    (
+        "hung",
+        {"generation": 3, "reason": "all wait in exchange", "suspect": 2, "times": 1, "blamed": False},
+        "generation 3 hangs, all wait for each other: all wait in exchange; worker 2 is suspected",
+    ),
+    (
+        "hung",
+        {"generation": 3, "reason": "again", "suspect": 2, "times": 2, "blamed": True},
+        "generation 3 hangs, all wait for each other: again; worker 2 is blamed",
+    ),
+    (
+        "node_lost",
+        {"node": NODE, "workers": [1, 2], "reason": "no round trip for 1.5 s"},
+        "node 0a1b2c3d is lost with workers 1 and 2: no round trip for 1.5 s",
+    ),
+    (
+        "worker_lost",
+        {"worker": 1, "cause": f"its node {NODE} is lost"},
+        "worker 1 is lost: its node 0a1b2c3d is lost",
+    ),
+    (
+        "node_set_aside",
+        {"node": "node-a", "failures": ["died", "frozen"], "after_s": 600.0},
+        "node-a is set aside for 600 s, too much has failed there: died, frozen",
+    ),
+    ("node_taken_back", {"node": NODE}, "node 0a1b2c3d may be used again"),
+    (
+        "preemption",
+        {"node": NODE, "workers": [3], "reason": "spot", "notice_s": 119.7},
+        "node 0a1b2c3d goes in 120 s; worker 3 will have handed over by then: spot",
+    ),
+    (
+        "controller_back",
+        {"gone_s": 3.14, "phase": "running"},
+        "the controller is back after 3.1 s (the workers stepped on)",
+    ),
+    ("controller_back", {"gone_s": 3.14, "phase": "forming"}, "the controller is back after 3.1 s"),
+    (
+        "agent_unheard",
+        {"node": "a", "seconds": 31.0, "address": "h:udp", "consequence": "only Ray will notice its loss"},
+        "the agent of a is not heard, for 31 s now: only Ray will notice its loss",
+    ),
+    ("storage_stalled", {"reason": "all read", "evidence": []}, "the storage stands still: all read"),
+    (
+        "incident",
+        {"cause": "signal 9", "outcome": "recovered", "seconds": {"total": 0.42}},
+        "incident over (signal 9): first commit 0.42 s after the first sign of trouble",
+    ),
+    (
+        "incident",
+        {"cause": "signal 9", "outcome": "overtaken", "seconds": {"total": None}},
+        "incident (signal 9): overtaken by the next one before the first commit",
+    ),
+    (
+        "incident",
+        {"cause": "signal 9", "outcome": "stopped", "seconds": {}},
+        "incident ended with the run, which was stopped (signal 9)",
+    ),
+    ("finished", {"digest": "ab" * 32}, "finished, digest " + "ab" * 32),
     ("new_kind", {"a": 1, "b": "x"}, "new kind: a=1, b=x"),
     ("went_back", {"unknown": 1}, "went back: unknown=1"),
 ]
@@ -117,6 +191,21 @@ SAID: list[tuple[str, dict[str, Any], str]] = [
 @pytest.mark.parametrize(("kind", "data", "words"), SAID, ids=[kind for kind, _, _ in SAID])
 def test_sentence(kind: str, data: dict[str, Any], words: str) -> None:
     assert describe(make_event(kind, data, time=NOW)) == words
+
+
+def test_every_kind_that_is_announced_has_a_sentence_with_words_of_its_own() -> None:
+    """Read from the source of whoever announces, so that a new kind cannot be forgotten here."""
+    root = Path(__file__).parents[3]
+    announced = set()
+    for folder in ("elastictrain/controller", "actors/elastictrain_actors"):
+        for file in (root / folder).glob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call) and "Announce" in ast.unparse(node.func) and node.args:
+                    kind = node.args[0]
+                    announced |= {kind.value} if isinstance(kind, ast.Constant) else set()
+    assert {"frozen", "incident", "slow_start", "agent_unheard"} <= announced, "this test sees no announcements"
+    assert announced <= set(SENTENCES)
+    assert announced <= {kind for kind, _, _ in SAID}, "a sentence that no test has read"
 
 
 anything = st.recursive(

@@ -141,6 +141,50 @@ def test_rows_that_were_taken_back_do_not_count() -> None:
     assert out.getvalue().splitlines()[-1].startswith("step 2  loss 3.5  1,000 tokens/s")
 
 
+CAUSE = "rank 2: [/w/pair.cc:553] Connection closed [/red]"
+
+
+@pytest.mark.parametrize("key", ["last_recovery", "waiting", "error", "name", "run_dir"])
+def test_words_of_others_are_no_markup(key: str) -> None:
+    """gloo's errors begin with [/path/of/a/file.cc:553], which rich takes for a closing tag."""
+    said = CAUSE if key != "last_recovery" else {"cause": CAUSE, "seconds": 0.1, "steps_redone": 0}
+    assert "[/w/pair.cc:553]" in rendered(STATUS | {key: said})
+
+
+def test_names_of_metrics_are_no_markup() -> None:
+    assert "top[/1] 0.5" in rendered(STATUS, [MetricsRow(step=1, evaluation={"top[/1]": 0.5})])
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_it_says_once_how_to_come_back(terminal: bool) -> None:
+    live, out, clock = view(terminal, come_back=True)
+    live.update({"name": "gpt"})
+    assert "attach" not in out.getvalue(), "the folder is not known yet"
+    for _ in range(3):
+        clock.now_s += 1
+        live.update(STATUS | {"run_dir": "/my runs/x"})
+    live.close()
+    assert out.getvalue().count("from elsewhere: elastictrain attach '/my runs/x'") == 1
+
+
+def test_one_that_comes_late_sees_the_last_events_and_the_newest_step() -> None:
+    rows = [MetricsRow(step=step, loss=float(step), tokens=100, step_s=0.1, world=3) for step in (1, 2, 3)]
+    events = [make_event("checkpoint", {"step": step}, time=NOW) for step in range(9)]
+    events += [make_event("parking", {"generation": 2}, time=NOW)]
+    live, out, _ = view(terminal=False)
+    live.catch_up(STATUS, rows, events)
+    assert out.getvalue().splitlines() == [
+        *(f"10:00:00 checkpoint of step {step} committed" for step in range(3, 9)),
+        "step 3/100  loss 3  1,000 tokens/s  world 3",
+    ]
+    live, out, _ = view(terminal=True)
+    live.catch_up(STATUS, rows, events)
+    live.close()
+    assert "3/100" in out.getvalue()
+    assert "checkpoint of step 8 committed" in out.getvalue()
+    assert "checkpoint of step 2 committed" not in out.getvalue()
+
+
 @given(values=st.lists(st.floats(-1e6, 1e6), max_size=300), columns=st.integers(1, 50))
 def test_sparkline(values: list[float], columns: int) -> None:
     line = sparkline(values, columns)

@@ -3,17 +3,22 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from elastictrain.errors import ClusterError, ConfigError
 from elastictrain.job import parse_job
-from elastictrain.observe import RunDirectory, summarise
+from elastictrain.observe import Event, RunDirectory, summarise
+from elastictrain.observe.events import make_event
 from elastictrain.observe.marks import marks
 from elastictrain.observe.metrics import MetricsRow
 from elastictrain.observe.plot import draw, plot_run
 from tests.unit.observe.story import STEPS, job, tell
+
+NOW = datetime(2026, 11, 22, 10, 0, 0, tzinfo=UTC)
 
 
 def test_summary(tmp_path: Path) -> None:
@@ -79,6 +84,44 @@ def test_a_mark_without_a_step_stands_before_its_generation(tmp_path: Path) -> N
         run.event("went_back", {"to_step": 4})
         rows = [MetricsRow(step=step, generation=1 + (step > 6)) for step in range(1, 9)]
         assert [(m.step, m.label) for m in marks(run.events(), rows)] == [(4.5, "back to step 4"), (6.5, "lost")]
+
+
+@pytest.mark.parametrize(
+    ("workers", "cause", "label"),
+    [
+        ([1], "worker 1 is frozen: no sign of life", "worker 1 frozen"),
+        ([1, 2], "its node n is lost: no round trip", "workers 1, 2 lost with its node"),
+        ([1], "torn apply: RuntimeError", "worker 1 torn"),
+        ([0, 1, 2, 3, 4], "its process died", "5 workers lost"),
+        ([], "generation 3 hangs: all wait for each other", "generation 3 hangs: all wait"),
+    ],
+)
+def test_a_loss_says_how(workers: list[int], cause: str, label: str) -> None:
+    event = make_event("recovery", {"step": 4, "workers": workers, "cause": cause}, time=NOW)
+    assert [(mark.step, mark.label) for mark in marks([event], [])] == [(4.5, label)]
+
+
+def test_a_notice_stands_between_the_steps_whose_time_is_known() -> None:
+    def at(second: float, kind: str, **data: Any) -> Event:
+        return make_event(kind, data, time=NOW + timedelta(seconds=second))
+
+    story = [
+        at(0, "preemption", node="n"),
+        at(1, "running", step=10),
+        at(2, "controller_back", gone_s=1.0),
+        at(5, "checkpoint", step=50, path="p"),
+        at(6, "storage_stalled", reason="r"),
+        at(7, "running", step=20),
+        at(8, "node_set_aside", node="n"),
+    ]
+    assert [(mark.step, mark.label) for mark in marks(story, [])] == [
+        (10.5, "preemption notice"),
+        (20.5, "controller back"),
+        (20.5, "node set aside"),
+        (50.5, "storage stood still"),
+    ]
+    assert {mark.family for mark in marks(story, [])} == {"notice"}
+    assert marks(story[:1], [])[0].step == 0.5, "nothing is known yet"
 
 
 def test_plot_shows_loss_marks_world_and_evaluation(tmp_path: Path) -> None:
