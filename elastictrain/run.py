@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,11 @@ from elastictrain.engine.worker_model import inspect
 from elastictrain.errors import ConfigError, ElasticTrainError, RecipeError
 from elastictrain.faults import Add, Drain, Fail, Kill
 from elastictrain.job import Job
-from elastictrain.observe import Blind, Observer, RunDirectory, Summary, summarise
+from elastictrain.observe import Blind, Observer, RunDirectory, Summary
+from elastictrain.observe.events import iso
 from elastictrain.observe.rundir import latest_of
+from elastictrain.observe.standing import complete
+from elastictrain.signals import on_signals, output_to, sheltered
 from elastictrain_actors.cluster import check_gpus, connected
 from elastictrain_actors.controller_actor import RunOrder, start_controller, watch
 from elastictrain_actors.driver import Outcome
@@ -46,12 +48,13 @@ def run(
     already connected to, or an embedded one on this machine.
 
     Raises UserError (the job, recipe or data), ClusterError (machines, storage), InternalError (us). A run that is
-    stopped (Ctrl-C) returns normally with outcome "stopped".
+    stopped (Ctrl-C, SIGTERM) returns normally with outcome "stopped". A terminal that goes away (SIGHUP) ends nothing:
+    the observer is told no more, and output goes to driver.log in the run directory.
     """
     _check_faults(job, faults)
     watcher = observer or Blind()
     resuming = resume or resume_step is not None
-    with connected(job, address, lambda: inspect(job)) as (job, environment, facts):
+    with sheltered(), connected(job, address, lambda: inspect(job)) as (job, environment, facts):
         check_gpus(job)
         start = find_start(job, resume=resuming, step=resume_step)
         folder = _open_run_directory(job, facts.parameters, start)
@@ -69,9 +72,7 @@ def run(
         )
         write_address(folder, order.namespace)
         outcome = _follow(order, watcher)
-    found = RunDirectory.open(folder)
-    summary = summarise(found)
-    _write_summary(folder, job, summary)
+    summary = complete(RunDirectory.open(folder))
     if outcome.outcome == "failed":
         raise error_of(outcome.error or "unknown")
     return summary
@@ -121,45 +122,18 @@ def _follow(order: RunOrder, watcher: Observer) -> Outcome:
                     "waiting": "workers are starting"})  # fmt: skip
     handle = start_controller(order)
     shows: dict[str, Callable[[Any], None]] = {"event": watcher.event, "row": watcher.row, "status": watcher.update}
+    alone = threading.Event()
 
     def stop() -> None:
         handle.request.remote("stop", "stopped by the user (Ctrl-C)")
 
-    with _on_interrupt(stop):
-        return watch(handle, lambda kind, item: shows[kind](item))
+    def hang_up() -> None:
+        alone.set()
+        words = "the terminal has gone, the run goes on; to see it: elastictrain attach"
+        output_to(Path(order.run_dir) / "driver.log", f"{iso(datetime.now(UTC))} {words} {order.run_dir}")
 
-
-@contextmanager
-def _on_interrupt(stop: Any) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask for a stop at the next commit; a second one interrupts at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    asked = threading.Event()
-
-    def handler(number: int, frame: Any) -> None:
-        del number, frame
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-        stop()
-
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
-
-
-def _write_summary(folder: Path, job: Job, summary: Summary) -> None:
-    with RunDirectory.resume(folder, job) as found:
-        found.write_summary(summary.line())
-        # A plot is a convenience: without matplotlib (or rows) the run is as good.
-        with suppress(ElasticTrainError, ImportError):
-            from elastictrain.observe.plot import plot_run
-
-            plot_run(found)
+    with on_signals(stop, hang_up):
+        return watch(handle, lambda kind, item: None if alone.is_set() else shows[kind](item))
 
 
 def error_of(text: str) -> ElasticTrainError:
