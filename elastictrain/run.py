@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 import uuid
 from collections.abc import Callable, Sequence
@@ -67,6 +68,7 @@ def run(
             faults=tuple(faults),
             environment=environment,
             namespace=f"elastictrain-{uuid.uuid4().hex[:12]}",
+            token=secrets.token_hex(16),
             stages=start.stages,
             base_generation=max(start.generation, begin_anew(folder)),
         )
