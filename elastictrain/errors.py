@@ -10,7 +10,8 @@ ElasticTrainError
 ├── ClusterError         whoever runs the cluster: machines, storage, network
 │   ├── WorkerStartError   a worker could not start
 │   ├── CapacityError      the job does not fit on what is there
-│   └── CorruptCheckpoint  stored bytes differ from their hash
+│   ├── CorruptCheckpoint  stored bytes differ from their hash
+│   └── CorruptWorker      a machine's memory or arithmetic is wrong
 ├── PeerLost             nobody: a peer is gone; the controller forms a new generation
 └── InternalError        us: an invariant of elastictrain does not hold; please report it
 ```
@@ -59,6 +60,10 @@ class CapacityError(ClusterError):
 
 class CorruptCheckpoint(ClusterError):
     """Stored bytes differ from their recorded hash."""
+
+
+class CorruptWorker(ClusterError):
+    """The memory or the arithmetic of a machine is wrong; the message says how that was found."""
 
 
 class PeerLost(ElasticTrainError):

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from elastictrain.errors import ConfigError
 from elastictrain.job import PositiveInt, nearest, not_a_switch
@@ -62,7 +62,45 @@ class Drain(_Fault):
     step: PositiveInt
 
 
-Fault = Kill | Fail | Add | Drain
+class Flip(_Fault):
+    """Flip one bit in the memory of `worker`: a silent error, nothing raises.
+
+    `what`: a "master" weight, a number of its "optimizer" state, a "parameter" as the forward reads it, or a number of
+    its reduced "gradient". `of`: of a block that it owns, mirrors, or (only a parameter) neither. `when`, in `step`:
+    "compute" (between two applies, while it computes), "reduced" (when its reduced gradient is there), "apply" (inside
+    apply) or "gathered" (when parameters have been published). In fp32 a master is a parameter.
+    """
+
+    do: Literal["flip"] = "flip"
+    worker: WorkerNumber
+    step: PositiveInt
+    what: Literal["master", "optimizer", "parameter", "gradient"]
+    of: Literal["owned", "mirrored", "other"] = "owned"
+    when: Literal["compute", "reduced", "apply", "gathered"] = "compute"
+    bit: Annotated[int, BeforeValidator(not_a_switch), Field(ge=0, lt=32)] = 20
+
+    @model_validator(mode="after")
+    def _exists(self) -> Self:
+        if self.what != "parameter" and self.of == "other":
+            raise ValueError(f"a worker keeps the {self.what} only of blocks that it owns or mirrors; set of to one")
+        if (self.what == "gradient") != (self.when == "reduced"):
+            raise ValueError(f"what={self.what} and when={self.when}: a gradient is there only at when=reduced")
+        return self
+
+
+class Miscompute(_Fault):
+    """From `step` on one in `one_in` lanes that `worker` computes comes out wrong, which ones by `seed`."""
+
+    do: Literal["miscompute"] = "miscompute"
+    worker: WorkerNumber
+    step: PositiveInt = 1
+    one_in: PositiveInt = 10
+    seed: int = 0
+
+
+Fault = Kill | Fail | Flip | Miscompute | Add | Drain
+OwnFault = Kill | Fail | Flip | Miscompute
+"""What a worker does to itself."""
 
 
 def kill(worker: int, step: int, phase: Phase = "compute") -> Kill:
@@ -71,6 +109,15 @@ def kill(worker: int, step: int, phase: Phase = "compute") -> Kill:
 
 def fail(worker: int, step: int, phase: Phase = "compute") -> Fail:
     return _checked(Fail, worker=worker, step=step, phase=phase)
+
+
+def flip(worker: int, step: int, what: str, *, of: str = "owned", when: str | None = None, bit: int = 20) -> Flip:
+    when = when or ("reduced" if what == "gradient" else "compute")
+    return _checked(Flip, worker=worker, step=step, what=what, of=of, when=when, bit=bit)
+
+
+def miscompute(worker: int, step: int = 1, *, one_in: int = 10, seed: int = 0) -> Miscompute:
+    return _checked(Miscompute, worker=worker, step=step, one_in=one_in, seed=seed)
 
 
 def add(step: int) -> Add:
@@ -82,7 +129,9 @@ def drain(worker: int, step: int) -> Drain:
 
 
 _OneFault = TypeVar("_OneFault", bound=_Fault)
-_KINDS: dict[str, type[_Fault]] = {"kill": Kill, "fail": Fail, "add": Add, "drain": Drain}
+_KINDS: dict[str, type[_Fault]] = {
+    "kill": Kill, "fail": Fail, "flip": Flip, "miscompute": Miscompute, "add": Add, "drain": Drain,
+}  # fmt: skip
 
 
 def _checked(kind: type[_OneFault], **values: Any) -> _OneFault:
@@ -150,6 +199,6 @@ def load_faults(path: str | Path) -> tuple[Fault, ...]:
     return parse_faults([] if raw is None else raw, where=str(file))
 
 
-def kills_for(faults: Iterable[Fault], worker: int) -> tuple[Kill | Fail, ...]:
+def kills_for(faults: Iterable[Fault], worker: int) -> tuple[OwnFault, ...]:
     """The faults that `worker` performs on itself."""
-    return tuple(f for f in faults if isinstance(f, Kill | Fail) and f.worker == worker)
+    return tuple(f for f in faults if isinstance(f, OwnFault) and f.worker == worker)

@@ -9,6 +9,18 @@ from elastictrain.layout import Layout, Move
 
 
 @dataclass(frozen=True, slots=True)
+class Doubt:
+    """The state of a generation is not to be trusted: checks have found a difference, and no copy of it is known to be
+    right. Only what was stored at or before `good_step` is. `suspects`: workers of which at least one is wrong, where
+    it is not known which.
+    """
+
+    good_step: int
+    reason: str
+    suspects: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ParkReport:
     """A promise (invariant R3): from now on only a newer generation moves this worker's state.
 
@@ -16,7 +28,7 @@ class ParkReport:
     generation whose seal this worker has seen complete. `gathered`: the compute-dtype parameters of `applied_step` are
     whole here. `vote`: the result of the vote for `applied_step`, byte for byte (None right after a seal that saw no
     step yet, or when it may be forgotten: R1). `computing`: it had begun to compute `applied_step + 1`. `holds_next`:
-    it holds its reduced gradients for that step.
+    it holds its reduced gradients for that step. `doubt`: the state here must not be gone on from.
     """
 
     worker: int
@@ -27,6 +39,7 @@ class ParkReport:
     vote: bytes | None = None
     holds_next: bool = False
     computing: bool = True
+    doubt: Doubt | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +79,13 @@ class Row:
 class Restore:
     """Where a generation takes its state from when it does not come from live holders.
 
-    `step` 0 with `checkpoint` None is the recipe's initial state.
+    `step` 0 with `checkpoint` None is the recipe's initial state. `discard_newer`: what was stored after `step` is not
+    to be trusted and is removed, so that nobody goes on from it.
     """
 
     step: int
     checkpoint: str | None
+    discard_newer: bool = False
 
 
 @dataclass(frozen=True, slots=True)

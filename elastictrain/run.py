@@ -17,7 +17,7 @@ from elastictrain import errors
 from elastictrain.engine.resume import Start, find_start
 from elastictrain.engine.worker_model import inspect
 from elastictrain.errors import ConfigError, ElasticTrainError, RecipeError
-from elastictrain.faults import Add, Drain, Fail, Kill
+from elastictrain.faults import Add, Fault, OwnFault
 from elastictrain.job import Job
 from elastictrain.observe import Blind, Observer, RunDirectory, Summary
 from elastictrain.observe.events import iso
@@ -30,7 +30,7 @@ from elastictrain_actors.driver import Outcome
 from elastictrain_actors.journal_file import begin_anew
 from elastictrain_actors.reach import write_address
 
-Faults = Sequence[Kill | Fail | Add | Drain]
+Faults = Sequence[Fault]
 
 
 def run(
@@ -89,7 +89,7 @@ def submit(job_file: str | Path, address: str, *, wait: bool = True) -> str:
 
 def _check_faults(job: Job, faults: Faults) -> None:
     adds = sum(isinstance(fault, Add) for fault in faults)
-    lost = sum(isinstance(fault, Kill) for fault in faults) if job.workers.replace else 0
+    lost = sum(isinstance(fault, OwnFault) for fault in faults) if job.workers.replace else 0
     numbers = job.workers.initial + job.workers.spares + adds + lost
     for fault in faults:
         if not isinstance(fault, Add) and fault.worker >= numbers:

@@ -18,7 +18,7 @@ from elastictrain.controller import events as ev
 from elastictrain.controller.adoption import bring_back
 from elastictrain.controller.journal import load_event
 from elastictrain.errors import ClusterError, ElasticTrainError, InternalError
-from elastictrain.faults import Add, Drain, Fail, Kill
+from elastictrain.faults import Fault
 from elastictrain.job import Job
 from elastictrain.observe import RunDirectory
 from elastictrain.protocol import ModelFacts, Restore, Stage
@@ -42,7 +42,7 @@ class RunOrder:
     facts: ModelFacts
     restore: Restore
     checkpoints: tuple[tuple[int, str], ...]
-    faults: tuple[Kill | Fail | Add | Drain, ...]
+    faults: tuple[Fault, ...]
     environment: dict[str, Any]
     namespace: str
     token: str

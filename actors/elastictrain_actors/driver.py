@@ -19,7 +19,7 @@ from elastictrain.controller.journal import dump_event
 from elastictrain.controller.machine import Machine
 from elastictrain.controller.view import view
 from elastictrain.errors import ElasticTrainError
-from elastictrain.faults import Add, Drain, Fail, Kill
+from elastictrain.faults import Add, Drain, Fault
 from elastictrain.protocol import Ready, Row
 from elastictrain_actors.journal_file import Replaced
 
@@ -27,6 +27,8 @@ Heard = Message | cmd.Announce
 """What effects hand to the driver: what workers say, and lines for events.jsonl."""
 POLL_S = 0.1
 STATUS_EVERY_S = 0.5
+NO_END = ("torn", "corrupt", "restore")
+"""Failures of a worker that do not end the run: it recovers at once, and in the order in which things were said."""
 
 
 class Effects(Protocol):
@@ -83,7 +85,7 @@ class Driver:
         record: Record,
         journal: Journal,
         *,
-        script: Sequence[Kill | Fail | Add | Drain] = (),
+        script: Sequence[Fault] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.machine, self.effects, self.record, self.journal = machine, effects, record, journal
@@ -150,7 +152,7 @@ class Driver:
         deadline_s = self.machine.next_deadline_s()
         wait_s = POLL_S if deadline_s is None else min(POLL_S, max(0.0, deadline_s - self._clock()))
         messages = list(self.effects.poll(wait_s))
-        if any(isinstance(message, ev.WorkerFailed) for message in messages):
+        if any(isinstance(message, ev.WorkerFailed) and message.kind not in NO_END for message in messages):
             messages = self._last_words() + messages
         self._hear(messages)
         while not self._requests.empty():

@@ -13,7 +13,7 @@ from elastictrain.controller import events as ev
 from elastictrain.controller.events import Message
 from elastictrain.engine.outbox import Outbox
 from elastictrain.errors import ClusterError
-from elastictrain.faults import Fail, Kill
+from elastictrain.faults import OwnFault
 from elastictrain.job import Job
 from elastictrain.protocol import FormPlan, Stage
 from elastictrain.pulse import Pulse, pulse_folder, start_ticks
@@ -60,7 +60,7 @@ class WorkerActor:
         """Can be said before torch is imported."""
         return Identity(ray.get_runtime_context().get_node_id(), os.getpid(), start_ticks(os.getpid()) or 0)
 
-    def prepare(self, epoch: int, job: Job, faults: Sequence[Kill | Fail], stages: Sequence[Stage]) -> None:
+    def prepare(self, epoch: int, job: Job, faults: Sequence[OwnFault], stages: Sequence[Stage]) -> None:
         """Build model, data and session; says `Ready` or `WorkerStartFailed`. A second call changes nothing."""
         self._check(epoch)
         if self._host is not None:

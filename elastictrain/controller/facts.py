@@ -293,3 +293,7 @@ class Ledger:
             return Restore(0, None)
         step = max(self.checkpoints)
         return Restore(step, self.checkpoints[step])
+
+    def distrust(self, good_step: int) -> None:
+        """Take every checkpoint after `good_step` off the list: what it holds may be wrong."""
+        self.checkpoints = {step: path for step, path in self.checkpoints.items() if step <= good_step}

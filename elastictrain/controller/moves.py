@@ -8,6 +8,8 @@ member of this one, is not heard and changes nothing at all.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from elastictrain.controller import events as ev
 from elastictrain.controller import limits
 from elastictrain.controller.budgets import error_line
@@ -198,7 +200,7 @@ def _drop_checkpoint(core: Core, event: ev.WorkerFailed, out: list[Command]) -> 
         return False
     if ledger.checkpoints.get(restore.step) == restore.checkpoint:  # the first of its members to say so
         del ledger.checkpoints[restore.step]
-        ledger.restore = ledger.newest_restore()
+        ledger.restore = replace(ledger.newest_restore(), discard_newer=restore.discard_newer)
         ledger.published_step = ledger.shown_step = ledger.restore.step
         data = {"step": restore.step, "path": restore.checkpoint, "error": event.error}
         next_one = {"next_step": ledger.restore.step, "next_path": ledger.restore.checkpoint}

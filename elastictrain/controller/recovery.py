@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from elastictrain.errors import InternalError
 from elastictrain.layout import Layout, Shard, lost_blocks
-from elastictrain.protocol import ParkReport
+from elastictrain.protocol import Doubt, ParkReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,12 @@ class Standing:
     behind: tuple[int, ...] = ()
     roll_forward: bytes | None = None
     lost: tuple[Shard, ...] = ()
+
+
+def doubt_of(reports: Mapping[int, ParkReport]) -> Doubt | None:
+    """What the survivors say against their own state; of several the one that trusts least."""
+    doubts = [reports[worker].doubt for worker in sorted(reports)]
+    return min((doubt for doubt in doubts if doubt is not None), key=lambda doubt: doubt.good_step, default=None)
 
 
 def take_stock(

@@ -16,20 +16,21 @@ changes; the first that applies goes first:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from elastictrain.controller.alarms import blame_for_hang, let_go_of_stored, release_notices
 from elastictrain.controller.commands import Announce, Command, Form, StartWorker
 from elastictrain.controller.core import Core
 from elastictrain.controller.facts import Role, WorkerFacts
 from elastictrain.controller.incidents import Incident
-from elastictrain.controller.limits import end_round, over_budget
+from elastictrain.controller.limits import end_round, failed, over_budget
 from elastictrain.controller.nodes import to_avoid
 from elastictrain.controller.phases import Ended, Finishing, Forming, Gathering, Parking, Phase, Running
 from elastictrain.controller.planning import Shortage, plan_next, propose_now
 from elastictrain.controller.policies import is_uneven
-from elastictrain.controller.recovery import Standing, take_stock
+from elastictrain.controller.recovery import Standing, doubt_of, take_stock
 from elastictrain.errors import InternalError
-from elastictrain.protocol import FormPlan, ParkReport
+from elastictrain.protocol import Doubt, FormPlan, ParkReport
 
 
 def settle(core: Core, now_s: float, out: list[Command]) -> None:
@@ -90,6 +91,8 @@ def _close(core: Core, now_s: float, out: list[Command]) -> bool:
 def _start_missing(core: Core, now_s: float, out: list[Command]) -> bool:
     ledger = core.ledger
     missing = ledger.complement - ledger.processes()
+    if not core.spec.replace:
+        missing -= sum(worker not in ledger.draining for worker in ledger.workers.doomed)  # they lower `complement`
     if not ledger.begun or ledger.stop is not None or missing <= 0 or isinstance(core.state, Finishing):
         return False
     if ledger.start_failures >= core.spec.start_attempts:
@@ -114,7 +117,9 @@ def _all_parked(core: Core, now_s: float, out: list[Command]) -> bool:
     assert incident is not None  # opened together with the phase
     incident.parked_s = now_s
     if state.told:
-        core.ledger.longest_parking_s = max(core.ledger.longest_parking_s, now_s - state.started_s)
+        took_s = now_s - state.started_s
+        if took_s <= core.parking_limit_s():  # a parking that only its own deadline has ended teaches nothing
+            core.ledger.longest_parking_s = max(core.ledger.longest_parking_s, took_s)
     return _go_on(core, state.reports, now_s, out)
 
 
@@ -148,9 +153,10 @@ def _go_on(core: Core, reports: Mapping[int, ParkReport], now_s: float, out: lis
             # All have promised not to move under an older plan: a layout that is not sealed now never will be.
             ledger.sealed = standing.truth.generation
             ledger.layouts = {ledger.sealed: standing.truth}
-            if standing.lost:
-                _go_back(core, standing, now_s, out)
-                standing = Standing(None)
+        doubt = doubt_of(reports) if isinstance(core.state, Parking) else None
+        if standing.lost or doubt is not None:
+            _go_back(core, standing, doubt, now_s, out)
+            standing = Standing(None)
         if ledger.stop is not None:
             step = ledger.restore.step if standing.truth is None else standing.step
             core.end(Ended(Phase.STOPPED, step, error=ledger.stop), out)
@@ -177,12 +183,21 @@ def _count_redone(core: Core, standing: Standing) -> None:
     incident.between_steps = False
 
 
-def _go_back(core: Core, standing: Standing, now_s: float, out: list[Command]) -> None:
-    """Blocks have lost all their holders: the whole job goes back, and everything held is void."""
+def _go_back(core: Core, standing: Standing, doubt: Doubt | None, now_s: float, out: list[Command]) -> None:
+    """Blocks have lost all their holders, or the survivors doubt their state: the whole job goes back, and everything
+    held is void; in doubt also what was stored since the last state that is known to be good.
+    """
     ledger = core.ledger
-    restore = ledger.newest_restore()
-    incident = core.note_incident(now_s, "blocks have lost all their holders", None, out, planned=False)
-    redone = max(0, standing.step - restore.step)
+    from_step = max(standing.step, ledger.restore.step)
+    if doubt is not None:
+        ledger.distrust(doubt.good_step)
+        for suspect in doubt.suspects:
+            if suspect in ledger.workers:
+                failed(core, now_s, "corrupt", ledger.workers[suspect].node, out)
+    restore = replace(ledger.newest_restore(), discard_newer=doubt is not None)
+    cause = "blocks have lost all their holders" if doubt is None else doubt.reason
+    incident = core.note_incident(now_s, cause, None, out, planned=False)
+    redone = max(0, from_step - restore.step)
     incident.steps_redone += redone
     incident.restored_from = restore.checkpoint or "initial state"
     incident.decided("go back")
@@ -197,11 +212,13 @@ def _go_back(core: Core, standing: Standing, now_s: float, out: list[Command]) -
         Announce(
             "went_back",
             {
-                "from_step": standing.step,
+                "from_step": from_step,
                 "to_step": restore.step,
                 "steps_redone": redone,
                 "restored_from": incident.restored_from,
-                "reason": f"{lost} blocks were held only by workers {holders}, which are gone"
+                "reason": (
+                    f"{lost} blocks were held only by workers {holders}, which are gone" if standing.lost else cause
+                )
                 + ("" if core.spec.checkpoint else "; without the setting checkpoint only the start is stored"),
             },
         )

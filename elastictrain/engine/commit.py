@@ -83,6 +83,7 @@ def apply_step(session: Session, pending: Pending, vote: bytes, votes: VoteForma
             lr_factor=lr_factor,
         )
         session.probes.at(pending.step, "apply")
+        session.probes.flips(session, pending.step, "apply")
         session.model.flat.commit_counters(tally.largest)
     done.step = pending.step
     done.vote = vote

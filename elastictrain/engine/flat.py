@@ -7,7 +7,8 @@ the committed buffers, so a lane that is thrown away leaves no trace.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import xxhash
@@ -76,10 +77,15 @@ class FlatModel:
 
     def master_view(self, block: Block) -> torch.Tensor | None:
         """Where a block's fp32 master lies in the flat tensors; None when it needs memory of its own."""
+        is_view = block.entry.kind == "buffer" or self.dtype == torch.float32
+        return self.published(block) if is_view else None
+
+    def published(self, block: Block) -> torch.Tensor:
+        """A block as the forward reads it: [elements], a view. Buffers in fp32, all else in the compute dtype."""
         if block.entry.kind == "buffer":
             offset = self.space.param_elements
             return self.buffers[block.start - offset : block.stop - offset]
-        return self.values[block.start : block.stop] if self.dtype == torch.float32 else None
+        return self.values[block.start : block.stop]
 
     def publish(self, number: int, master: torch.Tensor) -> None:
         """Bring the compute copy of a block up to its master (a no-op where the master is a view)."""
@@ -123,6 +129,15 @@ class FlatModel:
             given = self.committed_buffer(name).to(working.dtype).float()
             changes[name] = self._taken(name, working).detach().float().reshape(-1) - given
         return changes
+
+    @contextmanager
+    def counters_kept(self) -> Iterator[None]:
+        """Lanes that run in here leave the counters of this step as they were: they are computed to be compared."""
+        kept = dict(self._new_counters)
+        try:
+            yield
+        finally:
+            self._new_counters = kept
 
     def _taken(self, name: str, working: torch.Tensor) -> torch.Tensor:
         """What the forward has left as buffer `name`, which may be another tensor (`self.mean = …`); ours goes back."""

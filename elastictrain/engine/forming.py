@@ -7,18 +7,20 @@ takes anything away from them; what is held no more is let go one vote after the
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
 
+from elastictrain.controller import events as ev
 from elastictrain.engine import saving
 from elastictrain.engine.collective import GATHER_DEADLINE_S, GroupSet, Peer
 from elastictrain.engine.commit import apply_step
+from elastictrain.engine.inquest import check_claims, claims_from_json, claims_to_json
 from elastictrain.engine.numerics import differences
 from elastictrain.engine.step import published_pieces
 from elastictrain.engine.worker_model import build_initial
-from elastictrain.errors import CheckpointMismatch, InternalError, PeerLost
+from elastictrain.errors import CheckpointMismatch, CorruptWorker, InternalError, PeerLost
 from elastictrain.protocol import FormPlan
 from elastictrain.signs import Activity
 
@@ -40,6 +42,7 @@ def enter_generation(session: Session, plan: FormPlan, groups: GroupSet) -> None
         _restore(session, plan)
     else:
         session.pristine = False
+        _check_memory(session)
         _roll_forward(session, plan)
         # What an earlier forming that failed had begun to bring here is not whole: only what the truth holds counts.
         known = plan.previous is not None and session.worker in plan.previous.workers
@@ -58,6 +61,17 @@ def enter_generation(session: Session, plan: FormPlan, groups: GroupSet) -> None
     groups.gather_deadline_s = GATHER_DEADLINE_S
 
 
+def _check_memory(session: Session) -> None:
+    """What this worker brings along must be what its last apply has left: others are about to copy it."""
+    changed = session.guard.verify() if session.job.integrity.state else ""
+    session.guard.forget()
+    if changed:
+        session.corrupt = f"its memory has changed while it was parked: {changed}"
+        failed = f"CorruptWorker: {session.corrupt}"
+        session.emit(ev.WorkerFailed(0.0, session.generation, session.worker, "corrupt", failed))
+        raise CorruptWorker(session.corrupt)
+
+
 def _roll_forward(session: Session, plan: FormPlan) -> None:
     """Apply the step that a survivor has applied, with its vote result byte for byte (R1)."""
     done = session.committed
@@ -71,6 +85,7 @@ def _roll_forward(session: Session, plan: FormPlan) -> None:
     with session.apply_lock:
         session.check()
         pending = session.pending
+        session.guard.forget()
         session.model.held.keep_only({n for s in pending.reduced for n in range(s.lo, s.hi)} | _idle_blocks(session))
         tally = apply_step(session, pending, plan.roll_forward, session.vote_format, plan.generation)
         done.remember(session.row_of(tally))
@@ -148,7 +163,7 @@ def _share_counters(session: Session, plan: FormPlan, groups: GroupSet) -> None:
 def _seal(session: Session, plan: FormPlan, groups: GroupSet, digests: dict[str, str]) -> None:
     """The first complete vote of the generation: from then on its layout is the truth."""
     session.probes.at(plan.step + 1, "seal")
-    mine = {"generation": plan.generation, "step": plan.step, "copies": digests}
+    mine = {"generation": plan.generation, "step": plan.step, "copies": digests, **_sums(session, plan)}
     said = [json.loads(raw) for raw in groups.all_gather_sized(json.dumps(mine).encode())]
     if any((s["generation"], s["step"]) != (plan.generation, plan.step) for s in said):
         raise InternalError(f"the seal of generation {plan.generation} at step {plan.step} got {said}")
@@ -156,6 +171,7 @@ def _seal(session: Session, plan: FormPlan, groups: GroupSet, digests: dict[str,
     torn = [i for i in range(len(plan.moves)) if copies.get(f"{i}>") != copies.get(f"{i}<")] if plan.moves else []
     if torn and plan.restore is None:
         raise PeerLost(f"the copies of {[plan.moves[i] for i in torn]} differ from their originals; forming again")
+    _learn(session, plan, groups, dict(zip(plan.layout.workers, said, strict=True)))
     with session.apply_lock:
         session.check()
         done = session.committed
@@ -165,12 +181,31 @@ def _seal(session: Session, plan: FormPlan, groups: GroupSet, digests: dict[str,
         session.pending = None
 
 
+def _sums(session: Session, plan: FormPlan) -> dict[str, Any]:
+    """What a worker says at the seal beside the digests of its copies: sums of its state, and what it knows."""
+    said = {"kind": json.dumps(session.numerics, sort_keys=True), **session.knowledge.to_json()}
+    if session.job.integrity.state:
+        said["sums"] = claims_to_json(session.guard.begin(plan.layout, session.worker))
+    return said
+
+
+def _learn(session: Session, plan: FormPlan, groups: GroupSet, said: dict[int, dict[str, Any]]) -> None:
+    """All members know the same from here on, and have the same state."""
+    session.knowledge.learn(said, {worker: one["kind"] for worker, one in said.items()}, plan.step)
+    if session.job.integrity.state:
+        claims = {worker: claims_from_json(one["sums"]) for worker, one in said.items()}
+        check_claims(session, plan.layout, groups, claims, commit=plan.step)
+
+
 def _restore(session: Session, plan: FormPlan) -> None:
     """State from a checkpoint, or the recipe's initial state; only the held blocks are read, the rest is gathered."""
     assert plan.restore is not None
     model, held, done = session.model, session.model.held, session.committed
     with session.apply_lock:
         session.check()
+        session.guard.forget()
+        session.doubt = None
+        session.knowledge.health.went_back(plan.step)
         session.pending, done.vote = None, None
         done.rows.clear()
         held.keep_only(())
@@ -184,6 +219,8 @@ def _restore(session: Session, plan: FormPlan) -> None:
         else:
             _load(session, plan.restore.step)
         done.step = plan.step
+    if plan.restore.discard_newer and session.saver is not None and session.worker == plan.first_known:
+        session.saver.discard_after(plan.restore.step)
 
 
 def _load(session: Session, step: int) -> None:

@@ -20,13 +20,13 @@ import torch
 from elastictrain.data import LaneReader, Source, open_source
 from elastictrain.data.feeder import Feeder
 from elastictrain.engine.numerics import apply_numerics
+from elastictrain.engine.one_lane import lane_seed
 from elastictrain.engine.outbox import Outbox
 from elastictrain.engine.probes import Probes
 from elastictrain.engine.session import Session
-from elastictrain.engine.step import lane_seed
 from elastictrain.engine.worker_model import build
 from elastictrain.errors import ClusterError, ElasticTrainError
-from elastictrain.faults import Fail, Kill
+from elastictrain.faults import OwnFault
 from elastictrain.job import Job
 from elastictrain.protocol import FormPlan, ParkReport, Ready, Stage
 from elastictrain.pulse import Pulse
@@ -70,7 +70,7 @@ class WorkerHost:
         worker: int,
         *,
         host: str,
-        faults: Iterable[Kill | Fail] = (),
+        faults: Iterable[OwnFault] = (),
         stages: Sequence[Stage] = (),
         outbox: Outbox | None = None,
         pulse: Pulse | None = None,
@@ -142,6 +142,7 @@ class WorkerHost:
         """End the training thread; the process may then go."""
         if self._session is not None:
             self._session.stop()
+        self.pulse.close()
 
 
 def start_error(error: BaseException) -> tuple[str, bool]:

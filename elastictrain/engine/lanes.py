@@ -38,6 +38,9 @@ class SpareBuffers:
             self._by_size.setdefault(buffer.numel(), []).append(buffer)
 
 
+Seen = Callable[[int, int, torch.Tensor], None]
+"""Is shown (first element, micro-batch, values) of every gradient and buffer change of a lane, as they arrive."""
+
 Views = dict[nn.Parameter, torch.Tensor]
 """Where each parameter lies in one flat buffer, in the parameter's shape."""
 
@@ -61,6 +64,8 @@ class LaneTree:
         self._adds_to_sibling = False
         self._micro = 0
         self._seen: set[nn.Parameter] = set()
+        self._keeps, self._spoils = True, False
+        self._show: Seen | None = None
 
     def watch(self, model: nn.Module) -> None:
         """Install the hooks; called once for the model whose gradients are to be collected."""
@@ -94,9 +99,18 @@ class LaneTree:
         """Hand one partial sum's memory back (it has been sent)."""
         self._pool.append(self.nodes.pop(node))
 
-    def begin(self, lane: int, *, merge: bool) -> None:
-        """Start lane `lane`. `merge`: combine with siblings that are here (the local sum); else keep it a leaf."""
+    def begin(
+        self, lane: int, *, merge: bool, keep: bool = True, show: Seen | None = None, spoil: bool = False
+    ) -> None:
+        """Start lane `lane`. `merge`: combine with siblings that are here (the local sum); else keep it a leaf. Without
+        `keep` nothing of it stays and no buffer is taken: it is computed only to be shown. `spoil`: make its first
+        gradient wrong (an injected fault).
+        """
         self._lane, self._micro = lane, 0
+        self._keeps, self._show, self._spoils = keep, show, spoil
+        if not keep:
+            self._targets, self._target_views = [], []
+            return
         self._merged_node = Node(lane, lane + 1)
         chain: list[torch.Tensor] = []
         if merge:
@@ -142,7 +156,13 @@ class LaneTree:
         self._seen.add(parameter)
         if gradient.is_sparse:
             gradient = gradient.to_dense()
-        self._enter([views[parameter] for views in self._target_views], gradient)
+        if self._spoils:
+            self._spoils, gradient = False, gradient.contiguous().clone()
+            gradient.view(-1)[-1] += 1.0
+        if self._show is not None:
+            self._show(self._entries[parameter].start, self._micro, gradient)
+        if self._keeps:
+            self._enter([views[parameter] for views in self._target_views], gradient)
 
     def _enter(self, places: list[torch.Tensor], values: torch.Tensor) -> None:
         """One parameter's gradient (or one buffer's change) of this lane, any float dtype. `places`: where it lies in
@@ -159,13 +179,19 @@ class LaneTree:
     def end_micro_batch(self) -> None:
         """A parameter without a gradient counts as +0.0: the same for all lanes, whoever computes them."""
         for parameter, entry in self._entries.items():
-            if parameter not in self._seen:
+            if self._keeps and parameter not in self._seen:
                 zeros = torch.zeros(entry.shape, device=self._device)
                 self._enter([views[parameter] for views in self._target_views], zeros)
 
     def end(self, buffer_changes: dict[str, torch.Tensor]) -> None:
         """Finish the lane. `buffer_changes`: fp32 change of every floating buffer, [elements] each."""
         self._micro = 0
+        if self._show is not None:
+            for name, change in buffer_changes.items():
+                self._show(self._space.by_name[name].start, 0, change)
+        self._show = None
+        if not self._keeps:
+            return
         if self._micro_batches > 1:
             for name, change in buffer_changes.items():
                 entry = self._space.by_name[name]

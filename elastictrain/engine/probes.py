@@ -5,19 +5,30 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from elastictrain.faults import Fail, Kill
+import torch
+
+from elastictrain.engine.verdict import mix
+from elastictrain.faults import Fail, Flip, Kill, Miscompute, OwnFault
+
+if TYPE_CHECKING:
+    from elastictrain.engine.session import Session
 
 
 class InjectedFault(Exception):
-    """Raised by a `fail` fault."""
+    """Raised by a `fail` fault, and by one that cannot happen where it is addressed to."""
 
 
 class Probes:
     """Performs the faults of one worker. A fault fires at the first time its address is reached."""
 
-    def __init__(self, worker: int, faults: Iterable[Kill | Fail]) -> None:
-        self._waiting = [fault for fault in faults if fault.worker == worker]
+    def __init__(self, worker: int, faults: Iterable[OwnFault]) -> None:
+        mine = [fault for fault in faults if fault.worker == worker]
+        self._waiting = [fault for fault in mine if isinstance(fault, Kill | Fail)]
+        self._flips = [fault for fault in mine if isinstance(fault, Flip)]
+        self._miscomputes = [fault for fault in mine if isinstance(fault, Miscompute)]
+        self._lanes = 0
 
     def at(self, step: int, phase: str) -> None:
         if not self._waiting:
@@ -28,3 +39,46 @@ class Probes:
                 if isinstance(fault, Kill):
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise InjectedFault(f"injected: fail worker {fault.worker} at step {step} in {phase}")
+
+    def flips(self, session: Session, step: int, when: str) -> None:
+        """Flip the bits that are addressed to this moment."""
+        for fault in [f for f in self._flips if (f.step, f.when) == (step, when)]:
+            self._flips.remove(fault)
+            flip_bit(_victim(session, fault), fault.bit)
+
+    def spoils_lane(self, step: int) -> bool:
+        """Whether the lane that is computed now comes out wrong. Counts lanes: the same lane, computed again, may come
+        out right.
+        """
+        self._lanes += bool(self._miscomputes)
+        return any(f.step <= step and mix(f.seed, self._lanes) % f.one_in == 0 for f in self._miscomputes)
+
+
+def flip_bit(tensor: torch.Tensor, bit: int) -> None:
+    """Flip one bit of a tensor's first element, counted from the lowest one (modulo its size)."""
+    memory = tensor.detach().view(-1)[:1].view(torch.uint8)
+    memory[bit // 8 % tensor.element_size()] ^= 1 << bit % 8
+
+
+def _victim(session: Session, fault: Flip) -> torch.Tensor:
+    """The tensor whose first element is hit: of the lowest parameter block that is held as the fault says."""
+    flat, held, layout = session.model.flat, session.model.held, session.layout
+    assert layout is not None
+    owned = {n for shard in layout.owned(session.worker) for n in range(shard.lo, shard.hi)}
+    kept = layout.held(session.worker)
+    wanted = {"owned": owned, "mirrored": kept - owned, "other": set(range(layout.blocks)) - kept}[fault.of]
+    blocks = [flat.space.blocks[n] for n in sorted(wanted) if flat.space.blocks[n].entry.kind == "param"]
+    for block in blocks:
+        if fault.what == "parameter":
+            return flat.published(block)
+        if fault.what == "master":
+            return held.masters[block.number]
+        if fault.what == "optimizer":
+            found = [v for k, v in held.tensors(block.number) if k.startswith("optim/") and isinstance(v, torch.Tensor)]
+            if found:
+                return found[0]
+        elif session.pending is not None:
+            for shard, reduced in session.pending.reduced.items():
+                if shard.lo <= block.number < shard.hi:
+                    return reduced
+    raise InjectedFault(f"{fault}: worker {session.worker} has no such memory at that moment")

@@ -36,6 +36,7 @@ from elastictrain_checkpoint import (
     combine_digest,
     commit,
     discard,
+    list_steps,
     load,
     prune,
 )
@@ -205,6 +206,12 @@ class Saver:
         with suppress(OSError, CheckpointError):  # what cannot be cleaned away now is cleaned away next time
             prune(self._store, keep=self._settings.keep, verified={step}, current=step)
         return f"{self._settings.path.rstrip('/')}/step-{manifest.step:08d}"
+
+    def discard_after(self, step: int) -> None:
+        """Remove every checkpoint newer than `step`: what it holds is not to be trusted, and nobody may resume it."""
+        with self._storage(step):
+            for newer in [found for found in list_steps(self._store) if found > step]:
+                discard(self._store, newer)
 
 
 # --- restoring ---

@@ -17,21 +17,31 @@ import torch
 
 from elastictrain.controller import events as ev
 from elastictrain.engine import saving
-from elastictrain.engine.collective import GroupSet, connect, meet
+from elastictrain.engine.collective import GroupSet, connect, hang_up, meet
 from elastictrain.engine.commit import Committed
 from elastictrain.engine.forming import enter_generation
+from elastictrain.engine.guard import Guard
+from elastictrain.engine.inquest import Knowledge
 from elastictrain.engine.lanes import LaneTree
 from elastictrain.engine.numerics import capture
+from elastictrain.engine.one_lane import Batches
 from elastictrain.engine.probes import Probes
 from elastictrain.engine.reports import step_row
-from elastictrain.engine.step import Batches, Pending, StepRunner
+from elastictrain.engine.step import Pending, StepRunner
 from elastictrain.engine.stepping import Stepping
 from elastictrain.engine.vote import FLAG_PAUSE, FLAG_STORE, Tally, VoteFormat
 from elastictrain.engine.worker_model import WorkerModel
-from elastictrain.errors import CorruptCheckpoint, ElasticTrainError, InternalError, PeerLost
+from elastictrain.errors import (
+    CorruptCheckpoint,
+    CorruptWorker,
+    ElasticTrainError,
+    InternalError,
+    PeerLost,
+    RecipeError,
+)
 from elastictrain.job import Job
 from elastictrain.layout import Layout, Shard
-from elastictrain.protocol import FormPlan, ParkReport, Row
+from elastictrain.protocol import Doubt, FormPlan, ParkReport, Row
 from elastictrain.pulse import Pulse
 from elastictrain.signs import Activity
 
@@ -69,6 +79,10 @@ class Session:
         self.tree.watch(model.flat.model)
         self.tree.interrupted = self.check
         self.saver = saving.Saver(job.checkpoint) if job.checkpoint else None
+        self.guard = Guard(model.flat, model.held)
+        self.knowledge = Knowledge()
+        self.doubt: Doubt | None = None
+        self.corrupt = ""
         self.apply_lock = threading.Lock()
         self._inbox: queue.SimpleQueue[FormPlan | None] = queue.SimpleQueue()
         self._latched = 0
@@ -81,7 +95,7 @@ class Session:
         self.pending: Pending | None = None
         self.vote_format: VoteFormat | None = None
         self.pristine = True
-        self._store_address = ""
+        self._store_address, self._opening = "", ""
         self._store: Any = None
         self._longest_s = 0.0
         self.computing = 0
@@ -98,7 +112,14 @@ class Session:
             self.batches, probe=lambda _: None, check=lambda: None,
         )  # fmt: skip
         self.tree.interrupted = lambda: None
+        self.guard.gathered()
         runner.run_lane(1, 0, pending, first=True, merge=False)
+        if self.job.integrity.state and (changed := self.guard.verify()):
+            raise RecipeError(
+                f"a forward and backward of the recipe change {changed}: only the optimizer may. Leave such changes to "
+                "the optimizer, or set integrity.state: false to train without the check for flipped bits"
+            )
+        self.guard.forget()
         self.tree.abandon()
         self.tree.interrupted = self.check
 
@@ -117,10 +138,15 @@ class Session:
                 raise InternalError(
                     f"worker {self.worker} has torn its state within apply and can promise nothing (R7)"
                 )
+            if self.corrupt:
+                raise InternalError(f"worker {self.worker} is corrupt and can promise nothing: {self.corrupt}")
             report = self.report()
+            opening = self._opening
+        # Destroying a group waits for its operations in flight; the report must not.
         if groups is not None:
-            # Destroying a group waits for its operations in flight; the report must not.
             threading.Thread(target=groups.drop, name="elastictrain-drop", daemon=True).start()
+        if opening:
+            threading.Thread(target=hang_up, args=(opening,), name="elastictrain-drop", daemon=True).start()
         return report
 
     def ask_pause(self, generation: int, store: bool = False) -> None:
@@ -160,6 +186,7 @@ class Session:
             vote=done.vote,
             computing=self.computing == done.step + 1,
             holds_next=self.pending is not None and self.pending.step == done.step + 1,
+            doubt=self.doubt,
         )
 
     def row_of(self, tally: Tally, seconds: Mapping[str, float] | None = None) -> dict[str, Any]:
@@ -191,6 +218,8 @@ class Session:
     def _explain(self, generation: int, error: BaseException) -> ev.Event | None:
         if self.is_parked(generation) and not self.committed.tearing:
             return None  # whatever broke, broke because the generation was being taken down
+        if isinstance(error, CorruptWorker):
+            return None  # said before the groups were dropped (`inquest.convict`)
         if isinstance(error, PeerLost):
             return ev.WorkerTroubled(0.0, generation, self.worker, str(error))
         kind = "user"
@@ -242,11 +271,21 @@ class Session:
     def _open_groups(self, plan: FormPlan) -> GroupSet:
         layout = plan.layout
         rank, world = layout.rank(self.worker), layout.world_size
-        if world > 1:
-            if self._store_address != plan.store:
-                self._store, self._store_address = connect(plan.store), plan.store
-            meet(self._store, plan.generation, rank, world, self.is_parked)
-        self.probes.at(plan.step + 1, "form")
-        return GroupSet(
-            self._store, generation=plan.generation, rank=rank, world=world, device=self.device, host=self.host
-        )
+        with self.apply_lock:
+            self.check()
+            self._opening = plan.store
+        try:
+            if world > 1:
+                if self._store_address != plan.store:
+                    self._store, self._store_address = connect(plan.store), plan.store
+                meet(self._store, plan.generation, rank, world, self.is_parked)
+            self.probes.at(plan.step + 1, "form")
+            self.check()
+            return GroupSet(
+                self._store, generation=plan.generation, rank=rank, world=world, device=self.device, host=self.host
+            )
+        except PeerLost:
+            self._store_address = ""  # the connection may have been cut, so that nobody waits for one who has died
+            raise
+        finally:
+            self._opening = ""

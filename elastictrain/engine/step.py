@@ -7,21 +7,23 @@ anybody what will come. What is sent where depends on the layout; what is added 
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 
 from elastictrain.engine.collective import GroupSet, Peer
 from elastictrain.engine.flat import FlatModel
+from elastictrain.engine.guard import Guard
 from elastictrain.engine.held import HeldState
+from elastictrain.engine.integrity import LaneSum
+from elastictrain.engine.lane_checks import LaneCheck, lane_check
 from elastictrain.engine.lanes import LaneTree, SpareBuffers
+from elastictrain.engine.one_lane import Batches, OneLane
+from elastictrain.engine.verdict import Claims
 from elastictrain.engine.vote import Ballot, VoteFormat, root_sums
-from elastictrain.errors import RecipeError
 from elastictrain.job import Job
 from elastictrain.layout import Layout, Shard
 from elastictrain.signs import Activity
@@ -31,16 +33,11 @@ SLICES = 4
 """In how many slices an owner takes lanes that are handed over."""
 
 
-class Batches(Protocol):
-    """Where a lane's samples come from: a pure function of step and lane."""
-
-    def batch(self, step: int, lane: int) -> Mapping[str, torch.Tensor]: ...
-
-
 @dataclass(slots=True)
 class Pending:
     """A step that this worker has computed and exchanged but not applied: the redo-log entry (R1). `reduced`: for every
-    held shard its reduced gradient, fp32, one flat run over the shard's active span.
+    held shard its reduced gradient, fp32, one flat run over the shard's active span. `lane_sum`: of the gradient of the
+    lane that is computed twice in this step, if this worker is one of the two.
     """
 
     step: int
@@ -48,26 +45,13 @@ class Pending:
     reduced: dict[Shard, torch.Tensor] = field(default_factory=dict)
     lanes: list[tuple[float, float]] = field(default_factory=list)
     tokens: int = 0
-
-
-def lane_seed(seed: int, step: int, lane: int) -> int:
-    """One 63-bit seed per (job seed, step, lane): splitmix64 finaliser (Steele et al. 2014) over the three."""
-    value = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + lane * 0x94D049BB133111EB) & (2**64 - 1)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        value = ((value ^ (value >> shift)) * factor) & (2**64 - 1)
-    return (value ^ (value >> 31)) >> 1
-
-
-def seed_everything(seed: int) -> None:
-    """Torch (CPU and CUDA), Python's and NumPy's global generators: a recipe may use any of them."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
+    lane_sum: int = 0
 
 
 class StepRunner:
     """The phases of a step under one layout. `probe(phase)` is called in the middle of each phase (fault injection);
-    `check` raises when the session has parked; `enter` says what this worker is doing (its sign of life).
+    `check` raises when the session has parked; `enter` says what this worker is doing (its sign of life). With `guard`
+    the vote carries sums of the state. `kinds`: of numerics, by worker. `spoils(step)`: the next lane is to be wrong.
     """
 
     def __init__(
@@ -84,12 +68,18 @@ class StepRunner:
         probe: Callable[[str], None],
         check: Callable[[], None],
         enter: Callable[[Activity], None] = lambda _: None,
+        *,
+        guard: Guard | None = None,
+        kinds: Mapping[int, str] | None = None,
+        spoils: Callable[[int], bool] = lambda _: False,
     ) -> None:
         self.job, self.recipe, self.worker = job, recipe, worker
         self.layout, self.groups, self.flat, self.held, self.tree = layout, groups, flat, held, tree
-        self.batches, self.probe, self.check, self.enter = batches, probe, check, enter
+        self.probe, self.enter, self.guard, self.kinds = probe, enter, guard, kinds
+        self.lane = OneLane(job, recipe, flat, tree, batches, check, enter, spoils)
         self.rank = layout.rank(worker)
-        self.vote_format = VoteFormat(layout, flat.space.active_blocks, flat.largest_size)
+        checks = guard is not None or job.integrity.recompute_every is not None
+        self.vote_format = VoteFormat(layout, flat.space.active_blocks, flat.largest_size, claims=checks)
         self.seconds: dict[str, float] = {}
         self._spare, self._handed = SpareBuffers(flat.device), list[torch.Tensor]()
         self._owned = [s for s in layout.owned(worker) if self._span(s)[0] < self._span(s)[1]]
@@ -105,10 +95,17 @@ class StepRunner:
         self.seconds = {}
         self.tree.reset()
         pending = Pending(step, self.layout.generation)
+        check = self.lane_check(step)
+        if check is not None and check.checker == self.worker:
+            with Timer(self.seconds, "recompute_s"):
+                pending.lane_sum = self.lane.sum(step, check.lane)
         if self.job.gradients == "sum":
             self._sum_locally(step, pending)
         else:
             self._hand_over(step, pending)
+        if self.guard is not None:
+            with Timer(self.seconds, "sums_s"):
+                self.guard.reduced({shard: pending.reduced[shard] for shard in self._owned})
         with self._timed("mirror"):
             self._mirror(pending)
         return pending
@@ -224,45 +221,31 @@ class StepRunner:
 
     def run_lane(self, step: int, lane: int, pending: Pending, *, first: bool, merge: bool) -> None:
         """Forward and backward of one lane; its gradient ends in the lane tree, its loss in `pending`."""
-        self.check()
-        self.enter(Activity.DATA)
-        batch = self.batches.batch(step, lane)
-        self.enter(Activity.COMPUTE)
-        self.flat.before_lane()
-        seed_everything(lane_seed(self.job.seed, step, lane))
-        self.tree.begin(lane, merge=merge)
-        total, weight = 0.0, 0.0
-        for micro in range(self.job.micro_batches):
-            self.tree.begin_micro_batch(micro)
-            loss, part = self._loss(cut_batch(batch, micro, self.job.micro_batches))
-            loss.backward()  # type: ignore[no-untyped-call]
-            self.tree.end_micro_batch()
-            total, weight = total + float(loss.detach()), weight + part
-        self.tree.end(self.flat.after_lane(first))
-        pending.lanes.append((total, weight))
-        tokens = batch.get("tokens")
-        pending.tokens += tokens.shape[0] * (tokens.shape[1] - 1) if tokens is not None and tokens.dim() == 2 else 0
+        check = self.lane_check(step)
+        shown = LaneSum() if check is not None and check.lane == lane else None
+        result = self.lane.run(step, lane, first=first, merge=merge, shown=shown)
+        pending.lanes.append((result.total, result.weight))
+        pending.tokens += result.tokens
+        if shown is not None:
+            pending.lane_sum = shown.total(result.total, result.weight)
         if first:
             self.probe("compute")
 
-    def _loss(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
-        """The loss sum of a lane, and its weight: (mean, 1) when the recipe returns a mean."""
-        result = self.recipe.loss(self.flat.model, batch)
-        summed = isinstance(result, tuple) and len(result) == 2
-        loss, weight = result if summed else (result, 1.0 / self.job.micro_batches)
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-            raise RecipeError(
-                "recipe.loss must return a scalar tensor (a mean) or a pair (sum, weight), "
-                f"got {type(loss).__name__}{tuple(loss.shape) if isinstance(loss, torch.Tensor) else ''}"
-            )
-        if not summed and self.job.micro_batches > 1:
-            loss = loss / self.job.micro_batches
-        return loss.reshape(()), float(weight)
+    def lane_check(self, step: int) -> LaneCheck | None:
+        """The lane that two workers compute in `step`."""
+        every = self.job.integrity.recompute_every
+        return lane_check(self.layout, step, seed=self.job.seed, every=every, kinds=self.kinds)
 
     # --- vote, gather ---
 
     def vote(self, pending: Pending, *, flags: int, plan: int) -> bytes:
-        """Send this worker's ballot and return the whole vote, byte for byte. After it the step may be applied."""
+        """Send this worker's ballot and return the whole vote, byte for byte. After it the step may be applied, if the
+        sums in it (`VoteFormat.claims`) agree.
+        """
+        claims = Claims(True, 0, lane=pending.lane_sum)
+        if self.guard is not None:
+            with Timer(self.seconds, "sums_s"):
+                claims = self.guard.claims(pending.reduced, pending.lane_sum)
         with self._timed("vote"):
             nodes = self.vote_format.roots[self.rank]
             ballot = Ballot(
@@ -275,6 +258,7 @@ class StepRunner:
                 lanes=tuple(pending.lanes),
                 norms=root_sums(nodes, self._squares(pending)),
                 largest=self.flat.largest_counters(),
+                claims=claims,
             )
             self.probe("vote")
             return b"".join(self.groups.all_gather_equal(self.vote_format.encode(ballot)))
@@ -323,12 +307,14 @@ class StepRunner:
                     recvs += [(owner, piece) for piece in pieces]
             self.groups.exchange(sends, recvs, between=lambda: self.probe("gather"))
 
-    def _timed(self, phase: str) -> _Timer:
+    def _timed(self, phase: str) -> Timer:
         self.enter(Activity[phase.upper()])
-        return _Timer(self.seconds, f"{phase}_s")
+        return Timer(self.seconds, f"{phase}_s")
 
 
-class _Timer:
+class Timer:
+    """Adds the seconds that its body takes to an entry of `into`."""
+
     def __init__(self, into: dict[str, float], key: str) -> None:
         self._into, self._key = into, key
 
@@ -337,13 +323,6 @@ class _Timer:
 
     def __exit__(self, *_: object) -> None:
         self._into[self._key] = self._into.get(self._key, 0.0) + time.perf_counter() - self._start
-
-
-def cut_batch(batch: Mapping[str, torch.Tensor], index: int, parts: int) -> Mapping[str, torch.Tensor]:
-    """Micro-batch `index` of `parts`: the samples (first dimension) in equal runs."""
-    if parts == 1:
-        return batch
-    return {name: tensor.chunk(parts)[index] for name, tensor in batch.items()}
 
 
 def published_pieces(flat: FlatModel, a: int, b: int) -> list[torch.Tensor]:

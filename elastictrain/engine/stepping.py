@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,8 +12,9 @@ from elastictrain.controller import events as ev
 from elastictrain.engine import saving
 from elastictrain.engine.collective import GroupSet
 from elastictrain.engine.commit import apply_step
+from elastictrain.engine.inquest import check_claims, check_lane, gather_claims, settle
 from elastictrain.engine.reports import StepReport
-from elastictrain.engine.step import StepRunner
+from elastictrain.engine.step import StepRunner, Timer
 from elastictrain.engine.vote import FLAG_PAUSE, FLAG_STORE, Tally
 from elastictrain.engine.worker_model import hook
 from elastictrain.protocol import FormPlan, Row
@@ -40,11 +42,17 @@ class Stepping:
         s = self.session
         runner = StepRunner(
             self.job, s.model.recipe, s.worker, self.layout, self.groups, s.model.flat, s.model.held, s.tree, s.batches,
-            probe=lambda phase: s.probes.at(self.step, phase), check=s.check, enter=s.pulse.enter,
+            probe=lambda phase: self._probe(phase), check=s.check, enter=s.pulse.enter,
+            guard=s.guard if self.job.integrity.state else None, kinds=s.knowledge.kinds, spoils=s.probes.spoils_lane,
         )  # fmt: skip
         s.vote_format = runner.vote_format
         s.layout = self.layout
         return runner
+
+    def _probe(self, phase: str) -> None:
+        self.session.probes.at(self.step, phase)
+        if phase == "compute":
+            self.session.probes.flips(self.session, self.step, phase)
 
     @property
     def is_publisher(self) -> bool:
@@ -81,8 +89,10 @@ class Stepping:
         with s.apply_lock:
             s.check()
             s.pending = pending
+        s.probes.flips(s, self.step, "reduced")
         offered = max(s.offers, default=0)
         vote = self.runner.vote(pending, flags=s.pause_flags(), plan=offered)
+        self._check_sums(vote)
         extras = self.groups.all_gather_sized(report.extras()) if report.stores else []
         s.probes.at(self.step, "voted")
         # The vote of this step is complete: its predecessor can no more be redone, and may be seen (R5).
@@ -91,12 +101,17 @@ class Stepping:
             s.check()
             if self.first_step:  # one vote after the seal: what moved away is let go (R4)
                 s.model.held.keep_only(self.layout.held(s.worker))
+            s.guard.forget()
             tally = apply_step(s, pending, vote, self.runner.vote_format, self.plan.generation)
             s.committed.remember(s.row_of(tally, self.runner.seconds))
+        self._sum_up(s.guard.applied)
         self.runner.gather()
+        s.probes.flips(s, self.step, "gathered")
+        self._sum_up(s.guard.gathered)
         with s.apply_lock:
             s.check()
             s.committed.gathered_step = self.step
+        settle(s, self.layout, self.groups, self.step)
         s.pulse.end_step()
         self.runner.seconds["step_s"] = time.perf_counter() - started
         if not self.first_step:
@@ -107,11 +122,35 @@ class Stepping:
         self._switch_lanes(tally.plan)
         return tally
 
+    def _sum_up(self, take: Callable[[], None]) -> None:
+        if self.job.integrity.state:
+            with Timer(self.runner.seconds, "sums_s"):
+                take()
+
+    def _check_sums(self, vote: bytes) -> None:
+        """Before anything that the vote makes final is published, and before apply (see `inquest`)."""
+        s, claims = self.session, self.runner.vote_format.claims(vote)
+        if self.job.integrity.state:
+            check_claims(s, self.layout, self.groups, claims, commit=self.step - 1)
+        check = self.runner.lane_check(self.step)
+        if check is not None:
+            check_lane(s, self.runner, self.groups, claims, check, self.step)
+
+    def _audit(self) -> None:
+        """The sums of a commit that no vote follows: the last one, and one that is stored at a pause."""
+        s = self.session
+        if not self.job.integrity.state:
+            return
+        claims = gather_claims(s, self.layout, self.groups)
+        check_claims(s, self.layout, self.groups, claims, commit=self.step)
+
     def _expect(self, step: int) -> None:
         expect = getattr(self.session.batches, "expect", None)
         if expect is not None:
-            mine = self.layout.lanes_of(self.session.worker)
-            expect([(t, lane) for t in (step, step + 1) if t <= self.job.steps for lane in mine])
+            mine = [(t, lane) for t in (step, step + 1) for lane in self.layout.lanes_of(self.session.worker)]
+            checks = [(t, self.runner.lane_check(t)) for t in (step, step + 1)]
+            mine = [(t, c.lane) for t, c in checks if c is not None and c.checker == self.session.worker] + mine
+            expect([(t, lane) for t, lane in mine if t <= self.job.steps])
 
     def _switch_lanes(self, plan: int) -> None:
         """`plan` is the oldest of the newest plans that the votes have seen, so everybody has it."""
@@ -159,6 +198,7 @@ class Stepping:
             report.share = self._write(self.step)
         self.groups.deadline_s = self.groups.gather_deadline_s = FIRST_STEP_DEADLINE_S
         s.pulse.enter(Activity.VOTE)
+        self._audit()
         extras = self.groups.all_gather_sized(report.extras())
         self._publish(report)
         self._commit_checkpoint(report, extras)
@@ -229,6 +269,7 @@ class Stepping:
         s.pulse.enter(Activity.STORE)
         share = saving.digest_share(self._owned())
         s.pulse.enter(Activity.VOTE)
+        self._audit()
         extras = self.groups.all_gather_sized(report.extras()) if report.stores else []
         shares = self.groups.all_gather_sized(share)
         self._publish(report)

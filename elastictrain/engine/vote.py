@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from elastictrain.engine.verdict import Claims
 from elastictrain.errors import InternalError
 from elastictrain.layout import Layout
 from elastictrain.tree import Node, finish, roots, whole
@@ -25,7 +26,8 @@ _HEADER = 6  # generation, step, flags, plan, counter hash, tokens
 @dataclass(frozen=True, slots=True)
 class Ballot:
     """One worker's part. `lanes`: (loss sum, weight) of each of its lanes, ascending; `norms`: sums of squares (fp64)
-    of the reduced gradient over its roots of the block tree; `counter_hash`: of its integer buffers after this step.
+    of the reduced gradient over its roots of the block tree; `counter_hash`: of its integer buffers after this step;
+    `claims`: sums of its state and of its reduced gradients, where the format has room for them.
     """
 
     generation: int
@@ -37,6 +39,7 @@ class Ballot:
     lanes: tuple[tuple[float, float], ...]
     norms: tuple[float, ...]
     largest: tuple[int, ...] = ()
+    claims: Claims | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +86,20 @@ def norm_roots(layout: Layout, worker: int, active_blocks: int) -> tuple[Node, .
 
 
 class VoteFormat:
-    """Sizes and places of a payload under one layout. `largest` is the number of "max" integer elements."""
+    """Sizes and places of a payload under one layout: whole numbers, floats, and with `claims` sums of the state (one
+    for all that the forward reads, two for each held shard). `largest` is the number of "max" integer elements.
+    """
 
-    def __init__(self, layout: Layout, active_blocks: int, largest: int) -> None:
+    def __init__(self, layout: Layout, active_blocks: int, largest: int, *, claims: bool = False) -> None:
         self.layout, self.active_blocks, self.largest = layout, active_blocks, largest
         self.max_lanes = max(len(lanes) for lanes in layout.lanes)
         self.roots = [norm_roots(layout, worker, active_blocks) for worker in layout.workers]
         self.max_roots = max((len(r) for r in self.roots), default=0)
         self._floats = 2 * self.max_lanes + self.max_roots
-        self.size = 8 * (_HEADER + largest + self._floats)
+        held = layout.by_holder() if claims else {}
+        self._shards = [[s.lo for s in held.get(worker, ())] for worker in layout.workers] if claims else []
+        self._sums = 3 + 2 * max(map(len, self._shards)) if claims else 0
+        self.size = 8 * (_HEADER + largest + self._floats + self._sums)
 
     def encode(self, ballot: Ballot) -> bytes:
         whole_numbers = np.zeros(_HEADER + self.largest, dtype=np.int64)
@@ -108,7 +116,27 @@ class VoteFormat:
         flat = [number for pair in ballot.lanes for number in pair]
         floats[: len(flat)] = flat
         floats[2 * self.max_lanes : 2 * self.max_lanes + len(ballot.norms)] = ballot.norms
-        return whole_numbers.tobytes() + floats.tobytes()
+        return whole_numbers.tobytes() + floats.tobytes() + self._encode_claims(ballot.claims)
+
+    def _encode_claims(self, claims: Claims | None) -> bytes:
+        sums = np.zeros(self._sums, dtype=np.uint64)
+        if self._sums and claims is not None:
+            shards = sorted(claims.state)
+            found = [int(claims.sound), claims.published, claims.lane]
+            found += [claims.state[lo] for lo in shards] + [claims.reduced.get(lo, 0) for lo in shards]
+            sums[: len(found)] = found
+        return sums.tobytes()
+
+    def claims(self, result: bytes) -> dict[int, Claims]:
+        """The sums in a vote result, by worker; empty when the format has none."""
+        found = {}
+        for rank, shards in enumerate(self._shards):
+            end = (rank + 1) * self.size
+            sound, published, lane, *sums = np.frombuffer(result[end - 8 * self._sums : end], dtype=np.uint64).tolist()
+            state = dict(zip(shards, sums, strict=False))
+            reduced = dict(zip(shards, sums[len(shards) :], strict=False))
+            found[self.layout.workers[rank]] = Claims(bool(sound), published, state, reduced, lane)
+        return found
 
     def tally(self, result: bytes) -> Tally:
         """Read a vote result.
@@ -121,7 +149,7 @@ class VoteFormat:
         for rank in range(self.layout.world_size):
             raw = result[rank * self.size : (rank + 1) * self.size]
             numbers = np.frombuffer(raw, dtype=np.int64, count=_HEADER + self.largest)
-            floats = np.frombuffer(raw, dtype=np.float64, offset=8 * len(numbers))
+            floats = np.frombuffer(raw, dtype=np.float64, count=self._floats, offset=8 * len(numbers))
             heads.append(numbers)
             for i, lane in enumerate(self.layout.lanes[rank]):
                 losses[lane], weights[lane] = float(floats[2 * i]), float(floats[2 * i + 1])

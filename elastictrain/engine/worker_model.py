@@ -13,9 +13,9 @@ from torch import nn
 
 from elastictrain.engine.flat import COMPUTE_DTYPES, FlatModel
 from elastictrain.engine.held import HeldState
+from elastictrain.engine.one_lane import seed_everything
 from elastictrain.engine.optimizers import check_optimizer, optimizer_template
 from elastictrain.engine.space import Space
-from elastictrain.engine.step import seed_everything
 from elastictrain.errors import ElasticTrainError, RecipeError
 from elastictrain.job import Job
 from elastictrain.protocol import ModelFacts

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from elastictrain.engine.step import cut_batch, lane_seed
+from elastictrain.engine.one_lane import cut_batch, lane_seed
 from elastictrain.errors import RecipeError
 from elastictrain.layout import Layout, Shard
 from tests.unit.engine.worlds import (

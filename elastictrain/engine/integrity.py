@@ -1,0 +1,161 @@
+"""Sums of a worker's state and of a lane's gradient: 64 bits that tell whether a single bit has changed.
+
+On a CPU the sum is XXH3 (64 bits) over the memory as it lies; on a device it is a weighted sum of the elements' bits,
+computed there, and all sums of a step come to the host in one copy. Both change with any single flipped bit (XXH3: but
+for one case in 2^64). Sums are compared between workers of the same numerics only, so the two kinds never meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import xxhash
+
+from elastictrain.engine.flat import FlatModel
+from elastictrain.engine.held import HeldState
+from elastictrain.engine.verdict import Testimony, mix
+from elastictrain.layout import Shard
+
+_MASK = 2**64 - 1
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_DIRECT = {torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8}
+_CHUNK = 1 << 22
+"""Elements that are summed at a time on a device: 64 MiB beside the state."""
+
+
+def sums(groups: Sequence[Iterable[torch.Tensor | bytes]], device: torch.device) -> list[int]:
+    """One 64-bit sum of each group's tensors, in their order."""
+    if device.type == "cpu":
+        return [_host_sum(group) for group in groups]
+    return _device_sums([list(group) for group in groups])
+
+
+def _host_sum(group: Iterable[torch.Tensor | bytes]) -> int:
+    digest = xxhash.xxh3_64()
+    for part in group:
+        digest.update(part if isinstance(part, bytes) else _host_bytes(part))
+    return digest.intdigest()
+
+
+def _host_bytes(tensor: torch.Tensor) -> Any:
+    if not tensor.is_contiguous() or tensor.device.type != "cpu":
+        tensor = tensor.cpu().contiguous()
+    # As it is where NumPy knows the dtype: views cost more than hashing a block.
+    return tensor.numpy() if tensor.dtype in _DIRECT else tensor.reshape(-1).view(torch.uint8).numpy()
+
+
+def _device_sums(groups: Sequence[Sequence[torch.Tensor | bytes]]) -> list[int]:
+    """Kernels for all of them first, then one copy: what waits for the device waits once."""
+    totals: list[torch.Tensor] = []
+    marks: list[list[int]] = []
+    for group in groups:
+        mark: list[int] = []
+        for part in group:
+            if isinstance(part, bytes) or part.device.type == "cpu":
+                mark.append(_host_sum([part]))
+            else:
+                mark.append(-1 - len(totals))
+                totals.append(device_sum(part))
+        marks.append(mark)
+    found = torch.stack(totals).tolist() if totals else []
+    return [mix(*((found[-1 - m] if m < 0 else m) & _MASK for m in mark)) for mark in marks]
+
+
+_weights: dict[torch.device, torch.Tensor] = {}
+
+
+def device_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """0-dim int64 on the tensor's device: the sum of its elements' bits, each times an odd number of its own, modulo
+    2^64. Odd numbers have inverses there, so any change of one element changes the sum.
+    """
+    bits = tensor.detach().contiguous().reshape(-1).view(_BITS[tensor.element_size()])
+    weights = _weights.get(bits.device)
+    if weights is None:
+        weights = _weights[bits.device] = torch.arange(1, 2 * _CHUNK, 2, device=bits.device)
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for number, part in enumerate(torch.split(bits, _CHUNK)):
+        total += (part * weights[: part.numel()]).sum() * (mix(number) >> 1 | 1)
+    return total
+
+
+# --- a worker's state ---
+
+
+def _kept(held: HeldState, flat: FlatModel, number: int, *, master: bool) -> Iterable[torch.Tensor | bytes]:
+    """What is kept for a block. Without `master`: but for masters that are views of the published parameters."""
+    is_view = flat.dtype == torch.float32 or flat.space.blocks[number].entry.kind == "buffer"
+    for key, value in held.tensors(number):
+        if key == "master" and is_view and not master:
+            continue
+        yield value if isinstance(value, torch.Tensor) else repr((key, value)).encode()
+
+
+def held_sums(flat: FlatModel, held: HeldState, shards: Sequence[Shard]) -> tuple[int, ...]:
+    """For each shard the sum of masters (where they lie apart from the published parameters), optimizer state, EMA."""
+
+    def parts(shard: Shard) -> Iterable[torch.Tensor | bytes]:
+        for number in range(shard.lo, shard.hi):
+            yield from _kept(held, flat, number, master=False)
+
+    return tuple(sums([parts(shard) for shard in shards], flat.device))
+
+
+def published_sum(flat: FlatModel) -> int:
+    """Of parameters in the compute dtype, floating buffers and integer buffers: the same on every worker, whatever it
+    holds.
+    """
+    return sums([[flat.values, flat.buffers, *flat.counters.values()]], flat.device)[0]
+
+
+def testimony(flat: FlatModel, held: HeldState, changed: str) -> Testimony:
+    """The sums of every block, for an inquest; as slow as it is."""
+    blocks, numbers = flat.space.blocks, sorted(held.masters)
+    kept = block_sums(flat, held, numbers)
+    published = sums([[flat.published(block)] for block in blocks], flat.device)
+    astray = {
+        n
+        for n in numbers
+        if flat.master_view(blocks[n]) is None and not _follows(flat.published(blocks[n]), held.masters[n])
+    }
+    counters = sums([list(flat.counters.values())], flat.device)[0]
+    return Testimony(changed, kept, published, frozenset(astray), counters)
+
+
+def _follows(published: torch.Tensor, master: torch.Tensor) -> bool:
+    """By bits: NaN is equal to itself, and -0.0 is not +0.0."""
+    wanted = master.detach().reshape(-1).to(published.dtype)
+    bits = _BITS[published.element_size()]
+    return torch.equal(published.view(bits), wanted.view(bits))
+
+
+def block_sums(flat: FlatModel, held: HeldState, numbers: Sequence[int]) -> dict[int, int]:
+    """For each held block the sum of master, optimizer state and EMA."""
+    found = sums([_kept(held, flat, number, master=True) for number in numbers], flat.device)
+    return dict(zip(numbers, found, strict=True))
+
+
+# --- a lane ---
+
+
+class LaneSum:
+    """The sum of one lane's gradient, taken as it arrives: of what came for each parameter, in any order."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[int, int, torch.Tensor | int]] = []
+
+    def add(self, place: int, part: int, values: torch.Tensor) -> None:
+        """`place`: the first element of the parameter or buffer; `part`: the micro-batch."""
+        found = _host_sum([values.detach()]) if values.device.type == "cpu" else device_sum(values)
+        self._found.append((place, part, found))
+
+    def total(self, *numbers: float) -> int:
+        """With the lane's loss and weight. The order in which parts came does not matter."""
+        on_device = [found for _, _, found in self._found if isinstance(found, torch.Tensor)]
+        copied = iter(torch.stack(on_device).tolist() if on_device else [])
+        total = _host_sum([repr(numbers).encode()])
+        for place, part, found in self._found:
+            value = next(copied) if isinstance(found, torch.Tensor) else found
+            total = total + mix(place, part, value & _MASK) & _MASK
+        return total

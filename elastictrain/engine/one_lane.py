@@ -1,0 +1,122 @@
+"""One lane: its samples, its seed, forward and backward. A pure function of the committed state, step and lane."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from elastictrain.engine.flat import FlatModel
+from elastictrain.engine.integrity import LaneSum
+from elastictrain.engine.lanes import LaneTree
+from elastictrain.errors import RecipeError
+from elastictrain.job import Job
+from elastictrain.signs import Activity
+
+
+class Batches(Protocol):
+    """Where a lane's samples come from: a pure function of step and lane."""
+
+    def batch(self, step: int, lane: int) -> Mapping[str, torch.Tensor]: ...
+
+
+def lane_seed(seed: int, step: int, lane: int) -> int:
+    """One 63-bit seed per (job seed, step, lane): splitmix64 finaliser (Steele et al. 2014) over the three."""
+    value = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + lane * 0x94D049BB133111EB) & (2**64 - 1)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        value = ((value ^ (value >> shift)) * factor) & (2**64 - 1)
+    return (value ^ (value >> 31)) >> 1
+
+
+def seed_everything(seed: int) -> None:
+    """Torch (CPU and CUDA), Python's and NumPy's global generators: a recipe may use any of them."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+
+
+@dataclass(frozen=True, slots=True)
+class LaneResult:
+    """`total`, `weight`: the loss sum and its weight. `tokens`: that the lane has learned from."""
+
+    total: float
+    weight: float
+    tokens: int
+
+
+class OneLane:
+    """Runs lanes; `check` raises when the session has parked, `enter` says what this worker is doing, `spoils(step)`
+    whether the next lane is to come out wrong (an injected fault).
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        recipe: Any,
+        flat: FlatModel,
+        tree: LaneTree,
+        batches: Batches,
+        check: Callable[[], None],
+        enter: Callable[[Activity], None],
+        spoils: Callable[[int], bool],
+    ) -> None:
+        self._job, self._recipe, self._flat, self._tree, self._batches = job, recipe, flat, tree, batches
+        self._check, self._enter, self._spoils = check, enter, spoils
+
+    def run(
+        self, step: int, lane: int, *, first: bool, merge: bool, shown: LaneSum | None = None, keep: bool = True
+    ) -> LaneResult:
+        """Forward and backward of one lane; its gradient ends in the lane tree. `shown`: takes up the gradient as it
+        arrives; without `keep` that is all that stays of it.
+        """
+        self._check()
+        self._enter(Activity.DATA)
+        batch = self._batches.batch(step, lane)
+        self._enter(Activity.COMPUTE)
+        self._flat.before_lane()
+        seed_everything(lane_seed(self._job.seed, step, lane))
+        show = None if shown is None else shown.add
+        self._tree.begin(lane, merge=merge, keep=keep, show=show, spoil=self._spoils(step))
+        total, weight = 0.0, 0.0
+        for micro in range(self._job.micro_batches):
+            self._tree.begin_micro_batch(micro)
+            loss, part = self._loss(cut_batch(batch, micro, self._job.micro_batches))
+            loss.backward()  # type: ignore[no-untyped-call]
+            self._tree.end_micro_batch()
+            total, weight = total + float(loss.detach()), weight + part
+        self._tree.end(self._flat.after_lane(first))
+        tokens = batch.get("tokens")
+        learned = tokens.shape[0] * (tokens.shape[1] - 1) if tokens is not None and tokens.dim() == 2 else 0
+        return LaneResult(total, weight, learned)
+
+    def sum(self, step: int, lane: int) -> int:
+        """Compute a lane only for the sum of its gradient: nothing of it stays."""
+        shown = LaneSum()
+        with self._flat.counters_kept():
+            result = self.run(step, lane, first=True, merge=False, shown=shown, keep=False)
+        return shown.total(result.total, result.weight)
+
+    def _loss(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
+        """The loss sum of a lane, and its weight: (mean, 1) when the recipe returns a mean."""
+        result = self._recipe.loss(self._flat.model, batch)
+        summed = isinstance(result, tuple) and len(result) == 2
+        loss, weight = result if summed else (result, 1.0 / self._job.micro_batches)
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            raise RecipeError(
+                "recipe.loss must return a scalar tensor (a mean) or a pair (sum, weight), "
+                f"got {type(loss).__name__}{tuple(loss.shape) if isinstance(loss, torch.Tensor) else ''}"
+            )
+        if not summed and self._job.micro_batches > 1:
+            loss = loss / self._job.micro_batches
+        return loss.reshape(()), float(weight)
+
+
+def cut_batch(batch: Mapping[str, torch.Tensor], index: int, parts: int) -> Mapping[str, torch.Tensor]:
+    """Micro-batch `index` of `parts`: the samples (first dimension) in equal runs."""
+    if parts == 1:
+        return batch
+    return {name: tensor.chunk(parts)[index] for name, tensor in batch.items()}
