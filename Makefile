@@ -6,7 +6,7 @@ READY = $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test setup lint types layers unit processes ray bench clean
+.PHONY: demo test setup lint types layers unit processes ray bench campaign clean
 
 demo: setup
 	$(BIN)/python examples/gpt/demo.py
@@ -44,6 +44,10 @@ ray:
 # Figures, not tests: they take long and depend on the machine.
 bench: setup
 	$(BIN)/python benchmarks/run_all.py
+
+# All of the fault campaign; `make test` runs a slice of it.
+campaign: setup
+	$(BIN)/python -m tests.support.campaign --faults 300
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .hypothesis

@@ -203,7 +203,8 @@ class RayEffects:
 
     def _killed(self, worker: int, answer: KillAnswer | None) -> list[Heard]:
         facts = self._workers.get(worker)
-        if answer is not KillAnswer.GONE or facts is None:
+        # In the kernel: SIGKILL is pending, so it runs no more code of ours.
+        if answer not in (KillAnswer.GONE, KillAnswer.IN_KERNEL) or facts is None:
             return []  # Ray, or the loss of its node, will tell
         self._forget(worker)
         return [ev.WorkerDied(0.0, worker, facts.end)]

@@ -109,7 +109,10 @@ class Core:
         ledger.layouts = {ledger.generation: ledger.plan.layout}
         ledger.published_step = max(ledger.published_step, ledger.plan.step)  # R5
         if isinstance(self.state, Forming):
-            ledger.longest_forming_s = max(ledger.longest_forming_s, now_s - self.state.started_s)
+            took_s = now_s - self.state.started_s
+            if ledger.plan.restore is not None:
+                took_s /= RESTORE_PATIENCE  # storage is allowed this much more: it must not teach what forming takes
+            ledger.longest_forming_s = max(ledger.longest_forming_s, took_s)
 
     def begin_finishing(self, now_s: float, step: int, out: list[Command]) -> Finishing:
         """The closing vote was complete: nothing can be lost any more."""

@@ -205,6 +205,12 @@ def connect(address: str) -> Store:
     raise PeerLost(f"no rendezvous store at {address}: {problem}")
 
 
+def hang_up(address: str) -> None:
+    """End this process's connection to the store: a group that is forming waits there for peers that may have died."""
+    host, _, port = address.rpartition(":")
+    links.cut(None, {(socket.gethostbyname(host), int(port))})
+
+
 def meet(store: Store, generation: int, rank: int, world: int, gone: Callable[[], bool]) -> None:
     """Wait until every rank of `generation` has arrived, or raise PeerLost as soon as `gone()` says to stop.
 

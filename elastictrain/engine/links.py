@@ -37,7 +37,7 @@ def listening(make: Callable[[], T]) -> tuple[T, int | None]:
     return made, ports[0] if len(ports) == 1 else None
 
 
-def cut(own_port: int, peers: set[Address]) -> int:
+def cut(own_port: int | None, peers: set[Address]) -> int:
     """Shut down every connection of this process from or to a gloo device: its own port, or one of the peers'. Returns
     how many there were.
     """

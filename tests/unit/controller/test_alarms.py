@@ -308,3 +308,16 @@ def test_a_run_that_waits_says_what_the_cluster_has() -> None:
     reason = view(scene.machine)["reason"]
     assert reason == (f"waiting for the first workers; 1 of 3 are ready, workers.min=3; 2 are starting; {words}")
     assert kinds(scene.send(ev.ClusterChanged(0.0, ("a", "b", "node0"), words))) == []
+
+
+def test_without_replacement_nobody_is_started_for_a_frozen_worker() -> None:
+    """Between the verdict and the confirmation of its death it is one too few, and stays so."""
+    scene = Scene(replace=False).run()
+    out = scene.send(frozen(1))
+    out += scene.die(1)
+    assert every(cm.StartWorker, out) == []
+
+
+def test_with_replacement_the_next_one_starts_before_the_frozen_one_is_gone() -> None:
+    out = Scene(replace=True).run().send(frozen(1))
+    assert [start.worker for start in every(cm.StartWorker, out)] == [3]
