@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from elastictrain.errors import ClusterError as ClusterError
     from elastictrain.errors import ConfigError as ConfigError
     from elastictrain.errors import CorruptCheckpoint as CorruptCheckpoint
+    from elastictrain.errors import CorruptWorker as CorruptWorker
     from elastictrain.errors import DataError as DataError
     from elastictrain.errors import ElasticTrainError as ElasticTrainError
     from elastictrain.errors import InternalError as InternalError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from elastictrain.errors import WorkerStartError as WorkerStartError
     from elastictrain.job import Checkpoint as Checkpoint
     from elastictrain.job import Data as Data
+    from elastictrain.job import Integrity as Integrity
     from elastictrain.job import Job as Job
     from elastictrain.job import Numerics as Numerics
     from elastictrain.job import Workers as Workers
@@ -41,10 +43,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "elastictrain.errors": (
-        "CapacityError", "CheckpointMismatch", "ClusterError", "ConfigError", "CorruptCheckpoint", "DataError",
-        "ElasticTrainError", "InternalError", "PeerLost", "RecipeError", "UserError", "WorkerStartError",
+        "CapacityError", "CheckpointMismatch", "ClusterError", "ConfigError", "CorruptCheckpoint", "CorruptWorker",
+        "DataError", "ElasticTrainError", "InternalError", "PeerLost", "RecipeError", "UserError", "WorkerStartError",
     ),
-    "elastictrain.job": ("Checkpoint", "Data", "Job", "Numerics", "Workers", "dump_job", "load_job"),
+    "elastictrain.job": ("Checkpoint", "Data", "Integrity", "Job", "Numerics", "Workers", "dump_job", "load_job"),
     "elastictrain.observe.summary": ("Summary",),
     "elastictrain.recipe": ("Recipe", "warmup_cosine"),
     "elastictrain.run": ("run", "submit"),
@@ -60,9 +62,11 @@ __all__ = [
     "ClusterError",
     "ConfigError",
     "CorruptCheckpoint",
+    "CorruptWorker",
     "Data",
     "DataError",
     "ElasticTrainError",
+    "Integrity",
     "InternalError",
     "Job",
     "Numerics",

@@ -13,12 +13,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from elastictrain.controller import events as ev
-from elastictrain.engine.integrity import block_sums, testimony
+from elastictrain.engine.integrity import block_sums, statement
 from elastictrain.engine.lane_checks import Health, LaneCheck, judge_lane
 from elastictrain.engine.verdict import (
     Claims,
     Dispute,
-    Testimony,
+    Statement,
     differ,
     judge,
     settle_disputes,
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 INQUEST_DEADLINE_S = 600.0
 """A lane is computed while peers wait."""
+LANE_ROUNDS = 5
+"""How often a disputed lane is computed again, until somebody contradicts itself or is outvoted."""
 
 
 class Knowledge:
@@ -120,15 +122,15 @@ def claims_from_json(raw: list[Any]) -> Claims:
     return Claims(raw[0], raw[1], dict(raw[2]))
 
 
-def _hear(session: Session, layout: Layout, groups: GroupSet) -> dict[int, Testimony]:
+def _hear(session: Session, layout: Layout, groups: GroupSet) -> dict[int, Statement]:
     """Everybody's sums block by block."""
     groups.deadline_s = groups.gather_deadline_s = INQUEST_DEADLINE_S
-    mine = testimony(session.model.flat, session.model.held, session.guard.changed)
+    mine = statement(session.model.flat, session.model.held, session.guard.changed)
     raw = json.dumps({**asdict(mine), "astray": sorted(mine.astray)}).encode()
     found = {}
     for worker, said in zip(layout.workers, map(json.loads, groups.all_gather_sized(raw)), strict=True):
         held = {int(block): value for block, value in said["held"].items()}
-        found[worker] = Testimony(
+        found[worker] = Statement(
             said["changed"], held, said["published"], frozenset(said["astray"]), said["counters"]
         )  # fmt: skip
     return found
@@ -149,11 +151,14 @@ def check_lane(
         health.took(check, step)
         return
     groups.deadline_s = groups.gather_deadline_s = INQUEST_DEADLINE_S
-    mine = runner.lane.sum(step, check.lane).to_bytes(8, "little")
-    heard = dict(zip(runner.layout.workers, groups.all_gather_equal(mine), strict=True))
-    kind = session.knowledge.kinds.get(check.worker)
-    alike = [w for w in heard if session.knowledge.kinds.get(w) == kind]
-    verdict = judge_lane(first, {w: int.from_bytes(heard[w], "little") for w in alike})
+    kinds = session.knowledge.kinds
+    for _ in range(LANE_ROUNDS):
+        mine = runner.lane.sum(step, check.lane).to_bytes(8, "little")
+        heard = dict(zip(runner.layout.workers, groups.all_gather_equal(mine), strict=True))
+        alike = [w for w in heard if kinds.get(w) == kinds.get(check.worker)]
+        verdict = judge_lane(first, {w: int.from_bytes(heard[w], "little") for w in alike})
+        if not verdict.undecided:
+            break
     if verdict.recipe:
         raise RecipeError(
             f"the gradient of lane {check.lane} at step {step} comes out differently whenever it is computed, so the "

@@ -15,7 +15,7 @@ import xxhash
 
 from elastictrain.engine.flat import FlatModel
 from elastictrain.engine.held import HeldState
-from elastictrain.engine.verdict import Testimony, mix
+from elastictrain.engine.verdict import Statement, mix
 from elastictrain.layout import Shard
 
 _MASK = 2**64 - 1
@@ -109,7 +109,7 @@ def published_sum(flat: FlatModel) -> int:
     return sums([[flat.values, flat.buffers, *flat.counters.values()]], flat.device)[0]
 
 
-def testimony(flat: FlatModel, held: HeldState, changed: str) -> Testimony:
+def statement(flat: FlatModel, held: HeldState, changed: str) -> Statement:
     """The sums of every block, for an inquest; as slow as it is."""
     blocks, numbers = flat.space.blocks, sorted(held.masters)
     kept = block_sums(flat, held, numbers)
@@ -120,7 +120,7 @@ def testimony(flat: FlatModel, held: HeldState, changed: str) -> Testimony:
         if flat.master_view(blocks[n]) is None and not _follows(flat.published(blocks[n]), held.masters[n])
     }
     counters = sums([list(flat.counters.values())], flat.device)[0]
-    return Testimony(changed, kept, published, frozenset(astray), counters)
+    return Statement(changed, kept, published, frozenset(astray), counters)
 
 
 def _follows(published: torch.Tensor, master: torch.Tensor) -> bool:

@@ -79,7 +79,7 @@ def _pair(claims: Mapping[int, Claims], shard: Shard) -> tuple[object, object]:
 
 
 @dataclass(frozen=True, slots=True)
-class Testimony:
+class Statement:
     """What one worker says of its state, block by block. `changed`: what it has found changed in its own memory, in
     words ("" if nothing). `held`: sums of what it keeps, by block. `published`: sums of every block as its forward
     reads it. `astray`: blocks that it holds and whose published copy does not follow from its own master. `counters`:
@@ -108,15 +108,15 @@ class Verdict:
 
 
 def judge(
-    layout: Layout, claims: Mapping[int, Claims], said: Mapping[int, Testimony], *, copies: bool = True
+    layout: Layout, claims: Mapping[int, Claims], said: Mapping[int, Statement], *, copies: bool = True
 ) -> Verdict:
     """Name who is wrong after `differ`. Names nobody without evidence: what two computations that depend on each other
     cannot decide stays undecided. Without `copies` (workers of different numerics) state is not compared.
     """
     verdict = Verdict()
-    for worker, testimony in said.items():
-        if testimony.changed:
-            verdict.named[worker] = f"its memory has changed between two steps: {testimony.changed}"
+    for worker, statement in said.items():
+        if statement.changed:
+            verdict.named[worker] = f"its memory has changed between two steps: {statement.changed}"
     if len(verdict.named) == len(said) > 1:
         verdict.recipe = True  # no two machines have their bits flipped in the same step
         return verdict
@@ -145,7 +145,7 @@ def _judge_gradients(layout: Layout, claims: Mapping[int, Claims], verdict: Verd
             )
 
 
-def _judge_block(shard: Shard, block: int, said: Mapping[int, Testimony], verdict: Verdict) -> None:
+def _judge_block(shard: Shard, block: int, said: Mapping[int, Statement], verdict: Verdict) -> None:
     published = {w: t.published[block] for w, t in said.items() if not t.changed}
     holders = [w for w in shard.holders() if w in published]
     for worker in [w for w in holders if block in said[w].astray]:
@@ -163,7 +163,7 @@ def _judge_pair(
     holders: Sequence[int],
     published: Mapping[int, int],
     others: Mapping[int, int],
-    said: Mapping[int, Testimony],
+    said: Mapping[int, Statement],
     verdict: Verdict,
 ) -> None:
     """Owner and mirror have computed the block apart from each other; everybody else has it from the owner."""
@@ -196,7 +196,7 @@ def _judge_single(block: int, holder: int, own: int, others: Mapping[int, int], 
             verdict.named[worker] = f"its published copy of block {block} differs from most of the others'"
 
 
-def _judge_counters(said: Mapping[int, Testimony], verdict: Verdict) -> None:
+def _judge_counters(said: Mapping[int, Statement], verdict: Verdict) -> None:
     """Integer buffers are the same everywhere, computed by all: the majority is right."""
     values = {w: t.counters for w, t in said.items() if w not in verdict.named}
     counted = Counter(values.values())

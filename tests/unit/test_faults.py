@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from elastictrain import faults
 from elastictrain.errors import ConfigError
-from elastictrain.faults import Fault, add, drain, fail, kill, kills_for, load_faults, parse_faults
+from elastictrain.faults import Fault, add, drain, fail, flip, kill, kills_for, load_faults, miscompute, parse_faults
 
 PHASES = "'compute', 'exchange', 'mirror', 'vote', 'apply', 'gather', 'form' or 'seal'"
 WRONG: list[tuple[Any, str]] = [
@@ -26,6 +26,19 @@ WRONG: list[tuple[Any, str]] = [
     ({"do": "add", "step": True}, "step: expected a whole number (got the switch True)"),
     ({"do": "add", "step": 1, "worker": 3}, "unknown key 'worker'; known keys: do, step"),
     ({"do": "drain", "wrker": 0, "step": 1}, "key 'worker' is missing; unknown key 'wrker'; did you mean 'worker'?"),
+    (
+        {"do": "flip", "worker": 1, "step": 2, "what": "weight"},
+        "what: Input should be 'master', 'optimizer', 'parameter' or 'gradient' (got 'weight')",
+    ),
+    (
+        {"do": "flip", "worker": 1, "step": 2, "what": "optimizer", "of": "other"},
+        "entry: a worker keeps the optimizer only of blocks that it owns or mirrors; set of to one",
+    ),
+    (
+        {"do": "flip", "worker": 1, "step": 2, "what": "gradient", "when": "apply"},
+        "entry: what=gradient and when=apply: a gradient is there only at when=reduced",
+    ),
+    ({"do": "flip", "worker": 1, "step": 2, "what": "master", "bit": 32}, "bit: Input should be less than 32 (got 32)"),
     ("kill", "expected a mapping such as {do: kill, worker: 1, step: 17}"),
 ]
 
@@ -88,6 +101,8 @@ phases = st.sampled_from([*faults.PHASES, "form"])
 scripts = st.lists(
     st.builds(kill, workers, steps, phases)
     | st.builds(fail, workers, steps, phases)
+    | st.builds(flip, workers, steps, st.sampled_from(["master", "optimizer", "gradient"]))
+    | st.builds(miscompute, workers, steps, one_in=steps)
     | st.builds(add, steps)
     | st.builds(drain, workers, steps),
     max_size=8,
@@ -104,7 +119,7 @@ def test_yaml_round_trip(script: tuple[Fault, ...]) -> None:
 @given(script=scripts, worker=workers)
 def test_kills_for_are_those_of_the_worker_in_order(script: tuple[Fault, ...], worker: int) -> None:
     assert kills_for(script, worker) == tuple(
-        fault for fault in script if fault.do in ("kill", "fail") and getattr(fault, "worker", None) == worker
+        fault for fault in script if fault.do not in ("add", "drain") and getattr(fault, "worker", None) == worker
     )
 
 

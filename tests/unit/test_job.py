@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from elastictrain.errors import ConfigError
-from elastictrain.job import Checkpoint, Data, Job, Numerics, Workers, dump_job, load_job, parse_job
+from elastictrain.job import Checkpoint, Data, Integrity, Job, Numerics, Workers, dump_job, load_job, parse_job
 
 BASE: dict[str, Any] = {"recipe": "mod:Class", "data": {"kind": "jsonl", "path": "x.jsonl"}, "steps": 10}
 
@@ -187,6 +187,7 @@ jobs = st.builds(
     workers=st.builds(Workers, max=st.integers(1, 4), lane_shares=shares, block_shares=shares),
     checkpoint=st.none() | st.builds(Checkpoint, path=names, every_steps=st.integers(1, 99)),
     numerics=st.builds(Numerics, compute_dtype=st.sampled_from(["f32", "bf16"]), strict=st.booleans()),
+    integrity=st.builds(Integrity, state=st.booleans(), recompute_every=st.none() | st.integers(1, 99)),
     run_dir=st.none() | names,
 )
 

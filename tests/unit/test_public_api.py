@@ -10,8 +10,8 @@ import pytest
 import elastictrain as et
 
 PUBLIC = [
-    "CapacityError", "Checkpoint", "CheckpointMismatch", "ClusterError", "ConfigError", "CorruptCheckpoint", "Data",
-    "DataError", "ElasticTrainError", "InternalError", "Job", "Numerics", "PeerLost", "Recipe", "RecipeError",
+    "CapacityError", "Checkpoint", "CheckpointMismatch", "ClusterError", "ConfigError", "CorruptCheckpoint",
+    "CorruptWorker", "Data", "DataError", "ElasticTrainError", "Integrity", "InternalError", "Job", "Numerics", "PeerLost", "Recipe", "RecipeError",
     "Summary", "UserError", "WorkerStartError", "Workers", "__version__", "data", "dump_job", "faults", "load_job",
     "run", "submit", "warmup_cosine",
 ]  # fmt: skip
