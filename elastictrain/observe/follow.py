@@ -39,9 +39,8 @@ class Tail:
                 size = file.seek(0, os.SEEK_END)
                 if size < self._at:  # it has been replaced
                     self._at, self._torn = 0, b""
-                skipped = self._at == 0 and self._last_bytes is not None and size > self._last_bytes
-                if skipped:
-                    self._at = size - (self._last_bytes or 0)
+                if self._at == 0 and self._last_bytes is not None:
+                    self._at = max(0, size - self._last_bytes)  # what is left of a record cut there is none
                 file.seek(self._at)
                 data = file.read(size - self._at)
         except FileNotFoundError:
@@ -50,7 +49,7 @@ class Tail:
             raise ClusterError(f"{self._path}: cannot be read: {error.strerror or error}") from error
         self._at += len(data)
         *whole, self._torn = (self._torn + data).split(b"\n")
-        found = (decode(line) for line in (whole[1:] if skipped else whole))
+        found = (decode(line) for line in whole)
         return [record for record in found if record is not None]
 
 
