@@ -11,11 +11,9 @@ import uuid
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from elastictrain import errors
-from elastictrain.engine.resume import Start, find_start
-from elastictrain.engine.worker_model import inspect
 from elastictrain.errors import ConfigError, ElasticTrainError, RecipeError
 from elastictrain.faults import Add, Fault, OwnFault
 from elastictrain.job import Job
@@ -23,12 +21,16 @@ from elastictrain.observe import Blind, Observer, RunDirectory, Summary
 from elastictrain.observe.events import iso
 from elastictrain.observe.rundir import latest_of
 from elastictrain.observe.standing import complete
+from elastictrain.protocol import ModelFacts
 from elastictrain.signals import on_signals, output_to, sheltered
 from elastictrain_actors.cluster import check_gpus, connected
 from elastictrain_actors.controller_actor import RunOrder, start_controller, watch
 from elastictrain_actors.driver import Outcome
 from elastictrain_actors.journal_file import begin_anew
 from elastictrain_actors.reach import write_address
+
+if TYPE_CHECKING:
+    from elastictrain.engine.resume import Start
 
 Faults = Sequence[Fault]
 
@@ -57,6 +59,8 @@ def run(
     resuming = resume or resume_step is not None
     with sheltered(), connected(job, address, lambda: inspect(job)) as (job, environment, facts):
         check_gpus(job)
+        from elastictrain.engine.resume import find_start  # imports torch, like `inspect`
+
         start = find_start(job, resume=resuming, step=resume_step)
         folder = _open_run_directory(job, facts.parameters, start)
         order = RunOrder(
@@ -99,6 +103,13 @@ def _check_faults(job: Job, faults: Faults) -> None:
             )
         if fault.step > job.steps:
             raise ConfigError(f"faults: {fault.do} at step {fault.step}: the job ends at step {job.steps}")
+
+
+def inspect(job: Job) -> ModelFacts:
+    """Check recipe and optimizer, and measure the model. Imports torch, which takes seconds: Ray starts meanwhile."""
+    from elastictrain.engine import worker_model
+
+    return worker_model.inspect(job)
 
 
 def _open_run_directory(job: Job, parameters: int, start: Start) -> Path:

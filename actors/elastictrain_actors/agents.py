@@ -4,6 +4,7 @@ worker has said where it is.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 KILL_S = 2.0
 NUMBERS_PER_EPOCH = 1000
+PATIENCE_S = 20.0
 PREFIX = "agent-"
 
 
@@ -40,6 +42,7 @@ class Agents:
         self._environment = dict(environment)
         self._agents: dict[str, _Agent] = {}
         self._numbers: dict[str, int] = {}
+        self._needed: dict[str, float] = {}
 
     def replace(self, names: Iterable[str]) -> None:
         """End the agents of a controller before this one (by the names of the run's actors): ours follow us."""
@@ -49,9 +52,19 @@ class Agents:
                     ray.kill(ray.get_actor(name, self._place.namespace), no_restart=True)
 
     def need(self, node: str) -> None:
-        """A worker lives on `node`: have an agent there."""
+        """A worker lives on `node`: have an agent there, soon."""
         if node not in self._agents:
-            self._start(node)
+            self._needed.setdefault(node, time.monotonic())
+
+    def start_needed(self, *, at_once: bool) -> None:
+        """An agent's start takes a second of a processor, which the first workers and their first step need more; it
+        waits until they are through (`at_once`), or have taken long.
+        """
+        now_s = time.monotonic()
+        for node in [node for node, since_s in self._needed.items() if at_once or now_s - since_s > PATIENCE_S]:
+            del self._needed[node]
+            if node not in self._agents:
+                self._start(node)
 
     def _start(self, node: str) -> None:
         # Numbers tell a node's agents apart; those of a later controller are above those of an earlier one.
@@ -81,6 +94,7 @@ class Agents:
 
     def lost(self, node: str) -> None:
         """The node is out of reach: so is its agent. One is started again when a worker shows up there again."""
+        self._needed.pop(node, None)
         agent = self._agents.pop(node, None)
         if agent is not None:
             self._calls.forget((PREFIX, node, agent.number))
