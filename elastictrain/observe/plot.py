@@ -23,7 +23,7 @@ STYLE: dict[str, tuple[str, Any]] = {
     "drain": ("#e69f00", "-."),
     "restore": ("#cc79a7", ":"),
     "skipped": ("#666666", ":"),
-    "notice": ("#56b4e9", (0, (1, 3))),
+    "notice": ("#6a3d9a", (0, (1, 3))),
 }
 NAMES = {"loss": "worker lost", "join": "joined", "drain": "drained", "restore": "back to checkpoint",
          "skipped": "step skipped", "notice": "notice"}  # fmt: skip
