@@ -2,7 +2,8 @@
 
 Ray imports an actor's module where the actor starts, and where it is only named. The controller's process must be up,
 and asking for workers, before torch could be imported (seconds): so neither module may import it at its top. And the
-command imports torch while Ray starts, not before. Each is imported in a process of its own: this one has torch already.
+command imports torch while Ray starts, not before. Each is imported in a process of its own, because this one has torch
+already.
 """
 
 from __future__ import annotations
