@@ -25,12 +25,15 @@ def sheltered() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGHUP, before)
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # else the terminal has gone, see `on_signals`
+            signal.signal(signal.SIGHUP, before)
 
 
 @contextlib.contextmanager
 def on_signals(stop: Callable[[], None], hang_up: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM call `stop`; a second one interrupts at once. A hang-up calls `hang_up`, once."""
+    """Ctrl-C and SIGTERM call `stop`; a second one interrupts at once. A hang-up calls `hang_up`, once; later ones (from
+    the kernel, and from a shell) do nothing to this process for the rest of its life.
+    """
     if not _may_set_handlers():
         yield
         return
@@ -55,7 +58,8 @@ def on_signals(stop: Callable[[], None], hang_up: Callable[[], None]) -> Iterato
         yield
     finally:
         for number, previous in before.items():
-            signal.signal(number, previous)
+            if number != signal.SIGHUP or not alone.is_set():
+                signal.signal(number, previous)
 
 
 def output_to(path: Path, first_line: str) -> None:

@@ -19,18 +19,19 @@ import signal, subprocess, sys, threading
 from pathlib import Path
 from elastictrain.signals import on_signals, output_to, sheltered
 
-log, go_on = Path(sys.argv[1]), threading.Event()
+log, gone = Path(sys.argv[1]), []
 
 def hang_up():
     output_to(log, "gone")
-    go_on.set()
+    gone.append(True)
 
 with sheltered():
     child = subprocess.Popen(["sleep", "60"])
-    with on_signals(lambda: print("stop", flush=True) or go_on.set(), hang_up):
+    with on_signals(lambda: print("stop", flush=True) or gone.append(True), hang_up):
         print("ready", child.pid, flush=True)
-        while not go_on.wait(0.05):
-            pass
+        while not gone:
+            threading.Event().wait(0.05)
+signal.raise_signal(signal.SIGHUP) if log.exists() else None
 print("and on", flush=True)
 print("errors too", file=sys.stderr, flush=True)
 try:
@@ -97,6 +98,9 @@ def wait_for(path: Path, word: str) -> None:
 
 def test_a_second_ctrl_c_interrupts_and_handlers_are_given_back() -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    with sheltered(), on_signals(lambda: None, lambda: None):
+        pass
+    assert {number: signal.getsignal(number) for number in before} == before
     asked: list[str] = []
     with sheltered(), on_signals(lambda: asked.append("stop"), lambda: asked.append("hang up")):
         signal.raise_signal(signal.SIGHUP)
@@ -104,6 +108,8 @@ def test_a_second_ctrl_c_interrupts_and_handlers_are_given_back() -> None:
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGHUP)  # the shell's, after the kernel's
+    signal.signal(signal.SIGHUP, before[signal.SIGHUP])
     assert asked == ["hang up", "stop"]
     assert {number: signal.getsignal(number) for number in before} == before
 
