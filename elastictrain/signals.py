@@ -31,8 +31,8 @@ def sheltered() -> Iterator[None]:
 
 @contextlib.contextmanager
 def on_signals(stop: Callable[[], None], hang_up: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM call `stop`; a second one interrupts at once. A hang-up calls `hang_up`, once; later ones (from
-    the kernel, and from a shell) do nothing to this process for the rest of its life.
+    """Ctrl-C and SIGTERM call `stop`; a second one interrupts at once. A hang-up calls `hang_up`, once; later ones
+    (the kernel sends one, a shell another) do nothing to this process for the rest of its life.
     """
     if not _may_set_handlers():
         yield
