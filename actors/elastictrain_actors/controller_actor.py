@@ -21,6 +21,7 @@ from elastictrain.errors import ClusterError, ElasticTrainError, InternalError
 from elastictrain.faults import Fault
 from elastictrain.job import Job
 from elastictrain.observe import RunDirectory
+from elastictrain.observe.standing import complete
 from elastictrain.protocol import ModelFacts, Restore, Stage
 from elastictrain_actors.driver import Driver, Outcome
 from elastictrain_actors.journal_file import JournalFile, Replaced
@@ -30,6 +31,7 @@ from elastictrain_actors.spec import machine_spec
 CONTROLLER = "controller"
 """The actor's name in the run's namespace."""
 LINGER_S = 60.0
+ALONE_S = 5.0
 RETURN_DEADLINE_S = 120.0
 
 
@@ -93,7 +95,7 @@ class ControllerActor:
     def __init__(self, order: RunOrder) -> None:
         self._order = order
         self._outcome: Outcome | None = None
-        self._over = threading.Event()
+        self._over, self._fetched = threading.Event(), threading.Event()
         self._folder = RunDirectory.resume(order.run_dir, order.job)
         self._record = _Record(self._folder, order.job.name)
         self._journal = JournalFile(Path(order.run_dir))
@@ -129,7 +131,15 @@ class ControllerActor:
                 with suppress(Exception):  # a full disk must not keep the outcome from the watcher
                     part.close()
             self._over.set()
-        # Whoever watches takes the outcome and ends this actor; with nobody there it ends by itself.
+        self._end_alone()
+
+    def _end_alone(self) -> None:
+        """Whoever watches takes the outcome, writes the summary and ends this actor. With nobody there it does so
+        itself.
+        """
+        if not self._fetched.wait(ALONE_S):
+            with suppress(Exception):  # nobody is there to be told; whoever looks later completes it
+                complete(RunDirectory.open(self._order.run_dir))
         threading.Event().wait(LINGER_S)
         with suppress(ValueError):
             ray.kill(ray.get_actor(CONTROLLER, self._order.namespace), no_restart=True)
@@ -138,6 +148,8 @@ class ControllerActor:
         """What has been recorded since the last call, and the outcome once there is one."""
         self._over.wait(timeout_s)
         outcome = self._outcome if self._over.is_set() else None
+        if outcome is not None:
+            self._fetched.set()
         return self._record.take(), outcome
 
     def status(self) -> dict[str, Any]:

@@ -97,6 +97,17 @@ def test_with_room_the_run_finishes(order: RunOrder) -> None:
     assert [values["step"] for kind, values in items if kind == "row"] == [1, 8]
 
 
+def test_with_nobody_watching_it_writes_the_summary_itself(order: RunOrder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller_actor, "ALONE_S", 0.0)
+    ControllerActor(order)
+    for thread in threading.enumerate():
+        if thread.name == "elastictrain-controller":
+            thread.join(20)
+    found = RunDirectory.open(order.run_dir).read_summary()
+    assert found is not None
+    assert (found["outcome"], found["digest"]) == ("finished", "abc")
+
+
 def journal(file: Path) -> None:
     file.write_text((dump_event(ev.Tick(0.0)) + "\n") * (LIMIT_BYTES // 20))
 
