@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from elastictrain.protocol import ParkReport, Ready, Restore, Row
+from elastictrain.protocol import Doubt, ParkReport, Ready, Restore, Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,8 @@ class WorkerFailed:
     """An exception in a worker. `kind`: "user" (the recipe's: ends the run), "torn" (between vote and end of apply:
     counts as a death, R7), "corrupt" (checks say that its state or its sums are wrong: counts as a death, and against
     its node), "restore" (the checkpoint of this generation's plan is corrupt: an older one is taken), "internal".
-    `error` is shown to the user as it is, traceback included.
+    `error` is shown to the user as it is, traceback included. `doubt`: with "corrupt", what this worker may have spoilt
+    before it was found. Any member may say that another one is corrupt: who is wrong is not relied on for saying so.
     """
 
     now_s: float
@@ -79,6 +80,7 @@ class WorkerFailed:
     worker: int
     kind: str
     error: str
+    doubt: Doubt | None = None
 
 
 @dataclass(frozen=True, slots=True)

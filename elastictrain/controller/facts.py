@@ -12,7 +12,7 @@ from elastictrain.controller.incidents import Incident
 from elastictrain.controller.nodes import Nodes
 from elastictrain.errors import ConfigError
 from elastictrain.layout import LaneOrder, Layout
-from elastictrain.protocol import FormPlan, ParkReport, Restore
+from elastictrain.protocol import Doubt, FormPlan, ParkReport, Restore
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +200,8 @@ class Ledger:
     `settling`: until the first commit after it. `losses`, `hung`: of this generation; `rounds`: generations that ended
     with some since the job came to step `reached`. `hangs`: in a row without a commit. `failures`: their times within
     the last hour, by cause.
-    `capacity`: what the cluster has, in words.
+    `capacity`: what the cluster has, in words. `doubt`: what a worker that was found corrupt may have spoilt, until the
+    job has gone back.
     """
 
     target: int
@@ -238,6 +239,7 @@ class Ledger:
     failures: dict[str, list[float]] = field(default_factory=dict)
     nodes: Nodes = field(default_factory=dict)
     capacity: str = ""
+    doubt: Doubt | None = None
     longest_forming_s: float = 0.0
     longest_parking_s: float = 0.0
     patience: int = 1

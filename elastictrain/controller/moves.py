@@ -19,6 +19,7 @@ from elastictrain.controller.facts import Role, WorkerFacts
 from elastictrain.controller.nodes import NodeFacts
 from elastictrain.controller.phases import Finishing, Forming, Gathering, Parking, Phase, Running
 from elastictrain.controller.policies import even_layout, refuse_drain, refuse_resize, shortfall
+from elastictrain.controller.recovery import less_trusting
 
 
 def heard(core: Core, generation: int, worker: int) -> bool:
@@ -159,6 +160,7 @@ def on_failed(core: Core, event: ev.WorkerFailed, out: list[Command]) -> bool:
         core.fail(event.error, out)
     elif event.kind in ("torn", "corrupt"):  # R7: between vote and end of apply; its state is neither step
         words = "torn apply" if event.kind == "torn" else "corrupt"
+        core.ledger.doubt = less_trusting(core.ledger.doubt, event.doubt)
         condemn(core, event.now_s, event.worker, event.kind, f"{words}: {event.error}", (), out, cause=event.error)
         if not isinstance(state, Finishing):
             core.begin_parking(event.now_s, f"{words}: {event.error}", event.worker, out)

@@ -32,10 +32,14 @@ class Standing:
     lost: tuple[Shard, ...] = ()
 
 
-def doubt_of(reports: Mapping[int, ParkReport]) -> Doubt | None:
-    """What the survivors say against their own state; of several the one that trusts least."""
-    doubts = [reports[worker].doubt for worker in sorted(reports)]
+def less_trusting(*doubts: Doubt | None) -> Doubt | None:
+    """Of several doubts the one that trusts least: it goes back furthest."""
     return min((doubt for doubt in doubts if doubt is not None), key=lambda doubt: doubt.good_step, default=None)
+
+
+def doubt_of(reports: Mapping[int, ParkReport], known: Doubt | None = None) -> Doubt | None:
+    """What the survivors say against their own state, or was `known` before."""
+    return less_trusting(known, *(reports[worker].doubt for worker in sorted(reports)))
 
 
 def take_stock(

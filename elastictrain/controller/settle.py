@@ -153,7 +153,7 @@ def _go_on(core: Core, reports: Mapping[int, ParkReport], now_s: float, out: lis
             # All have promised not to move under an older plan: a layout that is not sealed now never will be.
             ledger.sealed = standing.truth.generation
             ledger.layouts = {ledger.sealed: standing.truth}
-        doubt = doubt_of(reports) if isinstance(core.state, Parking) else None
+        doubt = doubt_of(reports if isinstance(core.state, Parking) else {}, ledger.doubt)
         if standing.lost or doubt is not None:
             _go_back(core, standing, doubt, now_s, out)
             standing = Standing(None)
@@ -189,6 +189,7 @@ def _go_back(core: Core, standing: Standing, doubt: Doubt | None, now_s: float, 
     """
     ledger = core.ledger
     from_step = max(standing.step, ledger.restore.step)
+    ledger.doubt = None
     if doubt is not None:
         ledger.distrust(doubt.good_step)
         for suspect in doubt.suspects:

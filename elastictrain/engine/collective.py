@@ -214,11 +214,18 @@ def hang_up(address: str) -> None:
 def meet(store: Store, generation: int, rank: int, world: int, gone: Callable[[], bool]) -> None:
     """Wait until every rank of `generation` has arrived, or raise PeerLost as soon as `gone()` says to stop.
 
-    The group's own connect cannot be interrupted, so it starts only when all peers are known to be on their way.
+    The group's own connect cannot be interrupted, so it starts only when all peers are known to be on their way. Raises
+    PeerLost too when the store does not answer: `hang_up` may have cut a connection that was to be used again.
     """
-    store.set(f"generation-{generation}/here/{rank}", "1")
-    keys = [f"generation-{generation}/here/{peer}" for peer in range(world)]
-    while not store.check(keys):
-        if gone():
-            raise PeerLost(f"generation {generation} was given up while it formed")
-        threading.Event().wait(0.002)
+    problem = ""
+    try:
+        store.set(f"generation-{generation}/here/{rank}", "1")
+        keys = [f"generation-{generation}/here/{peer}" for peer in range(world)]
+        while not store.check(keys):
+            if gone():
+                raise PeerLost(f"generation {generation} was given up while it formed")
+            threading.Event().wait(0.002)
+    except RuntimeError as error:
+        problem = str(error).partition("\n")[0]
+    if problem:
+        raise PeerLost(f"generation {generation}: the rendezvous store does not answer: {problem}")

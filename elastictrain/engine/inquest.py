@@ -208,7 +208,7 @@ def convict(session: Session, named: Mapping[int, str], doubt: Doubt | None) -> 
         session.doubt = doubt
         session.corrupt = named.get(session.worker, "")
     for worker, reason in sorted(named.items()):
-        session.emit(ev.WorkerFailed(0.0, session.generation, worker, "corrupt", f"CorruptWorker: {reason}"))
+        session.emit(ev.WorkerFailed(0.0, session.generation, worker, "corrupt", f"CorruptWorker: {reason}", doubt))
     if session.worker in named:
         raise CorruptWorker(named[session.worker])
     said = "; ".join(f"worker {worker}: {reason}" for worker, reason in sorted(named.items()))

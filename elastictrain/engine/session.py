@@ -284,7 +284,7 @@ class Session:
             return GroupSet(
                 self._store, generation=plan.generation, rank=rank, world=world, device=self.device, host=self.host
             )
-        except PeerLost:
+        except (PeerLost, Parked):
             self._store_address = ""  # the connection may have been cut, so that nobody waits for one who has died
             raise
         finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from elastictrain.controller import commands as cm
 from elastictrain.controller import events as ev
 from elastictrain.controller.journal import dump_event, load_event
@@ -10,7 +12,7 @@ from elastictrain.protocol import Doubt, ParkReport, Restore
 from tests.unit.controller.scene import Scene, announced, every, kinds, only
 
 
-def stepping(*checkpoints: int, published: int = 60, **changes: object) -> Scene:
+def stepping(*checkpoints: int, published: int = 60, **changes: Any) -> Scene:
     """Three workers, some checkpoints, published up to a step."""
     scene = Scene(checkpoint=True, **changes).run()
     for step in range(10, published + 1, 10):
@@ -80,7 +82,6 @@ def test_nobody_goes_back_twice_for_the_same_doubt() -> None:
     assert "went_back" not in kinds(out)
     assert only(cm.Form, out).plan.restore == Restore(40, "ckpt/40", discard_newer=True)
     scene.seal()
-    assert scene.machine.phase is Phase.RUNNING
     assert scene.ledger.published_step == 40
 
 
@@ -110,6 +111,29 @@ def test_a_doubt_survives_the_journal() -> None:
     assert load_event(dump_event(event)) == event
     plain = ev.WorkerParked(1.5, 3, ParkReport(1, 3, 7, 3, True))
     assert load_event(dump_event(plain)) == plain
+
+
+def test_the_one_who_says_who_is_wrong_says_how_far_back_although_nobody_reports_it() -> None:
+    """The survivors are parked before they have come to the verdict themselves."""
+    scene = stepping(20, 40)
+    failed = ev.WorkerFailed(scene.now_s, scene.generation, 1, "corrupt", "wrong", Doubt(39, "worker 1 was wrong"))
+    assert load_event(dump_event(failed)) == failed
+    scene.send(failed)
+    scene.park(0, 2, applied=60)
+    out = scene.die(1)
+    assert announced(out, "went_back")["to_step"] == 20
+    scene.seal()
+    out = scene.die(0)
+    out += scene.park(2, applied=20)
+    assert "went_back" not in kinds(out), "once"
+
+
+def test_a_doubt_before_the_last_worker_is_gone_waits_for_new_ones() -> None:
+    scene = stepping(20, 40, max_workers=1, initial_workers=1, replace=True)
+    scene.send(ev.WorkerFailed(scene.now_s, scene.generation, 0, "corrupt", "wrong", Doubt(39, "wrong")))
+    scene.die(0)
+    out = scene.ready(1)
+    assert only(cm.Form, out).plan.restore == Restore(20, "ckpt/20", discard_newer=True)
 
 
 def test_without_a_doubt_nothing_is_stored_away() -> None:

@@ -214,7 +214,8 @@ def test_sums_do_not_depend_on_who_holds_what(settings: dict[str, Any]) -> None:
     """After two steps: the published sum is the same on all workers of all layouts, and an owner's is its mirror's."""
     job = make_job(NetRecipe(model=lambda: Net()), **settings)
     blocks = len(alone(job).model.space.blocks)
-    published, by_block = set(), {}
+    published: set[int] = set()
+    by_block: dict[int, int] = {}
     for borders in ((0, blocks), (0, 1, blocks), (0, blocks // 2, blocks - 1, blocks)):
         world = max(2, len(borders) - 1)
         cuts = pairwise(borders)
