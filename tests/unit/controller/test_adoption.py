@@ -7,6 +7,7 @@ import pytest
 from elastictrain.controller import Phase, bring_back, dump_event, outstanding, reconcile
 from elastictrain.controller import commands as cm
 from elastictrain.controller import events as ev
+from elastictrain.controller.core import RESTORE_PATIENCE
 from elastictrain.errors import ClusterError
 from tests.unit.controller.scene import Scene, every, kinds
 from tests.unit.controller.test_phases import SCENES
@@ -99,4 +100,4 @@ def test_what_a_gap_takes_is_not_learnt_as_the_time_that_things_take() -> None:
     scene.send(ev.ControllerBack(5000.0, 4999.0))
     scene.now_s = 5001.0
     scene.seal()
-    assert scene.ledger.longest_forming_s == 2.0
+    assert scene.ledger.longest_forming_s == 2.0 / RESTORE_PATIENCE  # the first generation comes from storage
