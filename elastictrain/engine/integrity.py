@@ -7,7 +7,7 @@ for one case in 2^64). Sums are compared between workers of the same numerics on
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ def sums(groups: Sequence[Iterable[torch.Tensor | bytes]], device: torch.device)
     """One 64-bit sum of each group's tensors, in their order."""
     if device.type == "cpu":
         return [_host_sum(group) for group in groups]
-    return _device_sums([list(group) for group in groups])
+    return device_sums(groups, device)
 
 
 def _host_sum(group: Iterable[torch.Tensor | bytes]) -> int:
@@ -46,37 +46,72 @@ def _host_bytes(tensor: torch.Tensor) -> Any:
     return tensor.numpy() if tensor.dtype in _DIRECT else tensor.reshape(-1).view(torch.uint8).numpy()
 
 
-def _device_sums(groups: Sequence[Sequence[torch.Tensor | bytes]]) -> list[int]:
+def device_sums(groups: Sequence[Iterable[torch.Tensor | bytes]], device: torch.device) -> list[int]:
     """Kernels for all of them first, then one copy: what waits for the device waits once."""
     totals: list[torch.Tensor] = []
-    marks: list[list[int]] = []
+    places: list[list[int]] = []  # per group: a number as it is, or the place of one in `totals`, below zero
     for group in groups:
-        mark: list[int] = []
-        for part in group:
-            if isinstance(part, bytes) or part.device.type == "cpu":
-                mark.append(_host_sum([part]))
+        found: list[int] = []
+        for part in _chunks(group, device):
+            if isinstance(part, torch.Tensor):
+                totals.append(_weighted(part))
+                found.append(-len(totals))
             else:
-                mark.append(-1 - len(totals))
-                totals.append(device_sum(part))
-        marks.append(mark)
-    found = torch.stack(totals).tolist() if totals else []
-    return [mix(*((found[-1 - m] if m < 0 else m) & _MASK for m in mark)) for mark in marks]
+                found.append(_host_sum([part]))
+        places.append(found)
+    copied = torch.stack(totals).tolist() if totals else []
+    return [mix(*(copied[-1 - n] & _MASK if n < 0 else n for n in found)) for found in places]
+
+
+def _chunks(parts: Iterable[torch.Tensor | bytes], device: torch.device) -> Iterator[torch.Tensor | bytes]:
+    """The bits of tensors on `device` as runs of up to `_CHUNK` whole numbers; what lies on the host as bytes. Small
+    tensors are put together: a kernel for every block would cost more than the sum.
+    """
+    waiting: list[torch.Tensor] = []
+    numbers = 0
+    for part in parts:
+        if isinstance(part, bytes) or part.device != device:
+            yield from _together(waiting)
+            numbers = 0
+            yield part if isinstance(part, bytes) else bytes(_host_bytes(part))
+            continue
+        for bits in torch.split(_bits(part), _CHUNK):
+            if waiting and (numbers + bits.numel() > _CHUNK or waiting[0].dtype != bits.dtype):
+                yield from _together(waiting)
+                numbers = 0
+            waiting.append(bits)
+            numbers += bits.numel()
+    yield from _together(waiting)
+
+
+def _together(waiting: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    if waiting:
+        yield waiting[0] if len(waiting) == 1 else torch.cat(waiting)
+        waiting.clear()
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().view(-1).view(_BITS[tensor.element_size()])
 
 
 _weights: dict[torch.device, torch.Tensor] = {}
 
 
-def device_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """0-dim int64 on the tensor's device: the sum of its elements' bits, each times an odd number of its own, modulo
-    2^64. Odd numbers have inverses there, so any change of one element changes the sum.
+def _weighted(bits: torch.Tensor) -> torch.Tensor:
+    """0-dim int64: up to `_CHUNK` numbers, each times an odd number of its own, added up modulo 2^64. Odd numbers have
+    inverses there, so any change of one of them changes the sum.
     """
-    bits = tensor.detach().contiguous().reshape(-1).view(_BITS[tensor.element_size()])
     weights = _weights.get(bits.device)
     if weights is None:
         weights = _weights[bits.device] = torch.arange(1, 2 * _CHUNK, 2, device=bits.device)
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for number, part in enumerate(torch.split(bits, _CHUNK)):
-        total += (part * weights[: part.numel()]).sum() * (mix(number) >> 1 | 1)
+    return (bits * weights[: bits.numel()]).sum()
+
+
+def device_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """0-dim int64 on the tensor's device, computed there: changes with any one element."""
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for number, part in enumerate(torch.split(_bits(tensor), _CHUNK)):
+        total += _weighted(part) * (mix(number) >> 1 | 1)
     return total
 
 

@@ -16,6 +16,7 @@ from elastictrain.engine.integrity import (
     LaneSum,
     block_sums,
     device_sum,
+    device_sums,
     held_sums,
     published_sum,
     statement,
@@ -41,7 +42,12 @@ def on_device(tensor: torch.Tensor) -> int:
     return int(device_sum(tensor))
 
 
-SUMS: list[Callable[[torch.Tensor], int]] = [host_sum, on_device]
+def put_together(tensor: torch.Tensor) -> int:
+    """The other one: many tensors, few kernels, one copy."""
+    return device_sums([[b"5", torch.ones(3), tensor, torch.ones(2)]], CPU)[0]
+
+
+SUMS: list[Callable[[torch.Tensor], int]] = [host_sum, on_device, put_together]
 
 
 @pytest.mark.parametrize("take", SUMS)
@@ -83,6 +89,34 @@ def test_long_tensors_are_summed_in_chunks(monkeypatch: pytest.MonkeyPatch) -> N
     flipped = tensor.clone()
     flip_bit(flipped[999:], 0)
     assert on_device(tensor) != on_device(flipped)
+
+
+def test_many_tensors_on_a_device_are_few_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    from elastictrain.engine import integrity
+
+    monkeypatch.setattr(integrity, "_CHUNK", 1000)
+    monkeypatch.setattr(integrity, "_weights", {})
+    parts = [torch.randn(90) for _ in range(40)] + [torch.randn(2500), torch.tensor(3.0)]
+    calls: list[int] = []
+    weighted = integrity._weighted
+
+    def counted(bits: torch.Tensor) -> torch.Tensor:
+        calls.append(bits.numel())
+        return weighted(bits)
+
+    monkeypatch.setattr(integrity, "_weighted", counted)
+    whole = device_sums([parts, parts[:1]], CPU)
+    assert len(calls) == 8
+    assert max(calls) <= 1000
+    assert sum(calls) == 40 * 90 + 2500 + 1 + 90
+    assert device_sums([[parts[1], parts[0], *parts[2:]]], CPU)[0] != whole[0]
+    for place in (0, 17, 39, 40, 41):
+        flip_bit(parts[place], 7)
+        assert device_sums([parts], CPU)[0] != whole[0], place
+        flip_bit(parts[place], 7)
+    assert device_sums([parts, parts[:1]], CPU) == whole
+    mixed = [torch.ones(3), torch.ones(3, dtype=torch.bfloat16), torch.ones(3, dtype=torch.int64)]
+    assert device_sums([mixed], CPU) != device_sums([mixed[::-1]], CPU)
 
 
 def test_a_lanes_sum_does_not_depend_on_the_order_in_which_gradients_come() -> None:
