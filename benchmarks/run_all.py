@@ -20,6 +20,7 @@ ALL = {
     "throughput": ["throughput.py", "--ray"],
     "memory": ["memory.py"],
     "mirrors": ["mirrors.py"],
+    "integrity": ["integrity.py"],
     "startup": ["startup.py"],
     "simulate": ["simulate.py"],
 }

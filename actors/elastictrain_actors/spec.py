@@ -26,5 +26,6 @@ def machine_spec(job: Job, facts: ModelFacts, *, base_generation: int = 0) -> Ma
         fixed_bytes=facts.fixed_bytes,
         bytes_per_held_element=facts.bytes_per_held_element,
         checkpoint=job.checkpoint is not None,
+        checkpoints_kept=job.checkpoint.keep if job.checkpoint else None,
         base_generation=base_generation,
     )

@@ -44,6 +44,7 @@ class MachineSpec:
     fixed_bytes: int = 0
     bytes_per_held_element: float = 0.0
     checkpoint: bool = False
+    checkpoints_kept: int | None = None
     start_attempts: int = 3
     start_retry_s: float = 60.0
     rebalance_after_steps: int = 20

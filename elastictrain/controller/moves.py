@@ -273,6 +273,8 @@ def on_checkpoint(core: Core, event: ev.CheckpointCommitted, out: list[Command])
     if ledger.checkpoints.get(event.step) == event.path:
         return False
     ledger.checkpoints[event.step] = event.path
+    for step in sorted(ledger.checkpoints)[: -(core.spec.checkpoints_kept or len(ledger.checkpoints))]:
+        del ledger.checkpoints[step]  # retention has removed it: nobody can go back to it
     ledger.published_step = max(ledger.published_step, event.step)  # R5: a manifest is published, so its step is
     out.append(Announce("checkpoint", {"step": event.step, "path": event.path}))
     return True

@@ -60,6 +60,14 @@ def test_without_any_that_is_old_enough_it_is_the_start() -> None:
     assert announced(out, "went_back")["restored_from"] == "initial state"
 
 
+def test_a_checkpoint_that_retention_has_removed_is_not_gone_back_to() -> None:
+    scene = stepping(10, 20, 30, 40, checkpoints_kept=2)
+    assert sorted(scene.ledger.checkpoints) == [30, 40]
+    troubled(scene)
+    out = scene.park(0, 1, 2, applied=60, doubt=Doubt(25, "long wrong"))
+    assert only(cm.Form, out).plan.restore == Restore(0, None, discard_newer=True)
+
+
 def test_one_survivor_that_doubts_is_enough_and_the_oldest_doubt_counts() -> None:
     scene = stepping(20, 40)
     troubled(scene)
