@@ -27,6 +27,8 @@ Heard = Message | cmd.Announce
 """What effects hand to the driver: what workers say, and lines for events.jsonl."""
 POLL_S = 0.1
 STATUS_EVERY_S = 0.5
+LAST_WORDS_S = 1.5
+"""Longer than a long poll: rows ride along with its end."""
 NO_END = ("torn", "corrupt", "restore")
 """Failures of a worker that do not end the run: it recovers at once, and in the order in which things were said."""
 
@@ -172,7 +174,7 @@ class Driver:
 
     def _last_words(self) -> list[Heard]:
         """An error may end the run at once; what others have published by then must still be heard."""
-        until_s, found = time.monotonic() + 2 * POLL_S, list[Heard]()
+        until_s, found = time.monotonic() + LAST_WORDS_S, list[Heard]()
         while (left_s := until_s - time.monotonic()) > 0:
             found += self.effects.poll(left_s)
         return found
