@@ -172,6 +172,8 @@ def test_memory_that_changes_while_parked_is_not_copied_to_others(folder: Path, 
     run = run_job(byte_job(folder, workers=4), [flip(2, 4, "optimizer", of="mirrored"), kill(0, 4, "exchange")])
     same(run, reference)
     assert named(run) == [2]
+    assert "while it was parked" in run.record.of("doomed")[0]["reason"]
+    assert not run.record.of("went_back")
 
 
 def test_a_verdict_is_heard_although_the_culprit_says_nothing(folder: Path, reference: Run) -> None:

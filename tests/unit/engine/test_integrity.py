@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -299,6 +299,30 @@ def test_a_lane_computed_for_its_sum_is_the_lane_and_leaves_no_trace(settings: d
     assert worker.model.flat.counter_hash() == counters
     assert nodes.keys() == worker.tree.nodes.keys()
     assert all(same_bits(tensor, worker.tree.nodes[node]) for node, tensor in nodes.items())
+
+
+class Counting(Net):
+    """Counts differently in every lane; the largest count stays."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.seen += int(x.abs().sum() * 1000)
+        return super().forward(x)
+
+
+def test_a_lane_computed_for_its_sum_leaves_the_counters_of_the_step() -> None:
+    class Recipe(NetRecipe):
+        def buffer_rule(self, name: str) -> Literal["max"]:
+            return "max"
+
+    worker = alone(make_job(Recipe(model=Counting)))
+    found = []
+    for lane in (3, 4):
+        worker.runner.lane.run(1, lane, first=True, merge=False)
+        found.append(worker.model.flat.largest_counters())
+        worker.tree.reset()
+    worker.runner.lane.sum(1, 3)
+    assert worker.model.flat.largest_counters() == found[1] != found[0]
 
 
 def test_a_step_with_a_check_is_the_step_without_it() -> None:
