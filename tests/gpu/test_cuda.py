@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from elastictrain.faults import kill
+from elastictrain.faults import flip, kill
 from tests.support.process_cluster import byte_job, run_job
 
 pytestmark = [
@@ -36,6 +36,16 @@ def test_a_device_dies_and_goes_on_from_its_checkpoint(tmp_path):
         tmp_path, checkpoint={"path": str(tmp_path / "c"), "every_steps": 3}, workers={"max": 1, "replace": True}
     )
     assert run_job(job, [kill(0, 6, "compute")]).digest == undisturbed.digest
+
+
+def test_a_flipped_bit_on_a_device_is_found(tmp_path):
+    undisturbed = run_job(byte_job(tmp_path, workers=1))
+    job = byte_job(
+        tmp_path, checkpoint={"path": str(tmp_path / "c"), "every_steps": 3}, workers={"max": 1, "replace": True}
+    )
+    run = run_job(job, [flip(0, 6, "optimizer")])
+    assert run.digest == undisturbed.digest
+    assert [d["worker"] for d in run.record.of("doomed") if d["reason"].startswith("corrupt")] == [0]
 
 
 @needs_three
