@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import common
-from mirrors import shares
+import phases
 from runs import Running, Turns, gpt_job, side_by_side
 
 EVERY = 50
@@ -59,36 +59,18 @@ def measure(options: Any) -> Turns:
             return Running.elastictrain(where, job)
 
         runs = {name: partial(start, name, settings) for name, settings in RUNS.items()}
-        return side_by_side(runs, rounds=options.rounds or (5 if options.quick else 40), turn_s=1.0)
+        return side_by_side(runs, rounds=phases.rounds_of(options), turn_s=1.0)
 
 
 def main() -> None:
-    options = common.arguments(
-        __doc__,
-        lambda parser: (
-            parser.add_argument("--workers", type=int, default=4),
-            parser.add_argument("--lanes", type=int, default=4, help="per worker"),
-            parser.add_argument("--rounds", type=int, default=None),
-        ),
-    )
+    options = phases.options_of(__doc__)
     common.prepare_data()
     results = common.Results("integrity", "What the checks for silent corruption cost", options)
     turns = measure(options)
-    for name in RUNS:
-        results.row(
-            **{
-                "workers": options.workers,
-                "lanes per worker": options.lanes,
-                "run": name,
-                "ms per step": 1000 * turns.step_s(name),
-                "over rounds": turns.spread(name),
-                "cpu ms per step": 1000 * turns.cpu_s(name),
-                **shares(turns, name),
-            }
-        )
+    phases.rows(results, options, turns, RUNS)
     wall = 100 * (1 / turns.speed("sums", "off") - 1)
     busy = 100 * (turns.cpu_s("sums") / turns.cpu_s("off") - 1)
-    inside = shares(turns, "sums")["sums %"]
+    inside = phases.shares(turns, "sums")["sums %"]
     lanes = 100 * (1 / turns.speed("a lane in every step", "off") - 1) / EVERY
     results.figure("cost of the sums, % of a step", wall, "none", "beside it: noise of the machine included")
     results.figure("cost of the sums, % of processor time", busy, "none", "beside it")
@@ -98,8 +80,6 @@ def main() -> None:
     results.figure("cost of all checks, % of a step", total, "2 or less", common.verdict(total, 2, at_most=True))
     for name, taken in kinds_of_sums(2_800_000).items():
         results.row(**{"sum over 2.8 million fp32 elements": name, "ms of processor time": taken})
-    results.raw = {name: turns.rounds[name] for name in RUNS}
-    results.notes.append("GPT of examples/gpt (2.8 million parameters), 2 sequences of 128 bytes per lane.")
     results.notes.append("The total takes the time inside the sums, which other load on the machine moves least.")
     results.write()
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 KILL_S = 2.0
 NUMBERS_PER_EPOCH = 1000
 PATIENCE_S = 20.0
+RETRY_S = 10.0
+"""After an agent that did not come up."""
 PREFIX = "agent-"
 
 
@@ -42,7 +44,8 @@ class Agents:
         self._environment = dict(environment)
         self._agents: dict[str, _Agent] = {}
         self._numbers: dict[str, int] = {}
-        self._needed: dict[str, float] = {}
+        self._due_s: dict[str, float] = {}
+        self._patience_s = PATIENCE_S
 
     def replace(self, names: Iterable[str]) -> None:
         """End the agents of a controller before this one (by the names of the run's actors): ours follow us."""
@@ -54,17 +57,21 @@ class Agents:
     def need(self, node: str) -> None:
         """A worker lives on `node`: have an agent there, soon."""
         if node not in self._agents:
-            self._needed.setdefault(node, time.monotonic())
+            self._due_s.setdefault(node, time.monotonic() + self._patience_s)
 
-    def start_needed(self, *, at_once: bool) -> None:
-        """An agent's start takes a second of a processor, which the first workers and their first step need more; it
-        waits until they are through (`at_once`), or have taken long.
+    def hurry(self) -> None:
+        """The first workers and their first step are through. Until then (or until they have taken long) no agent
+        starts: that takes a second of a processor, which they need more.
         """
-        now_s = time.monotonic()
-        for node in [node for node, since_s in self._needed.items() if at_once or now_s - since_s > PATIENCE_S]:
-            del self._needed[node]
-            if node not in self._agents:
-                self._start(node)
+        if self._patience_s:
+            self._patience_s = 0.0
+            self._due_s = dict.fromkeys(self._due_s, 0.0)
+
+    def start_due(self) -> None:
+        """To be called every turn."""
+        for node in [node for node, due_s in self._due_s.items() if time.monotonic() >= due_s]:
+            del self._due_s[node]
+            self._start(node)
 
     def _start(self, node: str) -> None:
         # Numbers tell a node's agents apart; those of a later controller are above those of an earlier one.
@@ -80,8 +87,7 @@ class Agents:
             if self._agents.get(node) is agent:
                 del self._agents[node]
                 self._watchman.agent_died(node)
-                if agent.follows:  # one that never came up would not the next time either
-                    self._start(node)
+                self._due_s[node] = time.monotonic() + (0.0 if agent.follows else RETRY_S)
 
         def follows(yes: bool) -> None:
             if yes and self._agents.get(node) is agent:
@@ -94,7 +100,7 @@ class Agents:
 
     def lost(self, node: str) -> None:
         """The node is out of reach: so is its agent. One is started again when a worker shows up there again."""
-        self._needed.pop(node, None)
+        self._due_s.pop(node, None)
         agent = self._agents.pop(node, None)
         if agent is not None:
             self._calls.forget((PREFIX, node, agent.number))

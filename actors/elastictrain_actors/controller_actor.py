@@ -187,8 +187,8 @@ def _in_our_words() -> Iterator[None]:
         if isinstance(error.__cause__, ElasticTrainError):
             raise error.__cause__ from None
         raise ClusterError(
-            f"the controller's process is gone: {error}; its workers end with it; go on from the newest "
-            "checkpoint with --resume"
+            f"the controller is gone for good: {error}; workers that are left step on without it (see `ray list "
+            "actors`); end them, and go on from the newest checkpoint with --resume"
         ) from error
 
 

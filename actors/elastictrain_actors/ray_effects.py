@@ -83,7 +83,6 @@ class RayEffects:
         self._calls = Calls()
         self._workers: dict[int, _Worker] = {}
         self._to_poll: set[int] = set()
-        self._has_stepped = False
         self._numerics: dict[str, str] | None = None
         self._out: list[Heard] = []
         ears = Heartbeats(self._address, place.token, place.epoch)
@@ -160,7 +159,7 @@ class RayEffects:
     def adopt(self) -> Sequence[int]:
         """Take over the workers that a controller before this one has left; says which are there."""
         self._meeting_place()
-        self._has_stepped = True  # its workers are up
+        self._agents.hurry()  # its workers are up
         found = []
         names = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True)
                  if a["namespace"] == self._place.namespace]  # fmt: skip
@@ -227,7 +226,7 @@ class RayEffects:
         for worker in self._to_poll:
             self._poll_again(worker)
         self._to_poll.clear()
-        self._agents.start_needed(at_once=self._has_stepped)
+        self._agents.start_due()
         if not self._out:
             self._out += self._calls.take(timeout_s)
         found, self._out = [*self._out, *self._look(), *self._slow_starts()], []
@@ -317,7 +316,8 @@ class RayEffects:
                 found += self._prepared(worker, message)
                 continue
             found.append(message)
-            self._has_stepped = self._has_stepped or isinstance(message, ev.Progress)
+            if isinstance(message, ev.Progress):
+                self._agents.hurry()
             if isinstance(message, ev.WorkerStartFailed):
                 self._kill(worker, "it could not start")
         return found

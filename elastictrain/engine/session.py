@@ -142,11 +142,11 @@ class Session:
                 raise InternalError(f"worker {self.worker} is corrupt and can promise nothing: {self.corrupt}")
             report = self.report()
             opening = self._opening
-        # Destroying a group waits for its operations in flight; the report must not.
-        if groups is not None:
-            threading.Thread(target=groups.drop, name="elastictrain-drop", daemon=True).start()
         if opening:
-            threading.Thread(target=hang_up, args=(opening,), name="elastictrain-drop", daemon=True).start()
+            hang_up(opening)  # before the report: after it the next generation may have a connection of its own there
+        if groups is not None:
+            # Destroying a group waits for its operations in flight; the report must not.
+            threading.Thread(target=groups.drop, name="elastictrain-drop", daemon=True).start()
         return report
 
     def ask_pause(self, generation: int, store: bool = False) -> None:

@@ -179,7 +179,7 @@ class Stepping:
         if evaluate and self.is_publisher:
             s.pulse.enter(Activity.EVALUATE)
             report.evaluation = self._evaluate()
-        if store and s.saver is not None:
+        if store:
             report.share = self._write(step)
         if sealed:
             self._publish_missed(step)
@@ -193,9 +193,8 @@ class Stepping:
         applied it: it can be redone no more, as after the vote that would follow (R5).
         """
         s = self.session
-        report = StepReport(self.step, row=s.committed.rows.get(self.step), stores=s.saver is not None)
-        if s.saver is not None:
-            report.share = self._write(self.step)
+        report = StepReport(self.step, row=s.committed.rows.get(self.step), stores=True)
+        report.share = self._write(self.step)
         self.groups.deadline_s = self.groups.gather_deadline_s = FIRST_STEP_DEADLINE_S
         s.pulse.enter(Activity.VOTE)
         self._audit()
@@ -203,12 +202,11 @@ class Stepping:
         self._publish(report)
         self._commit_checkpoint(report, extras)
 
-    def _write(self, step: int) -> dict[str, Any] | None:
+    def _write(self, step: int) -> dict[str, Any]:
         """Make this worker's share of a checkpoint durable."""
         s = self.session
         s.pulse.enter(Activity.STORE)
-        if s.saver is None:
-            return None
+        assert s.saver is not None, "only a job with the setting checkpoint stores"
         return s.saver.write(self._owned(), step=step, generation=self.plan.generation, worker=s.worker)
 
     def _owned(self) -> saving.Owned:

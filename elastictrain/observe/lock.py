@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from elastictrain.errors import ClusterError, ConfigError
+from elastictrain.pulse import start_ticks
 
 
 class RunLock:
@@ -36,7 +37,7 @@ class RunLock:
                     f"stop that run, or set run_dir (--run-dir) to another folder (if that process is gone for sure, "
                     f"delete {self.path})"
                 )
-            _write(file, {"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())})
+            _write(file, {"pid": os.getpid(), "host": socket.gethostname(), "started": start_ticks(os.getpid())})
         self._held = True
 
     def release(self) -> None:
@@ -99,13 +100,4 @@ def _gone(holder: dict[str, object]) -> bool:
     except PermissionError:
         return False
     started = holder.get("started")
-    return started is not None and _started(pid) != started
-
-
-def _started(pid: int) -> int | None:
-    """Start time of a process in clock ticks since boot (field 22 of /proc/PID/stat); None where there is no /proc."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    return int(stat.rpartition(")")[2].split()[19])
+    return started is not None and start_ticks(pid) != started

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,54 +9,23 @@ import pytest
 
 from elastictrain.controller import moves, planning, policies, recovery, settle
 from elastictrain.controller.core import Core
-from elastictrain.controller.facts import Ledger
 from elastictrain.controller.phases import Parking
 from elastictrain.layout import Layout
-from elastictrain.protocol import Restore
 from elastictrain.sim import Costs, FaultRates, Scenario, Violation, simulate
-
-Plant = Callable[[pytest.MonkeyPatch], None]
-
-
-def goes_on_from_the_slowest(patch: pytest.MonkeyPatch) -> None:
-    real = recovery.take_stock
-
-    def slow(*args: Any) -> Any:
-        standing = real(*args)
-        return replace(standing, step=standing.step - 1, behind=(), roll_forward=None) if standing.behind else standing
-
-    patch.setattr(settle, "take_stock", slow)
-
-
-def forgets_the_vote(patch: pytest.MonkeyPatch) -> None:
-    real = planning._plan
-    patch.setattr(planning, "_plan", lambda *args: replace(real(*args), roll_forward=None))
-
-
-def gathers_only_to_joiners(patch: pytest.MonkeyPatch) -> None:
-    real = planning._plan
-
-    def lazy(*args: Any) -> Any:
-        plan = real(*args)
-        return replace(plan, gather_to=plan.joiners)
-
-    patch.setattr(planning, "_plan", lazy)
-
-
-def does_not_wait_for_all_reports(patch: pytest.MonkeyPatch) -> None:
-    real = Core.waiting
-    patch.setattr(Core, "waiting", lambda core: real(core)[1:])
-    patch.setattr(Core, "is_waiting", lambda core: bool(real(core)[1:]))
+from tests.property.controller.mutants import (
+    Plant,
+    copies_from_the_dead,
+    does_not_wait_for_all_reports,
+    forgets_the_vote,
+    gathers_only_to_joiners,
+    goes_on_from_the_slowest,
+    restores_the_oldest_checkpoint,
+)
 
 
 def copies_half_of_what_is_missing(patch: pytest.MonkeyPatch) -> None:
     real = planning.moves_between
     patch.setattr(planning, "moves_between", lambda *args: real(*args)[::2])
-
-
-def copies_from_the_dead(patch: pytest.MonkeyPatch) -> None:
-    real = planning.moves_between
-    patch.setattr(planning, "moves_between", lambda truth, layout, alive: real(truth, layout, truth.workers))
 
 
 def keeps_no_mirrors(patch: pytest.MonkeyPatch) -> None:
@@ -68,14 +36,6 @@ def keeps_no_mirrors(patch: pytest.MonkeyPatch) -> None:
         return real(*args, **settings | {"mirrors": False})
 
     patch.setattr(policies, "promoted", bare)
-
-
-def restores_the_oldest_checkpoint(patch: pytest.MonkeyPatch) -> None:
-    def oldest(ledger: Ledger) -> Restore:
-        step = min(ledger.checkpoints, default=0)
-        return Restore(step, ledger.checkpoints.get(step))
-
-    patch.setattr(Ledger, "newest_restore", oldest)
 
 
 def forgets_a_corrupt_checkpoint_is_corrupt(patch: pytest.MonkeyPatch) -> None:
@@ -135,13 +95,12 @@ def days() -> None:
             node_partition_h=10.0,
             controller_death_h=0.5,
             corrupt_checkpoint=0.3,
-            unseen_freeze=0.0,
             split_vote=0.5,
             late_seal=0.8,
         )
         # Forming may take long, so that faults hit it too; without mirrors every loss goes back to a checkpoint.
         slow = {"forming_s": 60.0, "poll_s": 1.0} if seed % 2 else {}
-        costs = Costs(checkpoint_every_s=120.0, checkpoint_write_s=10.0, restore_s=2.0, **slow)
+        costs = Costs(checkpoint_every_s=120.0, checkpoint_write_s=10.0, **slow)
         sizes = {"workers": 6, "workers_per_node": 2, "min_workers": 2, "mirrors": seed % 3 > 0, "check": "all"}
         simulate(Scenario.model_validate({"hours": 2.0, "seed": seed, "rates": rates, "costs": costs, **sizes}))
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 import pytest
 import torch
 
-from elastictrain.engine.collective import GroupSet, Rendezvous, connect, meet
+from elastictrain.engine.collective import GroupSet, Rendezvous, connect, hang_up, meet
 from elastictrain.errors import PeerLost
 from tests.unit.engine.worlds import CPU
 
@@ -247,3 +247,17 @@ def test_waiting_for_peers_ends_when_the_generation_is_given_up(rendezvous: Rend
 
     with pytest.raises(PeerLost, match=r"^generation 900 was given up while it formed$"):
         meet(store, 900, 0, 2, gone)
+
+
+def test_hanging_up_on_the_store_frees_a_group_that_forms_with_one_who_never_comes() -> None:
+    """A peer that dies after all have met: the group's own connect asks the store for it until its time is over."""
+    own = Rendezvous(HOST)
+    store = connect(own.address)
+    with ThreadPoolExecutor(1) as pool:
+        forming = pool.submit(GroupSet, store, generation=1, rank=0, world=2, device=CPU, host=HOST)
+        watching = connect(own.address)
+        while not watching.check(["generation-1/gloo/link/0"]):  # it is on its way
+            threading.Event().wait(0.01)
+        hang_up(own.address)
+        with pytest.raises(PeerLost, match="could not form its group"):
+            forming.result(10)

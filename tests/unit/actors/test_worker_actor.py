@@ -1,0 +1,74 @@
+"""The worker's actor without Ray: whom it obeys, and what it keeps for the next controller."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from elastictrain.controller import events as ev
+from elastictrain.errors import ClusterError
+from elastictrain.protocol import ParkReport
+from elastictrain_actors.worker_actor import WorkerActor, worker_name, worker_number
+
+REPORT = ParkReport(3, 5, 10, 5, True)
+
+
+class Host:
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def form(self, plan: Any) -> None:
+        self.asked.append(plan)
+
+    def park(self, generation: int) -> ParkReport:
+        self.asked.append(generation)
+        return REPORT
+
+    def ask_pause(self, generation: int, store: bool) -> None:
+        self.asked.append((generation, store))
+
+
+@pytest.fixture
+def actor() -> WorkerActor:
+    made = WorkerActor(3, "token")
+    made._host = Host()  # type: ignore[assignment]
+    return made
+
+
+def test_orders_of_a_controller_that_was_replaced_are_refused(actor: WorkerActor) -> None:
+    plan: Any = "plan of controller 2"
+    actor.form(2, plan)
+    old: Any = "plan of controller 1"
+    for order in (
+        lambda: actor.form(1, old),
+        lambda: actor.park(1, 5),
+        lambda: actor.ask_pause(1, 5, False),
+        lambda: actor.next_messages(1, 0, 0.0),
+        lambda: actor.retire(1),
+        lambda: actor.prepare(1, old, (), ()),
+    ):
+        with pytest.raises(ClusterError, match="controller 1 has been replaced by controller 2"):
+            order()
+    assert actor.host.asked == [plan]  # type: ignore[attr-defined]
+    actor.ask_pause(3, 5, True)
+    assert actor.host.asked[1:] == [(5, True)]  # type: ignore[attr-defined]
+
+
+def test_a_park_report_waits_for_whoever_asks_next(actor: WorkerActor) -> None:
+    """The controller that has asked may be dead when the answer is there."""
+    actor.park(1, 5)
+    assert actor.next_messages(2, 0, 0.0) == (1, [ev.WorkerParked(0.0, 5, REPORT)])
+    assert actor.next_messages(2, 1, 0.0) == (1, [])
+
+
+def test_a_second_order_to_prepare_changes_nothing(actor: WorkerActor) -> None:
+    host = actor.host
+    job: Any = "another job"
+    actor.prepare(1, job, (), ())
+    assert actor.host is host
+
+
+def test_names_of_workers_and_of_others() -> None:
+    assert worker_number(worker_name(12)) == 12
+    assert [worker_number(name) for name in ("agent-ab-1", "controller", "worker-x", "worker-")] == [None] * 4
