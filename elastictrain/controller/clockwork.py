@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from elastictrain.controller.commands import Command, Kill
-from elastictrain.controller.core import RESTORE_PATIENCE, Core
+from elastictrain.controller.core import MOST_PATIENCE, RESTORE_PATIENCE, Core
 from elastictrain.controller.events import Tick
 from elastictrain.controller.limits import nodes_back
 from elastictrain.controller.moves import condemn
@@ -98,6 +98,10 @@ def _ask_another(core: Core, state: Running, now_s: float, out: list[Command]) -
     members = core.ledger.members()
     if state.asked is None or now_s < state.ask_again_s:
         return False
+    state.in_vain += 1
+    if state.in_vain >= MOST_PATIENCE:  # nobody steps, and nobody has said why
+        core.begin_parking(now_s, f"{state.in_vain} members were asked to pause, and no step was committed", None, out)
+        return True
     state.asked = members[(members.index(state.asked) + 1) % len(members)]
     state.ask_again_s = now_s + core.parking_limit_s()
     core.ask_pause(state.asked, out)

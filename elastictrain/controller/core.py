@@ -21,6 +21,8 @@ from elastictrain.controller.phases import (
 
 RESTORE_PATIENCE = 10
 """Forming from a checkpoint and the closing checkpoint read and write storage: this many times the usual deadline."""
+MOST_PATIENCE = 10
+"""What is learnt from slow workers stretches a deadline at most so many times."""
 
 
 @dataclass(slots=True)
@@ -37,11 +39,15 @@ class Core:
         self.state = state
 
     def forming_limit_s(self, from_storage: bool) -> float:
-        base_s = max(self.spec.deadline_s, 20 * self.ledger.longest_forming_s)
+        base_s = self._learnt_limit_s(self.ledger.longest_forming_s)
         return base_s * self.ledger.patience * (RESTORE_PATIENCE if from_storage else 1)
 
     def parking_limit_s(self) -> float:
-        return max(self.spec.deadline_s, 20 * self.ledger.longest_parking_s)
+        return self._learnt_limit_s(self.ledger.longest_parking_s)
+
+    def _learnt_limit_s(self, longest_s: float) -> float:
+        """Bounded: who was frozen for minutes and came back teaches otherwise to wait for the next one for hours."""
+        return min(max(self.spec.deadline_s, 20 * longest_s), MOST_PATIENCE * self.spec.deadline_s)
 
     def ask_pause(self, worker: int, out: list[Command]) -> None:
         out.append(AskPause(self.ledger.generation, worker, self.stores_at_pause()))

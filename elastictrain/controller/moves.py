@@ -229,6 +229,7 @@ def on_parked(core: Core, event: ev.WorkerParked, out: list[Command]) -> bool:
     if event.report.sealed_generation == core.ledger.generation:
         core.mark_sealed(event.now_s)  # now, for the worker that knows it may be gone before the last one has parked
     state.reports[worker] = event.report
+    state.answered_s = event.now_s
     if core.ledger.workers[worker].suspected_until_s is not None:  # it lives after all
         core.ledger.workers.update_facts(worker, suspected_until_s=None, why="")
         core.saw(event.now_s, f"worker {worker}", "parked, although it was taken for frozen")
@@ -259,6 +260,8 @@ def on_progress(core: Core, event: ev.Progress, out: list[Command]) -> bool:
         return False
     core.mark_sealed(event.now_s)  # a vote of this generation was complete
     ledger.published_step, ledger.shown_step = max(ledger.published_step, event.step), event.step
+    if isinstance(core.state, Running):
+        core.state.in_vain = 0
     if ledger.plan is not None and event.step > ledger.plan.step:
         core.note_commit()
         if ledger.settling is not None:

@@ -67,19 +67,21 @@ class Forming:
 @dataclass(slots=True)
 class Running:
     """All members step. `asked`: the member that was asked to raise the pause flag; ask another at `ask_again_s`.
-    `uneven`: whether the layout is worth rebalancing; None until somebody asks (it cannot change while all step).
+    `in_vain`: how many were asked since the last commit. `uneven`: whether the layout is worth rebalancing; None until
+    somebody asks (it cannot change while all step).
     """
 
     phase: ClassVar[Phase] = Phase.RUNNING
     asked: int | None = None
     ask_again_s: float = 0.0
+    in_vain: int = 0
     uneven: bool | None = None
 
 
 @dataclass(slots=True)
 class Parking:
     """Collecting reports. `told`: `Park` has been sent (at a planned pause the members come by themselves). `nudged`:
-    those who were sent it alone, because they could not come.
+    those who were sent it alone, because they could not come. `answered_s`: when the last report came in.
     """
 
     phase: ClassVar[Phase] = Phase.PARKING
@@ -88,6 +90,7 @@ class Parking:
     told: bool
     reports: dict[int, ParkReport] = field(default_factory=dict)
     nudged: set[int] = field(default_factory=set)
+    answered_s: float | None = None
 
 
 @dataclass(slots=True)

@@ -116,10 +116,9 @@ def _all_parked(core: Core, now_s: float, out: list[Command]) -> bool:
     incident = core.ledger.incident
     assert incident is not None  # opened together with the phase
     incident.parked_s = now_s
-    if state.told:
-        took_s = now_s - state.started_s
-        if took_s <= core.parking_limit_s():  # a parking that only its own deadline has ended teaches nothing
-            core.ledger.longest_parking_s = max(core.ledger.longest_parking_s, took_s)
+    if state.told and state.answered_s is not None:  # what was waited for in vain teaches nothing
+        took_s = state.answered_s - state.started_s
+        core.ledger.longest_parking_s = max(core.ledger.longest_parking_s, took_s)
     return _go_on(core, state.reports, now_s, out)
 
 

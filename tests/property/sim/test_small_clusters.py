@@ -25,7 +25,7 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         controller_death_h=draw(st.sampled_from([None, 0.1, 1.0])),
         start_failure=draw(st.sampled_from([0.0, 0.05])),
         corrupt_checkpoint=draw(st.sampled_from([0.0, 0.3])),
-        unseen_freeze=0.0,
+        unseen_freeze=draw(st.sampled_from([0.0, 0.1, 1.0])),
         split_vote=draw(st.sampled_from([0.0, 0.5, 1.0])),
         late_seal=draw(st.sampled_from([0.0, 0.5])),
     )
@@ -42,7 +42,12 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         steps=draw(st.sampled_from([None, 300])),
         check="all",
         rates=rates,
-        costs=Costs(checkpoint_every_s=120.0, checkpoint_write_s=10.0, restore_s=2.0, report_every_s=20.0),
+        costs=Costs(
+            checkpoint_every_s=120.0,
+            checkpoint_write_s=10.0,
+            restore_s=draw(st.sampled_from([2.0, 60.0])),
+            report_every_s=20.0,
+        ),
     )
 
 

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
+import pytest
+
 from elastictrain.controller import events as ev
+from elastictrain.controller.core import MOST_PATIENCE
+from elastictrain.controller.phases import Phase
 from tests.unit.controller.scene import Scene
 
 
-def park_after(scene: Scene, seconds: float) -> None:
-    """Worker 1 dies; 0 parks at once; 2 does not: it is killed at the deadline and gone `seconds` after the start."""
-    begun_s = scene.now_s
-    scene.die(1)
-    scene.park(0, applied=1)
-    while scene.machine.next_deadline_s() is not None and scene.now_s < begun_s + seconds:
-        scene.now_s = min(begun_s + seconds, scene.machine.next_deadline_s() or 0.0)
-        scene.send(ev.Tick(scene.now_s))
-    scene.now_s = begun_s + seconds
-    scene.die(2)
-
-
-def test_a_parking_that_its_own_deadline_has_ended_teaches_nothing() -> None:
+def test_a_worker_that_never_parks_teaches_nothing() -> None:
     scene = Scene(max_workers=3).run()
     before_s = scene.machine.core.parking_limit_s()
-    park_after(scene, 2 * before_s)
+    scene.die(1)
+    scene.park(0, applied=1)
+    scene.now_s += before_s / 2
+    scene.die(2)
+    assert scene.machine.phase is Phase.FORMING
     assert scene.machine.core.parking_limit_s() == before_s
 
 
-def test_a_slow_parking_teaches_more_patience() -> None:
+def test_a_slow_report_teaches_more_patience_within_bounds() -> None:
     scene = Scene(max_workers=3).run()
     before_s = scene.machine.core.parking_limit_s()
-    park_after(scene, before_s / 2)
-    assert scene.machine.core.parking_limit_s() == 10 * before_s
+    for part, learnt in ((1 / 10, 2), (1.9, MOST_PATIENCE)):
+        scene.die(scene.ledger.members()[-1])
+        scene.now_s += before_s * part
+        scene.park(*scene.machine.core.waiting(), applied=1)
+        assert scene.machine.core.parking_limit_s() == pytest.approx(learnt * before_s)
+        scene.seal()
 
 
 def test_a_restore_from_storage_does_not_teach_what_forming_takes() -> None:
