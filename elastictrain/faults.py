@@ -26,25 +26,45 @@ class _Fault(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Kill(_Fault):
-    """SIGKILL `worker` in the middle of `phase` of `step`.
-
-    Phases "form" and "seal": while it enters the generation whose first step that is.
+class _InPhase(_Fault):
+    """In the middle of `phase` of `step`. Phases "form" and "seal": while the worker enters the generation whose first
+    step that is.
     """
 
-    do: Literal["kill"] = "kill"
     worker: WorkerNumber
     step: PositiveInt
     phase: Phase = "compute"
 
 
-class Fail(_Fault):
-    """Raise an exception in `worker` in the middle of `phase` of `step`."""
+class Kill(_InPhase):
+    """SIGKILL `worker`."""
+
+    do: Literal["kill"] = "kill"
+
+
+class Fail(_InPhase):
+    """Raise an exception in `worker`."""
 
     do: Literal["fail"] = "fail"
-    worker: WorkerNumber
+
+
+class Freeze(_InPhase):
+    """SIGSTOP `worker`: it lives and does nothing."""
+
+    do: Literal["freeze"] = "freeze"
+
+
+class Terminate(_InPhase):
+    """SIGTERM to `worker`: it hands over and leaves."""
+
+    do: Literal["terminate"] = "terminate"
+
+
+class KillController(_Fault):
+    """SIGKILL the controller as soon as `step` has been published. What else is due then is asked for before."""
+
+    do: Literal["kill_controller"] = "kill_controller"
     step: PositiveInt
-    phase: Phase = "compute"
 
 
 class Add(_Fault):
@@ -98,9 +118,11 @@ class Miscompute(_Fault):
     seed: int = 0
 
 
-Fault = Kill | Fail | Flip | Miscompute | Add | Drain
-OwnFault = Kill | Fail | Flip | Miscompute
+AtPhase = Kill | Fail | Freeze | Terminate
+"""What a worker does to itself in the middle of a phase."""
+OwnFault = AtPhase | Flip | Miscompute
 """What a worker does to itself."""
+Fault = OwnFault | Add | Drain | KillController
 
 
 def kill(worker: int, step: int, phase: Phase = "compute") -> Kill:
@@ -109,6 +131,18 @@ def kill(worker: int, step: int, phase: Phase = "compute") -> Kill:
 
 def fail(worker: int, step: int, phase: Phase = "compute") -> Fail:
     return _checked(Fail, worker=worker, step=step, phase=phase)
+
+
+def freeze(worker: int, step: int, phase: Phase = "compute") -> Freeze:
+    return _checked(Freeze, worker=worker, step=step, phase=phase)
+
+
+def terminate(worker: int, step: int, phase: Phase = "compute") -> Terminate:
+    return _checked(Terminate, worker=worker, step=step, phase=phase)
+
+
+def kill_controller(step: int) -> KillController:
+    return _checked(KillController, step=step)
 
 
 def flip(worker: int, step: int, what: str, *, of: str = "owned", when: str | None = None, bit: int = 20) -> Flip:
@@ -130,7 +164,8 @@ def drain(worker: int, step: int) -> Drain:
 
 _OneFault = TypeVar("_OneFault", bound=_Fault)
 _KINDS: dict[str, type[_Fault]] = {
-    "kill": Kill, "fail": Fail, "flip": Flip, "miscompute": Miscompute, "add": Add, "drain": Drain,
+    "kill": Kill, "fail": Fail, "freeze": Freeze, "terminate": Terminate, "flip": Flip, "miscompute": Miscompute,
+    "add": Add, "drain": Drain, "kill_controller": KillController,
 }  # fmt: skip
 
 
@@ -138,7 +173,7 @@ def _checked(kind: type[_OneFault], **values: Any) -> _OneFault:
     try:
         return kind(**values)
     except ValidationError as error:
-        name = kind.__name__.lower()
+        name = kind.model_fields["do"].default
         shown = ", ".join(f"{key}={value!r}" for key, value in values.items())
         raise ConfigError(f"fault {name}({shown}): {_what(error, kind)}") from None
 

@@ -109,6 +109,12 @@ class Workers(_Settings):
     """Relative speed by worker number: how many lanes it gets. Default even."""
     block_shares: dict[int, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Relative memory by worker number: how much of the state it owns. Default even."""
+    domain_label: str | None = None
+    """A label of Ray's nodes (rack, zone): mirrors lie on another value of it. Default: on another node."""
+    notice_s: Annotated[float, Field(gt=0)] = 30.0
+    """How long after SIGTERM a worker may still live before whoever sent it sends SIGKILL."""
+    spot_notices: Literal["aws", "gcp", "azure"] | None = None
+    """Ask this cloud's metadata service on every node whether the machine is about to go."""
 
     @model_validator(mode="after")
     def _bounds(self) -> Self:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from elastictrain import errors
 from elastictrain.errors import ConfigError, ElasticTrainError, RecipeError
-from elastictrain.faults import Add, Fault, OwnFault
+from elastictrain.faults import Add, Fault, KillController, OwnFault
 from elastictrain.job import Job
 from elastictrain.observe import Blind, Observer, RunDirectory, Summary
 from elastictrain.observe.events import iso
@@ -96,7 +96,7 @@ def _check_faults(job: Job, faults: Faults) -> None:
     lost = sum(isinstance(fault, OwnFault) for fault in faults) if job.workers.replace else 0
     numbers = job.workers.initial + job.workers.spares + adds + lost
     for fault in faults:
-        if not isinstance(fault, Add) and fault.worker >= numbers:
+        if not isinstance(fault, Add | KillController) and fault.worker >= numbers:
             raise ConfigError(
                 f"faults: {fault.do} worker {fault.worker} at step {fault.step}: the run has workers 0..{numbers - 1}; "
                 "name one of them"

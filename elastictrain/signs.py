@@ -106,7 +106,8 @@ class NodeReport:
     """One beat of a node agent. `agent`: the number that the controller gave it; a later agent of the node has a higher
     one. `number`: of the beat, from 1. `echo`: the newest beat whose answer has reached the agent, 0 before. `at_s`:
     the agent's clock. `late_s`: by how much its beats have been late, summed since it started: what kept the watcher
-    from running may have kept the watched from running.
+    from running may have kept the watched from running. `going_s`: seconds until the machine goes, once that has been
+    announced to it; `going_why`: by whom.
     """
 
     node: str
@@ -116,3 +117,5 @@ class NodeReport:
     at_s: float
     late_s: float
     workers: tuple[WorkerSign, ...] = ()
+    going_s: float | None = None
+    going_why: str = ""

@@ -17,6 +17,7 @@ from pathlib import Path
 from elastictrain.pulse import PulseFile, is_same_process, pulse_paths
 from elastictrain.signs import Beat, NodeReport, WorkerSign
 from elastictrain_actors.beats import Codec
+from elastictrain_actors.clouds import Going
 from elastictrain_actors.procfs import KillAnswer, ProcessReader, end_process, lift_thread
 
 BEAT_S = 0.1
@@ -71,13 +72,22 @@ class _Watched:
 
 
 class Agent:
-    """`look` and `kill` may be called from any thread; `run` is the loop. `folder`: where this run's pulses lie."""
+    """`look` and `kill` may be called from any thread; `run` is the loop. `folder`: where this run's pulses lie.
+    `going`: whether somebody has announced that this machine goes.
+    """
 
     def __init__(
-        self, node: str, folder: Path, token: str, *, number: int = 1, clock: Callable[[], float] = time.monotonic
+        self,
+        node: str,
+        folder: Path,
+        token: str,
+        *,
+        number: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+        going: Callable[[], Going | None] = lambda: None,
     ) -> None:
         self.node, self.folder, self.number = node, folder, number
-        self._codec, self._clock = Codec(token), clock
+        self._codec, self._clock, self._going = Codec(token), clock, going
         self._watched: dict[Path, _Watched] = {}
         self._looking = threading.Lock()
         self._stop = threading.Event()
@@ -183,7 +193,9 @@ class Agent:
         self._beats += 1
         signs = tuple(watched.sign(now_s) for watched in self._watched.values())
         self._bury(now_s)
-        return NodeReport(self.node, self.number, self._beats, self._echo, now_s, self._late_s, signs)
+        going = self._going()
+        left = (None, "") if going is None else (max(0.0, going.at_s - now_s), going.reason)
+        return NodeReport(self.node, self.number, self._beats, self._echo, now_s, self._late_s, signs, *left)
 
     def _find(self) -> None:
         """Pulses that are new, and those that were taken away in order."""

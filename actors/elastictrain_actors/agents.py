@@ -39,9 +39,16 @@ class _Agent:
 class Agents:
     """Used from one thread, the driver's."""
 
-    def __init__(self, place: Place, watchman: Watchman, calls: Calls, environment: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        place: Place,
+        watchman: Watchman,
+        calls: Calls,
+        environment: Mapping[str, Any],
+        cloud: str | None = None,
+    ) -> None:
         self._place, self._watchman, self._calls = place, watchman, calls
-        self._environment = dict(environment)
+        self._environment, self._cloud = dict(environment), cloud
         self._agents: dict[str, _Agent] = {}
         self._numbers: dict[str, int] = {}
         self._due_s: dict[str, float] = {}
@@ -78,7 +85,7 @@ class Agents:
         number = self._numbers[node] = self._numbers.get(node, self._place.epoch * NUMBERS_PER_EPOCH) + 1
         handle = start_agent(
             node, self._place.token, number, environment=self._environment, namespace=self._place.namespace,
-            detached_as=f"{PREFIX}{node[:12]}-{number}",
+            cloud=self._cloud, detached_as=f"{PREFIX}{node[:12]}-{number}",
         )  # fmt: skip
         agent = self._agents[node] = _Agent(handle, number)
         ears = self._watchman.heartbeats

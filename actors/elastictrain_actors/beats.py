@@ -34,16 +34,16 @@ class Codec:
             for w in report.workers
         ]  # fmt: skip
         head = [report.node, report.agent, report.number, report.echo, _short(report.at_s), _short(report.late_s)]
-        return self._seal([*head, workers])
+        return self._seal([*head, workers, _short(report.going_s), report.going_why])
 
     def decode_report(self, datagram: bytes) -> NodeReport | None:
         """None for whatever is not a report of this run."""
         found = self._open(datagram)
         try:
-            node, agent, number, echo, at_s, late_s, workers = found
+            node, agent, number, echo, at_s, late_s, workers, going_s, why = found
             return NodeReport(
                 str(node), int(agent), int(number), int(echo), float(at_s), float(late_s),
-                tuple(_sign(fields) for fields in workers),
+                tuple(_sign(fields) for fields in workers), None if going_s is None else float(going_s), str(why),
             )  # fmt: skip
         except (TypeError, ValueError):
             return None

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import os
 import queue
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -19,7 +21,7 @@ from elastictrain.controller.journal import dump_event
 from elastictrain.controller.machine import Machine
 from elastictrain.controller.view import view
 from elastictrain.errors import ElasticTrainError
-from elastictrain.faults import Add, Drain, Fault
+from elastictrain.faults import Add, Drain, Fault, KillController
 from elastictrain.protocol import Ready, Row
 from elastictrain_actors.journal_file import Replaced
 
@@ -89,10 +91,11 @@ class Driver:
         *,
         script: Sequence[Fault] = (),
         clock: Callable[[], float] = time.monotonic,
+        die: Callable[[], object] = lambda: os.kill(os.getpid(), signal.SIGKILL),
     ) -> None:
         self.machine, self.effects, self.record, self.journal = machine, effects, record, journal
-        self._script = [fault for fault in script if isinstance(fault, Add | Drain)]
-        self._clock = clock
+        self._script = [fault for fault in script if isinstance(fault, Add | Drain | KillController)]
+        self._clock, self._die = clock, die
         self._requests: queue.SimpleQueue[ev.Event] = queue.SimpleQueue()
         self._outcome: Outcome | None = None
         self._status_at_s = 0.0
@@ -117,6 +120,8 @@ class Driver:
         return self._until_over(lambda: self._adopt(gone_s, unsaid))
 
     def _adopt(self, gone_s: float, unsaid: Sequence[cmd.Announce]) -> None:
+        shown = self.machine.core.ledger.shown_step
+        self._script = [fault for fault in self._script if fault.step > shown]
         alive = self.effects.adopt()
         for announce in unsaid:
             self._perform(announce)
@@ -194,7 +199,12 @@ class Driver:
         self._script = [fault for fault in self._script if fault.step > step]
         for fault in due:
             self.record.event("fault", fault.model_dump(), self.machine.generation or None)
-            self._handle(ev.AddRequested(0.0) if isinstance(fault, Add) else ev.DrainRequested(0.0, fault.worker))
+            if isinstance(fault, Add):
+                self._handle(ev.AddRequested(0.0))
+            elif isinstance(fault, Drain):
+                self._handle(ev.DrainRequested(0.0, fault.worker))
+        if any(isinstance(fault, KillController) for fault in due):
+            self._die()
 
     def _perform(self, command: cmd.Command) -> None:
         if isinstance(command, cmd.Announce):

@@ -15,16 +15,23 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastictrain.pulse import pulse_folder, sweep
 from elastictrain_actors.agent import Agent
+from elastictrain_actors.clouds import CLOUDS, NoticeReader
 from elastictrain_actors.procfs import KillAnswer
 
 
 class NodeAgent:
-    """`token`: the run's secret, which also names the folder of its pulses (`pulse_folder(token)` in the workers)."""
+    """`token`: the run's secret, which also names the folder of its pulses (`pulse_folder(token)` in the workers).
+    `cloud`: whose metadata service is asked whether the machine goes.
+    """
 
-    def __init__(self, token: str, number: int, home: str | None = None) -> None:
+    def __init__(self, token: str, number: int, home: str | None = None, cloud: str | None = None) -> None:
         sweep(None if home is None else Path(home))
         folder = pulse_folder(token, None if home is None else Path(home))
-        self._agent = Agent(ray.get_runtime_context().get_node_id(), folder, token, number=number)
+        notices = None if cloud is None else NoticeReader(CLOUDS[cloud])
+        self._agent = Agent(
+            ray.get_runtime_context().get_node_id(), folder, token, number=number,
+            going=lambda: None if notices is None else notices.going,
+        )  # fmt: skip
 
     def follow(self, epoch: int, host: str, port: int, number: int) -> bool:
         """Report to this controller; False when a newer one is in charge. The first call after the start."""
@@ -52,7 +59,7 @@ class NodeAgent:
 
 def start_agent(
     node_id: str, token: str, number: int, *, environment: dict[str, Any] | None = None, detached_as: str | None = None,
-    home: str | None = None, namespace: str | None = None,
+    home: str | None = None, namespace: str | None = None, cloud: str | None = None,
 ) -> Any:  # fmt: skip
     """The handle of a new agent on exactly that node. `detached_as`: a name under which it outlives its controller, and
     a later controller finds it. Ray does not restart it: a new one gets a higher number from us.
@@ -69,4 +76,4 @@ def start_agent(
         options["runtime_env"] = environment
     if detached_as is not None:
         options |= {"name": detached_as, "lifetime": "detached", "namespace": namespace, "get_if_exists": True}
-    return ray.remote(NodeAgent).options(**options).remote(token, number, home)
+    return ray.remote(NodeAgent).options(**options).remote(token, number, home, cloud)

@@ -34,6 +34,7 @@ from elastictrain_actors.deaths import death_in_words
 from elastictrain_actors.driver import Heard
 from elastictrain_actors.heartbeats import Heartbeats
 from elastictrain_actors.procfs import KillAnswer
+from elastictrain_actors.surroundings import Surroundings
 from elastictrain_actors.watchman import Watchman
 from elastictrain_actors.worker_actor import Identity, WorkerActor, worker_name, worker_number
 
@@ -88,7 +89,9 @@ class RayEffects:
         ears = Heartbeats(self._address, place.token, place.epoch)
         judgement = Suspicion(debug=job.debug, remote_data=job.data.is_remote)
         self._watchman = Watchman(ears, judgement, place.clock)
-        self._agents = Agents(place, self._watchman, self._calls, self._environment)
+        self._agents = Agents(place, self._watchman, self._calls, self._environment, job.workers.spot_notices)
+        self._surroundings = Surroundings(place.clock)
+        self._going: dict[str, ev.PreemptionNotice] = {}
 
     # --- commands ---
 
@@ -229,7 +232,8 @@ class RayEffects:
         self._agents.start_due()
         if not self._out:
             self._out += self._calls.take(timeout_s)
-        found, self._out = [*self._out, *self._look(), *self._slow_starts()], []
+        found, self._out = [*self._out, *self._look(), *self._slow_starts(), *self._surroundings.take()], []
+        self._going |= {n.node: n for n in found if isinstance(n, ev.PreemptionNotice) and n.node}
         return found
 
     def _look(self) -> list[Heard]:
@@ -238,6 +242,7 @@ class RayEffects:
         for noticed in self._watchman.look():
             if isinstance(noticed, ev.NodeLost):
                 self._agents.lost(noticed.node)
+                self._going.pop(noticed.node, None)
             if isinstance(noticed, ev.WorkerDied):
                 if noticed.worker not in self._workers:
                     continue
@@ -247,12 +252,18 @@ class RayEffects:
 
     def _slow_starts(self) -> list[cmd.Announce]:
         """Workers for which the cluster has had no room for a while: say what is asked and what is free."""
+        late_s = time.monotonic() - SLOW_START_S
+        late = {
+            worker: facts for worker, facts in self._workers.items() if facts.who is None and facts.since_s < late_s
+        }
+        self._surroundings.is_short = bool(late)
         found = []
-        for worker, facts in self._workers.items():
-            if facts.who is None and not facts.said_slow and time.monotonic() - facts.since_s > SLOW_START_S:
+        for worker, facts in late.items():
+            if not facts.said_slow:
                 facts.said_slow = True
                 asked = {"cpus": self.job.workers.cpus, "gpus": self.job.workers.gpus}
-                free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
+                there = self._surroundings.now
+                free = {kind: there.free.get(kind, 0.0) for kind in there.total}
                 found.append(cmd.Announce("slow_start", {"worker": worker, "asked": asked, "free": free}))
         return found
 
@@ -285,6 +296,7 @@ class RayEffects:
         return [
             cmd.Announce("worker_prepared", facts),
             ev.WorkerReady(0.0, worker, node, ready.memory_bytes, node, ready.labels),
+            *([self._going[node]] if node in self._going else []),
         ]
 
     def _compare(self, worker: int, ready: Ready) -> str | None:
@@ -315,6 +327,8 @@ class RayEffects:
             if isinstance(message, Ready):
                 found += self._prepared(worker, message)
                 continue
+            if isinstance(message, ev.PreemptionNotice):  # the worker knows no clock but its own
+                message = replace(message, deadline_s=self._place.clock() + self.job.workers.notice_s)
             found.append(message)
             if isinstance(message, ev.Progress):
                 self._agents.hurry()
@@ -329,4 +343,5 @@ class RayEffects:
             self._kill(worker, "the run is over")
             self._forget(worker)
         self._agents.close()
+        self._surroundings.close()
         self._watchman.heartbeats.close()

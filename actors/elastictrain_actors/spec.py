@@ -25,6 +25,7 @@ def machine_spec(job: Job, facts: ModelFacts, *, base_generation: int = 0) -> Ma
         block_shares=workers.block_shares,
         fixed_bytes=facts.fixed_bytes,
         bytes_per_held_element=facts.bytes_per_held_element,
+        domain_label=workers.domain_label,
         checkpoint=job.checkpoint is not None,
         checkpoints_kept=job.checkpoint.keep if job.checkpoint else None,
         base_generation=base_generation,

@@ -16,7 +16,7 @@ from elastictrain_actors.heartbeats import Heartbeats
 UNHEARD_S = 30.0
 """Until then an agent's first beat may take; later, people are told that this node's loss will only be seen by Ray."""
 
-Noticed = ev.WorkerDied | ev.WorkerFrozen | ev.GenerationHung | ev.NodeLost | cmd.Announce
+Noticed = ev.WorkerDied | ev.WorkerFrozen | ev.GenerationHung | ev.NodeLost | ev.PreemptionNotice | cmd.Announce
 
 
 class Watchman:
@@ -27,6 +27,7 @@ class Watchman:
     ) -> None:
         self.heartbeats, self.suspicion, self._clock = heartbeats, suspicion, clock
         self._said_unheard: set[str] = set()
+        self._said_going: set[str] = set()
 
     # --- what the effects and the driver tell it ---
 
@@ -55,9 +56,13 @@ class Watchman:
     def look(self) -> list[Noticed]:
         """What is new since the last call. Call it every 0.1 s or so: the delay adds to every detection."""
         now_s = self._clock()
+        found: list[Noticed] = []
         for report in self.heartbeats.poll():
             self.suspicion.observe(report, now_s)
-        return [*self._lost(now_s), *map(_event, self.suspicion.verdicts(now_s)), *self._unheard()]
+            if report.going_s is not None and report.node not in self._said_going:
+                self._said_going.add(report.node)
+                found.append(ev.PreemptionNotice(0.0, now_s + report.going_s, None, report.node, report.going_why))
+        return [*found, *self._lost(now_s), *map(_event, self.suspicion.verdicts(now_s)), *self._unheard()]
 
     def _lost(self, now_s: float) -> list[Noticed]:
         found: list[Noticed] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from elastictrain.faults import OwnFault
 from elastictrain.job import Job
 from elastictrain.protocol import FormPlan, Stage
 from elastictrain.pulse import Pulse, pulse_folder, start_ticks
+from elastictrain_actors.departure import on_sigterm
 
 if TYPE_CHECKING:
     from elastictrain.engine.host import WorkerHost
@@ -55,6 +57,12 @@ class WorkerActor:
         self._epoch = 0
         self._outbox = Outbox()
         self._host: WorkerHost | None = None
+        with suppress(ValueError):  # Ray makes actors in the main thread; should it not, SIGTERM is death as before
+            on_sigterm(self._told_to_go)
+
+    def _told_to_go(self) -> None:
+        notice = ev.PreemptionNotice(0.0, 0.0, self._worker, reason="SIGTERM")  # until when: the job knows
+        self._outbox.put(notice)
 
     def who(self) -> Identity:
         """Can be said before torch is imported."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from elastictrain.engine.verdict import mix
-from elastictrain.faults import Fail, Flip, Kill, Miscompute, OwnFault
+from elastictrain.faults import AtPhase, Fail, Flip, Freeze, Kill, Miscompute, OwnFault, Terminate
 
 if TYPE_CHECKING:
     from elastictrain.engine.session import Session
@@ -20,12 +20,15 @@ class InjectedFault(Exception):
     """Raised by a `fail` fault, and by one that cannot happen where it is addressed to."""
 
 
+SIGNALS = {Kill: signal.SIGKILL, Freeze: signal.SIGSTOP, Terminate: signal.SIGTERM}
+
+
 class Probes:
     """Performs the faults of one worker. A fault fires at the first time its address is reached."""
 
     def __init__(self, worker: int, faults: Iterable[OwnFault]) -> None:
         mine = [fault for fault in faults if fault.worker == worker]
-        self._waiting = [fault for fault in mine if isinstance(fault, Kill | Fail)]
+        self._waiting = [fault for fault in mine if isinstance(fault, AtPhase)]
         self._flips = [fault for fault in mine if isinstance(fault, Flip)]
         self._miscomputes = [fault for fault in mine if isinstance(fault, Miscompute)]
         self._lanes = 0
@@ -36,9 +39,10 @@ class Probes:
         for fault in self._waiting:
             if fault.step == step and fault.phase == phase:
                 self._waiting.remove(fault)
-                if isinstance(fault, Kill):
-                    os.kill(os.getpid(), signal.SIGKILL)
-                raise InjectedFault(f"injected: fail worker {fault.worker} at step {step} in {phase}")
+                if isinstance(fault, Fail):
+                    raise InjectedFault(f"injected: fail worker {fault.worker} at step {step} in {phase}")
+                os.kill(os.getpid(), SIGNALS[type(fault)])
+                return
 
     def flips(self, session: Session, step: int, when: str) -> None:
         """Flip the bits that are addressed to this moment."""

@@ -24,7 +24,7 @@ class AtRow(Blind):
     """Calls `acts[n]` when the n-th row has arrived; remembers who is who."""
 
     def __init__(self, acts: Mapping[int, Callable[[], None]]) -> None:
-        self.acts, self.rows, self.pids = dict(acts), 0, dict[int, int]()
+        self.acts, self.rows, self.pids, self.nodes = dict(acts), 0, dict[int, int](), dict[int, str]()
 
     def row(self, metrics: Mapping[str, Any]) -> None:
         del metrics
@@ -35,6 +35,7 @@ class AtRow(Blind):
     def event(self, event: Event) -> None:
         if event.kind == "worker_prepared":
             self.pids[event.data["worker"]] = event.data["pid"]
+            self.nodes[event.data["worker"]] = event.data["domain"]
 
 
 def job(folder: Path, name: str) -> et.Job:

@@ -12,12 +12,25 @@ import pytest
 import elastictrain as et
 from elastictrain.observe import RunDirectory
 from tests.ray.test_controller_death import AtRow, job
+from tests.support.raylets import ends_within
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240), pytest.mark.usefixtures("shared_ray")]
 
 
 def frozen_events(run_dir: Path) -> list[dict[str, Any]]:
     return [event.data for event in RunDirectory.open(run_dir).events() if event.kind == "frozen"]
+
+
+def test_a_worker_that_is_told_to_go_hands_over_and_leaves(tmp_path: Path) -> None:
+    undisturbed = et.run(job(tmp_path, "alone"))
+    watcher = AtRow({20: lambda: os.kill(watcher.pids[1], signal.SIGTERM)})
+    disturbed = et.run(job(tmp_path, "told"), observer=watcher)
+    assert disturbed.digest == undisturbed.digest
+    assert disturbed.world_sizes == [3, 2]
+    assert disturbed.recoveries == (), "nothing was lost and nothing redone"
+    (notice,) = [e.data for e in RunDirectory.open(tmp_path / "told").events() if e.kind == "preemption"]
+    assert (notice["workers"], notice["reason"]) == ([1], "SIGTERM")
+    assert ends_within(watcher.pids[1], 20.0)
 
 
 def test_a_stopped_process_is_named_and_replaced_although_ray_never_notices(tmp_path: Path) -> None:

@@ -10,7 +10,21 @@ from hypothesis import strategies as st
 
 from elastictrain import faults
 from elastictrain.errors import ConfigError
-from elastictrain.faults import Fault, add, drain, fail, flip, kill, kills_for, load_faults, miscompute, parse_faults
+from elastictrain.faults import (
+    Fault,
+    add,
+    drain,
+    fail,
+    flip,
+    freeze,
+    kill,
+    kill_controller,
+    kills_for,
+    load_faults,
+    miscompute,
+    parse_faults,
+    terminate,
+)
 
 PHASES = "'compute', 'exchange', 'mirror', 'vote', 'apply', 'gather', 'form' or 'seal'"
 WRONG: list[tuple[Any, str]] = [
@@ -18,8 +32,14 @@ WRONG: list[tuple[Any, str]] = [
         {"do": "kill", "worker": 1, "step": 2, "phase": "dance"},
         f"phase: Input should be {PHASES} (got 'dance')",
     ),
-    ({"do": "kil", "worker": 1, "step": 2}, "do: expected one of kill, fail, flip, miscompute, add, drain (got 'kil')"),
-    ({"worker": 1}, "do: expected one of kill, fail, flip, miscompute, add, drain (got None)"),
+    (
+        {"do": "kil", "worker": 1, "step": 2},
+        "do: expected one of kill, fail, freeze, terminate, flip, miscompute, add, drain, kill_controller (got 'kil')",
+    ),
+    (
+        {"worker": 1},
+        "do: expected one of kill, fail, freeze, terminate, flip, miscompute, add, drain, kill_controller (got None)",
+    ),
     ({"do": "kill", "worker": 1}, "key 'step' is missing"),
     ({"do": "kill", "worker": -1, "step": 1}, "worker: Input should be greater than or equal to 0 (got -1)"),
     ({"do": "add", "step": 0}, "step: Input should be greater than or equal to 1 (got 0)"),
@@ -101,6 +121,9 @@ phases = st.sampled_from([*faults.PHASES, "form"])
 scripts = st.lists(
     st.builds(kill, workers, steps, phases)
     | st.builds(fail, workers, steps, phases)
+    | st.builds(freeze, workers, steps, phases)
+    | st.builds(terminate, workers, steps, phases)
+    | st.builds(kill_controller, steps)
     | st.builds(flip, workers, steps, st.sampled_from(["master", "optimizer", "gradient"]))
     | st.builds(miscompute, workers, steps, one_in=steps)
     | st.builds(add, steps)

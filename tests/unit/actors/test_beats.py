@@ -37,6 +37,8 @@ REPORTS = st.builds(
     seconds,
     seconds,
     st.lists(SIGNS, max_size=4).map(tuple),
+    st.none() | seconds,
+    st.text(max_size=60),
 )
 
 
@@ -80,11 +82,13 @@ def test_another_run_and_the_other_direction_are_nothing() -> None:
 
 def test_a_report_of_another_shape_is_nothing() -> None:
     codec = Codec("x")
-    for content in ([], {}, 5, None, ["n", 1, 1, 0, 1.0, 0.0, [[1]]], ["n", 1, 1, 0, 1.0, 0.0, 5], ["n"]):
+    head = ["n", 1, 1, 0, 1.0, 0.0]
+    assert codec.decode_report(codec._seal([*head, [], None, ""])) is not None
+    for content in ([], {}, 5, None, [*head, [[1]], None, ""], [*head, 5, None, ""], [*head, [], "soon", ""], ["n"]):
         assert codec.decode_report(codec._seal(content)) is None
         assert codec.decode_answer(codec._seal(content)) is None
     unknown = [0, 1, 1, "R", 0.0, None, 1, 1, 1, 99, 1, 0.0, 0.0, 0.0]  # an activity of a later version
-    assert codec.decode_report(codec._seal(["n", 1, 1, 0, 1.0, 0.0, [unknown]])) is None
+    assert codec.decode_report(codec._seal([*head, [unknown], None, ""])) is None
 
 
 def test_sixteen_workers_fit_into_two_frames_and_nothing_infinite_travels() -> None:

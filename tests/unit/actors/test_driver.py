@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from elastictrain.controller import events as ev
 from elastictrain.controller.facts import MachineSpec
 from elastictrain.controller.journal import replay
 from elastictrain.controller.machine import Machine
-from elastictrain.faults import add, drain
+from elastictrain.faults import add, drain, kill_controller
 from elastictrain.protocol import ParkReport, Restore, Row
 from elastictrain_actors.driver import Driver, status_fields
 from elastictrain_actors.journal_file import Replaced
@@ -22,8 +23,11 @@ SPEC = MachineSpec(lane_count=4, steps=8, block_elements=(4096,) * 4, max_worker
 class Scripted:
     """Answers each command with the next batch of messages; remembers all commands."""
 
-    def __init__(self, *batches: list[Any]) -> None:
-        self.batches, self.commands = list(batches), []
+    def __init__(self, *batches: list[Any], there: Sequence[int] = ()) -> None:
+        self.batches, self.commands, self.there = list(batches), [], there
+
+    def adopt(self) -> Sequence[int]:
+        return self.there
 
     def perform(self, command: cmd.Command) -> None:
         self.commands.append(command)
@@ -97,6 +101,28 @@ def test_the_fault_script_asks_when_its_step_is_published():
     _, effects, record, _, _ = drive([READY], progress, DONE[2:], script=(add(3), drain(9, 3), add(7)))
     assert [c.worker for c in effects.commands if isinstance(c, cmd.StartWorker)] == [0, 1, 2]
     assert record.kinds.count("refused") == 1  # there is no worker 9
+
+
+class Death(Exception):
+    pass
+
+
+def test_a_script_may_kill_the_controller_once_and_asks_for_what_else_is_due_before():
+    """Who goes on does nothing of it again."""
+
+    def die() -> None:
+        raise Death
+
+    script = (kill_controller(3), add(3), add(7))
+    journal, effects = Journal(), Scripted([READY], [ev.Sealed(0.0, 1, 0, 0), ev.Progress(0.0, 1, 3)])
+    with pytest.raises(Death):
+        Driver(Machine(SPEC), effects, Record(), journal, script=script, die=die).run(ev.Begun(0.0, Restore(0, None)))
+    machine = replay(SPEC, journal)
+    assert machine.core.ledger.shown_step == 3
+    assert len(machine.core.ledger.workers) == 2
+    again = Scripted([ev.Progress(0.0, 1, 4)], [ev.Progress(0.0, 1, 7)], DONE[3:], there=(0, 1))
+    assert Driver(machine, again, Record(), journal, script=script, die=die).take_over(1.0, ()).outcome == "finished"
+    assert [c.worker for c in again.commands if isinstance(c, cmd.StartWorker)] == [1, 2], "the one under way, one new"
 
 
 def test_requests_come_in_between_events():

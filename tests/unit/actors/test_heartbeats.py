@@ -30,9 +30,10 @@ class Node:
         self.socket.settimeout(10)
         self.number, self.echo = 0, 0
 
-    def send(self, *workers: WorkerSign) -> None:
+    def send(self, *workers: WorkerSign, going_s: float | None = None) -> None:
         self.number += 1
-        report = NodeReport(self.name, self.agent, self.number, self.echo, self.number / 10, 0.0, workers)
+        left = (going_s, "" if going_s is None else "EC2 spot: terminate")
+        report = NodeReport(self.name, self.agent, self.number, self.echo, self.number / 10, 0.0, workers, *left)
         self.socket.send(self.codec.encode_report(report))
 
     def hear(self) -> tuple[int, str, int, int]:
@@ -236,6 +237,19 @@ def test_a_lost_node_is_one_event_with_its_workers(ear: Heartbeats) -> None:
         node.send(sign(0, state="T"), sign(1))
         pause.wait(0.05)
         assert watchman.look() == []
+    node.socket.close()
+
+
+def test_a_machine_that_goes_is_told_once(ear: Heartbeats) -> None:
+    watchman = Watchman(ear, Suspicion(), lambda: 1000.0)
+    watchman.agent_started("a", 1)
+    node = Node(ear, "a")
+    told: list[object] = []
+    for going_s in (None, 110.0, 109.9):
+        node.send(going_s=going_s)
+        node.hear()
+        told += watchman.look()
+    assert told == [ev.PreemptionNotice(0.0, 1110.0, None, "a", "EC2 spot: terminate")]
     node.socket.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from elastictrain.controller import events as ev
 from elastictrain.errors import ClusterError
 from elastictrain.protocol import ParkReport
+from elastictrain_actors import worker_actor
 from elastictrain_actors.worker_actor import WorkerActor, worker_name, worker_number
 
 REPORT = ParkReport(3, 5, 10, 5, True)
@@ -30,7 +32,15 @@ class Host:
 
 
 @pytest.fixture
-def actor() -> WorkerActor:
+def sigterm(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
+    """Who wants to know of SIGTERM."""
+    listeners: list[Callable[[], object]] = []
+    monkeypatch.setattr(worker_actor, "on_sigterm", listeners.append)
+    return listeners
+
+
+@pytest.fixture
+def actor(sigterm: list[Callable[[], object]]) -> WorkerActor:
     made = WorkerActor(3, "token")
     made._host = Host()  # type: ignore[assignment]
     return made
@@ -60,6 +70,12 @@ def test_a_park_report_waits_for_whoever_asks_next(actor: WorkerActor) -> None:
     actor.park(1, 5)
     assert actor.next_messages(2, 0, 0.0) == (1, [ev.WorkerParked(0.0, 5, REPORT)])
     assert actor.next_messages(2, 1, 0.0) == (1, [])
+
+
+def test_sigterm_is_a_notice(actor: WorkerActor, sigterm: list[Callable[[], object]]) -> None:
+    (told,) = sigterm
+    told()
+    assert actor.next_messages(1, 0, 0.0) == (1, [ev.PreemptionNotice(0.0, 0.0, 3, reason="SIGTERM")])
 
 
 def test_a_second_order_to_prepare_changes_nothing(actor: WorkerActor) -> None:

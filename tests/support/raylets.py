@@ -1,7 +1,7 @@
-"""A cluster of four raylets on this machine, one of whose nodes falls silent and comes back: a script run by a test
-in a process of its own, because that process connects to a cluster of its own.
+"""A cluster of five raylets on this machine: one node is drained, another falls silent and comes back. A script run by
+a test in a process of its own, because that process connects to a cluster of its own.
 
-python -m tests.support.node_loss FOLDER -> one line of JSON
+python -m tests.support.raylets FOLDER -> one line of JSON
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import select
 import signal
+import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -21,6 +22,7 @@ from ray.cluster_utils import Cluster
 
 import elastictrain as et
 from elastictrain.observe import RunDirectory
+from elastictrain.observe.incidents import incidents
 from tests.ray.test_controller_death import AtRow, job
 
 WORKERS = 3
@@ -60,14 +62,43 @@ def ends_within(pid: int, timeout_s: float) -> bool:
         return True
 
 
+def drain(address: str, node: str) -> None:
+    """As a spot-machine handler, an autoscaler or `ray start` on SIGTERM does."""
+    reason = "DRAIN_NODE_REASON_PREEMPTION"
+    subprocess.run(
+        [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", address, "--node-id", node, "--reason",
+         reason, "--reason-message", "spot", "--deadline-remaining-seconds", "120"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+
+
+def drained(folder: Path, address: str) -> dict[str, Any]:
+    """The node of worker 1 is announced to go while a free node is there."""
+    watcher = AtRow({20: lambda: drain(address, watcher.nodes[1])})
+    planned = job(folder, "drained")
+    planned = planned.model_copy(update={"workers": planned.workers.model_copy(update={"replace": True})})
+    run = et.run(planned, observer=watcher, address=address)
+    found = RunDirectory.open(folder / "drained")
+    return {
+        "digest": run.digest,
+        "worlds": run.world_sizes,
+        "redone": [r.steps_redone for r in run.recoveries],
+        "rows": [row.step for row in found.metrics()],
+        "incidents": [i.model_dump(mode="json") for i in incidents(found.events())],
+        "nodes": [watcher.nodes[worker] for worker in sorted(watcher.nodes)],
+        "gone": ends_within(watcher.pids[1], 20.0),
+    }
+
+
 def main(folder: Path) -> dict[str, Any]:
     cluster = Cluster(
         initialize_head=True,
         head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80_000_000},
     )
-    for _ in range(WORKERS):
+    for _ in range(WORKERS + 1):
         cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
     undisturbed = et.run(job(folder, "alone"), address=cluster.address)
+    planned = drained(folder, cluster.address)
     silent: list[SilentNode] = []
 
     def stop() -> None:
@@ -88,6 +119,7 @@ def main(folder: Path) -> dict[str, Any]:
         "events": [[e.kind, e.data.get("reason", "")] for e in found.events()],
         "rows": [row.step for row in found.metrics()],
         "to_commit_s": commits[0] - silent[0].stopped_s,
+        "drained": planned,
         "fenced_ended": ends_within(watcher.pids[1], 20.0),
     }
 

@@ -1,4 +1,6 @@
-"""A node that falls silent is lost to our own heartbeats long before Ray sees it, and stays fenced when it is back."""
+"""Nodes that go, on several raylets: with a notice nothing is redone; a silent one is lost to our own heartbeats long
+before Ray sees it, and stays fenced when it is back.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +9,40 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.support.raylets import WORKERS
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 STEPS = 250
 
 
-def test_a_silent_node_on_four_raylets(tmp_path: Path) -> None:
+def test_a_drained_and_a_silent_node_on_five_raylets(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.node_loss", str(tmp_path)],
+        [sys.executable, "-m", "tests.support.raylets", str(tmp_path)],
         env=environment, capture_output=True, text=True, timeout=280, check=False, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
+    silent_node(found)
+    drained_node(found["drained"], found["digests"][0])
+
+
+def drained_node(found: dict[str, Any], digest: str) -> None:
+    assert found["digest"] == digest
+    assert found["worlds"] == [3], "a stand-in came before the machine went"
+    assert found["redone"] == []
+    assert found["rows"] == list(range(1, STEPS + 1)), "every step once"
+    (incident,) = found["incidents"]
+    assert "Ray drains its node" in str(incident)
+    assert len(set(found["nodes"])) == WORKERS + 1, "worker 3 stands in on the free node"
+    assert found["gone"], "worker 1 has left"
+
+
+def silent_node(found: dict[str, Any]) -> None:
     assert found["digests"][0] == found["digests"][1]
     assert found["worlds"] == [[3], [3, 2]]
     assert found["redone"][0] <= 1
