@@ -21,21 +21,24 @@ def on_sigterm(then: Callable[[], object]) -> Callable[[], None]:
     pythons.setblocking(False)
     before = signal.set_wakeup_fd(pythons.fileno(), warn_on_full_buffer=False)
 
-    def listen() -> None:
-        while received := ours.recv(64):
-            if signal.SIGTERM in received:
-                then()
+    thread = threading.Thread(target=_listen, args=(ours, pythons, then), name="elastictrain-sigterm", daemon=True)
 
     def undo() -> None:
         signal.set_wakeup_fd(before)
         signal.signal(signal.SIGTERM, previous)
         pythons.close()
         thread.join()
-        ours.close()
 
-    thread = threading.Thread(target=listen, name="elastictrain-sigterm", daemon=True)
     thread.start()
     return undo
+
+
+def _listen(ours: socket.socket, pythons: socket.socket, then: Callable[[], object]) -> None:
+    """Holds on to both ends, also for a caller who does not keep `undo`: collected, Python's would be closed."""
+    with ours, pythons:
+        while received := ours.recv(64):
+            if signal.SIGTERM in received:
+                then()
 
 
 def _handled(signum: int, frame: Any) -> None:

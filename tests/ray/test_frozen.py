@@ -27,7 +27,7 @@ def test_a_worker_that_is_told_to_go_hands_over_and_leaves(tmp_path: Path) -> No
     disturbed = et.run(job(tmp_path, "told"), observer=watcher)
     assert disturbed.digest == undisturbed.digest
     assert disturbed.world_sizes == [3, 2]
-    assert disturbed.recoveries == (), "nothing was lost and nothing redone"
+    assert disturbed.recoveries == [], "nothing was lost and nothing redone"
     (notice,) = [e.data for e in RunDirectory.open(tmp_path / "told").events() if e.kind == "preemption"]
     assert (notice["workers"], notice["reason"]) == ([1], "SIGTERM")
     assert ends_within(watcher.pids[1], 20.0)
