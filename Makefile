@@ -47,7 +47,8 @@ bench: setup
 
 # All of the fault campaign; `make test` runs a slice of it.
 campaign: setup
-	$(BIN)/python -m tests.support.campaign --faults 300
+	$(BIN)/python -m tests.support.campaign --faults 200
+	$(BIN)/python -m tests.support.campaign --faults 100 --ray
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .hypothesis

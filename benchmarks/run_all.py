@@ -22,6 +22,7 @@ ALL = {
     "mirrors": ["mirrors.py"],
     "integrity": ["integrity.py"],
     "startup": ["startup.py"],
+    "faults": ["faults/compare.py"],
     "simulate": ["simulate.py"],
 }
 BEGIN, END = "<!-- figures: written by run_all.py -->", "<!-- end of figures -->"

@@ -56,7 +56,9 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """What a prepared worker says of itself. `prepared_s`: seconds of each part of its preparation."""
+    """What a prepared worker says of itself. `prepared_s`: seconds of each part of its preparation; `store`: address of
+    the store in this process, where the generations that it leads meet.
+    """
 
     worker: int
     pid: int
@@ -64,6 +66,7 @@ class Ready:
     fingerprint: dict[str, object]
     memory_bytes: int | None
     prepared_s: dict[str, float]
+    store: str = ""
     node: str = ""
     labels: dict[str, str] = field(default_factory=dict)
 

@@ -126,7 +126,7 @@ class Driver:
         for announce in unsaid:
             self._perform(announce)
         strangers, gone = reconcile(self.machine, alive, self._clock())
-        self._handle(ev.ControllerBack(0.0, gone_s, store_lost=True))  # the store was in the process that died
+        self._handle(ev.ControllerBack(0.0, gone_s))
         for command in [*strangers, *outstanding(self.machine)]:
             self._perform(command)
         for event in gone:

@@ -11,19 +11,18 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
+from elastictrain.agreement import differences
 from elastictrain.controller import commands as cmd
 from elastictrain.controller import events as ev
 from elastictrain.controller.events import Message
 from elastictrain.controller.suspicion import Suspicion
-from elastictrain.errors import ClusterError
 from elastictrain.faults import Fault, kills_for
 from elastictrain.job import Job
 from elastictrain.protocol import Ready, Stage
@@ -38,12 +37,9 @@ from elastictrain_actors.surroundings import Surroundings
 from elastictrain_actors.watchman import Watchman
 from elastictrain_actors.worker_actor import Identity, WorkerActor, worker_name, worker_number
 
-if TYPE_CHECKING:
-    from elastictrain.engine.collective import Rendezvous
-
 LONG_POLL_S = 0.5
 SLOW_START_S = 20.0
-STORE_START_S = 120.0
+STORE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +59,7 @@ class _Worker:
     handle: Any
     since_s: float
     who: Identity | None = None
+    store: str = ""
     heard: int = 0
     said_slow: bool = False
     end: str = field(default="")
@@ -79,8 +76,6 @@ class RayEffects:
         self._environment = dict(environment)
         self._address = ray.util.get_node_ip_address()
         self._node = ray.get_runtime_context().get_node_id()
-        self._rendezvous: Future[Rendezvous] | None = None
-        self._background = ThreadPoolExecutor(1, thread_name_prefix="elastictrain-store")
         self._calls = Calls()
         self._workers: dict[int, _Worker] = {}
         self._to_poll: set[int] = set()
@@ -101,7 +96,7 @@ class RayEffects:
                 self._start(worker, avoid)
             case cmd.Form(plan):
                 self._watchman.formed(plan.generation, plan.layout.workers)
-                plan = replace(plan, store=self._store())
+                plan = replace(plan, store=self._store(plan.layout.workers[0]))
                 for worker in plan.layout.workers:
                     self._order(worker, "form", plan)
             case cmd.Park(generation, workers):
@@ -116,25 +111,17 @@ class RayEffects:
             case cmd.Kill(worker, reason):
                 self._kill(worker, reason)
 
-    def _store(self) -> str:
-        try:
-            return self._meeting_place().result(timeout=STORE_START_S).address
-        except (RuntimeError, OSError, TimeoutError) as error:
-            raise ClusterError(
-                f"no store for the groups to meet can be opened on {self._address}: {type(error).__name__}: {error}"
-            ) from error
-
-    def _meeting_place(self) -> Future[Rendezvous]:
-        """The store where groups meet needs torch, which takes seconds to import: it does so while workers start."""
-        if self._rendezvous is None:
-
-            def start() -> Rendezvous:
-                from elastictrain.engine.collective import Rendezvous
-
-                return Rendezvous(self._address)
-
-            self._rendezvous = self._background.submit(start)
-        return self._rendezvous
+    def _store(self, leader: int) -> str:
+        """That of the first member: a function of the plan, so that a controller that comes back and says it again says
+        the same. "" when it cannot be reached: then nobody meets, and all say so.
+        """
+        facts = self._workers.get(leader)
+        if facts is None:
+            return ""
+        if not facts.store:  # adopted a moment ago
+            with suppress(RayError, TimeoutError):
+                facts.store = ray.get(facts.handle.who.remote(), timeout=STORE_S).store
+        return facts.store
 
     def _start(self, worker: int, avoid: Sequence[str]) -> None:
         if worker in self._workers:
@@ -156,12 +143,10 @@ class RayEffects:
         if self._environment:
             options["runtime_env"] = self._environment
         self._meet(worker, ray.remote(WorkerActor).options(**options).remote(worker, self._place.token))
-        self._meeting_place()
         self._order(worker, "prepare", self.job, kills_for(self.faults, worker), self.stages)
 
     def adopt(self) -> Sequence[int]:
         """Take over the workers that a controller before this one has left; says which are there."""
-        self._meeting_place()
         self._agents.hurry()  # its workers are up
         found = []
         names = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True)
@@ -182,7 +167,7 @@ class RayEffects:
 
     def _introduced(self, worker: int, who: Identity) -> None:
         facts = self._workers[worker]
-        facts.who = who
+        facts.who, facts.store = who, facts.store or who.store
         self._agents.need(who.node)
         if facts.end:
             self._kill(worker, facts.end)  # told to die before anybody knew where it was
@@ -291,6 +276,7 @@ class RayEffects:
             self._kill(worker, refusal)
             return [ev.WorkerStartFailed(0.0, worker, refusal, True)]
         node = ready.node
+        self._workers[worker].store = ready.store
         facts = {"worker": worker, "pid": ready.pid, "domain": node,
                  "prepared_s": {name: round(value, 3) for name, value in ready.prepared_s.items()}}  # fmt: skip
         return [
@@ -301,8 +287,6 @@ class RayEffects:
 
     def _compare(self, worker: int, ready: Ready) -> str | None:
         """The first worker's numerics are the run's; a difference is said, and refused only if the job asks for it."""
-        from elastictrain.engine.numerics import differences  # torch has been imported by now, for the store
-
         if self._numerics is None:
             self._numerics = ready.numerics
         found = differences(self._numerics, ready.numerics, f"worker {worker}")
@@ -338,7 +322,6 @@ class RayEffects:
 
     def close(self) -> None:
         """End whatever is left."""
-        self._background.shutdown(wait=False)
         for worker in list(self._workers):
             self._kill(worker, "the run is over")
             self._forget(worker)

@@ -37,11 +37,14 @@ def worker_number(name: str) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Which process a worker is, beyond doubt: pids are used again, start times with them are not."""
+    """Which process a worker is, beyond doubt: pids are used again, start times with them are not. `store`: where the
+    generations meet that it leads; "" before it is prepared.
+    """
 
     node: str
     pid: int
     start_ticks: int
+    store: str = ""
 
 
 class WorkerActor:
@@ -66,13 +69,16 @@ class WorkerActor:
 
     def who(self) -> Identity:
         """Can be said before torch is imported."""
-        return Identity(ray.get_runtime_context().get_node_id(), os.getpid(), start_ticks(os.getpid()) or 0)
+        node, store = ray.get_runtime_context().get_node_id(), "" if self._host is None else self._host.store
+        return Identity(node, os.getpid(), start_ticks(os.getpid()) or 0, store)
 
     def prepare(self, epoch: int, job: Job, faults: Sequence[OwnFault], stages: Sequence[Stage]) -> None:
         """Build model, data and session; says `Ready` or `WorkerStartFailed`. A second call changes nothing."""
         self._check(epoch)
         if self._host is not None:
             return
+        # To c10d a connection that breaks is worth a stack trace; to us it is how a generation ends. Read by torch.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         # Here, and not above: the controller names this class and should not wait for torch's import.
         from elastictrain.engine.host import WorkerHost, start_error
 

@@ -171,8 +171,6 @@ def on_back(core: Core, event: ev.ControllerBack, out: list[Command]) -> bool:
             ledger.workers.update_facts(worker, suspected_until_s=facts.suspected_until_s + gone_s)
     out.append(Announce("controller_back", {"gone_s": gone_s, "phase": state.phase.value}))
     core.saw(event.now_s, "controller", f"was away for {gone_s:.1f} s")
-    if event.store_lost and isinstance(state, Forming):
-        core.begin_parking(event.now_s, "the store where the generation was to meet is lost", None, out)
     return True
 
 

@@ -218,13 +218,11 @@ class ClusterChanged:
 @dataclass(frozen=True, slots=True)
 class ControllerBack:
     """The controller was away for `gone_s`: it was dead, or its process or its machine stood still. The first event of
-    a new controller after replay. Deadlines move by the gap; those of preemptions do not. `store_lost`: the store
-    where a forming generation meets went with it.
+    a new controller after replay. Deadlines move by the gap; those of preemptions do not.
     """
 
     now_s: float
     gone_s: float
-    store_lost: bool = False
 
 
 @dataclass(frozen=True, slots=True)

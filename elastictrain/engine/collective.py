@@ -187,7 +187,9 @@ def _build(build: Callable[[], T], rank: int, world: int) -> T:
 
 
 class Rendezvous:
-    """Where the groups of all generations meet: a TCPStore that lives apart from any worker."""
+    """Where groups meet: a TCPStore. Every worker has one, and a generation meets in that of its first member: no other
+    process has to live for it, and a generation needs no member more than any other once it has formed.
+    """
 
     def __init__(self, host: str = "127.0.0.1") -> None:
         self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
@@ -196,6 +198,8 @@ class Rendezvous:
 
 def connect(address: str) -> Store:
     """A client of the rendezvous store. Raises PeerLost when nobody listens there."""
+    if not address:
+        raise PeerLost("the first member of this generation, whose store all were to meet at, is out of reach")
     host, _, port = address.rpartition(":")
     problem = ""
     try:

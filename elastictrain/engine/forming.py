@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import xxhash
 
+from elastictrain.agreement import differences
 from elastictrain.controller import events as ev
 from elastictrain.engine import saving
 from elastictrain.engine.collective import GATHER_DEADLINE_S, GroupSet, Peer
 from elastictrain.engine.commit import apply_step
 from elastictrain.engine.inquest import check_claims, claims_from_json, claims_to_json
-from elastictrain.engine.numerics import differences
 from elastictrain.engine.step import published_pieces
 from elastictrain.engine.worker_model import build_initial
 from elastictrain.errors import CheckpointMismatch, CorruptWorker, InternalError, PeerLost

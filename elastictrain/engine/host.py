@@ -19,6 +19,7 @@ import torch
 
 from elastictrain.data import LaneReader, Source, open_source
 from elastictrain.data.feeder import Feeder
+from elastictrain.engine.collective import Rendezvous
 from elastictrain.engine.numerics import apply_numerics
 from elastictrain.engine.one_lane import lane_seed
 from elastictrain.engine.outbox import Outbox
@@ -82,6 +83,7 @@ class WorkerHost:
         self._probes = Probes(worker, faults)
         self._session: Session | None = None
         self._thread: threading.Thread | None = None
+        self._rendezvous: Rendezvous | None = None
 
     def prepare(self) -> Ready:
         """Everything that can be done before a plan comes, so that joining costs the others as little as possible.
@@ -111,7 +113,7 @@ class WorkerHost:
         session.rehearse()
         _give_back_freed_memory()
         marks.append(("trial_lane_s", time.perf_counter()))
-        self._session = session
+        self._session, self._rendezvous = session, Rendezvous(self.host)
         self._thread = threading.Thread(target=session.run, name="elastictrain-training", daemon=True)
         self._thread.start()
         return Ready(
@@ -120,8 +122,14 @@ class WorkerHost:
             numerics=session.numerics,
             fingerprint=dict(source.fingerprint),
             memory_bytes=_device_memory_bytes(device),
+            store=self.store,
             prepared_s={name: at - before for (_, before), (name, at) in pairwise(marks)},
         )
+
+    @property
+    def store(self) -> str:
+        """Address of the store where the generations that this worker leads meet; "" before it is prepared."""
+        return "" if self._rendezvous is None else self._rendezvous.address
 
     @property
     def session(self) -> Session:

@@ -95,6 +95,14 @@ class LaneTree:
         self._lent_room -= room
         return self._lent[-1][start : start + elements]
 
+    def borrow(self) -> torch.Tensor:
+        """fp32 [active elements] with any values, until the next `reset`: a buffer that the tree needs no more in this
+        step (every worker has a lane, and its sum has been sent). Every element then has its own place, so that no room
+        is lost between ranges.
+        """
+        self._lent.insert(0, self._pool.pop())  # `scratch` cuts from the last one
+        return self._lent[0]
+
     def release(self, node: Node) -> None:
         """Hand one partial sum's memory back (it has been sent)."""
         self._pool.append(self.nodes.pop(node))

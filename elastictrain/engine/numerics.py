@@ -1,24 +1,12 @@
-"""What belongs to the mathematics besides the job's text: set before the first tensor, recorded, compared in words."""
+"""What belongs to the mathematics besides the job's text: set before the first tensor, and recorded."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 
 import torch
 
 from elastictrain.job import Numerics
-
-_WHAT = {
-    "torch": "torch version",
-    "device": "device model",
-    "cpu": "CPU instruction set",
-    "threads": "intra-op threads",
-    "compute_dtype": "compute dtype",
-    "matmul_precision": "matmul precision",
-    "deterministic": "deterministic algorithms",
-    "attention": "attention backend",
-}
 
 
 def apply_numerics(numerics: Numerics) -> torch.device:
@@ -59,13 +47,3 @@ def capture(numerics: Numerics, device: torch.device) -> dict[str, str]:
         "deterministic": str(numerics.deterministic),
         "attention": "math" if on_cuda and numerics.deterministic else "default",
     }
-
-
-def differences(run: Mapping[str, str], other: Mapping[str, str], who: str) -> list[str]:
-    """Every difference as a sentence; empty when equal bits can be promised."""
-    return [
-        f"{who} has {_WHAT.get(key, key)} {other.get(key, 'unknown')}, the run has {value}: results will differ in the "
-        "last bits"
-        for key, value in run.items()
-        if other.get(key) != value
-    ]

@@ -276,7 +276,7 @@ class Session:
             self._opening = plan.store
         try:
             if world > 1:
-                if self._store_address != plan.store:
+                if not plan.store or self._store_address != plan.store:
                     self._store, self._store_address = connect(plan.store), plan.store
                 meet(self._store, plan.generation, rank, world, self.is_parked)
             self.probes.at(plan.step + 1, "form")

@@ -81,7 +81,7 @@ class StepRunner:
         checks = guard is not None or job.integrity.recompute_every is not None
         self.vote_format = VoteFormat(layout, flat.space.active_blocks, flat.largest_size, claims=checks)
         self.seconds: dict[str, float] = {}
-        self._spare, self._handed = SpareBuffers(flat.device), list[torch.Tensor]()
+        self._spare = SpareBuffers(flat.device)
         self._owned = [s for s in layout.owned(worker) if self._span(s)[0] < self._span(s)[1]]
         self._mirrored = [s for s in layout.mirrored(worker) if self._span(s)[0] < self._span(s)[1]]
 
@@ -103,11 +103,6 @@ class StepRunner:
             self._sum_locally(step, pending)
         else:
             self._hand_over(step, pending)
-        if self.guard is not None:
-            with Timer(self.seconds, "sums_s"):
-                self.guard.reduced({shard: pending.reduced[shard] for shard in self._owned})
-        with self._timed("mirror"):
-            self._mirror(pending)
         return pending
 
     def _sum_locally(self, step: int, pending: Pending) -> None:
@@ -122,13 +117,13 @@ class StepRunner:
                 a, b = self._span(shard)
                 parts = received[shard] | {node: self.tree.nodes[node][a:b] for node in nodes[self.rank]}
                 pending.reduced[shard] = finish(parts, torch.Tensor.add_, whole(self.layout.lane_count))
+        self._mirror(pending, next(iter(self.tree.nodes.values())))
 
     def _hand_over(self, step: int, pending: Pending) -> None:
         """Lane by lane: after every round of lanes each owner combines what has come as far as the tree allows. It does
         so in slices of its range, so that what has come and waits is one slice of each peer's and not its whole.
         """
         partial: list[dict[Shard, dict[Node, torch.Tensor]]] = [{s: {} for s in self._owned} for _ in range(SLICES)]
-        self._spare.give_back(self._handed)  # the previous step has been applied
         for turn in range(max(len(lanes) for lanes in self.layout.lanes)):
             nodes: list[tuple[Node, ...]] = [
                 (Node(lanes[turn], lanes[turn] + 1),) if turn < len(lanes) else () for lanes in self.layout.lanes
@@ -148,12 +143,13 @@ class StepRunner:
                             self._push(parts[shard], node, self.tree.nodes[node][a:b], borrowed=True)
                 for node in mine:
                     self.tree.release(node)
-        root = whole(self.layout.lane_count)
+        root, base = whole(self.layout.lane_count), self.tree.borrow()
         for shard in self._owned:
+            a, b = self._span(shard)
             sums = [parts[shard].pop(root) for parts in partial if parts[shard]]  # slices of few elements are empty
-            pending.reduced[shard] = torch.cat(sums, out=self._spare.take(sum(part.numel() for part in sums)))
+            pending.reduced[shard] = torch.cat(sums, out=base[a:b])
             self._spare.give_back(sums)
-        self._handed = list(pending.reduced.values())
+        self._mirror(pending, base)
 
     def _push(
         self, parts: dict[Node, torch.Tensor], node: Node, tensor: torch.Tensor, *, borrowed: bool = False
@@ -200,22 +196,25 @@ class StepRunner:
         a, b = self._span(shard)
         return a + (b - a) * part // parts, a + (b - a) * (part + 1) // parts
 
-    def _mirror(self, pending: Pending) -> None:
-        """The owner sends its reduced gradient, not its state, to its mirror: the redo-log entry's second copy."""
-        sends = [
-            (self.layout.rank(shard.mirror), pending.reduced[shard])
-            for shard in self._owned
-            if shard.mirror is not None
-        ]
-        spare = next(iter(self.tree.nodes.values()), None)
-        recvs: list[Peer] = []
-        for shard in self._mirrored:
-            a, b = self._span(shard)
-            # What lay here has been sent to the owner and is needed no more.
-            place = spare[a:b] if spare is not None else self.tree.scratch(b - a)
-            pending.reduced[shard] = place
-            recvs.append((self.layout.rank(shard.owner), place))
-        self.groups.exchange(sends, recvs, between=lambda: self.probe("mirror"))
+    def _mirror(self, pending: Pending, base: torch.Tensor) -> None:
+        """The owner sends its reduced gradient, not its state, to its mirror: the redo-log entry's second copy. What
+        comes lies in `base`, at its own place: what lay there has been sent to the owner and is needed no more.
+        """
+        if self.guard is not None:
+            with Timer(self.seconds, "sums_s"):
+                self.guard.reduced({shard: pending.reduced[shard] for shard in self._owned})
+        with self._timed("mirror"):
+            sends = [
+                (self.layout.rank(shard.mirror), pending.reduced[shard])
+                for shard in self._owned
+                if shard.mirror is not None
+            ]
+            recvs: list[Peer] = []
+            for shard in self._mirrored:
+                a, b = self._span(shard)
+                pending.reduced[shard] = base[a:b]
+                recvs.append((self.layout.rank(shard.owner), base[a:b]))
+            self.groups.exchange(sends, recvs, between=lambda: self.probe("mirror"))
 
     # --- one lane ---
 

@@ -21,17 +21,18 @@ from elastictrain.controller import events as ev
 from elastictrain.controller.events import Message
 from elastictrain.controller.journal import read_events
 from elastictrain.controller.machine import Machine
-from elastictrain.engine.collective import Rendezvous
 from elastictrain.engine.host import WorkerHost, start_error
 from elastictrain.engine.worker_model import inspect
 from elastictrain.faults import kills_for
 from elastictrain.job import Job
-from elastictrain.protocol import FormPlan, Restore
+from elastictrain.protocol import FormPlan, Ready, Restore
 from elastictrain_actors.driver import Driver, Outcome
 from elastictrain_actors.spec import machine_spec
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the Ray actor of a worker does
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "elastictrain.engine.host", "pyarrow.parquet"])
+# `torch._dynamo`: torch imports it with the first optimizer, which takes every worker longer than all else.
+_context.set_forkserver_preload(["torch", "torch._dynamo", "elastictrain.engine.host", "pyarrow.parquet"])
 SHARED_DOMAIN = "here"
 
 
@@ -57,7 +58,7 @@ def worker_main(
         text, user = start_error(error)
         send(ev.WorkerStartFailed(0.0, worker, text, user))
         return
-    send(ev.WorkerReady(0.0, worker, f"{SHARED_DOMAIN}-{worker}", ready.memory_bytes))
+    send(ready)
 
     def pump() -> None:
         number = 0
@@ -88,7 +89,7 @@ class ProcessEffects:
         self.all_ready_first = False
         self.die_together: tuple[int, ...] = ()
         self._held_back: list[ev.WorkerReady] = []
-        self.rendezvous = Rendezvous()
+        self.stores: dict[int, str] = {}
         self.pipes: dict[int, connection.Connection] = {}
         self.processes: dict[int, Any] = {}
 
@@ -96,7 +97,7 @@ class ProcessEffects:
         if isinstance(command, cmd.StartWorker):
             self._start(command.worker)
         elif isinstance(command, cmd.Form):
-            plan = replace(command.plan, store=self.rendezvous.address)
+            plan = replace(command.plan, store=self.stores[command.plan.layout.workers[0]])
             for worker in plan.layout.workers:
                 self._send(worker, cmd.Form(plan))
         elif isinstance(command, cmd.Park):
@@ -160,7 +161,11 @@ class ProcessEffects:
         pipe, found = self.pipes.get(worker), []
         try:
             while pipe is not None and pipe.poll():
-                found.append(pipe.recv())
+                message = pipe.recv()
+                if isinstance(message, Ready):
+                    self.stores[worker] = message.store
+                    message = ev.WorkerReady(0.0, worker, f"{SHARED_DOMAIN}-{worker}", message.memory_bytes)
+                found.append(message)
         except (EOFError, OSError):
             self.pipes.pop(worker, None)
         return found

@@ -85,15 +85,6 @@ def test_a_preemption_does_not_wait_for_the_controller() -> None:
     assert len(every(cm.AskPause, out)) == 1  # half of the notice is over
 
 
-def test_a_forming_generation_whose_store_is_lost_forms_again() -> None:
-    scene = Scene()
-    scene.ready(0, 1, 2)
-    out = scene.send(ev.ControllerBack(1.0, 0.5, store_lost=True))
-    assert every(cm.Park, out) == [cm.Park(1, (0, 1, 2))]
-    running = Scene().run()
-    assert every(cm.Park, running.send(ev.ControllerBack(1.0, 0.5, store_lost=True))) == []
-
-
 def test_what_a_gap_takes_is_not_learnt_as_the_time_that_things_take() -> None:
     scene = Scene()
     scene.ready(0, 1, 2)

@@ -116,7 +116,6 @@ EVENTS: dict[str, ev.Event] = {
     "preemption": ev.PreemptionNotice(2.0, 32.0, worker=0),
     "cluster": ev.ClusterChanged(2.0, ("node0", "node1"), "8 CPUs"),
     "back": ev.ControllerBack(2.0, 1.0),
-    "back without the store": ev.ControllerBack(2.0, 1.0, store_lost=True),
 }
 
 # Where each event leads to from each phase, in the order of SCENES; "." = stays. Terminal phases are tested apart.
@@ -145,7 +144,6 @@ TABLE: dict[str, tuple[str, ...]] = {
     "preemption": (".", ".", ".", ".", "."),
     "cluster": (".", ".", ".", ".", "."),
     "back": (".", ".", ".", ".", "."),
-    "back without the store": (".", P, ".", ".", "."),
 }
 
 

@@ -237,6 +237,11 @@ def test_more_workers_need_a_store() -> None:
         GroupSet(None, generation=7, rank=0, world=2, device=CPU, host=HOST)
 
 
+def test_without_a_store_nobody_waits() -> None:
+    with pytest.raises(PeerLost, match="the first member of this generation"):
+        connect("")
+
+
 def test_waiting_for_peers_ends_when_the_generation_is_given_up(rendezvous: Rendezvous) -> None:
     store = connect(rendezvous.address)
     asked: list[int] = []

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from elastictrain.engine.numerics import apply_numerics, capture, differences
+from elastictrain.agreement import differences
+from elastictrain.engine.numerics import apply_numerics, capture
 from elastictrain.job import Numerics
 from tests.unit.engine.worlds import CPU
 

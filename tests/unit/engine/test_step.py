@@ -107,6 +107,9 @@ LAYOUTS = {
     "several shards, and one who owns nothing": Layout(
         1, (0, 1, 2), ((2, 3), (0, 1), (4,)), (Shard(0, 3, 0, 1), Shard(3, 9, 1, 2), Shard(9, BLOCKS, 0, None)), 5
     ),
+    "a shard for every block, also for one of a single number, which no slices can share": Layout(
+        1, (0, 1, 2), ((2,), (0, 3), (1, 4)), tuple(Shard(n, n + 1, n % 3, (n + 1) % 3) for n in range(BLOCKS)), 5
+    ),
 }
 
 
