@@ -33,7 +33,7 @@ layers:
 	$(BIN)/lint-imports --no-cache
 
 unit:
-	$(BIN)/python -m pytest tests -m 'not processes and not ray'
+	$(BIN)/python -m pytest tests -m 'not processes and not ray' -n 2
 
 processes:
 	$(BIN)/python -m pytest tests -m processes

@@ -86,7 +86,6 @@ class RayEffects:
         self._watchman = Watchman(ears, judgement, place.clock)
         self._agents = Agents(place, self._watchman, self._calls, self._environment, job.workers.spot_notices)
         self._surroundings = Surroundings(place.clock)
-        self._going: dict[str, ev.PreemptionNotice] = {}
 
     # --- commands ---
 
@@ -165,12 +164,13 @@ class RayEffects:
         self._to_poll.add(worker)
         self._expect(worker, handle.who.remote(), lambda who: self._introduced(worker, who))
 
-    def _introduced(self, worker: int, who: Identity) -> None:
+    def _introduced(self, worker: int, who: Identity) -> list[Heard]:
         facts = self._workers[worker]
         facts.who, facts.store = who, facts.store or who.store
         self._agents.need(who.node)
         if facts.end:
             self._kill(worker, facts.end)  # told to die before anybody knew where it was
+        return [ev.WorkerPlaced(0.0, worker, who.node)]
 
     def _kill(self, worker: int, reason: str) -> None:
         """SIGKILL by the agent of its node, which also ends a stopped process and confirms; without one (or without an
@@ -218,7 +218,6 @@ class RayEffects:
         if not self._out:
             self._out += self._calls.take(timeout_s)
         found, self._out = [*self._out, *self._look(), *self._slow_starts(), *self._surroundings.take()], []
-        self._going |= {n.node: n for n in found if isinstance(n, ev.PreemptionNotice) and n.node}
         return found
 
     def _look(self) -> list[Heard]:
@@ -227,7 +226,6 @@ class RayEffects:
         for noticed in self._watchman.look():
             if isinstance(noticed, ev.NodeLost):
                 self._agents.lost(noticed.node)
-                self._going.pop(noticed.node, None)
             if isinstance(noticed, ev.WorkerDied):
                 if noticed.worker not in self._workers:
                     continue
@@ -282,7 +280,6 @@ class RayEffects:
         return [
             cmd.Announce("worker_prepared", facts),
             ev.WorkerReady(0.0, worker, node, ready.memory_bytes, node, ready.labels),
-            *([self._going[node]] if node in self._going else []),
         ]
 
     def _compare(self, worker: int, ready: Ready) -> str | None:

@@ -123,9 +123,11 @@ def on_preemption(core: Core, event: ev.PreemptionNotice, out: list[Command]) ->
         there.add(event.worker)
     new = [w for w in sorted(there) if w not in ledger.notices and not ledger.workers[w].doomed]
     new = [w for w in new if ledger.workers[w].role is not Role.LEAVING]
+    is_news = bool(event.node) and (event.node not in ledger.nodes or ledger.nodes[event.node].avoided != "going")
+    if is_news:
+        limits.avoid(core, now_s, event.node, event.deadline_s, "going")
     if not new:
-        return False
-    limits.avoid(core, now_s, event.node, event.deadline_s, "going")
+        return is_news
     data = {
         "node": event.node or ledger.workers[new[0]].node,
         "workers": new,

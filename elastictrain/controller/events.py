@@ -19,6 +19,15 @@ class Begun:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerPlaced:
+    """A worker's process runs on `node`, and is being prepared."""
+
+    now_s: float
+    worker: int
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerReady:
     """A worker process is imported, warmed and waiting.
 
@@ -234,6 +243,7 @@ class Tick:
 
 Event = (
     Begun
+    | WorkerPlaced
     | WorkerReady
     | WorkerStartFailed
     | WorkerDied

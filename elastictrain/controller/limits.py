@@ -103,6 +103,7 @@ def nodes_back(core: Core, now_s: float, out: list[Command]) -> bool:
     back = take_back(core.ledger.nodes, now_s)
     out += [Announce("node_taken_back", {"node": node}) for node in back]
     for worker in core.ledger.with_role(Role.STARTING) if back else []:
-        if set(core.ledger.workers[worker].avoid) & set(back):
+        facts = core.ledger.workers[worker]
+        if not facts.node and set(facts.avoid) & set(back):
             core.retire(worker, out)
     return bool(back)

@@ -27,6 +27,7 @@ from elastictrain.controller.settle import settle
 
 HANDLERS: dict[type[Any], Callable[[Core, Any, list[Command]], bool]] = {
     ev.Begun: moves.on_begun,
+    ev.WorkerPlaced: moves.on_placed,
     ev.WorkerReady: moves.on_ready,
     ev.WorkerStartFailed: moves.on_start_failed,
     ev.WorkerDied: moves.on_died,
@@ -55,7 +56,7 @@ def speaker(event: ev.Event) -> int | None:
     """The worker that an event comes from; None when it comes from elsewhere, or says only that a worker is gone."""
     if isinstance(event, ev.WorkerParked):
         return event.report.worker
-    spoken = ev.WorkerReady | ev.WorkerTroubled | ev.WorkerFailed | ev.Sealed | ev.WorkerFinished
+    spoken = ev.WorkerPlaced | ev.WorkerReady | ev.WorkerTroubled | ev.WorkerFailed | ev.Sealed | ev.WorkerFinished
     return event.worker if isinstance(event, spoken) else None
 
 

@@ -42,6 +42,16 @@ def on_begun(core: Core, event: ev.Begun, out: list[Command]) -> bool:
     return True
 
 
+def on_placed(core: Core, event: ev.WorkerPlaced, out: list[Command]) -> bool:
+    ledger, facts = core.ledger, core.ledger.workers.get(event.worker)
+    if facts is None or facts.doomed or facts.role is not Role.STARTING or facts.node == event.node:
+        return False
+    ledger.workers.update_facts(event.worker, node=event.node)
+    if event.node in ledger.nodes and ledger.nodes[event.node].avoided == "going":
+        core.retire(event.worker, out)
+    return True
+
+
 def on_ready(core: Core, event: ev.WorkerReady, out: list[Command]) -> bool:
     facts = core.ledger.workers.get(event.worker)
     if facts is None or facts.doomed or facts.role is not Role.STARTING:
@@ -71,7 +81,7 @@ def on_start_failed(core: Core, event: ev.WorkerStartFailed, out: list[Command])
         return True
     if facts.doomed:
         return True  # counted when it was doomed
-    _count_start_failure(core, event.now_s, event.worker, event.error, event.node, out)
+    _count_start_failure(core, event.now_s, event.worker, event.error, event.node or facts.node, out)
     return True
 
 
@@ -90,7 +100,7 @@ def on_died(core: Core, event: ev.WorkerDied, out: list[Command]) -> bool:
         return ledger.fenced.pop(worker, None) is not None
     if facts.role is Role.STARTING and not facts.doomed:
         core.forget(worker)
-        _count_start_failure(core, event.now_s, worker, event.cause, event.node, out)
+        _count_start_failure(core, event.now_s, worker, event.cause, event.node or facts.node, out)
         return True
     out.append(Announce("worker_lost", {"worker": worker, "cause": event.cause, "generation": ledger.generation}))
     expected = facts.doomed or worker in ledger.notices or facts.role is Role.LEAVING

@@ -160,7 +160,9 @@ class Cluster:
         if node is None:
             self.nodes.waiting.append((worker, avoid))
             return
-        process = self.processes[worker] = Process(worker, node.number)
+        process, name = Process(worker, node.number), node.name
+        self.processes[worker] = process
+        self.post(self.costs.message_s, lambda now_s: [ev.WorkerPlaced(now_s, worker, name)])
         self.clock.after(self.costs.start_s * self.rng.uniform(0.8, 1.2), self._ready, process, node)
 
     def place_waiting(self) -> None:

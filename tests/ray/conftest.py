@@ -8,6 +8,13 @@ from collections.abc import Iterator
 import pytest
 
 import elastictrain_actors  # noqa: F401  (before Ray: it sets what Ray reads when it is imported)
+from tests.support.process_cluster import RAY_STEPS, byte_job, run_job
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest of `RAY_STEPS` steps of `byte_job`, by one worker on a plain process: what every run must end with."""
+    return run_job(byte_job(tmp_path_factory.mktemp("undisturbed"), steps=RAY_STEPS, workers=1)).digest
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,10 @@ import pytest
 
 import elastictrain as et
 from elastictrain.observe import Blind, Event, RunDirectory
+from tests.support.process_cluster import RAY_STEPS as STEPS
 from tests.support.process_cluster import byte_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240), pytest.mark.usefixtures("shared_ray")]
-
-STEPS = 250
 
 
 class AtRow(Blind):
@@ -49,8 +48,7 @@ def kill_controller(run_dir: Path) -> None:
     os.kill(json.loads((run_dir / "lock").read_text())["pid"], signal.SIGKILL)
 
 
-def test_killed_twice_and_a_worker_with_it(tmp_path: Path) -> None:
-    undisturbed = et.run(job(tmp_path, "alone"))
+def test_killed_twice_and_a_worker_with_it(tmp_path: Path, undisturbed: str) -> None:
     run_dir = tmp_path / "disturbed"
 
     def both() -> None:
@@ -59,7 +57,7 @@ def test_killed_twice_and_a_worker_with_it(tmp_path: Path) -> None:
 
     watcher = AtRow({20: lambda: kill_controller(run_dir), 90: both})
     disturbed = et.run(job(tmp_path, "disturbed"), observer=watcher)
-    assert disturbed.digest == undisturbed.digest
+    assert disturbed.digest == undisturbed
     assert not watcher.acts, "both have happened"
     run = RunDirectory.open(run_dir)
     assert [row.step for row in run.metrics()] == list(range(1, STEPS + 1)), "every step once"

@@ -21,31 +21,29 @@ def frozen_events(run_dir: Path) -> list[dict[str, Any]]:
     return [event.data for event in RunDirectory.open(run_dir).events() if event.kind == "frozen"]
 
 
-def test_a_worker_that_is_told_to_go_hands_over_and_leaves(tmp_path: Path) -> None:
-    undisturbed = et.run(job(tmp_path, "alone"))
+def test_a_worker_that_is_told_to_go_hands_over_and_leaves(tmp_path: Path, undisturbed: str) -> None:
     watcher = AtRow({20: lambda: os.kill(watcher.pids[1], signal.SIGTERM)})
     disturbed = et.run(job(tmp_path, "told"), observer=watcher)
-    assert disturbed.digest == undisturbed.digest
+    assert disturbed.digest == undisturbed
     assert disturbed.world_sizes == [3, 2]
     assert disturbed.recoveries == [], "nothing was lost and nothing redone"
     (notice,) = [e.data for e in RunDirectory.open(tmp_path / "told").events() if e.kind == "preemption"]
     assert (notice["workers"], notice["reason"]) == ([1], "SIGTERM")
+    assert not frozen_events(tmp_path / "told"), "and nobody was taken for frozen"
     assert ends_within(watcher.pids[1], 20.0)
 
 
-def test_a_stopped_process_is_named_and_replaced_although_ray_never_notices(tmp_path: Path) -> None:
-    undisturbed = et.run(job(tmp_path, "alone"))
+def test_a_stopped_process_is_named_and_replaced_although_ray_never_notices(tmp_path: Path, undisturbed: str) -> None:
 
     def freeze(worker: int) -> None:
         os.kill(watcher.pids[worker], signal.SIGSTOP)
 
     watcher = AtRow({20: lambda: freeze(1), 120: lambda: freeze(0)})
     disturbed = et.run(job(tmp_path, "frozen"), observer=watcher)
-    assert disturbed.digest == undisturbed.digest
+    assert disturbed.digest == undisturbed
     assert [event["worker"] for event in frozen_events(tmp_path / "frozen")] == [1, 0]
     assert all("stopped by a signal" in event["reason"] for event in frozen_events(tmp_path / "frozen"))
     assert disturbed.world_sizes == [3, 2, 1]
     assert [r.steps_redone <= 1 for r in disturbed.recoveries] == [True, True]
     for pid in (watcher.pids[0], watcher.pids[1]):
         assert not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes(), "gone"
-    assert not frozen_events(tmp_path / "alone"), "nobody is named in a run without faults"

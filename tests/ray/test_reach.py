@@ -21,25 +21,19 @@ from elastictrain.observe.answers import Request
 from elastictrain.observe.follow import follow
 from elastictrain.observe.standing import complete
 from elastictrain_actors.reach import ask
+from tests.support.process_cluster import RAY_STEPS as STEPS
 from tests.support.process_cluster import byte_job
 from tests.unit.observe.test_follow import Seen
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.usefixtures("shared_ray")]
 
-STEPS, ROOT = 250, Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 
 
 def job(folder: Path, name: str, **settings: Any) -> et.Job:
     folder.mkdir(exist_ok=True)
     workers = {"min": 1, "max": 3, "start": 2, "replace": False}
     return byte_job(folder, **{"workers": workers, "steps": STEPS, "run_dir": str(folder / name), **settings})
-
-
-@pytest.fixture(scope="module")
-def undisturbed(shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> str:
-    digest = et.run(job(tmp_path_factory.mktemp("alone"), "alone")).digest
-    assert digest is not None
-    return digest
 
 
 class Begun(Blind):

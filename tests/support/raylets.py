@@ -97,7 +97,6 @@ def main(folder: Path) -> dict[str, Any]:
     )
     for _ in range(WORKERS + 1):
         cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
-    undisturbed = et.run(job(folder, "alone"), address=cluster.address)
     planned = drained(folder, cluster.address)
     silent: list[SilentNode] = []
 
@@ -113,8 +112,8 @@ def main(folder: Path) -> dict[str, Any]:
     found = RunDirectory.open(folder / "lost")
     commits = [e.time.timestamp() for e in found.events() if e.kind == "incident"]
     return {
-        "digests": [undisturbed.digest, disturbed.digest],
-        "worlds": [undisturbed.world_sizes, disturbed.world_sizes],
+        "digest": disturbed.digest,
+        "worlds": disturbed.world_sizes,
         "redone": [r.steps_redone for r in disturbed.recoveries],
         "events": [[e.kind, e.data.get("reason", "")] for e in found.events()],
         "rows": [row.step for row in found.metrics()],

@@ -194,6 +194,7 @@ class Cluster:
             return False
         if worker.state == "starting":
             worker.state = "waiting"
+            worker.outbox.append(ev.WorkerPlaced(self.now_s, number, worker.node))
             worker.outbox.append(ev.WorkerReady(self.now_s, number, worker.node, node=worker.node))
             return True
         if worker.state not in ("forming", "voted", "stepping"):
@@ -348,7 +349,7 @@ class Cluster:
         old = [
             event
             for event in self.past
-            if not isinstance(event, ev.WorkerDied | ev.WorkerReady)
+            if not isinstance(event, ev.WorkerDied | ev.WorkerPlaced | ev.WorkerReady)
             and getattr(event, "generation", None) != self.machine.generation
         ]
         if not old:

@@ -94,6 +94,7 @@ SCENES = {
 
 EVENTS: dict[str, ev.Event] = {
     "begun again": ev.Begun(2.0, Restore(9, "elsewhere")),
+    "placed": ev.WorkerPlaced(2.0, 0, "node1"),
     "ready again": ev.WorkerReady(2.0, 0, "node0"),
     "start failed": ev.WorkerStartFailed(2.0, 0, "no room", False),
     "died": ev.WorkerDied(2.0, 0, "SIGKILL"),
@@ -122,6 +123,7 @@ EVENTS: dict[str, ev.Event] = {
 G, F, R, P, FI, FA, ST = "gathering", "forming", "running", "parking", "finishing", "failed", "stopped"
 TABLE: dict[str, tuple[str, ...]] = {
     "begun again": (".", ".", ".", ".", "."),
+    "placed": (".", ".", ".", ".", "."),
     "ready again": (".", ".", ".", ".", "."),
     "start failed": (".", ".", ".", ".", "."),
     "died": (".", P, P, ".", "."),
