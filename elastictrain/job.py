@@ -156,7 +156,11 @@ class Integrity(_Settings):
     """Checks for memory and arithmetic that are silently wrong (docs/integrity.md says what they find, and when)."""
 
     state: bool = True
-    """Compare sums of the state with every vote: against this worker's own of a step before, and against the copies."""
+    """Compare sums of the state with every vote, against the other copies."""
+    witness: bool = False
+    """Take these sums right after every apply as well: a copy that has changed then gives itself away, and the step is
+    redone. Without it, two copies that differ send the run back to its newest checkpoint. Costs as much again.
+    """
     recompute_every: PositiveInt | None = 50
     """At every step that is a multiple of this, compute one lane a second time on another worker. None: never."""
     distrust: Literal["since_last_check", "since_it_joined"] = "since_last_check"

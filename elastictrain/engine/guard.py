@@ -1,7 +1,7 @@
-"""A worker's watch over its own memory: sums after every apply, and the same sums again before the next vote.
+"""A worker's watch over its own memory: sums before every vote, and (with `integrity.witness`) after every apply.
 
-Apply and gather are the only writers of state, so between a gather and the next apply nothing may change. What has
-changed all the same names this worker, and nobody else, as wrong.
+Apply and gather are the only writers of state, so between a gather and the next apply nothing may change. What is known
+to have changed all the same names this worker, and nobody else, as wrong.
 """
 
 from __future__ import annotations

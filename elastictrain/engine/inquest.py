@@ -98,7 +98,7 @@ def check_claims(
         who = sorted(verdict.undecided)
         reason = (
             f"workers {who} have different copies of the state of step {commit} (blocks {sorted(verdict.claims)[:8]}), "
-            "neither has changed since it was computed, and there is no third computation"
+            "neither is known to have changed since it was computed, and there is no third computation"
         )
         doubt = Doubt(max(0, commit - 1), reason, tuple(who))
         session.knowledge.disputes += [

@@ -17,6 +17,7 @@ from tests.support.process_cluster import Run, byte_job, run_job
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
 
 OFF = {"state": False, "recompute_every": None}
+WITNESS = {"witness": True}
 SEED = 7
 """Its first wrong lane that is checked is in step 25; five others were wrong before."""
 
@@ -54,12 +55,34 @@ BETWEEN = {
 @pytest.mark.parametrize("case", [name for name in BETWEEN if BETWEEN[name][1] is not None])
 def test_a_flipped_bit_is_found_at_the_next_vote(folder: Path, reference: Run, case: str) -> None:
     fault, culprit, good = BETWEEN[case]
-    run = run_job(byte_job(folder), [fault])
+    run = run_job(byte_job(folder, integrity=WITNESS), [fault])
     same(run, reference)
     assert named(run) == [culprit]
     assert found_at(run, good)
     assert not run.record.of("went_back"), "the other copies are right: no storage is read"
     assert [row["step"] for row in run.record.rows] == list(range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("case", "workers"),
+    [
+        (name, workers)
+        for name, (fault, culprit, _) in BETWEEN.items()
+        for workers in (2, 3)
+        if culprit is not None and culprit < workers and (fault.of != "other" or workers == 3)
+    ],
+)
+def test_without_a_witness_it_is_found_as_soon_and_named_by_the_redo(
+    folder: Path, tmp_path: Path, reference: Run, case: str, workers: int
+) -> None:
+    fault, culprit, good = BETWEEN[case]
+    job = byte_job(folder, workers=workers, checkpoint={"path": str(tmp_path / "c"), "every_steps": 2})
+    run = run_job(job, [fault])
+    same(run, reference)
+    assert named(run) == [culprit]
+    back = run.record.of("went_back")
+    assert found_at(run, good) or [(b["from_step"], b["to_step"]) for b in back] == [(good, 2)]
+    assert not back or "there is no third computation" in back[0]["reason"]
 
 
 @pytest.mark.parametrize("case", BETWEEN)
@@ -83,7 +106,7 @@ def test_with_the_sums_off_it_spoils_the_result(folder: Path, reference: Run, ca
 def test_the_same_under_other_settings(folder: Path, settings: dict[str, Any]) -> None:
     alone = run_job(byte_job(folder, workers=1, **settings))
     faults = [flip(3, 2, "master"), flip(2, 4, "optimizer", of="mirrored"), flip(1, 6, "parameter")]
-    run = run_job(byte_job(folder, workers=4, **settings), faults)
+    run = run_job(byte_job(folder, workers=4, integrity=WITNESS, **settings), faults)
     same(run, alone)
     assert named(run) == [3, 2, 1]
     assert not run.record.of("went_back")
@@ -169,7 +192,8 @@ def test_flips_among_other_faults(folder: Path) -> None:
 
 def test_memory_that_changes_while_parked_is_not_copied_to_others(folder: Path, reference: Run) -> None:
     """Worker 2 flips a bit in the step in which worker 0 dies, and is asked for its copies before any vote."""
-    run = run_job(byte_job(folder, workers=4), [flip(2, 4, "optimizer", of="mirrored"), kill(0, 4, "exchange")])
+    job = byte_job(folder, workers=4, integrity=WITNESS)
+    run = run_job(job, [flip(2, 4, "optimizer", of="mirrored"), kill(0, 4, "exchange")])
     same(run, reference)
     assert named(run) == [2]
     if "while it was parked" in run.record.of("doomed")[0]["reason"]:
