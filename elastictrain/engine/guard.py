@@ -12,7 +12,7 @@ import torch
 
 from elastictrain.engine.flat import FlatModel
 from elastictrain.engine.held import HeldState
-from elastictrain.engine.integrity import held_sums, published_sum, sums
+from elastictrain.engine.integrity import Views, held_sums, published_sum, sums
 from elastictrain.engine.verdict import Claims
 from elastictrain.layout import Layout, Shard
 
@@ -26,12 +26,13 @@ class Guard:
         self._state: tuple[int, ...] | None = None
         self._published: int | None = None
         self._reduced: dict[Shard, int] = {}
+        self._views: Views = {}
         self.changed = ""
 
     def begin(self, layout: Layout, worker: int) -> Claims:
         """A layout is about to be in force, and its state is here. Returns its sums, for the seal."""
         self._shards = layout.by_holder().get(worker, [])
-        self._reduced, self.changed = {}, ""
+        self._reduced, self._views, self.changed = {}, {}, ""
         self.applied()
         self.gathered()
         return self._claims({}, 0)
@@ -43,7 +44,7 @@ class Guard:
 
     def applied(self) -> None:
         """Apply has ended."""
-        self._state = held_sums(self._flat, self._held, self._shards)
+        self._state = held_sums(self._flat, self._held, self._shards, self._views)
 
     def gathered(self) -> None:
         """The published parameters are whole."""

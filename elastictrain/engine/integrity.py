@@ -25,18 +25,39 @@ _CHUNK = 1 << 22
 """Elements that are summed at a time on a device: 64 MiB beside the state."""
 
 
-def sums(groups: Sequence[Iterable[torch.Tensor | bytes]], device: torch.device) -> list[int]:
-    """One 64-bit sum of each group's tensors, in their order."""
+Views = dict[int, tuple[torch.Tensor, int, Any]]
+"""NumPy's view of a tensor's memory, by the tensor's id, with tensor and address to know it again: to make one takes
+longer than to hash a block.
+"""
+
+
+def sums(
+    groups: Sequence[Iterable[torch.Tensor | bytes]], device: torch.device, views: Views | None = None
+) -> list[int]:
+    """One 64-bit sum of each group's tensors, in their order. `views`: kept from one call to the next."""
     if device.type == "cpu":
-        return [_host_sum(group) for group in groups]
+        return [_host_sum(group, views) for group in groups]
     return device_sums(groups, device)
 
 
-def _host_sum(group: Iterable[torch.Tensor | bytes]) -> int:
+def _host_sum(group: Iterable[torch.Tensor | bytes], views: Views | None = None) -> int:
     digest = xxhash.xxh3_64()
     for part in group:
-        digest.update(part if isinstance(part, bytes) else _host_bytes(part))
+        if isinstance(part, bytes):
+            digest.update(part)
+        else:
+            digest.update(_host_bytes(part) if views is None else _known_bytes(part, views))
     return digest.intdigest()
+
+
+def _known_bytes(tensor: torch.Tensor, views: Views) -> Any:
+    found = views.get(id(tensor))
+    if found is not None and found[0] is tensor and found[1] == tensor.data_ptr():
+        return found[2]
+    view = _host_bytes(tensor)
+    if tensor.is_contiguous() and tensor.device.type == "cpu":  # else it is a copy
+        views[id(tensor)] = tensor, tensor.data_ptr(), view
+    return view
 
 
 def _host_bytes(tensor: torch.Tensor) -> Any:
@@ -127,14 +148,16 @@ def _kept(held: HeldState, flat: FlatModel, number: int, *, master: bool) -> Ite
         yield value if isinstance(value, torch.Tensor) else repr((key, value)).encode()
 
 
-def held_sums(flat: FlatModel, held: HeldState, shards: Sequence[Shard]) -> tuple[int, ...]:
+def held_sums(
+    flat: FlatModel, held: HeldState, shards: Sequence[Shard], views: Views | None = None
+) -> tuple[int, ...]:
     """For each shard the sum of masters (where they lie apart from the published parameters), optimizer state, EMA."""
 
     def parts(shard: Shard) -> Iterable[torch.Tensor | bytes]:
         for number in range(shard.lo, shard.hi):
             yield from _kept(held, flat, number, master=False)
 
-    return tuple(sums([parts(shard) for shard in shards], flat.device))
+    return tuple(sums([parts(shard) for shard in shards], flat.device, views))
 
 
 def published_sum(flat: FlatModel) -> int:

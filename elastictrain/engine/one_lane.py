@@ -33,8 +33,13 @@ def lane_seed(seed: int, step: int, lane: int) -> int:
 
 
 def seed_everything(seed: int) -> None:
-    """Torch (CPU and CUDA), Python's and NumPy's global generators: a recipe may use any of them."""
-    torch.manual_seed(seed)
+    """Torch (CPU and CUDA), Python's and NumPy's global generators: a recipe may use any of them.
+
+    Not `torch.manual_seed`: without a GPU each call of it leaves a stack trace behind, for when there will be one.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from elastictrain.engine.one_lane import cut_batch, lane_seed
+from elastictrain.engine.one_lane import cut_batch, lane_seed, seed_everything
 from elastictrain.errors import RecipeError
 from elastictrain.layout import Layout, Shard
 from tests.unit.engine.worlds import (
@@ -227,3 +227,12 @@ def test_micro_batches_are_equal_runs_of_samples() -> None:
     parts = [cut_batch(batch, i, 3) for i in range(3)]
     assert [p["y"].tolist() for p in parts] == [[0, 1], [2, 3], [4, 5]]
     assert torch.equal(torch.cat([p["x"] for p in parts]), batch["x"])
+
+
+def test_seeding_is_that_of_torch_and_leaves_nothing_behind() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    kept = len(torch.cuda._queued_calls)
+    seed_everything(5)
+    assert torch.equal(torch.rand(3), expected)
+    assert len(torch.cuda._queued_calls) == kept
