@@ -148,9 +148,7 @@ def _kept(held: HeldState, flat: FlatModel, number: int, *, master: bool) -> Ite
         yield value if isinstance(value, torch.Tensor) else repr((key, value)).encode()
 
 
-def held_sums(
-    flat: FlatModel, held: HeldState, shards: Sequence[Shard], views: Views | None = None
-) -> tuple[int, ...]:
+def held_sums(flat: FlatModel, held: HeldState, shards: Sequence[Shard], views: Views | None = None) -> tuple[int, ...]:
     """For each shard the sum of masters (where they lie apart from the published parameters), optimizer state, EMA."""
 
     def parts(shard: Shard) -> Iterable[torch.Tensor | bytes]:
