@@ -17,6 +17,7 @@ ALL = {
     "same_bits": ["same_bits.py"],
     "recovery": ["recovery.py"],
     "recovery_ray": ["recovery.py", "--ray"],
+    "resize": ["resize.py"],
     "throughput": ["throughput.py", "--ray"],
     "memory": ["memory.py"],
     "mirrors": ["mirrors.py"],

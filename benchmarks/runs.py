@@ -70,11 +70,12 @@ class Running:
         ]  # fmt: skip
 
     @classmethod
-    def elastictrain(cls, folder: Path, job: Mapping[str, Any], *, ray: bool = False) -> Self:
+    def elastictrain(cls, folder: Path, job: Mapping[str, Any], *, ray: bool = False, more: Sequence[str] = ()) -> Self:
+        """`more`: for the command line, on Ray."""
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "job.yaml"
         file.write_text(yaml.safe_dump(dict(job)), encoding="utf-8")
-        started = ["-m", "elastictrain.cli", "run", str(file), "--quiet", "--json"]
+        started = ["-m", "elastictrain.cli", "run", str(file), "--quiet", "--json", *more]
         return cls(folder, [started if ray else [str(HERE / "process_run.py"), str(file)]], job["workers"]["max"])
 
     @classmethod
