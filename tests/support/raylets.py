@@ -10,7 +10,6 @@ import json
 import os
 import select
 import signal
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -19,6 +18,7 @@ from typing import Any
 
 import ray
 from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
 
 import elastictrain as et
 from elastictrain.observe import RunDirectory
@@ -62,21 +62,20 @@ def ends_within(pid: int, timeout_s: float) -> bool:
         return True
 
 
-def drain(address: str, node: str) -> None:
-    """As a spot-machine handler, an autoscaler or `ray start` on SIGTERM does."""
-    reason = "DRAIN_NODE_REASON_PREEMPTION"
-    subprocess.run(
-        [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", address, "--node-id", node, "--reason",
-         reason, "--reason-message", "spot", "--deadline-remaining-seconds", "120"],
-        check=True, capture_output=True,
-    )  # fmt: skip
+def drain(node: str) -> None:
+    """As `ray drain-node`, an autoscaler or `ray start` on SIGTERM does."""
+    until_ms = int(1000 * (time.time() + 120.0))
+    reason = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+    accepted, refusal = ray._private.worker.global_worker.gcs_client.drain_node(node, reason, "spot", until_ms)
+    assert accepted, refusal
 
 
 def drained(folder: Path, address: str) -> dict[str, Any]:
-    """The node of worker 1 is announced to go while a free node is there."""
-    watcher = AtRow({20: lambda: drain(address, watcher.nodes[1])})
+    """The node of worker 1 is announced to go while a spare waits on another one."""
+    watcher = AtRow({20: lambda: drain(watcher.nodes[1])})
     planned = job(folder, "drained")
-    planned = planned.model_copy(update={"workers": planned.workers.model_copy(update={"replace": True})})
+    workers = planned.workers.model_copy(update={"replace": True, "spares": 1})
+    planned = planned.model_copy(update={"workers": workers})
     run = et.run(planned, observer=watcher, address=address)
     found = RunDirectory.open(folder / "drained")
     return {
