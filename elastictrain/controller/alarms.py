@@ -140,7 +140,8 @@ def on_preemption(core: Core, event: ev.PreemptionNotice, out: list[Command]) ->
             ledger.complement = max(0, ledger.complement - 1)
             ledger.target = max(core.spec.min_workers, ledger.target - 1)
         if ledger.workers[worker].role is Role.MEMBER:
-            ledger.notices[worker] = Notice(event.deadline_s, now_s + max(0.0, event.deadline_s - now_s) / 2)
+            half_s = max(0.0, event.deadline_s - now_s) / 2
+            ledger.notices[worker] = Notice(event.deadline_s, now_s + half_s, event.reason)
         else:  # it holds nothing
             core.retire(worker, out)
     return True

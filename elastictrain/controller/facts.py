@@ -117,6 +117,7 @@ class Notice:
 
     deadline_s: float
     leave_by_s: float
+    reason: str = ""
     released: bool = False
     due: bool = False
 

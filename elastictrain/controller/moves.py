@@ -228,8 +228,11 @@ def on_parked(core: Core, event: ev.WorkerParked, out: list[Command]) -> bool:
         state.gone.add(worker)
         return True
     if isinstance(state, Running):  # at the commit that carried the pause flag: the others come by themselves
+        notices = core.ledger.notices
         incident = core.note_incident(event.now_s, "planned pause", None, out, planned=True)
-        incident.notice = bool(core.ledger.notices)
+        incident.notice = bool(notices)
+        for leaving, notice in sorted(notices.items()):
+            core.saw(event.now_s, f"worker {leaving}", f"its machine is about to go: {notice.reason}")
         core.enter(Parking(event.now_s, event.now_s + core.parking_limit_s(), told=False))
     elif isinstance(state, Forming):
         core.begin_parking(event.now_s, f"worker {worker} parked while forming", None, out)

@@ -24,6 +24,7 @@ class AtRow(Blind):
 
     def __init__(self, acts: Mapping[int, Callable[[], None]]) -> None:
         self.acts, self.rows, self.pids, self.nodes = dict(acts), 0, dict[int, int](), dict[int, str]()
+        self.members: list[int] = []
 
     def row(self, metrics: Mapping[str, Any]) -> None:
         del metrics
@@ -32,6 +33,8 @@ class AtRow(Blind):
             act()
 
     def event(self, event: Event) -> None:
+        if event.kind == "forming":
+            self.members = event.data["workers"]
         if event.kind == "worker_prepared":
             self.pids[event.data["worker"]] = event.data["pid"]
             self.nodes[event.data["worker"]] = event.data["domain"]

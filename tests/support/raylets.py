@@ -71,8 +71,14 @@ def drain(node: str) -> None:
 
 
 def drained(folder: Path, address: str) -> dict[str, Any]:
-    """The node of worker 1 is announced to go while a spare waits on another one."""
-    watcher = AtRow({20: lambda: drain(watcher.nodes[1])})
+    """The node of a member is announced to go while a spare waits on another one."""
+    leaving: list[int] = []
+
+    def announce() -> None:
+        leaving.append(watcher.members[0])
+        drain(watcher.nodes[leaving[0]])
+
+    watcher = AtRow({20: announce})
     planned = job(folder, "drained")
     workers = planned.workers.model_copy(update={"replace": True, "spares": 1})
     planned = planned.model_copy(update={"workers": workers})
@@ -85,7 +91,7 @@ def drained(folder: Path, address: str) -> dict[str, Any]:
         "rows": [row.step for row in found.metrics()],
         "incidents": [i.model_dump(mode="json") for i in incidents(found.events())],
         "nodes": [watcher.nodes[worker] for worker in sorted(watcher.nodes)],
-        "gone": ends_within(watcher.pids[1], 20.0),
+        "gone": ends_within(watcher.pids[leaving[0]], 20.0),
     }
 
 
