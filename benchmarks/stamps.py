@@ -75,6 +75,7 @@ def install(folder: str, *, memory_base: int | None = None) -> None:
     from which to count) peaks too. Obeys kill orders: a file `kill-<pid>` that names a phase.
     """
     from elastictrain.engine import forming, probes, stepping
+    from elastictrain.faults import Kill
 
     looped: Any = stepping.Stepping
     if getattr(stepping, "_stamped", False):
@@ -105,6 +106,8 @@ def install(folder: str, *, memory_base: int | None = None) -> None:
         if os.path.exists(order) and Path(order).read_text(encoding="ascii") == phase:  # noqa: PTH110 - hot path
             stamp("kill", step=step, phase=phase)
             os.kill(os.getpid(), signal.SIGKILL)
+        if any(isinstance(fault, Kill) and (fault.step, fault.phase) == (step, phase) for fault in self._waiting):
+            stamp("kill", step=step, phase=phase)
         if memory is not None and phase == "vote":
             memory.at_vote()
         at(self, step, phase)

@@ -221,7 +221,7 @@ def main() -> None:
         ),
     )
     common.prepare_data()
-    steps, kills = (60, ((1, 25),)) if options.quick else (160, ((1, 33), (0, 81), (1, 121)))
+    steps, kills = (60, ((1, 25),)) if options.quick else (110, ((1, 33), (0, 73)))
     results = common.Results(
         "faults", f"The same faults on elastictrain and its peers, {options.workers} workers", options
     )
