@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,14 @@ Command = Callable[[Order, ExitStack], list[list[str]]]
 # --- the systems ---
 
 
-def elastictrain(order: Order, _: ExitStack) -> list[list[str]]:
+def elastictrain(order: Order, _: ExitStack, *, spares: int = 0) -> list[list[str]]:
     """Kills by address; every lost worker is replaced by the next number."""
     folder = Path(order.folder)
     lanes = 2 * order.world
     job = gpt_job(folder, workers=order.world, lanes=lanes, batch=order.sequences // 2, model=MODEL)
     job["recipe_args"]["total_steps"] = job["steps"] = order.steps
     job["clip_grad_norm"] = None
-    job["workers"] = {"min": 1, "max": order.world, "replace": True}
+    job["workers"] = {"min": 1, "max": order.world, "replace": True, "spares": spares}
     job["checkpoint"] = {"path": str(folder / "checkpoints"), "every_steps": order.checkpoint_every}
     (folder / "job.yaml").write_text(yaml.safe_dump(job), encoding="utf-8")
     numbers, faults = list(range(order.world)), []
@@ -72,6 +73,7 @@ def torchft(order: Order, around: ExitStack) -> list[list[str]]:
 
 SYSTEMS: dict[str, tuple[Command, str]] = {
     "elastictrain": (elastictrain, "ray"),
+    "elastictrain, 1 spare": (partial(elastictrain, spares=1), "ray"),
     "torchrun": (torchrun, "torch"),
     "Ray Train": (ray_train, "pandas"),
     "torchft": (torchft, "torchft"),
@@ -186,9 +188,13 @@ def after_kill(lines: Sequence[dict[str, Any]], death: dict[str, Any]) -> dict[s
     return found | ({} if new is None else {"new": new - death["t"]})
 
 
+def _folder(system: str) -> str:
+    return system.replace(",", "").replace(" ", "-")
+
+
 def measure(system: str, order: Order, results: common.Results) -> None:
-    calm = replace(order, folder=f"{order.folder}/{system.replace(' ', '-')}-calm", kills=())
-    rough = replace(order, folder=f"{order.folder}/{system.replace(' ', '-')}-rough")
+    calm = replace(order, folder=f"{order.folder}/{_folder(system)}-calm", kills=())
+    rough = replace(order, folder=f"{order.folder}/{_folder(system)}-rough")
     quiet, lines = run(system, calm), run(system, rough)
     ends, rough_ends = committed(quiet), committed(lines)
     gaps = [ends[step + 1] - ends[step] for step in sorted(ends) if step + 1 in ends]
@@ -237,7 +243,7 @@ def main() -> None:
         (
             f"GPT of examples/gpt without dropout, {order.sequences} sequences per worker and step, one thread each; "
             f"SIGKILL in the middle of the computation of {', '.join(f'rank {r} at step {s}' for r, s in kills)}; a "
-            f"checkpoint every {order.checkpoint_every} steps. No spare workers."
+            f"checkpoint every {order.checkpoint_every} steps. No spare workers but where one is named."
         ),
         (
             "Steps begun again include the one that was under way. Goodput: committed steps times the undisturbed step "
