@@ -40,7 +40,7 @@ class Guard:
     def forget(self) -> None:
         """Somebody with the right to do so is about to write."""
         self._state = self._published = None
-        self._reduced = {}
+        self._reduced, self.changed = {}, ""
 
     def applied(self) -> None:
         """Apply has ended."""
@@ -80,7 +80,11 @@ class Guard:
         )
 
     def verify(self) -> str:
-        """What has changed since the last apply, in words; empty if nothing has that is known."""
+        """What has changed since the last apply, in words; empty if nothing has that is known. Also what the claims of
+        a vote have found that was never completed: they have taken the sums anew.
+        """
+        if self.changed:
+            return self.changed
         before_state, before_published = self._state, self._published
         if before_published is not None:
             self.gathered()

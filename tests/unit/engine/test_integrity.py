@@ -229,6 +229,17 @@ def test_what_is_not_known_is_not_checked() -> None:
     assert guard.verify() == "parameters or buffers that the forward reads"
 
 
+def test_what_a_vote_that_was_never_completed_has_found_is_not_forgotten() -> None:
+    """The claims take the sums anew: compared with those alone, nothing has changed."""
+    model = stepped()
+    guard, _ = guarded(model)
+    flip_bit(model.held.masters[0], 1)
+    assert not guard.claims({}).sound
+    assert guard.verify() == guard.changed != ""
+    guard.forget()
+    assert guard.verify() == ""
+
+
 def test_a_reduced_gradient_that_changes_before_the_vote_is_seen() -> None:
     model = stepped()
     guard, shard = guarded(model)
