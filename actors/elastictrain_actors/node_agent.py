@@ -27,7 +27,7 @@ class NodeAgent:
     def __init__(self, token: str, number: int, home: str | None = None, cloud: str | None = None) -> None:
         sweep(None if home is None else Path(home))
         folder = pulse_folder(token, None if home is None else Path(home))
-        notices = None if cloud is None else NoticeReader(CLOUDS[cloud])
+        notices = self._notices = None if cloud is None else NoticeReader(CLOUDS[cloud])
         self._agent = Agent(
             ray.get_runtime_context().get_node_id(), folder, token, number=number,
             going=lambda: None if notices is None else notices.going,
@@ -41,6 +41,8 @@ class NodeAgent:
         """Report until `stop`."""
         self._agent.run()
         self._agent.close()
+        if self._notices is not None:
+            self._notices.close()
 
     def kill(self, epoch: int, pid: int, start_ticks: int, deadline_s: float = 2.0) -> KillAnswer:
         """End one worker of this run on this node, for certain."""

@@ -28,11 +28,7 @@ def train(settings: dict[str, Any]) -> None:
     wrapped = prepare_model(trainee.model, parallel_strategy_kwargs={"gradient_as_bucket_view": True})
     while step < order.steps:
         step += 1
-        trainee.begin(step, rank)
-        trainee.loss(step, rank, wrapped).backward()
-        trainee.optimizer.step()
-        trainee.optimizer.zero_grad(set_to_none=True)
-        trainee.end(step, rank)
+        trainee.step(step, rank, wrapped)
         if step % order.checkpoint_every == 0:
             with tempfile.TemporaryDirectory() as folder:
                 if rank == 0:

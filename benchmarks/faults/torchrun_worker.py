@@ -16,11 +16,7 @@ def main() -> None:
     wrapped = DistributedDataParallel(trainee.model, gradient_as_bucket_view=True)
     while step < order.steps:
         step += 1
-        trainee.begin(step, rank)
-        trainee.loss(step, rank, wrapped).backward()
-        trainee.optimizer.step()
-        trainee.optimizer.zero_grad(set_to_none=True)
-        trainee.end(step, rank)
+        trainee.step(step, rank, wrapped)
         if rank == 0 and step % order.checkpoint_every == 0:
             trainee.save(step, trainee.checkpoint)
     trainee.finish(rank)

@@ -89,6 +89,14 @@ class Trainee:
                 os.kill(os.getpid(), signal.SIGKILL)
         return loss
 
+    def step(self, step: int, rank: int, wrapped: Any) -> None:
+        """One ordinary step of a model whose wrapper averages the gradients."""
+        self.begin(step, rank)
+        self.loss(step, rank, wrapped).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.end(step, rank)
+
     def end(self, step: int, rank: int, *, took_part: bool = True) -> None:
         """The step is committed. `took_part`: this rank's samples are in it."""
         self.stamp("end", step=step, rank=rank, took_part=took_part)

@@ -14,7 +14,7 @@ from elastictrain.controller.commands import Announce, Command
 from elastictrain.controller.core import Core
 from elastictrain.controller.facts import Hang, Notice, Role
 from elastictrain.controller.moves import condemn, lose
-from elastictrain.controller.nodes import keep_only
+from elastictrain.controller.nodes import is_going, keep_only
 from elastictrain.controller.phases import Finishing, Forming, Gathering, Parking, Running
 
 
@@ -123,7 +123,7 @@ def on_preemption(core: Core, event: ev.PreemptionNotice, out: list[Command]) ->
         there.add(event.worker)
     new = [w for w in sorted(there) if w not in ledger.notices and not ledger.workers[w].doomed]
     new = [w for w in new if ledger.workers[w].role is not Role.LEAVING]
-    is_news = bool(event.node) and (event.node not in ledger.nodes or ledger.nodes[event.node].avoided != "going")
+    is_news = bool(event.node) and not is_going(ledger.nodes, event.node)
     if is_news:
         limits.avoid(core, now_s, event.node, event.deadline_s, "going")
     if not new:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from elastictrain.controller.commands import Command, Kill
-from elastictrain.controller.core import MOST_PATIENCE, RESTORE_PATIENCE, Core
+from elastictrain.controller.core import RESTORE_PATIENCE, Core
 from elastictrain.controller.events import Tick
 from elastictrain.controller.limits import nodes_back
 from elastictrain.controller.moves import condemn
 from elastictrain.controller.nodes import resting_until
 from elastictrain.controller.phases import Finishing, Forming, Parking, Running
+
+ASKS_IN_VAIN = 10
+"""So many members are asked to pause, one after the other, without a commit in between, before all are told to park."""
 
 
 def next_deadline_s(core: Core) -> float | None:
@@ -99,7 +102,7 @@ def _ask_another(core: Core, state: Running, now_s: float, out: list[Command]) -
     if state.asked is None or now_s < state.ask_again_s:
         return False
     state.in_vain += 1
-    if state.in_vain >= MOST_PATIENCE:  # nobody steps, and nobody has said why
+    if state.in_vain >= ASKS_IN_VAIN:  # nobody steps, and nobody has said why
         core.begin_parking(now_s, f"{state.in_vain} members were asked to pause, and no step was committed", None, out)
         return True
     state.asked = members[(members.index(state.asked) + 1) % len(members)]

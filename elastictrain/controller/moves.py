@@ -16,7 +16,7 @@ from elastictrain.controller.budgets import error_line
 from elastictrain.controller.commands import Announce, Command, Park
 from elastictrain.controller.core import Core
 from elastictrain.controller.facts import Role, WorkerFacts
-from elastictrain.controller.nodes import NodeFacts
+from elastictrain.controller.nodes import NodeFacts, is_going
 from elastictrain.controller.phases import Finishing, Forming, Gathering, Parking, Phase, Running
 from elastictrain.controller.policies import even_layout, refuse_drain, refuse_resize, shortfall
 from elastictrain.controller.recovery import less_trusting
@@ -47,7 +47,7 @@ def on_placed(core: Core, event: ev.WorkerPlaced, out: list[Command]) -> bool:
     if facts is None or facts.doomed or facts.role is not Role.STARTING or facts.node == event.node:
         return False
     ledger.workers.update_facts(event.worker, node=event.node)
-    if event.node in ledger.nodes and ledger.nodes[event.node].avoided == "going":
+    if is_going(ledger.nodes, event.node):
         core.retire(event.worker, out)
     return True
 
@@ -59,8 +59,8 @@ def on_ready(core: Core, event: ev.WorkerReady, out: list[Command]) -> bool:
     node = event.node or event.domain
     domain = event.labels.get(core.spec.domain_label or "") or event.domain or event.node
     if node:
-        known = core.ledger.nodes.setdefault(node, NodeFacts())
-        if known.avoided == "going":  # it was placed there before the notice came: it would go with its node
+        core.ledger.nodes.setdefault(node, NodeFacts())
+        if is_going(core.ledger.nodes, node):  # it was placed there before the notice came: it would go with its node
             core.retire(event.worker, out)
             return True
     core.ledger.workers[event.worker] = WorkerFacts(

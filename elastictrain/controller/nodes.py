@@ -83,6 +83,11 @@ def take_back(nodes: Nodes, now_s: float) -> list[str]:
     return sorted(back)
 
 
+def is_going(nodes: Nodes, node: str) -> bool:
+    """Whether its end has been announced."""
+    return node in nodes and nodes[node].avoided == "going"
+
+
 def keep_only(nodes: Nodes, alive: Iterable[str], now_s: float) -> None:
     """The cluster consists of these: forget the others, but not what the last hour holds against them."""
     there = set(alive)

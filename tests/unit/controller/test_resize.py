@@ -5,7 +5,7 @@ from __future__ import annotations
 from elastictrain.controller import Phase, view
 from elastictrain.controller import commands as cm
 from elastictrain.controller import events as ev
-from elastictrain.controller.core import MOST_PATIENCE
+from elastictrain.controller.clockwork import ASKS_IN_VAIN
 from elastictrain.controller.facts import Role
 from tests.unit.controller.scene import Scene, announced, every, only
 
@@ -158,7 +158,7 @@ def test_members_that_neither_pause_nor_commit_are_parked() -> None:
     scene = Scene(max_workers=3).run()
     scene.send(ev.StopRequested(1.0, "enough"))
     asked = set()
-    for _ in range(MOST_PATIENCE - 1):
+    for _ in range(ASKS_IN_VAIN - 1):
         scene.now_s = scene.machine.next_deadline_s() or 0.0
         asked.add(only(cm.AskPause, scene.send(ev.Tick(scene.now_s))).worker)
     assert asked == {0, 1, 2}
@@ -169,7 +169,7 @@ def test_members_that_neither_pause_nor_commit_are_parked() -> None:
 def test_a_commit_shows_that_an_ask_was_not_in_vain() -> None:
     scene = Scene(max_workers=3).run()
     scene.send(ev.StopRequested(1.0, "enough"))
-    for step in range(3 * MOST_PATIENCE):
+    for step in range(3 * ASKS_IN_VAIN):
         scene.now_s = scene.machine.next_deadline_s() or 0.0
         scene.send(ev.Progress(scene.now_s, scene.generation, step + 1))
         only(cm.AskPause, scene.send(ev.Tick(scene.now_s)))
