@@ -53,10 +53,11 @@ class Scene:
         )
         place: Any = SimpleNamespace(token="t", epoch=2, namespace="n")
         calls: Any = self.calls
-        self.agents = Agents(place, watchman, calls, {})
+        self.agents = Agents(place, watchman, calls, {}, "aws")
 
-    def _start(self, node: str, token: str, number: int, **_: Any) -> Any:
+    def _start(self, node: str, token: str, number: int, *, cloud: str, **_: Any) -> Any:
         del node, token
+        assert cloud == "aws", "whose metadata service the agent is to ask"
         self.started.append(number)
         methods = ("follow", "run", "kill")
         return SimpleNamespace(**{m: SimpleNamespace(remote=lambda *_, m=m: f"{m} {number}") for m in methods})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from elastictrain.controller import Phase, view
 from elastictrain.controller import commands as cm
 from elastictrain.controller import events as ev
@@ -138,6 +140,39 @@ def test_a_lost_node_is_avoided_for_a_while_only() -> None:
     assert every(cm.Kill, out) == [cm.Kill(3, "not needed any more")]  # it may have waited for a place elsewhere
     assert only(cm.StartWorker, out) == cm.StartWorker(4)
     assert scene.machine.next_deadline_s() is None
+
+
+def test_a_worker_that_has_its_place_is_not_asked_for_anew() -> None:
+    scene = Scene().run()
+    scene.send(ev.NodeLost(1.0, "node1", "gone"))
+    scene.park(0, 2, applied=1)
+    scene.seal()
+    scene.send(ev.WorkerPlaced(2.0, 3, "node9"))
+    out = scene.send(ev.Tick(121.0))
+    assert announced(out, "node_taken_back") == {"node": "node1"}
+    assert every(cm.Kill, out) == every(cm.StartWorker, out) == []
+
+
+@pytest.mark.parametrize("notice_first", [True, False])
+def test_a_worker_that_is_being_prepared_leaves_a_node_that_goes(notice_first: bool) -> None:
+    scene = Scene().run()
+    scene.send(ev.AddRequested(1.0))
+    placed, notice = ev.WorkerPlaced(1.0, 3, "node9"), ev.PreemptionNotice(1.0, 121.0, node="node9")
+    first, second = (notice, placed) if notice_first else (placed, notice)
+    assert every(cm.Kill, scene.send(first)) == []
+    out = scene.send(second)
+    assert [kill.worker for kill in every(cm.Kill, out)] == [3]
+    assert "node9" in only(cm.StartWorker, out).avoid
+
+
+def test_a_worker_that_is_being_prepared_is_lost_with_its_node_and_fails_on_its_account() -> None:
+    scene = Scene().run()
+    scene.send(ev.AddRequested(1.0), ev.WorkerPlaced(1.0, 3, "node9"))
+    out = scene.send(ev.NodeLost(2.0, "node9", "gone"))
+    assert announced(out, "node_lost")["workers"] == [3]
+    assert only(cm.StartWorker, out).worker == 4
+    scene.send(ev.WorkerPlaced(3.0, 4, "node8"), ev.WorkerStartFailed(4.0, 4, "no room", False))
+    assert [kind for _, kind in scene.ledger.nodes["node8"].failures] == ["start"]
 
 
 def test_mirrors_go_by_the_label_and_nodes_by_the_node() -> None:
