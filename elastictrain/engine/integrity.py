@@ -26,8 +26,8 @@ _CHUNK = 1 << 22
 
 
 Views = dict[int, tuple[torch.Tensor, int, Any]]
-"""NumPy's view of a tensor's memory, by the tensor's id, with tensor and address to know it again: to make one takes
-longer than to hash a block.
+"""NumPy's view of a tensor's memory, by the tensor's id, with the tensor (so that the id stays its own) and the address
+(it may be given other memory). To make a view takes longer than to hash a block.
 """
 
 
@@ -52,7 +52,7 @@ def _host_sum(group: Iterable[torch.Tensor | bytes], views: Views | None = None)
 
 def _known_bytes(tensor: torch.Tensor, views: Views) -> Any:
     found = views.get(id(tensor))
-    if found is not None and found[0] is tensor and found[1] == tensor.data_ptr():
+    if found is not None and found[1] == tensor.data_ptr():
         return found[2]
     view = _host_bytes(tensor)
     if tensor.is_contiguous() and tensor.device.type == "cpu":  # else it is a copy

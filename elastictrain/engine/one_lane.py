@@ -35,7 +35,7 @@ def lane_seed(seed: int, step: int, lane: int) -> int:
 def seed_everything(seed: int) -> None:
     """Torch (CPU and CUDA), Python's and NumPy's global generators: a recipe may use any of them.
 
-    Not `torch.manual_seed`: without a GPU each call of it leaves a stack trace behind, for when there will be one.
+    Not `torch.manual_seed`: without a GPU each call of it formats a stack trace, for when there will be one.
     """
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_available():

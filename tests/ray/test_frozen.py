@@ -29,6 +29,7 @@ def test_a_worker_that_is_told_to_go_hands_over_and_leaves(tmp_path: Path, undis
     assert disturbed.recoveries == [], "nothing was lost and nothing redone"
     (notice,) = [e.data for e in RunDirectory.open(tmp_path / "told").events() if e.kind == "preemption"]
     assert (notice["workers"], notice["reason"]) == ([1], "SIGTERM")
+    assert notice["notice_s"] == pytest.approx(30.0, abs=1.0), "workers.notice_s"
     assert not frozen_events(tmp_path / "told"), "and nobody was taken for frozen"
     assert ends_within(watcher.pids[1], 20.0)
 

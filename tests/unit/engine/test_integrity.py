@@ -229,6 +229,21 @@ def test_what_is_not_known_is_not_checked() -> None:
     assert guard.verify() == "parameters or buffers that the forward reads"
 
 
+def test_a_tensor_that_is_given_other_memory_is_read_there() -> None:
+    """An optimizer may replace what it keeps, or the memory below it: a kept view of the old one would see nothing."""
+    model = stepped()
+    guard, _ = guarded(model)
+    state = model.held.optimizer.state[model.held.masters[0]]
+    state["exp_avg"].data = state["exp_avg"].clone()
+    assert guard.verify() == "", "the same numbers elsewhere"
+    flip_bit(state["exp_avg"], 3)
+    assert guard.verify()
+    guard.begin(Layout(1, (0,), (tuple(range(5)),), (Shard(0, len(model.space.blocks), 0, None),), 5), 0)
+    state["exp_avg"] = state["exp_avg"].clone()
+    flip_bit(state["exp_avg"], 3)
+    assert guard.verify()
+
+
 def test_what_a_vote_that_was_never_completed_has_found_is_not_forgotten() -> None:
     """The claims take the sums anew: compared with those alone, nothing has changed."""
     model = stepped()
