@@ -234,7 +234,7 @@ def test_seeding_is_that_of_torch_without_its_stack_trace(monkeypatch: pytest.Mo
     expected = torch.rand(3)
     asked: list[Any] = []
     if not torch.cuda.is_available():
-        monkeypatch.setattr(torch.cuda, "_lazy_call", lambda *call, **_: asked.append(call))
+        monkeypatch.setattr(torch.cuda.random, "_lazy_call", lambda *call, **_: asked.append(call))
         torch.manual_seed(6)
         assert asked, "torch does what this is about"
         asked.clear()
