@@ -33,13 +33,11 @@ def lane_seed(seed: int, step: int, lane: int) -> int:
 
 
 def seed_everything(seed: int) -> None:
-    """Torch (CPU and CUDA), Python's and NumPy's global generators: a recipe may use any of them.
-
-    Not `torch.manual_seed`: without a GPU each call of it formats a stack trace, for when there will be one.
-    """
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_available():
-        torch.cuda.manual_seed_all(seed)
+    """Torch's, Python's and NumPy's global generators: a recipe may use any of them."""
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:  # there `manual_seed` formats a stack trace at every call, for when a device will come
+        torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
 
