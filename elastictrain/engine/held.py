@@ -116,8 +116,8 @@ class HeldState:
         if params:
             torch._foreach_mul_([gradients[n] for n in params], scale)
         for number in params:
-            master = self.masters[number]
-            master.grad = gradients[number].view(master.shape)
+            master, gradient = self.masters[number], gradients[number]
+            master.grad = gradient if master.dim() == 1 else gradient.view(master.shape)
         for group, base in zip(self.optimizer.param_groups, self._base_lr, strict=True):
             group["lr"] = base * lr_factor
         self.optimizer.step()

@@ -13,7 +13,7 @@ from elastictrain.controller.suspicion import Kind, Suspicion, Verdict
 from elastictrain.signs import WAITING, Activity, NodeReport, WorkerSign
 
 TICK_S = 0.02
-BEAT_S = 0.1
+BEAT_S = 0.2
 LOOK_S = 0.1
 A = Activity
 

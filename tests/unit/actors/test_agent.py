@@ -301,11 +301,17 @@ def test_it_follows_a_new_controller_from_the_first_beat_on(folder: Path, contro
     agent.close()
 
 
+@pytest.mark.parametrize(
+    ("answered", "pauses"),
+    [(4, [0.0, 0.2, 0.195, 0.2, 0.2]), (0, [0.0, 0.2, 0.095, 0.1, 0.1]), (2, [0.0, 0.2, 0.195, 0.2, 0.1])],
+)
 def test_the_loop_counts_its_own_lateness_and_makes_up_for_no_missed_beat(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, answered: int, pauses: list[float]
 ) -> None:
+    """`answered`: so many beats are, and then no more; an agent that misses an answer beats twice as often."""
     clock = Clock()
     agent = Agent("node", folder, "t", clock=clock)
+    monkeypatch.setattr(agent, "_hear", lambda: setattr(agent, "_echo", min(agent._beats, answered)))
     waits: list[float] = []
     late = iter([0.0, 0.005, 3.0, 0.0])
 
@@ -321,7 +327,7 @@ def test_the_loop_counts_its_own_lateness_and_makes_up_for_no_missed_beat(
     agent.run()
     assert agent._beats == 4
     assert agent._late_s == pytest.approx(3.0)
-    assert waits == [0.0, 0.1, 0.095, 0.1, 0.1]
+    assert waits == pauses
 
 
 def test_it_ends_itself_only_without_workers_and_long_without_a_controller(

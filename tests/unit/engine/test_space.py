@@ -80,9 +80,9 @@ def test_spans_hold_their_blocks_and_leave_out_what_is_frozen() -> None:
 
 
 def test_the_block_size_depends_on_the_size_of_the_model_alone() -> None:
-    assert default_block_elements(1) == 16384
-    assert default_block_elements(16384 * MAX_BLOCKS) == 16384
-    assert default_block_elements(16384 * MAX_BLOCKS + 1) == 32768
+    assert default_block_elements(1) == 65536
+    assert default_block_elements(65536 * MAX_BLOCKS) == 65536
+    assert default_block_elements(65536 * MAX_BLOCKS + 1) == 131072
     assert default_block_elements(70 * 10**9) == 1 << 25
     for elements in (10**6, 10**8, 7 * 10**9, 10**12):
         size = default_block_elements(elements)
