@@ -24,6 +24,7 @@ ALL = {
     "integrity": ["integrity.py"],
     "startup": ["startup.py"],
     "faults": ["faults/compare.py"],
+    "goodput": ["goodput.py"],
     "simulate": ["simulate.py"],
 }
 BEGIN, END = "<!-- figures: written by run_all.py -->", "<!-- end of figures -->"

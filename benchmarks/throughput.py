@@ -6,15 +6,18 @@ gradients as bucket views, fused AdamW). All runs of a case live at the same tim
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import common
 from runs import Running, gpt_job, side_by_side
 
+RUNS = ("DDP naive", "DDP best", "elastictrain", "elastictrain hand_over", "elastictrain on Ray")
+
 
 def case(
-    results: common.Results, folder: Path, workers: int, lanes: int, rounds: int, turn_s: float, ray: bool
+    results: common.Results, folder: Path, workers: int, lanes: int, rounds: int, turn_s: float, names: Sequence[str]
 ) -> None:
     def elastic(name: str, on_ray: bool, **settings: object) -> Running:
         where = folder / f"{name}-{workers}-{lanes}"
@@ -31,9 +34,9 @@ def case(
         "elastictrain": partial(elastic, "processes", False),
         "elastictrain hand_over": partial(elastic, "handed", False, gradients="hand_over"),
     }
-    if ray:
-        # Waiting for their turn, workers are stopped: only in a job that is being debugged does nobody mind.
-        runs["elastictrain on Ray"] = partial(elastic, "ray", True, debug=True)
+    # Waiting for their turn, workers are stopped: only in a job that is being debugged does nobody mind.
+    runs["elastictrain on Ray"] = partial(elastic, "ray", True, debug=True)
+    runs = {name: runs[name] for name in RUNS if name in names}
     turns = side_by_side(runs, rounds=rounds, turn_s=turn_s)
     for name in runs:
         results.row(
@@ -42,19 +45,19 @@ def case(
                 "lanes per worker": lanes,
                 "run": name,
                 "steps/s": 1 / turns.step_s(name),
-                "of DDP naive": turns.speed(name, "DDP naive"),
-                "of DDP best": turns.speed(name, "DDP best"),
+                **{f"of {other}": turns.speed(name, other) for other in RUNS[:2] if other in runs},
                 "ms per step over rounds": turns.spread(name),
                 "cpu ms per step": 1000 * turns.cpu_s(name),
             }
         )
     label = f"{workers} workers, {lanes} lanes each"
     results.raw[label] = turns.rounds
-    for name in ("elastictrain", *(["elastictrain on Ray"] if ray else [])):
-        for form in ("naive", "best"):
-            value = turns.speed(name, f"DDP {form}")
-            reached = common.verdict(value, 0.95, at_most=False)
-            results.figure(f"steps/s of {name} / DDP {form}, {label}", value, "0.95 or more", reached)
+    for name in ("elastictrain", "elastictrain on Ray"):
+        for other in RUNS[:2]:
+            if name in runs and other in runs:
+                value = turns.speed(name, other)
+                reached = common.verdict(value, 0.95, at_most=False)
+                results.figure(f"steps/s of {name} / {other}, {label}", value, "0.95 or more", reached)
 
 
 def main() -> None:
@@ -62,6 +65,7 @@ def main() -> None:
         __doc__,
         lambda parser: (
             parser.add_argument("--ray", action="store_true", help="the same on Ray too"),
+            parser.add_argument("--only", nargs="+", choices=RUNS, default=None, help="these runs, side by side"),
             parser.add_argument("--workers", type=int, nargs="+", default=None),
             parser.add_argument("--lanes", type=int, nargs="+", default=None, help="per worker"),
             parser.add_argument("--rounds", type=int, default=None),
@@ -71,11 +75,12 @@ def main() -> None:
     results = common.Results("throughput", "Steps per second against DDP", options)
     workers = options.workers or ([2] if options.quick else [2, 4])
     lanes = options.lanes or ([4] if options.quick else [2, 4])
+    names = options.only or (RUNS if options.ray else RUNS[:-1])
     rounds = options.rounds or (4 if options.quick else 15)
     with common.scratch("throughput") as folder:
         for world in workers:
             for per_worker in lanes:
-                case(results, folder, world, per_worker, rounds, 1.0, options.ray)
+                case(results, folder, world, per_worker, rounds, 1.0, names)
     results.notes += [
         "GPT of examples/gpt (2.8 million parameters), 2 sequences of 128 bytes per lane, AdamW (fused), clipping on.",
         "Ratios are medians over rounds of neighbours in time: above 1 means faster than DDP.",

@@ -3,7 +3,8 @@ again in milliseconds.
 
 Three operations are enough: a ragged exchange (a batch of point-to-point sends and receives straight from and into
 views), an all-gather of bytes of equal size (the vote) and one of any size. gloo moves CPU tensors and every vote, on
-CUDA too: a vote on the host leaves no device in doubt (invariant R2). NCCL moves CUDA tensors.
+CUDA too: a vote on the host leaves no device in doubt (invariant R2). NCCL moves CUDA tensors. Large pieces between
+workers of one host are read out of each other's memory (see `direct`).
 
 Invariant R6, drop instead of abort: on gloo `abort()` does nothing to an operation in flight, and a survivor that waits
 for a live peer that has given up would wait for the whole timeout. Dropping a group shuts down its connections (see
@@ -25,11 +26,12 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import AllgatherOptions
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from elastictrain.engine import links
+from elastictrain.engine import direct, links
 from elastictrain.errors import PeerLost
 
 Peer = tuple[int, torch.Tensor]
 T = TypeVar("T")
+_Gloo = tuple[Any, tuple[int, set[links.Address]] | None, dict[int, int]]
 FORM_TIMEOUT_S = 20.0
 GATHER_DEADLINE_S = 30.0
 
@@ -51,12 +53,14 @@ class GroupSet:
         self._gloo: Any = None
         self._nccl: Any = None
         self._links: tuple[int, set[links.Address]] | None = None
+        self._near: dict[int, int] = {}
         self._dropped = threading.Event()
         if world == 1:
             return
         if store is None:
             raise PeerLost(f"generation {generation}: no rendezvous store for {world} workers")
-        self._gloo, self._links = _form_gloo(PrefixStore(f"generation-{generation}/gloo", store), rank, world, host)
+        gloo = _form_gloo(PrefixStore(f"generation-{generation}/gloo", store), rank, world, host)
+        self._gloo, self._links, self._near = gloo
         if device.type == "cuda":
             self._nccl = _form_nccl(PrefixStore(f"generation-{generation}/nccl", store), rank, world)
 
@@ -76,10 +80,15 @@ class GroupSet:
 
     def _exchange_gloo(self, sends: Sequence[Peer], recvs: Sequence[Peer], between: Callable[[], None]) -> None:
         group = self._live_gloo()
+        least = direct.min_bytes()
+        near_sends, sends = direct.split(sends, self._near, least)
+        near_recvs, recvs = direct.split(recvs, self._near, least)
         works = [group.recv([tensor], peer, 0) for peer, tensor in recvs]
         works += [group.send([tensor], peer, 0) for peer, tensor in sends]
+        reading = direct.Reading(group, self._near, near_sends, near_recvs)
         between()
         deadline = timedelta(seconds=self.deadline_s)
+        reading.finish(deadline)
         for work in works:
             work.wait(deadline)
 
@@ -152,18 +161,21 @@ class GroupSet:
             raise PeerLost(f"rank {self.rank} of {self.world}: {problem}")
 
 
-def _form_gloo(store: Store, rank: int, world: int, host: str) -> tuple[Any, tuple[int, set[links.Address]] | None]:
-    """The group, and where its connections end: (own port, addresses of the peers)."""
+def _form_gloo(store: Store, rank: int, world: int, host: str) -> _Gloo:
+    """The group, where its connections end (own port, addresses of the peers), and the peers' pids on this host."""
 
-    def build() -> tuple[Any, tuple[int, set[links.Address]] | None]:
+    def build() -> _Gloo:
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = timedelta(seconds=FORM_TIMEOUT_S)
         device, port = links.listening(lambda: dist.ProcessGroupGloo.create_device(hostname=host))
         options._devices = [device]
-        store.set(f"link/{rank}", f"{socket.gethostbyname(host)}:{port or ''}")
+        own = direct.identity()
+        store.set(f"link/{rank}", f"{socket.gethostbyname(host)}:{port or ''}\n{own}")
         group = dist.ProcessGroupGloo(store, rank, world, options)
-        ends = [store.get(f"link/{peer}").decode().rpartition(":") for peer in range(world) if peer != rank]
-        return group, None if port is None else (port, {(name, int(at)) for name, _, at in ends if at})
+        said = {peer: store.get(f"link/{peer}").decode().partition("\n") for peer in range(world) if peer != rank}
+        near = direct.neighbours(own, {peer: who for peer, (_, _, who) in said.items()})
+        ends = [end.rpartition(":") for end, _, _ in said.values()]
+        return group, None if port is None else (port, {(name, int(at)) for name, _, at in ends if at}), near
 
     return _build(build, rank, world)
 
