@@ -176,14 +176,13 @@ class LaneTree:
         """One parameter's gradient (or one buffer's change) of this lane, any float dtype. `places`: where it lies in
         each target, from the lane's own (or its sibling's) upwards.
         """
-        if not self._adds_to_sibling and self._micro == 0:
-            places[0].copy_(values)
-            return
-        values = values.float() if values.dtype != torch.float32 else values
-        if self._adds_to_sibling:
-            for lower in places[:-1]:  # of the chain only the top is still needed; what is between stays in the cache
-                values = values + lower  # not in place: gradients of two parameters may share their memory
-        places[-1 if self._adds_to_sibling else 0].add_(values)
+        own = places[0]
+        if self._adds_to_sibling or self._micro > 0:
+            own.add_(values.float() if values.dtype != torch.float32 else values)
+        else:
+            own.copy_(values)
+        if self._micro_batches == 1:
+            climb(places)
 
     def end_micro_batch(self) -> None:
         """A parameter without a gradient counts as +0.0: the same for all lanes, whoever computes them."""
