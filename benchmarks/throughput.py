@@ -69,10 +69,11 @@ def main() -> None:
             parser.add_argument("--workers", type=int, nargs="+", default=None),
             parser.add_argument("--lanes", type=int, nargs="+", default=None, help="per worker"),
             parser.add_argument("--rounds", type=int, default=None),
+            parser.add_argument("--name", default="throughput", help="of the results"),
         ),
     )
     common.prepare_data()
-    results = common.Results("throughput", "Steps per second against DDP", options)
+    results = common.Results(options.name, "Steps per second against DDP", options)
     workers = options.workers or ([2] if options.quick else [2, 4])
     lanes = options.lanes or ([4] if options.quick else [2, 4])
     names = options.only or (RUNS if options.ray else RUNS[:-1])

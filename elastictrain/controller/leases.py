@@ -22,7 +22,7 @@ from elastictrain.signs import NodeReport
 LIMIT_S = 1.6
 """Silence until a node counts as lost. With one turn of the watcher and one of the controller on top, the whole stays
 below 2 s; below it lie 11 beats of 0.1 s that would all have to fail at 200 ms of latency each way (agents beat so
-often as long as they miss an answer; else half as often)."""
+often as long as they miss an answer)."""
 LONGEST_S = 10.0
 HALF_LIFE_S = 30.0
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from elastictrain.pulse import Pulse, pulse_folder, pulse_paths, start_ticks
-from elastictrain.signs import Activity, NodeReport
+from elastictrain.signs import Activity, NodeReport, WorkerSign
 from elastictrain_actors import agent as module
 from elastictrain_actors import procfs
 from elastictrain_actors.agent import Agent
@@ -328,6 +328,16 @@ def test_the_loop_counts_its_own_lateness_and_makes_up_for_no_missed_beat(
     assert agent._beats == 4
     assert agent._late_s == pytest.approx(3.0)
     assert waits == pauses
+
+
+@pytest.mark.parametrize(
+    ("echo", "age_s", "state", "pause_s"),
+    [(7, 0.1, "R", 0.2), (6, 0.2, "S", 0.2), (5, 0.1, "R", 0.1), (7, 0.3, "R", 0.1), (7, 0.0, "T", 0.1),
+     (7, 0.0, "X", 0.1)],
+)  # fmt: skip
+def test_it_hurries_while_an_answer_or_progress_is_missing(echo: int, age_s: float, state: str, pause_s: float) -> None:
+    signs = WorkerSign(0, 11, 1, "R", 0.0, None), WorkerSign(1, 12, 1, state, 0.0, None, age_s=age_s)
+    assert NodeReport("node", 1, 7, echo, 0.0, 0.0, signs).pause_s == pause_s
 
 
 def test_it_ends_itself_only_without_workers_and_long_without_a_controller(
