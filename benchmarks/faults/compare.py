@@ -112,9 +112,9 @@ def run(system: str, order: Order) -> list[dict[str, Any]]:
     environment = common.child_environment() | {
         ORDER: str(order.write()),
         "TORCHFT_LIGHTHOUSE": f"http://localhost:{LIGHTHOUSE_PORT}",
-        # Otherwise a restart of torchrun hangs in the rendezvous every now and then.
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
+    if system == "torchrun":  # otherwise a restart hangs in the rendezvous every now and then
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # torchft needs the agent's store: without, it waits
     with ExitStack() as around:
         processes = []
         for number, command in enumerate(SYSTEMS[system][0](order, around)):
