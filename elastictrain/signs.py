@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
-CALM_PAUSE_S, HURRIED_PAUSE_S = 0.2, 0.1
-
 
 class Activity(IntEnum):
     """What the training thread is doing. Within a step the order of the numbers is the order of the step."""
@@ -121,12 +119,3 @@ class NodeReport:
     workers: tuple[WorkerSign, ...] = ()
     going_s: float | None = None
     going_why: str = ""
-
-    @property
-    def pause_s(self) -> float:
-        """Until the agent's next beat. Half as long while it misses an answer, so that a network that loses datagrams
-        leaves a lease as many tries, and while a worker shows no progress, so that it is judged as soon and as surely.
-        """
-        is_answered = self.number - self.echo <= 1
-        gets_on = all(w.age_s <= CALM_PAUSE_S and not w.is_stopped and not w.is_gone for w in self.workers)
-        return CALM_PAUSE_S if is_answered and gets_on else HURRIED_PAUSE_S

@@ -20,6 +20,7 @@ from elastictrain_actors.beats import Codec
 from elastictrain_actors.clouds import Going
 from elastictrain_actors.procfs import KillAnswer, ProcessReader, end_process, lift_thread
 
+BEAT_S = 0.1
 PUNCTUAL_S = 0.02
 """A beat that comes so late is in time: only what could have kept others from running too is counted."""
 STALE_S = 0.3
@@ -149,16 +150,16 @@ class Agent:
     # --- the loop ---
 
     def run(self) -> None:
-        """Report until `stop`, or until there has long been neither a controller nor a worker."""
+        """Report every 0.1 s until `stop`, or until there has long been neither a controller nor a worker."""
         lift_thread()
         due_s = self._clock()
         while not self._stop.wait(max(0.0, due_s - self._clock())):
             now_s = self._clock()
             self._late_s += now_s - due_s if now_s - due_s > PUNCTUAL_S else 0.0
-            pause_s = self.beat().pause_s
+            self.beat()
             if self._is_lonely():
                 return
-            due_s = due_s + pause_s if due_s + pause_s > now_s else now_s + pause_s  # missed beats are not made up for
+            due_s = due_s + BEAT_S if due_s + BEAT_S > now_s else now_s + BEAT_S  # missed beats are not made up for
 
     def stop(self) -> None:
         """End the loop and let go of everything; workers are left alone."""

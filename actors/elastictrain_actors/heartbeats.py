@@ -18,7 +18,7 @@ from elastictrain.signs import NodeReport
 from elastictrain_actors.beats import Codec
 from elastictrain_actors.procfs import lift_thread
 
-TURN_S = 0.1
+TURN_S = 0.05
 _BUFFER_BYTES = 4 * 2**20
 _BATCH = 512
 

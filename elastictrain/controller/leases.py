@@ -21,8 +21,7 @@ from elastictrain.signs import NodeReport
 
 LIMIT_S = 1.6
 """Silence until a node counts as lost. With one turn of the watcher and one of the controller on top, the whole stays
-below 2 s; below it lie 11 beats of 0.1 s that would all have to fail at 200 ms of latency each way (agents beat so
-often as long as they miss an answer)."""
+below 2 s; below it lie 11 beats of 0.1 s that would all have to fail at 200 ms of latency each way."""
 LONGEST_S = 10.0
 HALF_LIFE_S = 30.0
 
@@ -31,7 +30,7 @@ HALF_LIFE_S = 30.0
 class WatchedClock:
     """Seconds during which this process was watching. A turn that took longer than `longest_turn_s` counts as that."""
 
-    longest_turn_s: float = 0.2
+    longest_turn_s: float = 0.1
     now_s: float = 0.0
     missed_s: float = 0.0
     _last_s: float | None = None

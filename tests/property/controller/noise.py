@@ -13,6 +13,7 @@ from elastictrain.controller.suspicion import Kind, Suspicion, Verdict
 from elastictrain.signs import WAITING, Activity, NodeReport, WorkerSign
 
 TICK_S = 0.02
+BEAT_S = 0.1
 LOOK_S = 0.1
 A = Activity
 
@@ -80,7 +81,7 @@ class World:
         self.verdicts: list[tuple[float, Verdict]] = []
         self.hung_barrier: tuple[int, Activity] | None = None
         self._beat_due_s = self._look_due_s = self._late_s = 0.0
-        self._number = self._echo = 0
+        self._number = 0
         self._asleep_until = {"agent": 0.0, "controller": 0.0, "node": 0.0}
         self._arrived: NodeReport | None = None
 
@@ -175,12 +176,11 @@ class World:
     def _beat(self) -> None:
         late_s = self.now_s - self._beat_due_s
         self._late_s += late_s if late_s > TICK_S else 0.0
+        self._beat_due_s = self.now_s + BEAT_S
         self._number += 1
-        signs = tuple(self._sign(worker) for worker in self.workers)
-        report = NodeReport("node", 1, self._number, self._echo, self.now_s, self._late_s, signs)
-        self._beat_due_s = self.now_s + report.pause_s
         if self.random.random() >= self.noise.lost:
-            self._arrived, self._echo = report, self._number
+            signs = tuple(self._sign(worker) for worker in self.workers)
+            self._arrived = NodeReport("node", 1, self._number, 0, self.now_s, self._late_s, signs)
 
     def _sign(self, w: Worker) -> WorkerSign:
         return WorkerSign(

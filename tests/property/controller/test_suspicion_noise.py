@@ -56,7 +56,7 @@ def test_who_stands_still_is_named_in_time_and_nobody_else(
     seed: int, shape: dict, fault: str, counts_waits: bool, data: st.DataObject
 ) -> None:
     world = World(seed, noise=Noise(counts_waits=counts_waits, lost=0.02), **shape)
-    world.steps(max(8, round(1.0 / shape["step_s"])))  # some beats that tell of steps
+    world.steps(8)
     victim = data.draw(st.integers(0, shape["workers"] - 1))
     broken_s = world.break_worker(victim, fault)
     step_s = world.suspicion.step_s()
@@ -98,7 +98,7 @@ def test_a_stopped_worker_is_named_in_a_collective_too_and_its_peers_never(
     broken_s = world.break_worker(0, "stopped", waiting=None)
     found = world.until(6 + 4 * step_s)
     assert [(verdict.worker, verdict.kind) for _, verdict in found] == [(0, Kind.STOPPED)]
-    assert found[0][0] - broken_s <= 1.0
+    assert found[0][0] - broken_s <= 0.8
 
 
 @worlds(max_examples=60)
@@ -131,4 +131,4 @@ def test_a_breakpoint_stands_in_debug_mode(seed: int, shape: dict, noise: Noise,
     world.break_worker(0, fault)
     assert world.until(30 + 12 * shape["step_s"]) == []
     world.workers[0].fault = "gone"
-    assert [verdict.kind for _, verdict in world.until(60)] == [Kind.GONE]
+    assert [verdict.kind for _, verdict in world.until(20)] == [Kind.GONE]
