@@ -31,7 +31,7 @@ from elastictrain.errors import PeerLost
 
 Peer = tuple[int, torch.Tensor]
 T = TypeVar("T")
-_Gloo = tuple[Any, tuple[int, set[links.Address]] | None, dict[int, int]]
+_Gloo = tuple[Any, tuple[int, set[links.Address]] | None, direct.Neighbours]
 FORM_TIMEOUT_S = 20.0
 GATHER_DEADLINE_S = 30.0
 
@@ -53,14 +53,14 @@ class GroupSet:
         self._gloo: Any = None
         self._nccl: Any = None
         self._links: tuple[int, set[links.Address]] | None = None
-        self._near: dict[int, int] = {}
+        self._near = direct.NOBODY
         self._dropped = threading.Event()
         if world == 1:
             return
         if store is None:
             raise PeerLost(f"generation {generation}: no rendezvous store for {world} workers")
-        gloo = _form_gloo(PrefixStore(f"generation-{generation}/gloo", store), rank, world, host)
-        self._gloo, self._links, self._near = gloo
+        own = PrefixStore(f"generation-{generation}/gloo", store)
+        self._gloo, self._links, self._near = _form_gloo(own, rank, world, host)
         if device.type == "cuda":
             self._nccl = _form_nccl(PrefixStore(f"generation-{generation}/nccl", store), rank, world)
 
@@ -80,9 +80,7 @@ class GroupSet:
 
     def _exchange_gloo(self, sends: Sequence[Peer], recvs: Sequence[Peer], between: Callable[[], None]) -> None:
         group = self._live_gloo()
-        least = direct.min_bytes()
-        near_sends, sends = direct.split(sends, self._near, least)
-        near_recvs, recvs = direct.split(recvs, self._near, least)
+        (near_sends, sends), (near_recvs, recvs) = self._near.split(sends), self._near.split(recvs)
         works = [group.recv([tensor], peer, 0) for peer, tensor in recvs]
         works += [group.send([tensor], peer, 0) for peer, tensor in sends]
         reading = direct.Reading(group, self._near, near_sends, near_recvs)
@@ -162,7 +160,7 @@ class GroupSet:
 
 
 def _form_gloo(store: Store, rank: int, world: int, host: str) -> _Gloo:
-    """The group, where its connections end (own port, addresses of the peers), and the peers' pids on this host."""
+    """The group, where its connections end (own port, addresses of the peers), and the peers on this host."""
 
     def build() -> _Gloo:
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
@@ -173,7 +171,7 @@ def _form_gloo(store: Store, rank: int, world: int, host: str) -> _Gloo:
         store.set(f"link/{rank}", f"{socket.gethostbyname(host)}:{port or ''}\n{own}")
         group = dist.ProcessGroupGloo(store, rank, world, options)
         said = {peer: store.get(f"link/{peer}").decode().partition("\n") for peer in range(world) if peer != rank}
-        near = direct.neighbours(own, {peer: who for peer, (_, _, who) in said.items()})
+        near = direct.Neighbours.among(own, {peer: who for peer, (_, _, who) in said.items()})
         ends = [end.rpartition(":") for end, _, _ in said.values()]
         return group, None if port is None else (port, {(name, int(at)) for name, _, at in ends if at}), near
 

@@ -20,16 +20,16 @@ import ctypes
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from elastictrain.errors import ConfigError
 
-Peer = tuple[int, torch.Tensor]
 MIN_BYTES = 256 * 1024
 """Below it two more messages cost more than the copies."""
 MAX_READ_BYTES = 256 * 2**20
@@ -74,13 +74,6 @@ def min_bytes() -> int:
     return int(text)
 
 
-def neighbours(own: str, others: Mapping[int, str]) -> dict[int, int]:
-    """By rank the pid of every peer that this process reads and is read by, from everybody's `identity`."""
-    host = own.rpartition(" ")[0]
-    found = {rank: text.rpartition(" ") for rank, text in others.items()}
-    return {rank: int(pid) for rank, (place, _, pid) in found.items() if host and place == host}
-
-
 @cache
 def _libc() -> Any:
     libc = ctypes.CDLL(None, use_errno=True)
@@ -107,15 +100,32 @@ def _host() -> str:
     return ""
 
 
-def split(
-    pieces: Sequence[Peer], near: Mapping[int, int], least_bytes: int
-) -> tuple[dict[int, list[torch.Tensor]], list[Peer]]:
-    """(pieces by rank that are read, those that gloo carries). Sender and receiver come to the same result."""
-    by_rank: dict[int, list[torch.Tensor]] = {}
-    for rank, tensor in pieces:
-        by_rank.setdefault(rank, []).append(tensor)
-    large = {rank: own for rank, own in by_rank.items() if rank in near and _bytes(own) >= least_bytes}
-    return large, [(rank, tensor) for rank, tensor in pieces if rank not in large]
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """The peers of one generation that this process reads and is read by: their pids by rank."""
+
+    pids: Mapping[int, int]
+    least_bytes: int
+
+    @classmethod
+    def among(cls, own: str, others: Mapping[int, str]) -> Self:
+        """From everybody's `identity`."""
+        host = own.rpartition(" ")[0]
+        found = {rank: text.rpartition(" ") for rank, text in others.items()}
+        return cls({rank: int(pid) for rank, (at, _, pid) in found.items() if host and at == host}, min_bytes())
+
+    def split(
+        self, pieces: Sequence[tuple[int, torch.Tensor]]
+    ) -> tuple[dict[int, list[torch.Tensor]], list[tuple[int, torch.Tensor]]]:
+        """(pieces by rank that are read, those that gloo carries). Sender and receiver come to the same result."""
+        by_rank: dict[int, list[torch.Tensor]] = {}
+        for rank, tensor in pieces:
+            by_rank.setdefault(rank, []).append(tensor)
+        large = {r: own for r, own in by_rank.items() if r in self.pids and _bytes(own) >= self.least_bytes}
+        return large, [(rank, tensor) for rank, tensor in pieces if rank not in large]
+
+
+NOBODY = Neighbours({}, 0)
 
 
 def _bytes(tensors: Sequence[torch.Tensor]) -> int:
@@ -128,7 +138,7 @@ class Reading:
     def __init__(
         self,
         group: Any,
-        near: Mapping[int, int],
+        near: Neighbours,
         sends: Mapping[int, Sequence[torch.Tensor]],
         recvs: Mapping[int, Sequence[torch.Tensor]],
     ) -> None:
@@ -152,7 +162,7 @@ class Reading:
             if size != _bytes(tensors):
                 raise RuntimeError(f"rank {rank} sends {size} bytes, expected {_bytes(tensors)}")
             for tensor, address in zip(tensors, addresses, strict=True):
-                read(self._near[rank], address, tensor)
+                read(self._near.pids[rank], address, tensor)
             self._works.append(self._group.send([word], rank, _DONE))
         for work in self._works:
             work.wait(deadline)

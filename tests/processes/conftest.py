@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,9 +13,9 @@ from tests.support.process_cluster import Run, byte_job, run_job
 @pytest.fixture(scope="package", autouse=True)
 def small_pieces_are_read_too() -> Iterator[None]:
     """These models are tiny: without it all of their pieces would go through gloo, as they do in the tests on Ray."""
-    os.environ["ELASTICTRAIN_DIRECT"] = "1"
-    yield
-    del os.environ["ELASTICTRAIN_DIRECT"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ELASTICTRAIN_DIRECT", "1")
+        yield
 
 
 @pytest.fixture(scope="package")

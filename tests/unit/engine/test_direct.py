@@ -179,10 +179,10 @@ def test_only_processes_of_one_host_and_user_with_the_same_setting_are_neighbour
     assert own.endswith(f" {os.getpid()}")
     place = own.rpartition(" ")[0]
     others = {1: f"{place} 12", 2: "", 3: f"x{place} 13", 4: f"{place} 14"}
-    assert direct.neighbours(own, others) == {1: 12, 4: 14}
-    assert direct.neighbours("", others) == {}
+    assert direct.Neighbours.among(own, others).pids == {1: 12, 4: 14}
+    assert direct.Neighbours.among("", others).pids == {}
     monkeypatch.setenv("ELASTICTRAIN_DIRECT", "1024")
-    assert direct.neighbours(direct.identity(), others) == {}
+    assert direct.Neighbours.among(direct.identity(), others).pids == {}
 
 
 @pytest.mark.parametrize("text", ["", "-1", "yes"])
@@ -201,7 +201,7 @@ def test_every_piece_goes_one_way_and_a_pair_goes_one_way_as_a_whole(
     sizes: list[tuple[int, int]], near: set[int], least: int
 ) -> None:
     pieces = [(rank, torch.zeros(size)) for rank, size in sizes]
-    large, rest = direct.split(pieces, dict.fromkeys(near, 1), least)
+    large, rest = direct.Neighbours(dict.fromkeys(near, 1), least).split(pieces)
     for rank in range(4):
         own = [tensor for r, tensor in pieces if r == rank]
         total = 4 * sum(tensor.numel() for tensor in own)
