@@ -77,7 +77,7 @@ def main() -> None:
     workers = options.workers or ([2] if options.quick else [2, 4])
     lanes = options.lanes or ([4] if options.quick else [2, 4])
     names = options.only or (RUNS if options.ray else RUNS[:-1])
-    rounds = options.rounds or (4 if options.quick else 15)
+    rounds = 4 if options.quick else options.rounds or 15
     with common.scratch("throughput") as folder:
         for world in workers:
             for per_worker in lanes:
