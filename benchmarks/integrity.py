@@ -35,7 +35,7 @@ def kinds_of_sums(elements: int) -> dict[str, float]:
         "XXH3, 64 bits": lambda: sums([[values]], cpu),
         "XXH3, block by block": lambda: sums([[block] for block in blocks], cpu),
         "int64 sum (sees no order)": lambda: int(numbers.sum()),
-        "torch.hash_tensor (sees no order)": lambda: int(torch.hash_tensor(values)),
+        "torch.hash_tensor (sees no order)": lambda: int(torch.hash_tensor(values).view(torch.int64)),
         "weighted sum of the bits (on a device)": lambda: int(device_sum(values)),
         "a copy, for comparison": lambda: values.clone(),
     }

@@ -18,12 +18,16 @@ TINY = {"vocabulary_size": 320, "sequence_length": 16, "layers": 1, "heads": 1, 
 
 
 class MeasuredGPT(GPTRecipe):
-    """`stamp`: folder for time stamps. `memory`: watch memory too, counted from here (imports done, no model yet)."""
+    """`stamp`: folder for time stamps. `memory`: watch memory too, counted from here (imports done, no model yet).
+    `moves`: what moves when a generation forms, too.
+    """
 
-    def __init__(self, *, stamp: str | None = None, memory: bool = False, **settings: Any) -> None:
+    def __init__(self, *, stamp: str | None = None, memory: bool = False, moves: bool = False, **settings: Any) -> None:
         super().__init__(**settings)
         if stamp is not None:
             stamps.install(stamp, memory_base=memory_base() if memory else None)
+        if stamp is not None and moves:
+            stamps.install_moves(stamp)
 
 
 def memory_base() -> int:

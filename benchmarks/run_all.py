@@ -21,6 +21,7 @@ ALL = {
     "recovery": ["recovery.py"],
     "recovery_ray": ["recovery.py", "--ray"],
     "resize": ["resize.py"],
+    "join": ["join.py"],
     "throughput": ["throughput.py", "--ray"],
     "throughput_2x4": ["throughput.py", "--name", "throughput_2x4", *CLOSE],
     "memory": ["memory.py"],

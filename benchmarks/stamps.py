@@ -117,6 +117,70 @@ def install(folder: str, *, memory_base: int | None = None) -> None:
     probes.Probes.at = ordered  # type: ignore[method-assign]
 
 
+def install_moves(folder: str) -> None:
+    """Stamp what moves while a generation forms, and send as much again through gloo alone, after the seal."""
+    from elastictrain.engine import forming, session
+
+    if getattr(forming, "_stamped", False):
+        return
+    forming._stamped = True
+    stamp = Stamps(folder)
+    move, publish, enter = forming._move, forming._publish_all, forming.enter_generation
+    moving: dict[str, Any] = {}
+
+    def watched(what: Any) -> Any:
+        def run(session_: Any, plan: Any, groups: Any, *more: Any) -> Any:
+            exchange = groups.exchange
+
+            def counted(sends: Any, recvs: Any, **named: Any) -> None:
+                moving["sends"] += [(peer, t.numel() * t.element_size()) for peer, t in sends]
+                moving["recvs"] += [(peer, t.numel() * t.element_size()) for peer, t in recvs]
+                exchange(sends, recvs, **named)
+
+            groups.exchange = counted
+            groups.all_gather_equal(b"now")  # all begin together, as the bare transfer does
+            begun = time.monotonic()
+            try:
+                return what(session_, plan, groups, *more)
+            finally:
+                groups.exchange = exchange
+                moving["ours_s"] += time.monotonic() - begun
+
+        return run
+
+    def entered(session_: Any, plan: Any, groups: Any) -> None:
+        moving.update(sends=[], recvs=[], ours_s=0.0)
+        enter(session_, plan, groups)
+        if groups.world > 1:
+            bare_s = _bare_gloo(groups, moving["sends"], moving["recvs"])
+            received = sum(size for _, size in moving["recvs"])
+            stamp("moved", generation=plan.generation, joiner=session_.worker in plan.joiners, ours_s=moving["ours_s"],
+                  bare_s=bare_s, received_bytes=received)  # fmt: skip
+
+    forming._move, forming._publish_all = watched(move), watched(publish)
+    session.enter_generation = entered  # type: ignore[attr-defined]
+
+
+def _bare_gloo(groups: Any, sends: list[tuple[int, int]], recvs: list[tuple[int, int]]) -> float:
+    """Seconds for one buffer per pair and direction, of all the bytes that went that way; its pages are there."""
+    import torch
+
+    def buffers(pieces: list[tuple[int, int]]) -> dict[int, Any]:
+        sizes: dict[int, int] = {}
+        for peer, size in pieces:
+            sizes[peer] = sizes.get(peer, 0) + size
+        return {peer: torch.ones(size, dtype=torch.uint8) for peer, size in sorted(sizes.items()) if size}
+
+    out, coming, group = buffers(sends), buffers(recvs), groups._gloo
+    groups.all_gather_equal(b"now")
+    begun = time.monotonic()
+    works = [group.recv([t], peer, 77) for peer, t in coming.items()]
+    works += [group.send([t], peer, 77) for peer, t in out.items()]
+    for work in works:
+        work.wait()
+    return time.monotonic() - begun
+
+
 class MemoryWatch:
     """Peaks of this process above `base`: up to its first step (building, forming), and in steps from the third on."""
 

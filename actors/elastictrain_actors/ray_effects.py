@@ -33,6 +33,7 @@ from elastictrain_actors.deaths import death_in_words
 from elastictrain_actors.driver import Heard
 from elastictrain_actors.heartbeats import Heartbeats
 from elastictrain_actors.procfs import KillAnswer
+from elastictrain_actors.starts import Starts
 from elastictrain_actors.surroundings import Surroundings
 from elastictrain_actors.watchman import Watchman
 from elastictrain_actors.worker_actor import Identity, WorkerActor, worker_name, worker_number
@@ -86,19 +87,22 @@ class RayEffects:
         self._watchman = Watchman(ears, judgement, place.clock)
         self._agents = Agents(place, self._watchman, self._calls, self._environment, job.workers.spot_notices)
         self._surroundings = Surroundings(place.clock)
+        self._starts = Starts()
 
     # --- commands ---
 
     def perform(self, command: cmd.Command) -> None:
         match command:
             case cmd.StartWorker(worker, avoid):
-                self._start(worker, avoid)
+                self._starts.want(worker, avoid)
+                self._start_due()
             case cmd.Form(plan):
                 self._watchman.formed(plan.generation, plan.layout.workers)
                 plan = replace(plan, store=self._store(plan.layout.workers[0]))
                 for worker in plan.layout.workers:
                     self._order(worker, "form", plan)
             case cmd.Park(generation, workers):
+                self._starts.parking()
                 self._watchman.parking(generation)
                 for worker in workers:
                     self._order(worker, "park", generation)
@@ -121,6 +125,10 @@ class RayEffects:
             with suppress(RayError, TimeoutError):
                 facts.store = ray.get(facts.handle.who.remote(), timeout=STORE_S).store
         return facts.store
+
+    def _start_due(self) -> None:
+        for worker, avoid in self._starts.due().items():
+            self._start(worker, avoid)
 
     def _start(self, worker: int, avoid: Sequence[str]) -> None:
         if worker in self._workers:
@@ -176,6 +184,7 @@ class RayEffects:
         """SIGKILL by the agent of its node, which also ends a stopped process and confirms; without one (or without an
         answer) as well as it can be done from here. It is dead when `WorkerDied` says so.
         """
+        self._starts.drop(worker)
         facts = self._workers.get(worker)
         if facts is None:
             self._out.append(ev.WorkerDied(0.0, worker, "it is gone"))
@@ -214,6 +223,7 @@ class RayEffects:
         for worker in self._to_poll:
             self._poll_again(worker)
         self._to_poll.clear()
+        self._start_due()
         self._agents.start_due()
         if not self._out:
             self._out += self._calls.take(timeout_s)
@@ -264,6 +274,7 @@ class RayEffects:
         return []
 
     def _forget(self, worker: int) -> None:
+        self._starts.drop(worker)
         if self._workers.pop(worker, None) is not None:
             self._calls.forget(worker)
             self._watchman.worker_gone(worker)
@@ -311,6 +322,8 @@ class RayEffects:
             if isinstance(message, ev.PreemptionNotice):  # the worker knows no clock but its own
                 message = replace(message, deadline_s=self._place.clock() + self.job.workers.notice_s)
             found.append(message)
+            if isinstance(message, ev.Sealed):
+                self._starts.sealed()
             if isinstance(message, ev.Progress):
                 self._agents.hurry()
             if isinstance(message, ev.WorkerStartFailed):
