@@ -22,8 +22,9 @@ WORLD, LANES, GAP_STEPS = 3, 8, 40
 
 @dataclass(frozen=True)
 class Pause:
-    """One change of the layout. `kind`: joined or left."""
+    """One change of the layout, by the generation that follows. `kind`: joined or left."""
 
+    generation: int
     kind: str
     seconds: float
     redone: int
@@ -44,7 +45,9 @@ def pauses(lines: list[Line]) -> list[Pause]:
             and x["pid"] in stayed
         ]  # fmt: skip
         begun = max(x["step"] for x in lines if x["k"] == "start" and x["generation"] == old)
-        found.append(Pause("joined" if after - before else "left", max(starts) - max(ended), max(0, begun - first + 1)))
+        found.append(
+            Pause(new, "joined" if after - before else "left", max(starts) - max(ended), max(0, begun - first + 1))
+        )
     return found
 
 

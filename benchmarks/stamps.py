@@ -152,26 +152,31 @@ def install_moves(folder: str) -> None:
         moving.update(sends=[], recvs=[], ours_s=0.0)
         enter(session_, plan, groups)
         if groups.world > 1:
-            bare_s = _bare_gloo(groups, moving["sends"], moving["recvs"])
+            begun = time.monotonic()
+            fresh_s = _bare_gloo(groups, moving["sends"], moving["recvs"], touched=False)
+            bare_s = _bare_gloo(groups, moving["sends"], moving["recvs"], touched=True)
             received = sum(size for _, size in moving["recvs"])
             stamp("moved", generation=plan.generation, joiner=session_.worker in plan.joiners, ours_s=moving["ours_s"],
-                  bare_s=bare_s, received_bytes=received)  # fmt: skip
+                  bare_s=bare_s, fresh_s=fresh_s, received_bytes=received,
+                  extra_s=time.monotonic() - begun)  # fmt: skip
 
     forming._move, forming._publish_all = watched(move), watched(publish)
     session.enter_generation = entered  # type: ignore[attr-defined]
 
 
-def _bare_gloo(groups: Any, sends: list[tuple[int, int]], recvs: list[tuple[int, int]]) -> float:
-    """Seconds for one buffer per pair and direction, of all the bytes that went that way; its pages are there."""
+def _bare_gloo(groups: Any, sends: list[tuple[int, int]], recvs: list[tuple[int, int]], *, touched: bool) -> float:
+    """Seconds for one buffer per pair and direction, of all the bytes that went that way. `touched`: whether the pages
+    of the receiver are there already; a newcomer's are not.
+    """
     import torch
 
-    def buffers(pieces: list[tuple[int, int]]) -> dict[int, Any]:
+    def buffers(pieces: list[tuple[int, int]], make: Any = torch.ones) -> dict[int, Any]:
         sizes: dict[int, int] = {}
         for peer, size in pieces:
             sizes[peer] = sizes.get(peer, 0) + size
-        return {peer: torch.ones(size, dtype=torch.uint8) for peer, size in sorted(sizes.items()) if size}
+        return {peer: make(size, dtype=torch.uint8) for peer, size in sorted(sizes.items()) if size}
 
-    out, coming, group = buffers(sends), buffers(recvs), groups._gloo
+    out, coming, group = buffers(sends), buffers(recvs, torch.ones if touched else torch.empty), groups._gloo
     groups.all_gather_equal(b"now")
     begun = time.monotonic()
     works = [group.recv([t], peer, 77) for peer, t in coming.items()]

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,6 +34,8 @@ from elastictrain.errors import ConfigError
 MIN_BYTES = 256 * 1024
 """Below it two more messages cost more than the copies."""
 MAX_READ_BYTES = 256 * 2**20
+THREAD_BYTES, MAX_THREADS = 16 * 2**20, 4
+"""A thread more for every so many bytes that one peer has for this one."""
 _NOTICE, _DONE = 1, 2
 _PR_SET_PTRACER, _PTRACER_ANY = 0x59616D61, ctypes.c_ulong(-1)
 _YAMA, _ADMINS_ONLY = Path("/proc/sys/kernel/yama/ptrace_scope"), 2
@@ -58,6 +61,29 @@ def read(pid: int, address: int, into: torch.Tensor) -> None:
                 _refused.append(str(error))
             raise RuntimeError(f"process {pid} of this host cannot be read: {error}")
         at, left = at + got, left - got
+
+
+def read_all(pid: int, wanted: Mapping[int, torch.Tensor]) -> None:
+    """{address: tensor to fill}. What is worth it goes through several threads: most of the time of a first read is
+    spent on the pages of the target. Raises RuntimeError as `read` does.
+    """
+    threads = min(MAX_THREADS, os.cpu_count() or 1, _bytes(list(wanted.values())) // THREAD_BYTES)
+    if threads < 2:
+        for address, tensor in wanted.items():
+            read(pid, address, tensor)
+        return
+    parts = [
+        (address + at, part)
+        for address, tensor in wanted.items()
+        for at, part in _parts(tensor.view(-1).view(torch.uint8), THREAD_BYTES)
+    ]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda part: read(pid, *part), parts))
+
+
+def _parts(tensor: torch.Tensor, size: int) -> Iterator[tuple[int, torch.Tensor]]:
+    for at in range(0, tensor.numel(), size):
+        yield at, tensor[at : at + size]
 
 
 def identity() -> str:
@@ -161,8 +187,7 @@ class Reading:
             size, *addresses = notice.tolist()
             if size != _bytes(tensors):
                 raise RuntimeError(f"rank {rank} sends {size} bytes, expected {_bytes(tensors)}")
-            for tensor, address in zip(tensors, addresses, strict=True):
-                read(self._near.pids[rank], address, tensor)
+            read_all(self._near.pids[rank], dict(zip(addresses, tensors, strict=True)))
             self._works.append(self._group.send([word], rank, _DONE))
         for work in self._works:
             work.wait(deadline)

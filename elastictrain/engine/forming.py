@@ -7,10 +7,10 @@ takes anything away from them; what is held no more is let go one vote after the
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import xxhash
 
 from elastictrain.agreement import differences
 from elastictrain.controller import events as ev
@@ -18,6 +18,7 @@ from elastictrain.engine import saving
 from elastictrain.engine.collective import GATHER_DEADLINE_S, GroupSet, Peer
 from elastictrain.engine.commit import apply_step
 from elastictrain.engine.inquest import check_claims, claims_from_json, claims_to_json
+from elastictrain.engine.parcels import Arrival, wrap
 from elastictrain.engine.step import published_pieces
 from elastictrain.engine.worker_model import build_initial
 from elastictrain.errors import CheckpointMismatch, CorruptWorker, InternalError, PeerLost
@@ -98,36 +99,41 @@ def _idle_blocks(session: Session) -> set[int]:
 
 def _move(session: Session, plan: FormPlan, groups: GroupSet) -> dict[str, str]:
     """Copy moved blocks from their holders. Returns the digest of every copy that this worker sent or received."""
-    rank, held, device = plan.layout.rank, session.model.held, session.device
-    out = {i: held.pack(m.lo, m.hi) for i, m in enumerate(plan.moves) if m.source == session.worker}
+    rank, held = plan.layout.rank, session.model.held
+    out = {i: wrap(held, m.lo, m.hi) for i, m in enumerate(plan.moves) if m.source == session.worker}
     coming = {i: m for i, m in enumerate(plan.moves) if m.target == session.worker}
+    digests: dict[str, str] = {}
 
-    def swap(sends: dict[int, torch.Tensor], recvs: dict[int, torch.Tensor]) -> None:
+    def swap(
+        sends: Mapping[int, Sequence[torch.Tensor]], recvs: Mapping[int, Sequence[torch.Tensor]],
+        between: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
         session.pulse.enter(Activity.MEET)
         groups.exchange(
-            [(rank(plan.moves[i].target), t) for i, t in sends.items() if t.numel()],
-            [(rank(plan.moves[i].source), t) for i, t in recvs.items() if t.numel()],
+            [(rank(plan.moves[i].target), t) for i, tensors in sends.items() for t in tensors],
+            [(rank(plan.moves[i].source), t) for i, tensors in recvs.items() for t in tensors],
+            between=between,
         )
 
     sizes = {i: torch.zeros(2, dtype=torch.int64) for i in coming}
-    swap({i: torch.tensor([len(h), p.numel()]) for i, (h, p) in out.items()}, sizes)
+    own = {i: torch.tensor([len(parcel.header), parcel.loose.numel()]) for i, parcel in out.items()}
+    swap({i: [size] for i, size in own.items()}, {i: [size] for i, size in sizes.items()})
     headers = {i: torch.empty(int(size[0]), dtype=torch.uint8) for i, size in sizes.items()}
-    swap({i: torch.frombuffer(bytearray(h), dtype=torch.uint8) for i, (h, _) in out.items()}, headers)
-    payloads = {i: torch.empty(int(size[1]), dtype=torch.uint8, device=device) for i, size in sizes.items()}
-    swap({i: p for i, (_, p) in out.items()}, payloads)
+    said = {i: torch.frombuffer(bytearray(parcel.header), dtype=torch.uint8) for i, parcel in out.items()}
+    swap({i: [header] for i, header in said.items()}, {i: [header] for i, header in headers.items()})
+    arrivals = {
+        i: Arrival(held, move.lo, move.hi, headers[i].numpy().tobytes(), int(sizes[i][1])) for i, move in coming.items()
+    }
+    swap(
+        {i: parcel.tensors for i, parcel in out.items()},
+        {i: arrival.parcel.tensors for i, arrival in arrivals.items()},
+        between=lambda: digests.update({f"{i}>": parcel.digest() for i, parcel in out.items()}),
+    )
     session.pulse.enter(Activity.FORM)
-    digests = {f"{i}>": _digest(header, payload) for i, (header, payload) in out.items()}
-    for i, move in coming.items():
-        header = headers[i].numpy().tobytes()
-        held.unpack(move.lo, move.hi, header, payloads[i])
-        digests[f"{i}<"] = _digest(header, payloads[i])
+    for i, arrival in arrivals.items():
+        digests[f"{i}<"] = arrival.parcel.digest()
+        arrival.unwrap()
     return digests
-
-
-def _digest(header: bytes, payload: torch.Tensor) -> str:
-    digest = xxhash.xxh3_64(header)
-    digest.update(saving.as_buffer(payload))
-    return digest.hexdigest()
 
 
 def _publish_all(session: Session, plan: FormPlan, groups: GroupSet) -> None:

@@ -7,7 +7,6 @@ dtype masters are separate fp32 tensors.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -20,9 +19,6 @@ from elastictrain.engine.space import Block
 from elastictrain.errors import InternalError, RecipeError
 
 State = dict[str, Any]
-_DTYPES = {str(d).removeprefix("torch."): d for d in (
-    torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8,
-    torch.uint8, torch.bool)}  # fmt: skip
 
 
 class HeldState:
@@ -141,46 +137,17 @@ class HeldState:
             yield f"optim/{key}", state[key]
 
     def load(self, number: int, values: Mapping[str, Any]) -> None:
-        """Set a held block's tensors from what `tensors` named; masters and EMA are copied in place."""
+        """Set a held block's tensors from what `tensors` named. Masters and EMA are copied in place, unless they are
+        the very tensors that are held.
+        """
         master = self.masters[number]
-        master.copy_(values["master"].reshape(master.shape))
-        if number in self.ema:  # an average that starts only now starts from the weights
-            self.ema[number].copy_(values.get("ema", values["master"]).reshape(self.ema[number].shape))
+        if values["master"] is not master:
+            master.copy_(values["master"].reshape(master.shape))
+        if number in self.ema and (ema := values.get("ema", master)) is not self.ema[number]:
+            self.ema[number].copy_(ema.reshape(master.shape))  # one that starts only now starts from the weights
         state = {k.removeprefix("optim/"): v for k, v in values.items() if k.startswith("optim/")}
         if state:
             self.optimizer.state[master] = state
-
-    def pack(self, lo: int, hi: int) -> tuple[bytes, torch.Tensor]:
-        """Blocks `lo .. hi-1` as a JSON header and one uint8 tensor, to be sent to another worker."""
-        header: list[dict[str, Any]] = []
-        parts: list[torch.Tensor] = []
-        for number in range(lo, hi):
-            described: dict[str, Any] = {}
-            for key, value in self.tensors(number):
-                if isinstance(value, torch.Tensor):
-                    described[key] = {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
-                    parts.append(value.detach().to(self.flat.device).contiguous().reshape(-1).view(torch.uint8))
-                else:
-                    described[key] = {"value": value}
-            header.append(described)
-        payload = torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8, device=self.flat.device)
-        return json.dumps(header).encode(), payload
-
-    def unpack(self, lo: int, hi: int, header: bytes, payload: torch.Tensor) -> None:
-        """The reverse of `pack`, into blocks that `hold` has taken up."""
-        at = 0
-        for number, described in zip(range(lo, hi), json.loads(header), strict=True):
-            values: State = {}
-            for key, spec in described.items():
-                if "value" in spec:
-                    values[key] = spec["value"]
-                    continue
-                dtype, shape = _DTYPES[spec["dtype"]], spec["shape"]
-                size = dtype.itemsize * int(torch.Size(shape).numel())
-                # clone: the payload's offset need not be aligned for the dtype, and the payload is let go
-                values[key] = payload[at : at + size].clone().view(dtype).view(shape)
-                at += size
-            self.load(number, {key: self.placed(key, value) for key, value in values.items()})
 
     def placed(self, key: str, value: Any) -> Any:
         """A state value where the optimizer expects it: step counters live on the CPU unless it is fused."""

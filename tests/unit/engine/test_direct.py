@@ -208,3 +208,23 @@ def test_every_piece_goes_one_way_and_a_pair_goes_one_way_as_a_whole(
         is_read = rank in near and total >= least
         assert [id(t) for t in large.get(rank, [])] == ([id(t) for t in own] if is_read else [])
         assert [id(t) for r, t in rest if r == rank] == ([] if is_read else [id(t) for t in own])
+
+
+def test_what_is_worth_it_is_read_by_several_threads(
+    world: World, reads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(direct, "THREAD_BYTES", LARGE)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    assert world.all(swap) == [True] * 2
+    assert max(reads) == LARGE, "in parts of at most so many bytes"
+    assert sum(reads) == 2 * 4 * (3 + LARGE + 2 * LARGE + 1), "every byte once"
+
+
+def test_a_read_that_fails_in_a_thread_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "THREAD_BYTES", 1024)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    source, target = torch.ones(4096), torch.zeros(4096)
+    with pytest.raises(RuntimeError, match="cannot be read"):
+        direct.read_all(os.getpid(), {source.data_ptr(): target, 16: torch.zeros(1024)})
+    direct.read_all(os.getpid(), {source.data_ptr(): target})
+    assert torch.equal(source, target)

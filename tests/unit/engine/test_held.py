@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
+from elastictrain.engine import parcels
+from elastictrain.engine.parcels import Arrival, wrap
 from elastictrain.engine.space import Space
 from elastictrain.engine.worker_model import WorkerModel, build_initial
 from elastictrain.errors import InternalError
@@ -79,22 +82,32 @@ def test_blocks_that_threads_share_are_the_same_bits_in_every_split(name: str, t
     check_splits(job, [[0], [1, 2]])
 
 
+@pytest.mark.parametrize("loose_bytes", [0, parcels.LOOSE_BYTES, 1 << 30])
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("name", ELEMENT_WISE)
-def test_packed_blocks_go_on_elsewhere_with_the_same_bits(name: str, whole: bool, dtype: str) -> None:
+def test_blocks_that_moved_go_on_elsewhere_with_the_same_bits(
+    name: str, whole: bool, dtype: str, loose_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parcels, "LOOSE_BYTES", loose_bytes)
     ownership = "whole" if whole else "sliced"
     job = make_job(Averaged(ELEMENT_WISE[name]), ownership=ownership, numerics={"compute_dtype": dtype})
     source = started(job)
     advance(source, 2)
     lo, hi = 1, len(source.space.blocks) - 2
-    header, payload = source.held.pack(lo, hi)
-    assert payload.dtype == torch.uint8
+    sent = wrap(source.held, lo, hi)
+    assert bool(sent.pieces) == (loose_bytes < 1 << 30)
     target = started(job, range(hi, hi + 1))
     advance(target, 2)
     target.held.hold(range(lo, hi))
-    target.held.unpack(lo, hi, header, payload)
-    payload.zero_()  # nothing may still point into what came over the wire
+    arrival = Arrival(target.held, lo, hi, sent.header, sent.loose.numel())
+    for here, there in zip(arrival.parcel.tensors, sent.tensors, strict=True):
+        assert here.dtype == there.dtype == torch.uint8
+        assert here.shape == there.shape
+        here.copy_(there)
+    assert arrival.parcel.digest() == sent.digest()
+    arrival.unwrap()
+    arrival.parcel.loose.zero_()  # nothing may still point into what came together
     everything = state_of(source)
     want = {key: value for key, value in everything.items() if lo <= key[0] <= hi}
     assert differing(want, state_of(target)) == []
@@ -107,9 +120,32 @@ def test_packed_blocks_go_on_elsewhere_with_the_same_bits(name: str, whole: bool
 
 def test_packing_nothing_is_nothing() -> None:
     model = started(make_job(NetRecipe()))
-    header, payload = model.held.pack(3, 3)
-    assert payload.numel() == 0
-    model.held.unpack(3, 3, header, payload)
+    sent = wrap(model.held, 3, 3)
+    assert sent.tensors == ()
+    Arrival(model.held, 3, 3, sent.header, 0).unwrap()
+
+
+def test_what_is_large_is_sent_from_where_it_lies_and_received_where_it_shall_lie(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(parcels, "LOOSE_BYTES", 0)
+    model = started(make_job(Averaged()))
+    advance(model, 1)
+    sent = wrap(model.held, 0, 1)
+    kept = dict(model.held.tensors(0))
+    step = kept.pop("optim/step")
+    assert [piece.data_ptr() for piece in sent.pieces] == [tensor.data_ptr() for tensor in kept.values()]
+    assert sent.loose.numel() == step.numel() * step.element_size()
+    filled = Arrival(model.held, 0, 1, sent.header, sent.loose.numel()).parcel.pieces
+    there = [model.held.masters[0].data_ptr(), model.held.ema[0].data_ptr()]
+    assert [piece.data_ptr() for piece in filled[:2]] == there
+
+
+def test_a_block_of_another_shape_is_refused() -> None:
+    model = started(make_job(NetRecipe()))
+    header = json.dumps([{"master": {"dtype": "float32", "shape": [7, 7], "piece": 0}}]).encode()
+    with pytest.raises(InternalError, match=r"block 0: master comes as .*\[7, 7\]"):
+        Arrival(model.held, 0, 1, header, 0)
 
 
 @pytest.mark.parametrize("name", [n for n in ELEMENT_WISE if n not in ("lion",)])
