@@ -30,6 +30,7 @@ ALL = {
     "startup": ["startup.py"],
     "faults": ["faults/compare.py"],
     "goodput": ["goodput.py"],
+    "false_alarms": ["false_alarms.py"],
     "simulate": ["simulate.py"],
 }
 BEGIN, END = "<!-- figures: written by run_all.py -->", "<!-- end of figures -->"
