@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from elastictrain.engine import eager
 from elastictrain.engine.flat import FlatModel
 from elastictrain.engine.optimizers import fresh_copy, initial_state, state_keys
 from elastictrain.engine.space import Block
@@ -116,7 +117,7 @@ class HeldState:
             master.grad = gradient if master.dim() == 1 else gradient.view(master.shape)
         for group, base in zip(self.optimizer.param_groups, self._base_lr, strict=True):
             group["lr"] = base * lr_factor
-        self.optimizer.step()
+        eager.step(self.optimizer)
         for number in params:
             self.masters[number].grad = None
         if self.ema:

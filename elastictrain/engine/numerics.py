@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from elastictrain.engine.eager import set_deterministic
 from elastictrain.job import Numerics
 
 
@@ -16,7 +17,7 @@ def apply_numerics(numerics: Numerics) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.set_num_threads(numerics.threads)
     torch.set_float32_matmul_precision(numerics.matmul_precision)
-    torch.use_deterministic_algorithms(numerics.deterministic)
+    set_deterministic(numerics.deterministic)
     # Filling every new tensor finds reads of unset memory; it changes no result and costs a pass over each.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if not cuda:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from elastictrain.engine import eager
 from elastictrain.errors import ElasticTrainError, RecipeError
 
 _TRIAL_LR = 1e-2
@@ -34,6 +35,7 @@ def optimizer_template(recipe: Any, model: nn.Module) -> tuple[torch.optim.Optim
         for name, p in model.named_parameters()
         if p.requires_grad
     }
+    eager.spare_optimizers()
     try:
         template = recipe.optimizer(list(params.items()))
     except ElasticTrainError:
@@ -249,7 +251,7 @@ def _try(
     for step in gradients:
         for parameter, gradient in zip(params, step, strict=True):
             parameter.grad = gradient.clone()
-        trial.step()
+        eager.step(trial)
     after = _settings(trial)
     moved = [name for name in after if not _same(before.get(name), after[name])]
     return _Trial(params, dict(trial.state[params[0]]), moved)

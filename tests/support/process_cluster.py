@@ -31,8 +31,7 @@ from elastictrain_actors.spec import machine_spec
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the Ray actor of a worker does
 _context = multiprocessing.get_context("forkserver")
-# `torch._dynamo`: torch imports it with the first optimizer, which takes every worker longer than all else.
-_context.set_forkserver_preload(["torch", "torch._dynamo", "elastictrain.engine.host", "pyarrow.parquet"])
+_context.set_forkserver_preload(["torch", "elastictrain.engine.host", "pyarrow.parquet"])
 SHARED_DOMAIN = "here"
 RAY_STEPS = 250
 """Of the runs on Ray that something happens to: as long as a new worker or controller takes to be there."""
