@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,10 @@ from elastictrain.faults import LoseNode
 from elastictrain.pulse import PulseFile, is_same_process, pulse_paths, start_ticks
 
 PROC = Path("/proc")
+LOOK_S = 0.3
+"""Longer than an agent's beat."""
+AGENT_S = 40.0
+"""Longer than a controller waits with starting agents when no step comes through."""
 SIGNALS = {"stop": signal.SIGSTOP, "kill": signal.SIGKILL}
 
 # Argument 1: seconds; then pid:start for each process. A process of its own, because whoever is stopped cannot continue
@@ -39,9 +44,12 @@ for one in sys.argv[2:]:
 def lose_node(folder: Path, fault: LoseNode) -> None:
     """Stop or kill the workers and the agent that the run with these pulses has on the calling worker's node, the
     caller last. With "stop" it returns when somebody has continued the caller.
+
+    A node falls silent only for those that have heard it: so the node's agent, which starts with the first step, is
+    waited for, at most `AGENT_S`.
     """
     own = os.getpid()
-    others = [identity for identity in processes_of_run(folder, os.getppid()) if identity[0] != own]
+    others = _with_an_agent(folder, own)
     if fault.how == "stop":
         _bring_back([*others, (own, start_ticks(own) or 0)], fault.silent_s)
     number = SIGNALS[fault.how]
@@ -52,22 +60,39 @@ def lose_node(folder: Path, fault: LoseNode) -> None:
     os.kill(own, number)
 
 
+def _with_an_agent(folder: Path, own: int) -> list[tuple[int, int]]:
+    """The run's other processes on this node, when its agent is among them and has had the time for a beat."""
+    until_s, seen = time.monotonic() + AGENT_S, False
+    while True:
+        others = [identity for identity in processes_of_run(folder, os.getppid()) if identity[0] != own]
+        workers = {pid for pid, _ in _workers(folder)}
+        here = any(pid not in workers for pid, _ in others)
+        if (seen and here) or time.monotonic() > until_s:
+            return others
+        seen = here
+        time.sleep(LOOK_S)
+
+
 def processes_of_run(folder: Path, parent: int) -> list[tuple[int, int]]:
     """(pid, start) of the children of `parent` (a raylet) that are of the run whose pulses lie in `folder`: workers,
     which have a pulse there, and agents, which read them.
     """
-    workers = set()
-    for path in pulse_paths(folder):
-        with suppress(OSError, ValueError):  # being made, or just gone
-            file = PulseFile(path)
-            file.close()
-            workers.add((file.pid, file.start_ticks))
-    found = []
+    workers, found = _workers(folder), []
     for pid in _children(parent):
         ticks = start_ticks(pid)
         if ticks is not None and ((pid, ticks) in workers or _has_open(pid, folder)):
             found.append((pid, ticks))
     return sorted(found)
+
+
+def _workers(folder: Path) -> set[tuple[int, int]]:
+    found = set()
+    for path in pulse_paths(folder):
+        with suppress(OSError, ValueError):  # being made, or just gone
+            file = PulseFile(path)
+            file.close()
+            found.add((file.pid, file.start_ticks))
+    return found
 
 
 def _children(parent: int) -> list[int]:

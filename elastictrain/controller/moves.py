@@ -155,6 +155,7 @@ def on_troubled(core: Core, event: ev.WorkerTroubled, out: list[Command]) -> boo
         return core.saw(event.now_s, f"worker {event.worker}", f"lost a peer: {event.error}")  # it has been told
     if not isinstance(state, Forming | Running):
         return False
+    core.ledger.accused = (event.worker,)
     core.begin_parking(event.now_s, f"worker {event.worker} lost a peer: {event.error}", None, out)
     core.saw(event.now_s, f"worker {event.worker}", f"lost a peer: {event.error}")
     return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Container
 
 from elastictrain.controller import MachineSpec, Phase, Watch, dump_event, outstanding, reconcile, replay
 from elastictrain.controller import commands as cm
@@ -26,6 +27,7 @@ class FaultyCluster(Cluster):
         self.poison: tuple[int, int] | None = None  # (step, lane): whoever computes it dies
         self.poison_apply: int | None = None  # applying this step fails, on all workers alike
         self.poisoned: list[int] = []
+        self.flaky: Container[int] = ()  # these are troubled in every generation, before its first commit
         self.unacknowledged: deque[tuple[deque[ev.Event], ev.Event]] = deque(maxlen=3)
         self.begins_at = restore.step
         super().__init__(spec, restore)
@@ -79,7 +81,16 @@ class FaultyCluster(Cluster):
             if worker.applied + 1 == step and lane in worker.plan.layout.lanes_of(number):
                 self.poisoned.append(number)
                 return self.kill(number, lose_messages=False)
+        if worker is not None and number in self.flaky and worker.state == "stepping" and not worker.frozen:
+            assert worker.plan is not None
+            if worker.applied == worker.plan.step and (worker.generation, self.topic(worker)) not in self.voted(number):
+                worker.state = "troubled"
+                worker.outbox.append(ev.WorkerTroubled(self.now_s, worker.generation, number, "connection reset"))
+                return True
         return super().act(number, unlucky=unlucky)
+
+    def voted(self, number: int) -> set[tuple[int, str]]:
+        return {key for key, voters in self.votes.items() if number in voters}
 
     def apply(self, worker: Worker) -> None:
         if self.poison_apply == worker.applied + 1:

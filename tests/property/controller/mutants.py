@@ -18,7 +18,7 @@ import pytest
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[3]))
 
-from elastictrain.controller import alarms, budgets, limits, machine, moves, planning, policies, recovery, settle
+from elastictrain.controller import alarms, budgets, limits, machine, moves, planning, policies, recovery, settle, vain
 from elastictrain.controller import commands as cm
 from elastictrain.controller import events as ev
 from elastictrain.controller.core import Core
@@ -162,6 +162,35 @@ def torn_applies_are_never_compared(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(budgets, "_torn", lambda rounds: None)
 
 
+def generations_in_vain_are_never_counted(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(settle, "end_in_vain", lambda *args: False)
+
+
+def nobody_is_replaced_for_trouble(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(vain, "whom_to_replace", lambda core, ended: None)
+
+
+def workers_are_replaced_for_trouble_without_end(patch: pytest.MonkeyPatch) -> None:
+    real = vain.whom_to_replace
+
+    def forgetful(core: Core, ended: Any) -> int | None:
+        core.ledger.vain_replaced = []
+        return real(core, ended)
+
+    patch.setattr(vain, "whom_to_replace", forgetful)
+
+
+def another_is_blamed_for_trouble(patch: pytest.MonkeyPatch) -> None:
+    """The last of the members, whoever it was."""
+    real = settle.end_in_vain
+
+    def blame_the_last(core: Core, *rest: Any) -> bool:
+        core.ledger.accused = tuple(core.ledger.members()[-1:])
+        return real(core, *rest)
+
+    patch.setattr(settle, "end_in_vain", blame_the_last)
+
+
 def an_hour_is_never_full(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(settle, "MOVES", settle.MOVES[1:])
 
@@ -235,6 +264,10 @@ MUTANTS: list[Plant] = [
     rounds_are_never_counted,
     rounds_are_never_forgotten,
     torn_applies_are_never_compared,
+    generations_in_vain_are_never_counted,
+    nobody_is_replaced_for_trouble,
+    workers_are_replaced_for_trouble_without_end,
+    another_is_blamed_for_trouble,
     an_hour_is_never_full,
     *map(forgets, (cm.StartWorker, cm.Form, cm.Park, cm.AskPause, cm.Kill, cm.EndRun)),
     the_last_holder_is_killed_like_any_other,
@@ -259,6 +292,12 @@ def judges() -> Iterator[tuple[str, Callable[[], object]]]:
         )
         always = endless.test_an_update_that_always_fails_ends_the_run_with_its_traceback
         yield f"torn {workers}", partial(always, workers, 3)
+    for workers in (2, 3, 4):
+        yield (
+            f"troubled {workers}",
+            partial(endless.test_one_that_is_troubled_again_and_again_is_replaced, workers, 1, 0),
+        )
+        yield f"all troubled {workers}", partial(endless.test_when_all_are_troubled_it_ends, workers, True)
     yield "hour", endless.test_so_many_failures_in_an_hour_are_the_clusters_fault
     yield "good luck", endless.test_deaths_with_commits_in_between_never_end_a_run
     yield "nodes", endless.test_a_node_that_keeps_failing_is_set_aside_within_the_share
