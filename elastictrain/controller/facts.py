@@ -212,10 +212,11 @@ class Ledger:
     `settling`: until the first commit after it. `losses`, `hung`: of this generation; `rounds`: generations that ended
     with some since the job came to step `reached`. `hangs`: in a row without a commit. `failures`: their times within
     the last hour, by cause.
-    `capacity`: what the cluster has, in words. `doubt`: what a worker that was found corrupt may have spoilt, until the
-    job has gone back. `accused`: who was the first to be troubled in this generation. `vain`: generations in a row that
-    ended without a commit although nobody was lost; `counted_in_vain`: the newest that is counted there, or that has a
-    limit of its own; `vain_replaced`: workers, with reasons, replaced for it since the job came to step `reached`.
+    `capacity`: what the cluster has, in words. `doubt`: of what members have said against their state, or against what
+    a corrupt worker may have spoilt, what trusts least; until the job has gone back. `accused`: who was the first to be
+    troubled in this generation. `vain`: generations in a row that ended without a commit although nobody was lost;
+    `counted_in_vain`: the newest that is counted there, or that has a limit of its own; `vain_replaced`: workers, with
+    reasons, replaced for it since the job came to step `reached`.
     """
 
     target: int

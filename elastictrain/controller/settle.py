@@ -28,7 +28,7 @@ from elastictrain.controller.nodes import to_avoid
 from elastictrain.controller.phases import Ended, Finishing, Forming, Gathering, Parking, Phase, Running
 from elastictrain.controller.planning import Shortage, plan_next, propose_now
 from elastictrain.controller.policies import is_uneven
-from elastictrain.controller.recovery import Standing, doubt_of, take_stock
+from elastictrain.controller.recovery import Standing, take_stock
 from elastictrain.controller.vain import End, end_in_vain
 from elastictrain.errors import InternalError
 from elastictrain.protocol import Doubt, FormPlan, ParkReport
@@ -150,13 +150,13 @@ def _go_on(core: Core, reports: Mapping[int, ParkReport], now_s: float, out: lis
             further = reached > ledger.reached
             if end_round(core, reached, not standing.lost, out):
                 return True
-            if end_in_vain(core, _how_it_ended(core, standing, reports, further), now_s, out):
+            if end_in_vain(core, _how_it_ended(core, standing, further), now_s, out):
                 return True
         if standing.truth is not None:
             # All have promised not to move under an older plan: a layout that is not sealed now never will be.
             ledger.sealed = standing.truth.generation
             ledger.layouts = {ledger.sealed: standing.truth}
-        doubt = doubt_of(reports if isinstance(core.state, Parking) else {}, ledger.doubt)
+        doubt = ledger.doubt
         if standing.lost or doubt is not None:
             _go_back(core, standing, doubt, now_s, out)
             standing = Standing(None)
@@ -175,11 +175,11 @@ def _go_on(core: Core, reports: Mapping[int, ParkReport], now_s: float, out: lis
     return True
 
 
-def _how_it_ended(core: Core, standing: Standing, reports: Mapping[int, ParkReport], further: bool) -> End:
+def _how_it_ended(core: Core, standing: Standing, further: bool) -> End:
     plan = core.ledger.plan
     here = plan is not None and standing.truth is not None and standing.truth.generation == plan.generation
     commits = here and plan is not None and standing.step > plan.step
-    return End(commits, further, doubt_of(reports, core.ledger.doubt), bool(standing.lost))
+    return End(commits, further, core.ledger.doubt, bool(standing.lost))
 
 
 def _count_redone(core: Core, standing: Standing) -> None:

@@ -23,14 +23,16 @@ from elastictrain.controller import commands as cm
 from elastictrain.controller import events as ev
 from elastictrain.controller.core import Core
 from elastictrain.controller.facts import Ledger
+from elastictrain.controller.phases import Parking
 from elastictrain.protocol import Restore
 from tests.property.controller import faults
 from tests.property.controller import test_adoption as adoption
 from tests.property.controller import test_endless as endless
 from tests.property.controller.storm import storm
-from tests.unit.controller import test_alarms
+from tests.unit.controller import test_alarms, test_doubt
 
 SEEDS = 250
+HEARD: list[Any] = []
 Plant = Callable[[pytest.MonkeyPatch], None]
 
 
@@ -191,6 +193,57 @@ def another_is_blamed_for_trouble(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(settle, "end_in_vain", blame_the_last)
 
 
+def a_doubt_dies_with_whoever_has_said_it(patch: pytest.MonkeyPatch) -> None:
+    real = machine.HANDLERS[ev.WorkerParked]
+
+    def heard_only_in_the_end(core: Core, event: Any, out: Any) -> bool:
+        known = core.ledger.doubt
+        answer = real(core, event, out)
+        if isinstance(core.state, Parking) and core.ledger.doubt is not known:
+            core.ledger.doubt = known
+        return answer
+
+    patch.setitem(machine.HANDLERS, ev.WorkerParked, heard_only_in_the_end)
+    stock = settle.take_stock
+
+    def with_what_reports_say(layouts: Any, sealed: Any, reports: Any, step: Any) -> Any:
+        HEARD[:] = [report.doubt for report in reports.values()]
+        return stock(layouts, sealed, reports, step)
+
+    patch.setattr(settle, "take_stock", with_what_reports_say)
+    back = settle.end_round
+
+    def and_then(core: Core, *rest: Any) -> bool:
+        core.ledger.doubt = recovery.less_trusting(core.ledger.doubt, *HEARD)
+        return back(core, *rest)
+
+    patch.setattr(settle, "end_round", and_then)
+
+
+def doubts_are_not_heard(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(moves, "less_trusting", lambda known, said: known)
+
+
+def the_latest_doubt_counts(patch: pytest.MonkeyPatch) -> None:
+    """Not the one that goes back furthest."""
+    patch.setattr(moves, "less_trusting", lambda known, said: said or known)
+
+
+def checkpoints_in_doubt_are_gone_back_to(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Ledger, "distrust", lambda ledger, good_step: None)
+
+
+def checkpoints_in_doubt_are_kept(patch: pytest.MonkeyPatch) -> None:
+    """Nobody goes back to them now, but they stay in the store for whoever resumes the job."""
+    real = settle._form
+
+    def keep(core: Core, plan: Any, *rest: Any) -> None:
+        restore = None if plan.restore is None else replace(plan.restore, discard_newer=False)
+        real(core, replace(plan, restore=restore), *rest)
+
+    patch.setattr(settle, "_form", keep)
+
+
 def an_hour_is_never_full(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(settle, "MOVES", settle.MOVES[1:])
 
@@ -268,6 +321,11 @@ MUTANTS: list[Plant] = [
     nobody_is_replaced_for_trouble,
     workers_are_replaced_for_trouble_without_end,
     another_is_blamed_for_trouble,
+    a_doubt_dies_with_whoever_has_said_it,
+    doubts_are_not_heard,
+    the_latest_doubt_counts,
+    checkpoints_in_doubt_are_gone_back_to,
+    checkpoints_in_doubt_are_kept,
     an_hour_is_never_full,
     *map(forgets, (cm.StartWorker, cm.Form, cm.Park, cm.AskPause, cm.Kill, cm.EndRun)),
     the_last_holder_is_killed_like_any_other,
@@ -283,6 +341,9 @@ MUTANTS: list[Plant] = [
 def judges() -> Iterator[tuple[str, Callable[[], object]]]:
     """The properties, cheap ones first. Each raises when it does not hold."""
     for name, scene in vars(test_alarms).items():
+        if name.startswith("test_"):
+            yield f"scene {name[5:]}", scene
+    for name, scene in vars(test_doubt).items():
         if name.startswith("test_"):
             yield f"scene {name[5:]}", scene
     for workers in (1, 2, 3):

@@ -36,8 +36,14 @@ def test_the_storms_reach_what_they_are_for() -> None:
         seen["fenced"] += len(cluster.fenced)
         seen["spoke while fenced"] += len(cluster.spoke)
         seen["not performed"] += len(cluster.not_performed)
+        parked = [event.report for event in cluster.log if isinstance(event, ev.WorkerParked)]
+        seen["doubted"] += sum(report.doubt is not None for report in parked)
+        failed = [event for event in cluster.log if isinstance(event, ev.WorkerFailed)]
+        seen["corrupt"] += sum(event.kind == "corrupt" for event in failed)
+        seen["back in doubt"] += sum(plan.restore is not None and plan.restore.discard_newer for plan in plans)
     wanted = ["finished", "stopped", "failed", "recoveries", "went_back", "roll_forward", "joined", "moved"]
     wanted += ["WorkerFrozen", "NodeLost", "GenerationHung", "PreemptionNotice", "ControllerBack"]
+    wanted += ["doubted", "corrupt", "back in doubt"]
     wanted += ["fenced", "spoke while fenced", "not performed"]
     short = {what: seen[what] for what in wanted if seen[what] < 5}
     assert not short, f"seen too seldom: {short} of {seen}"
