@@ -60,6 +60,19 @@ class Terminate(_InPhase):
     do: Literal["terminate"] = "terminate"
 
 
+class LoseNode(_InPhase):
+    """The node of `worker` is lost at once: every worker of the run there, and their node agent. Only on Ray.
+
+    `how`: "stop" (SIGSTOP: a silent node, as when its machine or its network is gone; after `silent_s` its processes
+    are continued, and whoever was given up by then is ended) or "kill" (SIGKILL: they are seen to be dead). What else
+    runs on that node (Ray itself, other runs, this run's controller) is left alone.
+    """
+
+    do: Literal["lose_node"] = "lose_node"
+    how: Literal["stop", "kill"] = "stop"
+    silent_s: Annotated[float, BeforeValidator(not_a_switch), Field(gt=0, le=86400.0)] = 60.0
+
+
 class KillController(_Fault):
     """SIGKILL the controller as soon as `step` has been published. What else is due then is asked for before."""
 
@@ -118,8 +131,8 @@ class Miscompute(_Fault):
     seed: int = 0
 
 
-AtPhase = Kill | Fail | Freeze | Terminate
-"""What a worker does to itself in the middle of a phase."""
+AtPhase = Kill | Fail | Freeze | Terminate | LoseNode
+"""What a worker does to itself (or, `LoseNode`, to its whole node) in the middle of a phase."""
 OwnFault = AtPhase | Flip | Miscompute
 """What a worker does to itself."""
 Fault = OwnFault | Add | Drain | KillController
@@ -139,6 +152,12 @@ def freeze(worker: int, step: int, phase: Phase = "compute") -> Freeze:
 
 def terminate(worker: int, step: int, phase: Phase = "compute") -> Terminate:
     return _checked(Terminate, worker=worker, step=step, phase=phase)
+
+
+def lose_node(
+    worker: int, step: int, phase: Phase = "compute", *, how: Literal["stop", "kill"] = "stop", silent_s: float = 60.0
+) -> LoseNode:
+    return _checked(LoseNode, worker=worker, step=step, phase=phase, how=how, silent_s=silent_s)
 
 
 def kill_controller(step: int) -> KillController:
@@ -164,8 +183,8 @@ def drain(worker: int, step: int) -> Drain:
 
 _OneFault = TypeVar("_OneFault", bound=_Fault)
 _KINDS: dict[str, type[_Fault]] = {
-    "kill": Kill, "fail": Fail, "freeze": Freeze, "terminate": Terminate, "flip": Flip, "miscompute": Miscompute,
-    "add": Add, "drain": Drain, "kill_controller": KillController,
+    "kill": Kill, "fail": Fail, "freeze": Freeze, "terminate": Terminate, "lose_node": LoseNode, "flip": Flip,
+    "miscompute": Miscompute, "add": Add, "drain": Drain, "kill_controller": KillController,
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from elastictrain import errors
 from elastictrain.errors import ConfigError, ElasticTrainError, RecipeError
-from elastictrain.faults import Add, Fault, KillController, OwnFault
+from elastictrain.faults import Add, Fault, KillController, LoseNode, OwnFault
 from elastictrain.job import Job
 from elastictrain.observe import Blind, Observer, RunDirectory, Summary
 from elastictrain.observe.events import iso
@@ -93,8 +93,10 @@ def submit(job_file: str | Path, address: str, *, wait: bool = True) -> str:
 
 def _check_faults(job: Job, faults: Faults) -> None:
     adds = sum(isinstance(fault, Add) for fault in faults)
-    lost = sum(isinstance(fault, OwnFault) for fault in faults) if job.workers.replace else 0
-    numbers = job.workers.initial + job.workers.spares + adds + lost
+    at_once = job.workers.initial + job.workers.spares
+    each = [at_once + adds if isinstance(fault, LoseNode) else 1 for fault in faults if isinstance(fault, OwnFault)]
+    lost = sum(each) if job.workers.replace else 0  # a node may have all workers
+    numbers = at_once + adds + lost
     for fault in faults:
         if not isinstance(fault, Add | KillController) and fault.worker >= numbers:
             raise ConfigError(

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -99,14 +100,18 @@ class Driver:
         self._requests: queue.SimpleQueue[ev.Event] = queue.SimpleQueue()
         self._outcome: Outcome | None = None
         self._status_at_s = 0.0
+        self._seen = view(machine)
+        self._shown: tuple[object, ...] = ()
 
     def request(self, event: ev.Event) -> None:
         """Hand in a user's request (add, drain, resize, stop) from any thread."""
         self._requests.put(event)
 
     def status(self) -> dict[str, Any]:
-        """The machine's view, for `elastictrain status`."""
-        return view(self.machine)
+        """The machine's view, for `elastictrain status`, from any thread: as it was between two events, at most
+        `STATUS_EVERY_S` ago. Only the driver's own thread reads the machine, which others would see half-changed.
+        """
+        return deepcopy(self._seen)
 
     def run(self, begun: ev.Begun) -> Outcome:
         """Until the run is over. An error of ours ends the run as failed instead of leaving workers behind."""
@@ -222,10 +227,14 @@ class Driver:
             self.effects.perform(command)
 
     def _show(self, *, force: bool = False) -> None:
-        now_s = self._clock()
-        if force or now_s - self._status_at_s >= STATUS_EVERY_S:
+        now_s, stands_at = self._clock(), (self.machine.phase, self.machine.generation)
+        due = force or now_s - self._status_at_s >= STATUS_EVERY_S
+        if due or stands_at != self._shown:
+            self._shown = stands_at
+            self._seen = view(self.machine)  # one assignment: who reads meanwhile has the old one or the new one
+        if due:
             self._status_at_s = now_s
-            self.record.status(status_fields(self.status()))
+            self.record.status(status_fields(self._seen))
 
 
 def status_fields(seen: Mapping[str, Any]) -> dict[str, Any]:

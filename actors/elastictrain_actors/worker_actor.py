@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import ray
@@ -19,6 +20,7 @@ from elastictrain.job import Job
 from elastictrain.protocol import FormPlan, Stage
 from elastictrain.pulse import Pulse, pulse_folder, start_ticks
 from elastictrain_actors.departure import on_sigterm
+from elastictrain_actors.node_loss import lose_node
 
 if TYPE_CHECKING:
     from elastictrain.engine.host import WorkerHost
@@ -84,10 +86,12 @@ class WorkerActor:
 
         try:
             address = ray.util.get_node_ip_address()
-            pulse, _ = Pulse.create_or_mute(pulse_folder(self._token), self._worker)
+            folder = pulse_folder(self._token)
+            pulse, _ = Pulse.create_or_mute(folder, self._worker)
             self._host = WorkerHost(
-                job, self._worker, host=address, faults=faults, stages=stages, outbox=self._outbox, pulse=pulse
-            )
+                job, self._worker, host=address, faults=faults, stages=stages, outbox=self._outbox, pulse=pulse,
+                lose_node=partial(lose_node, folder),
+            )  # fmt: skip
             context = ray.get_runtime_context()
             ready = self._host.prepare()
             self._outbox.put(replace(ready, node=context.get_node_id(), labels=context.get_node_labels() or {}))

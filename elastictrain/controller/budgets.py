@@ -27,7 +27,9 @@ class FailureBudget:
     `same_step`: rounds in a row that may lose any worker, or hang, at one step. `same_torn`: applies of one step that
     may fail with the same error. `formings`: formings in a row that may take too long. `per_hour` +
     `per_hour_per_worker` x workers.max: failures of one cause in an hour. `node_failures`: failures in an hour after
-    which a node is set aside for `node_rest_s`; never more than `node_share` of the known nodes.
+    which a node is set aside for `node_rest_s`; never more than `node_share` of the known nodes. `vain`: so many
+    generations in a row that end without a commit, although nobody was lost, cost a worker its place; `vain_replaced`:
+    so many workers at one step.
     """
 
     same_lane: int = 3
@@ -39,10 +41,13 @@ class FailureBudget:
     node_failures: int = 3
     node_rest_s: float = 4 * 3600.0
     node_share: float = 1 / 3
+    vain: int = 5
+    vain_replaced: int = 2
 
     def __post_init__(self) -> None:
         counts = (self.same_lane, self.same_step, self.same_torn, self.formings, self.per_hour, self.node_failures)
-        if min(counts) < 1 or self.per_hour_per_worker < 0 or self.node_rest_s < 0 or not 0 <= self.node_share < 1:
+        wrong = min(*counts, self.vain) < 1 or self.vain_replaced < 0
+        if wrong or self.per_hour_per_worker < 0 or self.node_rest_s < 0 or not 0 <= self.node_share < 1:
             raise ConfigError(f"a failure budget needs counts of at least 1 and a node_share below 1; got {self}")
 
     def hourly(self, workers: int) -> int:

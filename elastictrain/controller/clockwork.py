@@ -57,6 +57,7 @@ def on_tick(core: Core, event: Tick, out: list[Command]) -> bool:
                 f"ClusterError: {times}: {words}; look at the network and the storage; {core.resume_words()}", out
             )
             return True
+        ledger.counted_in_vain = ledger.generation  # it has a limit of its own, just above
         core.begin_parking(now_s, words, None, out)
         core.saw(now_s, "deadline", words)
     elif isinstance(state, Parking) and not state.told:

@@ -187,6 +187,16 @@ class Roster(MutableMapping[int, WorkerFacts]):
         return self._by_role[role]
 
 
+@dataclass(frozen=True, slots=True)
+class Vain:
+    """A generation that ended without a commit although nobody was lost. `accused`: whom the trouble came from."""
+
+    generation: int
+    members: tuple[int, ...]
+    accused: tuple[int, ...]
+    reason: str
+
+
 @dataclass(slots=True)
 class Ledger:
     """Facts that outlive a phase.
@@ -202,8 +212,11 @@ class Ledger:
     `settling`: until the first commit after it. `losses`, `hung`: of this generation; `rounds`: generations that ended
     with some since the job came to step `reached`. `hangs`: in a row without a commit. `failures`: their times within
     the last hour, by cause.
-    `capacity`: what the cluster has, in words. `doubt`: what a worker that was found corrupt may have spoilt, until the
-    job has gone back.
+    `capacity`: what the cluster has, in words. `doubt`: of what members have said against their state, or against what
+    a corrupt worker may have spoilt, what trusts least; until the job has gone back. `accused`: who was the first to be
+    troubled in this generation. `vain`: generations in a row that ended without a commit although nobody was lost;
+    `counted_in_vain`: the newest that is counted there, or that has a limit of its own; `vain_replaced`: workers, with
+    reasons, replaced for it since the job came to step `reached`.
     """
 
     target: int
@@ -242,6 +255,10 @@ class Ledger:
     nodes: Nodes = field(default_factory=dict)
     capacity: str = ""
     doubt: Doubt | None = None
+    accused: tuple[int, ...] = ()
+    vain: list[Vain] = field(default_factory=list)
+    counted_in_vain: int = 0
+    vain_replaced: list[tuple[int, str]] = field(default_factory=list)
     longest_forming_s: float = 0.0
     longest_parking_s: float = 0.0
     patience: int = 1

@@ -32,6 +32,8 @@ Of a change (`Watch`):
 - **I19** What an event commands follows from the state after it, so that a new controller can command it again.
 - **I20** That a controller was away kills nobody, and every deadline moves by the gap.
 - **I21** A notice belongs to a member (or to one that leaves); when it is due, its worker is draining.
+- **I22** A run that goes on has formed fewer generations in vain, one after the other, than its budget allows, and has
+  replaced no more workers for it.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ def _require(holds: bool, invariant: str, facts: object) -> None:
 
 
 def check_invariants(machine: Machine) -> None:
-    """I1 to I7, and what of I14 to I21 is about a state. Raises InternalError that names the invariant."""
+    """I1 to I7, and what of I14 to I22 is about a state. Raises InternalError that names the invariant."""
     core = machine.core
     spec, ledger, phase = core.spec, core.ledger, machine.phase
     members, leaving = ledger.with_role(Role.MEMBER), ledger.with_role(Role.LEAVING)
@@ -89,6 +91,8 @@ def check_invariants(machine: Machine) -> None:
     heard = core.state.parked if isinstance(core.state, Gathering) else heard
     _require(not ledger.workers.doomed & set(heard), "I15", (ledger.workers.doomed, sorted(heard)))
     _require(phase.is_terminal or len(ledger.rounds) < spec.budget.same_step, "I18", ledger.rounds)
+    _require(phase.is_terminal or len(ledger.vain) < spec.budget.vain, "I22", ledger.vain)
+    _require(len(ledger.vain_replaced) <= spec.budget.vain_replaced, "I22", ledger.vain_replaced)
     _require(set(ledger.notices) <= {*members, *leaving}, "I21", ledger.notices)
     due = {worker for worker, notice in ledger.notices.items() if notice.due}
     _require(due <= set(ledger.draining), "I21", (ledger.notices, ledger.draining))
@@ -117,7 +121,7 @@ def _check_live(core: Core, members: Sequence[int], leaving: Sequence[int]) -> N
 
 
 class Watch:
-    """Checks I8 to I21: call `before` ahead of an event is handled and `after` with the commands it gave."""
+    """Checks I8 to I22: call `before` ahead of an event is handled and `after` with the commands it gave."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine

@@ -16,7 +16,8 @@ def failed(core: Core, now_s: float, kind: str, node: str, out: list[Command]) -
     """A failure of `kind` has happened, on `node` if that is known and at fault. A node that keeps failing is set
     aside.
 
-    `kind`: died, frozen, torn, corrupt, start (a worker did not start), node (a node was lost), hung.
+    `kind`: died, frozen, torn, corrupt, troubled (generations ended in vain because of it), start (a worker did not
+    start), node (a node was lost), hung.
     """
     ledger, budget = core.ledger, core.spec.budget
     recent = [at_s for at_s in ledger.failures.get(kind, ()) if at_s > now_s - WINDOW_S]
@@ -92,6 +93,7 @@ KINDS = {
     "frozen": "workers froze",
     "torn": "updates failed half-way",
     "corrupt": "workers computed or stored wrong numbers",
+    "troubled": "workers were replaced because generations ended in vain",
     "start": "workers could not start",
     "node": "nodes were lost",
     "hung": "all workers waited for each other",

@@ -155,6 +155,7 @@ def on_troubled(core: Core, event: ev.WorkerTroubled, out: list[Command]) -> boo
         return core.saw(event.now_s, f"worker {event.worker}", f"lost a peer: {event.error}")  # it has been told
     if not isinstance(state, Forming | Running):
         return False
+    core.ledger.accused = (event.worker,)
     core.begin_parking(event.now_s, f"worker {event.worker} lost a peer: {event.error}", None, out)
     core.saw(event.now_s, f"worker {event.worker}", f"lost a peer: {event.error}")
     return True
@@ -241,6 +242,7 @@ def on_parked(core: Core, event: ev.WorkerParked, out: list[Command]) -> bool:
         return False
     if event.report.sealed_generation == core.ledger.generation:
         core.mark_sealed(event.now_s)  # now, for the worker that knows it may be gone before the last one has parked
+    core.ledger.doubt = less_trusting(core.ledger.doubt, event.report.doubt)  # said once it counts, should it die now
     state.reports[worker] = event.report
     state.answered_s = event.now_s
     if core.ledger.workers[worker].suspected_until_s is not None:  # it lives after all

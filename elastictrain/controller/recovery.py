@@ -37,11 +37,6 @@ def less_trusting(*doubts: Doubt | None) -> Doubt | None:
     return min((doubt for doubt in doubts if doubt is not None), key=lambda doubt: doubt.good_step, default=None)
 
 
-def doubt_of(reports: Mapping[int, ParkReport], known: Doubt | None = None) -> Doubt | None:
-    """What the survivors say against their own state, or was `known` before."""
-    return less_trusting(known, *(reports[worker].doubt for worker in sorted(reports)))
-
-
 def take_stock(
     layouts: Mapping[int, Layout], sealed: int, reports: Mapping[int, ParkReport], published_step: int
 ) -> Standing:

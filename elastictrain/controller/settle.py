@@ -28,7 +28,8 @@ from elastictrain.controller.nodes import to_avoid
 from elastictrain.controller.phases import Ended, Finishing, Forming, Gathering, Parking, Phase, Running
 from elastictrain.controller.planning import Shortage, plan_next, propose_now
 from elastictrain.controller.policies import is_uneven
-from elastictrain.controller.recovery import Standing, doubt_of, take_stock
+from elastictrain.controller.recovery import Standing, take_stock
+from elastictrain.controller.vain import End, end_in_vain
 from elastictrain.errors import InternalError
 from elastictrain.protocol import Doubt, FormPlan, ParkReport
 
@@ -146,13 +147,16 @@ def _go_on(core: Core, reports: Mapping[int, ParkReport], now_s: float, out: lis
                 return True  # until it is gone
             _count_redone(core, standing)
             reached = ledger.restore.step if standing.truth is None else standing.step
+            further = reached > ledger.reached
             if end_round(core, reached, not standing.lost, out):
+                return True
+            if end_in_vain(core, _how_it_ended(core, standing, further), now_s, out):
                 return True
         if standing.truth is not None:
             # All have promised not to move under an older plan: a layout that is not sealed now never will be.
             ledger.sealed = standing.truth.generation
             ledger.layouts = {ledger.sealed: standing.truth}
-        doubt = doubt_of(reports if isinstance(core.state, Parking) else {}, ledger.doubt)
+        doubt = ledger.doubt
         if standing.lost or doubt is not None:
             _go_back(core, standing, doubt, now_s, out)
             standing = Standing(None)
@@ -169,6 +173,13 @@ def _go_on(core: Core, reports: Mapping[int, ParkReport], now_s: float, out: lis
         return _wait(core, plan, dict(reports), out)
     _form(core, plan, reports, now_s, out)
     return True
+
+
+def _how_it_ended(core: Core, standing: Standing, further: bool) -> End:
+    plan = core.ledger.plan
+    here = plan is not None and standing.truth is not None and standing.truth.generation == plan.generation
+    commits = here and plan is not None and standing.step > plan.step
+    return End(commits, further, core.ledger.doubt, bool(standing.lost))
 
 
 def _count_redone(core: Core, standing: Standing) -> None:
@@ -257,7 +268,7 @@ def _form(core: Core, plan: FormPlan, reports: Mapping[int, ParkReport], now_s: 
             ledger.workers.update_facts(worker, role=Role.READY)
     if ledger.incident is not None:
         _note_plan(core, ledger.incident, plan, now_s)
-    ledger.plan = plan
+    ledger.plan, ledger.accused = plan, ()
     ledger.layouts = {plan.generation: plan.layout} | ({} if truth is None else {truth.generation: truth})
     if plan.restore is not None:
         ledger.published_step = min(ledger.published_step, plan.restore.step)

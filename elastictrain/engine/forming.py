@@ -38,6 +38,9 @@ def enter_generation(session: Session, plan: FormPlan, groups: GroupSet) -> None
     groups.deadline_s = groups.gather_deadline_s = FORMING_DEADLINE_S
     held = session.model.held
     session.pulse.enter(Activity.FORM)
+    with session.apply_lock:
+        session.check()
+        session.doubt = None  # it was in this worker's last report, and whoever has formed this generation knows it
     digests: dict[str, str] = {}
     if plan.restore is not None:
         _restore(session, plan)
@@ -210,7 +213,6 @@ def _restore(session: Session, plan: FormPlan) -> None:
     with session.apply_lock:
         session.check()
         session.guard.forget()
-        session.doubt = None
         session.knowledge.health.went_back(plan.step)
         session.pending, done.vote = None, None
         done.rows.clear()

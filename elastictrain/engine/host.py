@@ -10,7 +10,7 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from itertools import pairwise
@@ -27,7 +27,7 @@ from elastictrain.engine.probes import Probes
 from elastictrain.engine.session import Session
 from elastictrain.engine.worker_model import build
 from elastictrain.errors import ClusterError, ElasticTrainError
-from elastictrain.faults import OwnFault
+from elastictrain.faults import LoseNode, OwnFault
 from elastictrain.job import Job
 from elastictrain.protocol import FormPlan, ParkReport, Ready, Stage
 from elastictrain.pulse import Pulse
@@ -75,12 +75,13 @@ class WorkerHost:
         stages: Sequence[Stage] = (),
         outbox: Outbox | None = None,
         pulse: Pulse | None = None,
+        lose_node: Callable[[LoseNode], None] | None = None,
     ) -> None:
         self.job, self.worker, self.host = job, worker, host
         self.stages = tuple(stages) or (first_stage(job),)
         self.outbox = outbox or Outbox()
         self.pulse = pulse or Pulse.create_or_mute(None, worker)[0]
-        self._probes = Probes(worker, faults)
+        self._probes = Probes(worker, faults, lose_node)
         self._session: Session | None = None
         self._thread: threading.Thread | None = None
         self._rendezvous: Rendezvous | None = None

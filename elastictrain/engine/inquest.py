@@ -19,6 +19,8 @@ from elastictrain.engine.verdict import (
     Claims,
     Dispute,
     Statement,
+    Verdict,
+    agreed,
     differ,
     judge,
     settle_disputes,
@@ -83,7 +85,7 @@ def check_claims(
     if not claims or not differ(layout, claims):
         return
     said = _hear(session, layout, groups)
-    verdict = judge(layout, claims, said, copies=copies)
+    verdict = _confer(layout, groups, judge(layout, claims, said, copies=copies))
     if verdict.recipe:
         raise RecipeError(
             f"step {commit + 1}: on all {len(said)} workers alike {said[session.worker].changed} have changed outside "
@@ -134,6 +136,19 @@ def _hear(session: Session, layout: Layout, groups: GroupSet) -> dict[int, State
             said["changed"], held, said["published"], frozenset(said["astray"]), said["counters"]
         )  # fmt: skip
     return found
+
+
+def _confer(layout: Layout, groups: GroupSet, mine: Verdict) -> Verdict:
+    """The verdict of the majority: nobody is ended on the word of one whose own memory or arithmetic may be wrong."""
+    raw = {**asdict(mine), "undecided": sorted(mine.undecided), "stale": sorted(mine.stale)}
+    found = {}
+    for worker, said in zip(
+        layout.workers, map(json.loads, groups.all_gather_sized(json.dumps(raw).encode())), strict=True
+    ):
+        named = {int(w): reason for w, reason in said["named"].items()}
+        sums = {int(block): {int(w): v for w, v in one.items()} for block, one in said["claims"].items()}
+        found[worker] = Verdict(named, set(said["undecided"]), sums, set(said["stale"]), said["recipe"])
+    return agreed(found)
 
 
 def check_lane(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
 
 from elastictrain.engine.verdict import mix
-from elastictrain.faults import AtPhase, Fail, Flip, Freeze, Kill, Miscompute, OwnFault, Terminate
+from elastictrain.faults import AtPhase, Fail, Flip, Freeze, Kill, LoseNode, Miscompute, OwnFault, Terminate
 
 if TYPE_CHECKING:
     from elastictrain.engine.session import Session
@@ -24,9 +24,14 @@ SIGNALS = {Kill: signal.SIGKILL, Freeze: signal.SIGSTOP, Terminate: signal.SIGTE
 
 
 class Probes:
-    """Performs the faults of one worker. A fault fires at the first time its address is reached."""
+    """Performs the faults of one worker. A fault fires at the first time its address is reached. `lose_node`: stops or
+    kills all that the run has on this worker's node; None: nobody here knows what a node is.
+    """
 
-    def __init__(self, worker: int, faults: Iterable[OwnFault]) -> None:
+    def __init__(
+        self, worker: int, faults: Iterable[OwnFault], lose_node: Callable[[LoseNode], None] | None = None
+    ) -> None:
+        self._lose_node = lose_node
         mine = [fault for fault in faults if fault.worker == worker]
         self._waiting = [fault for fault in mine if isinstance(fault, AtPhase)]
         self._flips = [fault for fault in mine if isinstance(fault, Flip)]
@@ -41,8 +46,16 @@ class Probes:
                 self._waiting.remove(fault)
                 if isinstance(fault, Fail):
                     raise InjectedFault(f"injected: fail worker {fault.worker} at step {step} in {phase}")
-                os.kill(os.getpid(), SIGNALS[type(fault)])
+                if isinstance(fault, LoseNode):
+                    self._lose(fault)
+                else:
+                    os.kill(os.getpid(), SIGNALS[type(fault)])
                 return
+
+    def _lose(self, fault: LoseNode) -> None:
+        if self._lose_node is None:
+            raise InjectedFault(f"{fault}: only workers on Ray have a node that can be lost; use kill or freeze")
+        self._lose_node(fault)
 
     def flips(self, session: Session, step: int, when: str) -> None:
         """Flip the bits that are addressed to this moment."""

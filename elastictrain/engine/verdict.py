@@ -133,6 +133,26 @@ def judge(
     return verdict
 
 
+def agreed(verdicts: Mapping[int, Verdict]) -> Verdict:
+    """What follows from the verdicts that all members have come to, each by itself from the same sums: the one of more
+    than half of them. One that has come to another cannot compute, and is named for that; so no worker is ended on the
+    word of a single accuser where others have the same evidence. Without a majority (two against each other) nothing is
+    decided: both sides are suspects.
+    """
+    keys = {worker: _key(verdict) for worker, verdict in verdicts.items()}
+    most, count = Counter(keys.values()).most_common(1)[0]
+    if 2 * count <= len(verdicts):
+        return Verdict(undecided=set(verdicts))
+    found = next(verdict for worker, verdict in sorted(verdicts.items()) if keys[worker] == most)
+    astray = {w: "it comes to another verdict from the same sums than most others" for w in keys if keys[w] != most}
+    rest = set(verdicts) - set(astray)
+    return Verdict(astray | found.named, found.undecided & rest, found.claims, found.stale & rest, found.recipe)
+
+
+def _key(verdict: Verdict) -> tuple[object, ...]:
+    return frozenset(verdict.named), frozenset(verdict.undecided), frozenset(verdict.stale), verdict.recipe
+
+
 def _judge_gradients(layout: Layout, claims: Mapping[int, Claims], verdict: Verdict) -> None:
     """An owner whose reduced gradient has changed has said so itself; what its mirror got then differs on the way."""
     for shard in layout.shards:

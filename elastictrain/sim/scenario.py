@@ -170,7 +170,7 @@ class Scenario(_Part):
             spares=self.spare_workers,
             mirrors=self.mirrors,
             checkpoint=True,
-            budget=FailureBudget(many, many, many, many, many),
+            budget=FailureBudget(many, many, many, many, many, vain=many),
         )
 
 

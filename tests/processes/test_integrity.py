@@ -11,7 +11,7 @@ import pytest
 
 from elastictrain.faults import Fault, flip, kill, miscompute
 from elastictrain_checkpoint import Store, list_steps
-from tests.support.plants import last_rows_are_lost, wait_for_company
+from tests.support.plants import accuses_another, last_rows_are_lost, wait_for_company
 from tests.support.process_cluster import Run, byte_job, run_job
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
@@ -204,6 +204,24 @@ def test_a_verdict_is_heard_although_the_culprit_says_nothing(folder: Path, refe
     run = run_job(byte_job(folder), [flip(1, 4, "master")], patch=last_rows_are_lost(1, generation=1))
     same(run, reference)
     assert named(run) == [1]
+
+
+def test_one_accuser_does_not_end_another_when_most_judge_otherwise(folder: Path, reference: Run) -> None:
+    """Worker 3 says that worker 0 is wrong, from the same sums: a machine that cannot compute."""
+    job = byte_job(folder, workers=4, integrity=WITNESS)
+    run = run_job(job, [flip(1, 4, "master")], patch=accuses_another(3, culprit=0))
+    same(run, reference)
+    assert sorted(named(run)) == [1, 3], "the one with the flipped bit, and the one that judges otherwise than the rest"
+    assert not run.record.of("went_back")
+
+
+def test_two_that_accuse_each_other_go_back(folder: Path, reference: Run) -> None:
+    """Nobody else has the evidence: neither is ended for what only the other says."""
+    job = byte_job(folder, workers=2, integrity=WITNESS)
+    run = run_job(job, [flip(1, 4, "master")], patch=accuses_another(1, culprit=0))
+    same(run, reference)
+    assert named(run) == []
+    assert len(run.record.of("went_back")) == 1
 
 
 # --- lanes ---

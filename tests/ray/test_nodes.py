@@ -29,6 +29,7 @@ def test_a_drained_and_a_silent_node_on_five_raylets(tmp_path: Path, undisturbed
     found = json.loads(done.stdout.splitlines()[-1])
     silent_node(found, undisturbed)
     drained_node(found["drained"], undisturbed)
+    addressed_node(found["addressed"], undisturbed)
 
 
 def drained_node(found: dict[str, Any], digest: str) -> None:
@@ -53,3 +54,14 @@ def silent_node(found: dict[str, Any], digest: str) -> None:
     assert "no round trip of heartbeats" in reason
     assert found["to_commit_s"] < 30, "by our heartbeats, not by Ray's health check"
     assert found["fenced_ended"], "the worker that came back was ended"
+
+
+def addressed_node(found: dict[str, Any], digest: str) -> None:
+    assert found["digest"] == digest
+    assert found["worlds"] == [3, 2]
+    assert found["redone"] in ([0], [1])
+    assert found["rows"] == list(range(1, STEPS + 1)), "every step once"
+    (lost,) = found["lost"]
+    assert (lost["node"], lost["workers"]) == (found["node"], [1])
+    assert "no round trip of heartbeats" in lost["reason"], "worker and agent stopped together"
+    assert found["fenced_ended"], "and nothing of it is left when it is continued"

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from elastictrain.controller import events as ev
-from elastictrain.engine import collective, commit, forming, held, outbox, session, step, stepping
+from elastictrain.engine import collective, commit, forming, held, inquest, outbox, session, step, stepping
 from elastictrain.engine.probes import Probes
+from elastictrain.engine.verdict import Verdict
 from elastictrain.protocol import Row
 
 
@@ -300,3 +301,13 @@ def combine_as_they_come(worker: int) -> None:
         return total
 
     step.finish = flat
+
+
+def accuses_another(worker: int, culprit: int) -> Callable[[int], None]:
+    """`worker` comes to a verdict of its own, whatever the sums say: `culprit` is wrong."""
+    return partial(_accuses_another, worker, culprit)
+
+
+def _accuses_another(liar: int, culprit: int, worker: int) -> None:
+    if worker == liar:
+        inquest.judge = lambda *_, **__: Verdict({culprit: "so I say"})

@@ -26,6 +26,8 @@ from elastictrain.observe.incidents import incidents
 from tests.ray.test_controller_death import AtRow, job
 
 WORKERS = 3
+SILENT_S = 15.0
+"""Longer than our heartbeats need to see it, with room for a busy machine."""
 
 
 class SilentNode:
@@ -95,6 +97,23 @@ def drained(folder: Path, address: str) -> dict[str, Any]:
     }
 
 
+def by_address(folder: Path, address: str) -> dict[str, Any]:
+    """A script of faults makes the node of worker 1 silent, for longer than it takes to notice."""
+    watcher = AtRow({})
+    script = [et.faults.lose_node(worker=1, step=20, phase="exchange", silent_s=SILENT_S)]
+    run = et.run(job(folder, "addressed"), faults=script, observer=watcher, address=address)
+    found = RunDirectory.open(folder / "addressed")
+    return {
+        "digest": run.digest,
+        "worlds": run.world_sizes,
+        "redone": [r.steps_redone for r in run.recoveries],
+        "rows": [row.step for row in found.metrics()],
+        "lost": [e.data for e in found.events() if e.kind == "node_lost"],
+        "node": watcher.nodes[1],
+        "fenced_ended": ends_within(watcher.pids[1], 2 * SILENT_S),
+    }
+
+
 def main(folder: Path) -> dict[str, Any]:
     cluster = Cluster(
         initialize_head=True,
@@ -103,6 +122,7 @@ def main(folder: Path) -> dict[str, Any]:
     for _ in range(WORKERS + 1):
         cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
     planned = drained(folder, cluster.address)
+    scripted = by_address(folder, cluster.address)
     silent: list[SilentNode] = []
 
     def stop() -> None:
@@ -124,6 +144,7 @@ def main(folder: Path) -> dict[str, Any]:
         "rows": [row.step for row in found.metrics()],
         "to_commit_s": commits[0] - silent[0].stopped_s,
         "drained": planned,
+        "addressed": scripted,
         "fenced_ended": ends_within(watcher.pids[1], 20.0),
     }
 

@@ -21,11 +21,15 @@ from elastictrain.faults import (
     kill_controller,
     kills_for,
     load_faults,
+    lose_node,
     miscompute,
     parse_faults,
     terminate,
 )
+from elastictrain.job import Job, parse_job
+from elastictrain.run import _check_faults
 
+KINDS = "kill, fail, freeze, terminate, lose_node, flip, miscompute, add, drain, kill_controller"
 PHASES = "'compute', 'exchange', 'mirror', 'vote', 'apply', 'gather', 'form' or 'seal'"
 WRONG: list[tuple[Any, str]] = [
     (
@@ -34,14 +38,26 @@ WRONG: list[tuple[Any, str]] = [
     ),
     (
         {"do": "kil", "worker": 1, "step": 2},
-        "do: expected one of kill, fail, freeze, terminate, flip, miscompute, add, drain, kill_controller (got 'kil')",
+        f"do: expected one of {KINDS} (got 'kil')",
     ),
     (
         {"worker": 1},
-        "do: expected one of kill, fail, freeze, terminate, flip, miscompute, add, drain, kill_controller (got None)",
+        f"do: expected one of {KINDS} (got None)",
     ),
     ({"do": "kill", "worker": 1}, "key 'step' is missing"),
     ({"do": "kill", "worker": -1, "step": 1}, "worker: Input should be greater than or equal to 0 (got -1)"),
+    (
+        {"do": "lose_node", "worker": 1, "step": 2, "how": "burn"},
+        "how: Input should be 'stop' or 'kill' (got 'burn')",
+    ),
+    (
+        {"do": "lose_node", "node": "ab", "step": 2},
+        "key 'worker' is missing; unknown key 'node'; known keys: do, how, phase, silent_s, step, worker",
+    ),
+    (
+        {"do": "lose_node", "worker": 1, "step": 2, "silent_s": 0},
+        "silent_s: Input should be greater than 0 (got 0)",
+    ),
     ({"do": "add", "step": 0}, "step: Input should be greater than or equal to 1 (got 0)"),
     ({"do": "add", "step": True}, "step: expected a whole number (got the switch True)"),
     ({"do": "add", "step": 1, "worker": 3}, "unknown key 'worker'; known keys: do, step"),
@@ -124,6 +140,7 @@ scripts = st.lists(
     | st.builds(freeze, workers, steps, phases)
     | st.builds(terminate, workers, steps, phases)
     | st.builds(kill_controller, steps)
+    | st.builds(lose_node, workers, steps, phases, how=st.sampled_from(["stop", "kill"]), silent_s=st.floats(0.1, 99.0))
     | st.builds(flip, workers, steps, st.sampled_from(["master", "optimizer", "gradient"]))
     | st.builds(miscompute, workers, steps, one_in=steps)
     | st.builds(add, steps)
@@ -149,3 +166,25 @@ def test_kills_for_are_those_of_the_worker_in_order(script: tuple[Fault, ...], w
 def test_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         kill(1, 2).step = 3  # type: ignore[misc]
+
+
+def job(workers: dict[str, Any]) -> Job:
+    raw = {"recipe": "mod:Class", "data": {"kind": "jsonl", "path": "x.jsonl"}, "steps": 10, "workers": workers}
+    return parse_job(raw)
+
+
+def test_a_worker_that_the_run_cannot_have_is_refused() -> None:
+    """A lost node may have had all workers: so many numbers more a run may come to."""
+    spare = job({"min": 1, "max": 3, "spares": 1})
+    for script, most in (([], 3), ([kill(0, 1)], 4), ([lose_node(0, 1)], 7), ([lose_node(0, 1), add(2)], 9)):
+        _check_faults(spare, (*script, drain(most, 1)))
+        with pytest.raises(ConfigError) as caught:
+            _check_faults(spare, (*script, drain(most + 1, 1)))
+        assert str(caught.value) == (
+            f"faults: drain worker {most + 1} at step 1: the run has workers 0..{most}; name one of them"
+        )
+
+
+def test_without_replacement_a_lost_node_brings_no_new_numbers() -> None:
+    with pytest.raises(ConfigError, match=r"^faults: lose_node worker 3 at step 1: the run has workers 0\.\.2; name"):
+        _check_faults(job({"min": 1, "max": 3, "replace": False}), (lose_node(3, 1),))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Container
 
 from elastictrain.controller import MachineSpec, Phase, Watch, dump_event, outstanding, reconcile, replay
 from elastictrain.controller import commands as cm
 from elastictrain.controller import events as ev
 from elastictrain.controller.machine import speaker
-from elastictrain.protocol import Restore
+from elastictrain.protocol import Doubt, Restore
 from tests.property.controller.cluster import FROM_THE_START, Cluster
 from tests.property.controller.worker import Worker
 
@@ -26,6 +27,7 @@ class FaultyCluster(Cluster):
         self.poison: tuple[int, int] | None = None  # (step, lane): whoever computes it dies
         self.poison_apply: int | None = None  # applying this step fails, on all workers alike
         self.poisoned: list[int] = []
+        self.flaky: Container[int] = ()  # these are troubled in every generation, before its first commit
         self.unacknowledged: deque[tuple[deque[ev.Event], ev.Event]] = deque(maxlen=3)
         self.begins_at = restore.step
         super().__init__(spec, restore)
@@ -48,6 +50,52 @@ class FaultyCluster(Cluster):
             return False
         worker.frozen = True
         return True
+
+    def dispute(self, number: int) -> bool:
+        """Copies differ, and there is no third computation: whoever has come to this verdict says so when it parks."""
+        jury = self.jury(number)
+        if jury:
+            good = max(0, jury[0].applied - 1)
+            doubt = Doubt(good, "copies differ", tuple(sorted({number, jury[0].number})))
+            for juror in jury:
+                self.interrupt(juror, doubt)
+        return bool(jury)
+
+    def convict(self, number: int) -> bool:
+        """Sums name `number`, and all who have come to the verdict say so of it; nothing else is spoilt."""
+        return self.find_corrupt(number, None)
+
+    def miscompute(self, number: int) -> bool:
+        """As `convict`, and what it has done in the last steps is not to be trusted."""
+        worker = self.workers.get(number)
+        return self.find_corrupt(number, Doubt(max(0, worker.applied - 3), "wrong lanes") if worker else None)
+
+    def find_corrupt(self, number: int, doubt: Doubt | None) -> bool:
+        jury = self.jury(number)
+        for juror in jury:
+            failed = ev.WorkerFailed(self.now_s, juror.generation, number, "corrupt", "its sums differ", doubt)
+            juror.outbox.append(failed)
+            if juror.number == number:
+                juror.state, juror.frozen = "torn", True
+            else:
+                self.interrupt(juror, doubt)
+        return bool(jury)
+
+    def jury(self, number: int) -> list[Worker]:
+        """Whoever of the members of a complete vote has come to its verdict; the others are only interrupted by it."""
+        worker = self.workers.get(number)
+        if worker is None or worker.plan is None or worker.state != "stepping":
+            return []
+        members = [self.workers.get(w) for w in worker.plan.layout.workers]
+        together = [m for m in members if m is not None and m.state == "stepping" and not (m.frozen or m.cut)]
+        same = {(m.generation, m.applied) for m in together}
+        if len(together) < len(members) or same != {(worker.generation, worker.applied)}:
+            return []
+        return [m for m in together if m is worker or (m.number + worker.applied) % 3]
+
+    def interrupt(self, worker: Worker, doubt: Doubt | None) -> None:
+        worker.state, worker.doubt = "troubled", doubt
+        worker.outbox.append(ev.WorkerTroubled(self.now_s, worker.generation, worker.number, "sums differ"))
 
     def fail_restore(self, number: int) -> bool:
         """The checkpoint of the plan turns out to be corrupt."""
@@ -79,7 +127,16 @@ class FaultyCluster(Cluster):
             if worker.applied + 1 == step and lane in worker.plan.layout.lanes_of(number):
                 self.poisoned.append(number)
                 return self.kill(number, lose_messages=False)
+        if worker is not None and number in self.flaky and worker.state == "stepping" and not worker.frozen:
+            assert worker.plan is not None
+            if worker.applied == worker.plan.step and (worker.generation, self.topic(worker)) not in self.voted(number):
+                worker.state = "troubled"
+                worker.outbox.append(ev.WorkerTroubled(self.now_s, worker.generation, number, "connection reset"))
+                return True
         return super().act(number, unlucky=unlucky)
+
+    def voted(self, number: int) -> set[tuple[int, str]]:
+        return {key for key, voters in self.votes.items() if number in voters}
 
     def apply(self, worker: Worker) -> None:
         if self.poison_apply == worker.applied + 1:

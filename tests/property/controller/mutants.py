@@ -18,19 +18,21 @@ import pytest
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[3]))
 
-from elastictrain.controller import alarms, budgets, limits, machine, moves, planning, policies, recovery, settle
+from elastictrain.controller import alarms, budgets, limits, machine, moves, planning, policies, recovery, settle, vain
 from elastictrain.controller import commands as cm
 from elastictrain.controller import events as ev
 from elastictrain.controller.core import Core
 from elastictrain.controller.facts import Ledger
+from elastictrain.controller.phases import Parking
 from elastictrain.protocol import Restore
 from tests.property.controller import faults
 from tests.property.controller import test_adoption as adoption
 from tests.property.controller import test_endless as endless
 from tests.property.controller.storm import storm
-from tests.unit.controller import test_alarms
+from tests.unit.controller import test_alarms, test_doubt
 
 SEEDS = 250
+HEARD: list[Any] = []
 Plant = Callable[[pytest.MonkeyPatch], None]
 
 
@@ -162,6 +164,86 @@ def torn_applies_are_never_compared(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(budgets, "_torn", lambda rounds: None)
 
 
+def generations_in_vain_are_never_counted(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(settle, "end_in_vain", lambda *args: False)
+
+
+def nobody_is_replaced_for_trouble(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(vain, "whom_to_replace", lambda core, ended: None)
+
+
+def workers_are_replaced_for_trouble_without_end(patch: pytest.MonkeyPatch) -> None:
+    real = vain.whom_to_replace
+
+    def forgetful(core: Core, ended: Any) -> int | None:
+        core.ledger.vain_replaced = []
+        return real(core, ended)
+
+    patch.setattr(vain, "whom_to_replace", forgetful)
+
+
+def another_is_blamed_for_trouble(patch: pytest.MonkeyPatch) -> None:
+    """The last of the members, whoever it was."""
+    real = settle.end_in_vain
+
+    def blame_the_last(core: Core, *rest: Any) -> bool:
+        core.ledger.accused = tuple(core.ledger.members()[-1:])
+        return real(core, *rest)
+
+    patch.setattr(settle, "end_in_vain", blame_the_last)
+
+
+def a_doubt_dies_with_whoever_has_said_it(patch: pytest.MonkeyPatch) -> None:
+    real = machine.HANDLERS[ev.WorkerParked]
+
+    def heard_only_in_the_end(core: Core, event: Any, out: Any) -> bool:
+        known = core.ledger.doubt
+        answer = real(core, event, out)
+        if isinstance(core.state, Parking) and core.ledger.doubt is not known:
+            core.ledger.doubt = known
+        return answer
+
+    patch.setitem(machine.HANDLERS, ev.WorkerParked, heard_only_in_the_end)
+    stock = settle.take_stock
+
+    def with_what_reports_say(layouts: Any, sealed: Any, reports: Any, step: Any) -> Any:
+        HEARD[:] = [report.doubt for report in reports.values()]
+        return stock(layouts, sealed, reports, step)
+
+    patch.setattr(settle, "take_stock", with_what_reports_say)
+    back = settle.end_round
+
+    def and_then(core: Core, *rest: Any) -> bool:
+        core.ledger.doubt = recovery.less_trusting(core.ledger.doubt, *HEARD)
+        return back(core, *rest)
+
+    patch.setattr(settle, "end_round", and_then)
+
+
+def doubts_are_not_heard(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(moves, "less_trusting", lambda known, said: known)
+
+
+def the_latest_doubt_counts(patch: pytest.MonkeyPatch) -> None:
+    """Not the one that goes back furthest."""
+    patch.setattr(moves, "less_trusting", lambda known, said: said or known)
+
+
+def checkpoints_in_doubt_are_gone_back_to(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Ledger, "distrust", lambda ledger, good_step: None)
+
+
+def checkpoints_in_doubt_are_kept(patch: pytest.MonkeyPatch) -> None:
+    """Nobody goes back to them now, but they stay in the store for whoever resumes the job."""
+    real = settle._form
+
+    def keep(core: Core, plan: Any, *rest: Any) -> None:
+        restore = None if plan.restore is None else replace(plan.restore, discard_newer=False)
+        real(core, replace(plan, restore=restore), *rest)
+
+    patch.setattr(settle, "_form", keep)
+
+
 def an_hour_is_never_full(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(settle, "MOVES", settle.MOVES[1:])
 
@@ -235,6 +317,15 @@ MUTANTS: list[Plant] = [
     rounds_are_never_counted,
     rounds_are_never_forgotten,
     torn_applies_are_never_compared,
+    generations_in_vain_are_never_counted,
+    nobody_is_replaced_for_trouble,
+    workers_are_replaced_for_trouble_without_end,
+    another_is_blamed_for_trouble,
+    a_doubt_dies_with_whoever_has_said_it,
+    doubts_are_not_heard,
+    the_latest_doubt_counts,
+    checkpoints_in_doubt_are_gone_back_to,
+    checkpoints_in_doubt_are_kept,
     an_hour_is_never_full,
     *map(forgets, (cm.StartWorker, cm.Form, cm.Park, cm.AskPause, cm.Kill, cm.EndRun)),
     the_last_holder_is_killed_like_any_other,
@@ -252,6 +343,9 @@ def judges() -> Iterator[tuple[str, Callable[[], object]]]:
     for name, scene in vars(test_alarms).items():
         if name.startswith("test_"):
             yield f"scene {name[5:]}", scene
+    for name, scene in vars(test_doubt).items():
+        if name.startswith("test_"):
+            yield f"scene {name[5:]}", scene
     for workers in (1, 2, 3):
         yield (
             f"poison {workers}",
@@ -259,6 +353,12 @@ def judges() -> Iterator[tuple[str, Callable[[], object]]]:
         )
         always = endless.test_an_update_that_always_fails_ends_the_run_with_its_traceback
         yield f"torn {workers}", partial(always, workers, 3)
+    for workers in (2, 3, 4):
+        yield (
+            f"troubled {workers}",
+            partial(endless.test_one_that_is_troubled_again_and_again_is_replaced, workers, 1, 0),
+        )
+        yield f"all troubled {workers}", partial(endless.test_when_all_are_troubled_it_ends, workers, True)
     yield "hour", endless.test_so_many_failures_in_an_hour_are_the_clusters_fault
     yield "good luck", endless.test_deaths_with_commits_in_between_never_end_a_run
     yield "nodes", endless.test_a_node_that_keeps_failing_is_set_aside_within_the_share

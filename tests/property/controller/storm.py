@@ -33,6 +33,7 @@ def random_spec(rng: random.Random) -> MachineSpec:
 FAULTS = (
     *("kill", "kill", "kill", "tear", "freeze", "freeze", "fail_start", "fail_restore"),
     *("name_frozen", "name_frozen", "hang", "cut", "lose_node", "lose_node", "heal", "preempt", "lose_controller"),
+    *("dispute", "dispute", "convict", "miscompute"),
 )
 WISHES = ("add", "drain", "drain", "resize", "resize", "stop")
 

@@ -81,7 +81,10 @@ class ClusterMachine(RuleBasedStateMachine):
     @rule(
         pick=PICK,
         what=st.sampled_from(
-            ["tear", "freeze", "fail_restore", "name_frozen", "hang", "cut", "lose_node", "heal", "preempt"]
+            [
+                *("tear", "freeze", "fail_restore", "name_frozen", "hang", "cut", "lose_node", "heal", "preempt"),
+                *("dispute", "convict", "miscompute"),
+            ]
         ),
     )
     def harm(self, pick: int, what: str) -> None:

@@ -52,6 +52,36 @@ def test_an_update_that_always_fails_ends_the_run_with_its_traceback(workers: in
     assert "Traceback ...\nRuntimeError: no memory for" in error
 
 
+@pytest.mark.parametrize("spares", [0, 1])
+@pytest.mark.parametrize("workers", [2, 3, 4])
+@pytest.mark.parametrize("flaky", [0, 1])
+def test_one_that_is_troubled_again_and_again_is_replaced(workers: int, spares: int, flaky: int) -> None:
+    """Nobody dies of it, so no other budget is touched."""
+    cluster = FaultyCluster(spec(workers, spares=spares))
+    cluster.flaky = {flaky}
+    cluster.calm()
+    cluster.check_end()
+    assert cluster.ended is not None
+    assert cluster.ended.outcome == "finished"
+    assert flaky not in cluster.workers
+    assert cluster.machine.generation <= cluster.spec.budget.vain + 2
+
+
+@pytest.mark.parametrize("replace", [True, False])
+@pytest.mark.parametrize("workers", [2, 3, 4])
+def test_when_all_are_troubled_it_ends(workers: int, replace: bool) -> None:
+    cluster = FaultyCluster(spec(workers, replace=replace))
+    cluster.flaky = range(10**6)
+    cluster.calm()
+    cluster.check_end()
+    assert cluster.ended is not None
+    assert cluster.ended.outcome == "failed"
+    error = cluster.ended.error or ""
+    assert error.startswith("ClusterError: no step after 0 could be committed: the last 5 generations, of workers")
+    budget = cluster.spec.budget
+    assert cluster.machine.generation <= (budget.vain_replaced + 1) * budget.vain + budget.vain_replaced
+
+
 def test_deaths_with_commits_in_between_never_end_a_run() -> None:
     """A hundred deaths, each with a step behind it: the hourly budget is far away, and no step is to blame."""
     cluster = FaultyCluster(spec(3))

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 
+from elastictrain.controller import Machine, view
 from elastictrain.controller import events as ev
 from elastictrain.protocol import ParkReport
 from tests.property.controller.storm import storm
@@ -35,11 +36,29 @@ def test_the_storms_reach_what_they_are_for() -> None:
         seen["fenced"] += len(cluster.fenced)
         seen["spoke while fenced"] += len(cluster.spoke)
         seen["not performed"] += len(cluster.not_performed)
+        parked = [event.report for event in cluster.log if isinstance(event, ev.WorkerParked)]
+        seen["doubted"] += sum(report.doubt is not None for report in parked)
+        failed = [event for event in cluster.log if isinstance(event, ev.WorkerFailed)]
+        seen["corrupt"] += sum(event.kind == "corrupt" for event in failed)
+        seen["back in doubt"] += sum(plan.restore is not None and plan.restore.discard_newer for plan in plans)
     wanted = ["finished", "stopped", "failed", "recoveries", "went_back", "roll_forward", "joined", "moved"]
     wanted += ["WorkerFrozen", "NodeLost", "GenerationHung", "PreemptionNotice", "ControllerBack"]
+    wanted += ["doubted", "corrupt", "back in doubt"]
     wanted += ["fenced", "spoke while fenced", "not performed"]
     short = {what: seen[what] for what in wanted if seen[what] < 5}
     assert not short, f"seen too seldom: {short} of {seen}"
+
+
+@pytest.mark.parametrize("seed", range(0, 40, 2))
+def test_a_picture_of_the_machine_does_not_change_with_it(seed: int) -> None:
+    """It is handed to other threads while the machine goes on."""
+    spec, log = storm(seed).spec, storm(seed).log
+    machine, pictures = Machine(spec), []
+    for number, event in enumerate(log):
+        machine.handle(event)
+        if number % 7 == 0:
+            pictures.append((seen := view(machine), copy.deepcopy(seen)))
+    assert all(seen == as_it_was for seen, as_it_was in pictures)
 
 
 @pytest.mark.parametrize("shift", [-1, 1])

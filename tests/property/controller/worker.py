@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from elastictrain.controller import events as ev
-from elastictrain.protocol import FormPlan
+from elastictrain.protocol import Doubt, FormPlan
 
 
 def vote_bytes(step: int) -> bytes:
@@ -27,6 +27,7 @@ class Worker:
     pause: bool = False
     frozen: bool = False
     cut: bool = False  # nothing reaches it, and nothing from it arrives
+    doubt: Doubt | None = None  # what it says against its own state until it enters a new generation
     outbox: deque[ev.Event] = field(default_factory=deque)
 
     @property

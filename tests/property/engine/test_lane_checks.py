@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastictrain.controller.recovery import doubt_of
+from elastictrain.controller.recovery import less_trusting
 from elastictrain.engine.lane_checks import (
     Health,
     LaneCheck,
@@ -19,7 +19,7 @@ from elastictrain.engine.lane_checks import (
     lane_check,
 )
 from elastictrain.layout import Layout, balanced, deal_lanes
-from elastictrain.protocol import Doubt, ParkReport
+from elastictrain.protocol import Doubt
 
 
 def layout_of(world: int, lanes: int, shares: list[float] | None = None) -> Layout:
@@ -200,6 +200,5 @@ def test_whoever_merges_first_all_know_the_same(since: list[dict[int, int]], pas
 
 
 def test_of_several_doubts_the_one_that_trusts_least_counts() -> None:
-    reports = {w: ParkReport(w, 1, 5, 1, True, doubt=d) for w, d in enumerate([None, Doubt(4, "a"), Doubt(2, "b")])}
-    assert doubt_of(reports) == Doubt(2, "b")
-    assert doubt_of({0: reports[0]}) is None
+    assert less_trusting(None, Doubt(4, "a"), Doubt(2, "b")) == Doubt(2, "b")
+    assert less_trusting(None) is None

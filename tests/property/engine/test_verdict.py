@@ -13,6 +13,7 @@ from elastictrain.engine.verdict import (
     Dispute,
     Statement,
     Verdict,
+    agreed,
     differ,
     judge,
     mix,
@@ -289,3 +290,54 @@ def test_claims_travel_in_the_vote(layout: Layout, data: st.DataObject) -> None:
     assert form.tally(result).largest == (9,)
     assert form.tally(result).losses == (1.5,) * 5
     assert VoteFormat(layout, BLOCKS, 1).claims(result) == {}
+
+
+# --- conferring ---
+
+
+@st.composite
+def verdicts(draw: st.DrawFn) -> Verdict:
+    some = st.sets(st.integers(0, 5), max_size=3)
+    named = {w: f"reason of {w}" for w in draw(some)}
+    return Verdict(named, draw(some) - set(named), {}, draw(some) - set(named), draw(st.booleans()))
+
+
+@given(right=verdicts(), wrong=st.lists(verdicts(), max_size=2), members=st.permutations(range(6)))
+def test_a_minority_that_judges_otherwise_ends_itself_and_nobody_else(
+    right: Verdict, wrong: list[Verdict], members: list[int]
+) -> None:
+    wrong = [verdict for verdict in wrong if _differs(verdict, right)]
+    said = dict(zip(members, [*wrong, *[right] * (6 - len(wrong))], strict=True))
+    found = agreed(said)
+    astray = set(members[: len(wrong)])
+    assert set(found.named) == set(right.named) | astray
+    assert {**found.named, **right.named} == found.named
+    assert found.undecided == right.undecided - astray
+    assert found.stale == right.stale - astray
+    assert found.recipe == right.recipe
+
+
+@given(one=verdicts(), other=verdicts(), half=st.integers(1, 3))
+def test_two_halves_that_judge_otherwise_end_nobody(one: Verdict, other: Verdict, half: int) -> None:
+    assume(_differs(one, other))
+    said = {w: one if w < half else other for w in range(2 * half)}
+    assert agreed(said) == Verdict(undecided=set(said))
+
+
+def test_three_that_judge_in_three_ways_end_nobody() -> None:
+    said = {w: Verdict({w: "x"}) for w in range(3)}
+    assert agreed(said) == Verdict(undecided={0, 1, 2})
+
+
+def test_the_words_of_a_reason_are_no_difference() -> None:
+    said = {0: Verdict({2: "a"}), 1: Verdict({2: "b"}), 2: Verdict({2: "c"})}
+    assert set(agreed(said).named) == {2}
+
+
+def _differs(one: Verdict, other: Verdict) -> bool:
+    return (set(one.named), one.undecided, one.stale, one.recipe) != (
+        set(other.named),
+        other.undecided,
+        other.stale,
+        other.recipe,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +13,11 @@ from elastictrain.controller import events as ev
 from elastictrain.controller.facts import MachineSpec
 from elastictrain.controller.journal import replay
 from elastictrain.controller.machine import Machine
+from elastictrain.controller.view import view
 from elastictrain.faults import add, drain, kill_controller
 from elastictrain.protocol import ParkReport, Restore, Row
-from elastictrain_actors.driver import Driver, status_fields
+from elastictrain_actors import driver as module
+from elastictrain_actors.driver import STATUS_EVERY_S, Driver, status_fields
 from elastictrain_actors.journal_file import Replaced
 
 SPEC = MachineSpec(lane_count=4, steps=8, block_elements=(4096,) * 4, max_workers=3, initial_workers=1, replace=False)
@@ -152,3 +155,65 @@ def test_status_speaks_the_words_of_the_run_directory():
     fields = status_fields(driver.status())
     assert fields["lanes"] == {0: 4}
     assert fields["steps"] == 8
+
+
+class Asked(Scripted):
+    """While it performs a command, and so in the middle of an event, somebody else asks how things stand."""
+
+    driver: Driver
+
+    def __init__(self, *batches: list[Any]) -> None:
+        super().__init__(*batches)
+        self.seen: list[tuple[str, dict[str, Any]]] = []
+
+    def perform(self, command: cmd.Command) -> None:
+        super().perform(command)
+        asking = threading.Thread(target=lambda: self.seen.append((type(command).__name__, self.driver.status())))
+        asking.start()
+        asking.join()
+
+
+def test_status_from_another_thread_is_of_between_two_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[threading.Thread] = []
+
+    def watched(machine: Machine) -> dict[str, Any]:
+        looked.append(threading.current_thread())
+        return view(machine)
+
+    monkeypatch.setattr(module, "view", watched)
+    effects = Asked([READY], DONE)
+    effects.driver = Driver(Machine(SPEC), effects, Record(), Journal())
+    assert effects.driver.status()["phase"] == "gathering", "before its thread has begun"
+    effects.driver.run(ev.Begun(0.0, Restore(0, None)))
+    assert set(looked) == {threading.current_thread()}, "nobody else reads the machine"
+    stands = {kind: (seen["phase"], seen["generation"], seen["digest"]) for kind, seen in effects.seen}
+    assert stands == {
+        "StartWorker": ("gathering", 0, None),
+        "Form": ("gathering", 0, None),  # the machine itself is forming by now
+        "Retire": ("forming", 1, None),
+    }
+    assert effects.driver.status()["digest"] == "abc"
+
+
+def test_what_a_reader_does_with_its_status_changes_nobody_elses() -> None:
+    _, _, _, _, driver = drive([READY], DONE)
+    mine = driver.status()
+    mine["incidents"].append("x")
+    mine["phase"] = "?"
+    assert driver.status()["phase"] == "finished"
+    assert driver.status()["incidents"] == []
+
+
+def test_a_change_of_phase_is_seen_at_once_and_a_step_after_half_a_second() -> None:
+    now_s = 100.0
+    effects = Scripted([READY], DONE[:1], [ev.Progress(0.0, 1, 3)])
+    driver = Driver(Machine(SPEC), effects, Record(), Journal(), clock=lambda: now_s)
+    driver._handle(ev.Begun(0.0, Restore(0, None)))
+    found = []
+    for _ in range(3):
+        driver._turn()
+        found.append((driver.status()["phase"], driver.status()["step"]))
+    now_s += STATUS_EVERY_S
+    driver._turn()
+    found.append((driver.status()["phase"], driver.status()["step"]))
+    assert found == [("forming", 0), ("running", 0), ("running", 0), ("running", 3)]

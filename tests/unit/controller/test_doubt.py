@@ -149,3 +149,14 @@ def test_without_a_doubt_nothing_is_stored_away() -> None:
     out = scene.die(0, 1)
     out += scene.park(2, applied=60)
     assert every(cm.Form, out)[0].plan.restore == Restore(40, "ckpt/40")
+
+
+def test_a_doubt_counts_although_whoever_has_said_it_dies_before_the_others_have_parked() -> None:
+    """The others were parked before they came to the verdict: what they hold may be what is wrong."""
+    scene = stepping(20, 40)
+    troubled(scene)
+    scene.park(1, applied=60, doubt=Doubt(45, "workers [0, 1] have different copies", (0, 1)))
+    scene.die(1)
+    out = scene.park(0, 2, applied=60)
+    assert announced(out, "went_back")["to_step"] == 40
+    assert only(cm.Form, out).plan.restore == Restore(40, "ckpt/40", discard_newer=True)

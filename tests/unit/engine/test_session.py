@@ -14,7 +14,7 @@ from elastictrain.engine.probes import InjectedFault, Probes
 from elastictrain.engine.session import Session
 from elastictrain.engine.worker_model import build
 from elastictrain.errors import InternalError
-from elastictrain.faults import fail
+from elastictrain.faults import LoseNode, fail, lose_node
 from elastictrain.layout import Layout, Shard
 from elastictrain.protocol import FormPlan, Restore
 from tests.unit.engine.worlds import CPU, NetRecipe, Numbers, make_job
@@ -88,6 +88,17 @@ def test_a_torn_apply_is_told_although_the_generation_is_over(running: Running) 
     assert failed.kind == "torn"
     with pytest.raises(InternalError, match=TORN):
         running.session.park(1)
+
+
+def test_a_node_is_lost_by_whoever_knows_what_a_node_is() -> None:
+    script = [lose_node(0, 3, "vote", how="kill"), lose_node(1, 3, "vote")]
+    lost: list[LoseNode] = []
+    probes = Probes(0, script, lost.append)
+    for step, phase in ((2, "vote"), (3, "exchange"), (3, "vote"), (3, "vote")):
+        probes.at(step, phase)
+    assert lost == script[:1], "at its address, once, its own"
+    with pytest.raises(InjectedFault, match=r"only workers on Ray have a node that can be lost; use kill or freeze"):
+        Probes(0, script).at(3, "vote")
 
 
 @pytest.mark.parametrize("running", [Probes(0, [fail(0, 2, "vote")])], indirect=True)
