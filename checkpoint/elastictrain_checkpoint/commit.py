@@ -147,7 +147,10 @@ def _join(parts: Sequence[Part], step: int, attempt: str) -> tuple[list[FileReco
             if seen.setdefault(file.path, part.writer) != part.writer or file in files:
                 raise IncompleteCheckpoint(f"{file.path} is in two parts ({seen[file.path]}, {part.writer})")
         for name, share in part.tensors.items():
-            whole = tensors.setdefault(name, PartTensor(dtype=share.dtype, shape=share.shape, chunks=[], cells=[]))
+            whole = tensors.get(name)
+            if whole is None:
+                whole = PartTensor.model_construct(dtype=share.dtype, shape=share.shape, chunks=[], cells=[])
+                tensors[name] = whole
             if (whole.dtype, whole.shape) != (share.dtype, share.shape):
                 raise IncompleteCheckpoint(
                     f"{name}: {part.writer} has {share.dtype} {share.shape}, others have {whole.dtype} {whole.shape}"
@@ -163,7 +166,7 @@ def _digest(tensors: Mapping[str, PartTensor], aliases: Mapping[str, str]) -> st
     for name, record in tensors.items():
         cells = []
         reached = 0
-        for first, text in sorted(record.cells):
+        for first, text in sorted(record.cells) if len(record.cells) > 1 else record.cells:
             hashes = unbase64(text)
             if first != reached:
                 gap = "missing" if first > reached else "twice"

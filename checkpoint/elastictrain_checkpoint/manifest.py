@@ -169,15 +169,16 @@ def write_manifest(
         "tree": tagged.encode(tree),
         "base": [],
     }
-    return _canonical({**document, "self": _self_hash(document)})
+    return _signed(_canonical(document))
 
 
 def _canonical(document: Mapping[str, Any]) -> bytes:
     return json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
 
 
-def _self_hash(document: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(_canonical(document))
+def _signed(body: bytes) -> bytes:
+    """A canonical document with its own hash as the last field."""
+    return body[:-1] + b',"self":"%s"}' % xxhash.xxh3_128_hexdigest(body).encode()
 
 
 def parse_manifest(raw: bytes, step: int | None = None) -> Manifest:
@@ -221,8 +222,8 @@ def _check_text(raw: bytes) -> Document:
         )
     if _canonical(document) != raw:
         raise ValueError("the text was altered after it was written (not canonical)")
-    claimed = document.pop("self", None)
-    if claimed != _self_hash(document):
+    # Canonical text: the fields stand in the order in which they were read.
+    if _signed(raw.rpartition(b',"self":')[0] + b"}") != raw:
         raise ValueError("the text was altered after it was written (its own hash differs)")
     return Document.model_validate_json(raw)
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from elastictrain_checkpoint.boxes import Box, flat_range_to_boxes, strides
@@ -20,9 +21,10 @@ from elastictrain_checkpoint.dtypes import item_bytes, num_elements
 from elastictrain_checkpoint.errors import InvalidPiece
 from elastictrain_checkpoint.hashing import (
     DIGEST_BLOCK_ELEMENTS,
+    Blocks,
+    Run,
     block_hashes,
     pack_sums,
-    reblock,
     root_sum,
     to_base64,
     unpack_sums,
@@ -62,15 +64,25 @@ class Piece:
 
 @dataclass(frozen=True)
 class BoxData:
-    """A box of one tensor and its bytes, row-major: what a pack holds under one key. ``rope``: where they lie."""
+    """A box of one tensor and its bytes, row-major: what a pack holds under one key.
+
+    Attributes:
+        name, dtype, shape: as of the piece.
+        box: where it lies in the tensor.
+        rope: where its bytes lie.
+        cells: takes up the hashes of the digest's cells when the box is written; None if the box is but a part of its
+            piece, which ends inside of cells.
+
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     box: Box
     rope: Rope = field(repr=False)
+    cells: list[bytes] | None = field(default=None, repr=False)
 
-    @property
+    @cached_property
     def size_bytes(self) -> int:
         """Bytes of the box."""
         return rope_bytes(self.rope)
@@ -83,16 +95,18 @@ def cut_piece(piece: Piece) -> list[BoxData]:
         InvalidPiece: unknown type, run outside the tensor, or an end or a break of the run off the digest grid.
 
     """
-    check_tensor_names([piece.name])
+    check_tensor_names((piece.name,))
     size = item_bytes(piece.dtype)
     count = num_elements(piece.shape)
     rope = as_rope(piece.data, piece.name, DIGEST_BLOCK_ELEMENTS * size)
-    elements, odd = divmod(rope_bytes(rope), size)
+    run_bytes = rope_bytes(rope)
+    elements, odd = divmod(run_bytes, size)
     start, stop = piece.start, piece.start + elements
+    if not start and elements == count and not odd:  # the whole tensor, by far the most frequent
+        shape = tuple(piece.shape)
+        return [BoxData(piece.name, piece.dtype, shape, ((0,) * len(shape), shape), rope, [])]
     if odd:
-        raise InvalidPiece(
-            f"{piece.name}: {rope_bytes(rope)} bytes are not whole elements of {piece.dtype} ({size} bytes)"
-        )
+        raise InvalidPiece(f"{piece.name}: {run_bytes} bytes are not whole elements of {piece.dtype} ({size} bytes)")
     if not 0 <= start <= stop <= count:
         raise InvalidPiece(
             f"{piece.name}: elements [{start}, {stop}) do not lie in shape {list(piece.shape)} ({count} elements)"
@@ -109,7 +123,7 @@ def cut_piece(piece: Piece) -> list[BoxData]:
         at = (sum(o * s for o, s in zip(offsets, step, strict=True)) - start) * size if elements else 0
         run = cut_rope(rope, at, at + math.prod(sizes) * size)
         out.append(BoxData(piece.name, piece.dtype, tuple(piece.shape), (offsets, sizes), run))
-    return out
+    return [replace(out[0], cells=[])] if len(out) == 1 else out
 
 
 def plan_packs(boxes: Sequence[BoxData], target_bytes: int) -> list[list[BoxData]]:
@@ -138,7 +152,7 @@ def plan_packs(boxes: Sequence[BoxData], target_bytes: int) -> list[list[BoxData
 
 def pack_header(boxes: Sequence[BoxData]) -> bytes:
     """Safetensors header for these boxes in this order, padded with spaces up to the next 4 KiB."""
-    sharding = {box.name: {"saved_offsets": list(box.box[0])} for box in boxes}
+    sharding = {box.name: {"saved_offsets": box.box[0]} for box in boxes}
     header: dict[str, Any] = {
         "__metadata__": {
             "format": "pt",
@@ -148,12 +162,9 @@ def pack_header(boxes: Sequence[BoxData]) -> bytes:
     }
     at = 0
     for box in boxes:
-        header[box.name] = {
-            "dtype": box.dtype,
-            "shape": list(box.box[1]),
-            "data_offsets": [at, at + box.size_bytes],
-        }
-        at += box.size_bytes
+        end = at + box.size_bytes
+        header[box.name] = {"dtype": box.dtype, "shape": box.box[1], "data_offsets": (at, end)}
+        at = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(len(text) + 8) % HEADER_ALIGN_BYTES)
     return struct.pack("<Q", len(text)) + text
@@ -168,15 +179,16 @@ def write_pack(store: Store, path: str, boxes: Sequence[BoxData]) -> FileRecord:
 
     """
     header = pack_header(boxes)
-    sums: list[int] = []
-
-    def stream() -> Iterator[memoryview]:
-        yield memoryview(header)
-        for box in boxes:
-            yield from box.rope
-
-    size = store.create(path, reblock(stream(), sums))
-    packed = pack_sums(sums)
+    runs = [Run(memoryview(header))]
+    for box in boxes:
+        if box.cells is None:
+            runs += [Run(view) for view in box.rope]
+        else:
+            step = DIGEST_BLOCK_ELEMENTS * item_bytes(box.dtype)
+            runs += [Run(view, step, box.cells) for view in box.rope]
+    blocks = Blocks(runs, len(header) + sum(box.size_bytes for box in boxes))
+    size = store.create(path, blocks)
+    packed = pack_sums(blocks.sums)
     return FileRecord(
         path="/".join(path.split("/")[-2:]),
         size_bytes=size,
@@ -219,20 +231,25 @@ class PackWriter:
             OSError: storage failed; packs that were finished before stay as garbage.
 
         """
-        boxes = [box for piece in pieces for box in cut_piece(piece)]
         tensors: dict[str, PartTensor] = {}
+        boxes: list[BoxData] = []
+        cells: list[list[bytes]] = []
         for piece in pieces:
-            record = tensors.setdefault(
-                piece.name, PartTensor(dtype=piece.dtype, shape=list(piece.shape), chunks=[], cells=[])
-            )
-            if (record.dtype, record.shape) != (piece.dtype, list(piece.shape)):
+            found = cut_piece(piece)
+            boxes += found
+            # One box is hashed for the digest while it is written, when it passes through the processor's cache.
+            hashed = found[0].cells if found else []
+            cells.append([block_hashes(piece.data, item_bytes(piece.dtype))] if hashed is None else hashed)
+        for piece in pieces:
+            shape = list(piece.shape)
+            record = tensors.get(piece.name)
+            if record is None:
+                record = PartTensor.model_construct(dtype=piece.dtype, shape=shape, chunks=[], cells=[])
+                tensors[piece.name] = record
+            if (record.dtype, record.shape) != (piece.dtype, shape):
                 raise InvalidPiece(
-                    f"{piece.name}: pieces disagree, {record.dtype} {record.shape} and "
-                    f"{piece.dtype} {list(piece.shape)}"
+                    f"{piece.name}: pieces disagree, {record.dtype} {record.shape} and {piece.dtype} {shape}"
                 )
-            hashes = block_hashes(piece.data, item_bytes(piece.dtype))
-            if hashes:
-                record.cells.append((piece.start // DIGEST_BLOCK_ELEMENTS, to_base64(hashes)))
         files = []
         for pack in plan_packs(boxes, self._pack_bytes):
             name = f"{self._writer}-{self._next_pack:02d}.safetensors"
@@ -243,4 +260,7 @@ class PackWriter:
                 offsets, sizes = box.box
                 tensors[box.name].chunks.append((len(files) - 1, at, list(offsets), list(sizes)))
                 at += box.size_bytes
+        for piece, hashed in zip(pieces, cells, strict=True):
+            if hashed:
+                tensors[piece.name].cells.append((piece.start // DIGEST_BLOCK_ELEMENTS, to_base64(b"".join(hashed))))
         return Part(step=self._step, attempt=self._attempt, writer=self._writer, files=files, tensors=tensors)

@@ -8,7 +8,7 @@ store's root, with ``/``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,8 @@ from fsspec.implementations.local import LocalFileSystem
 from elastictrain_checkpoint.errors import InvalidPiece
 from elastictrain_checkpoint.posix import PosixBackend
 from elastictrain_checkpoint.remote import RemoteBackend
+
+REMOTE_WINDOW_BYTES = 16 << 20
 
 
 class Backend(Protocol):
@@ -56,7 +58,8 @@ class Store:
     def create(self, path: str, blocks: Iterable[memoryview]) -> int:
         """Stream ``blocks`` into a new file; durable on return. Gives its size in bytes.
 
-        A block may be reused by its producer when the next one is asked for. If the stream fails, the file
+        A block may be reused by its producer when the next one is asked for. If ``blocks`` has an attribute
+        ``size_bytes``, a local disk sets aside that much room first. If the stream fails, the file
         is removed as far as possible; a torn file can remain, under a name that nothing refers to.
 
         Raises:
@@ -88,6 +91,36 @@ class Store:
 
         """
         return self._backend.read_into(_checked(path), start, out)
+
+    @property
+    def read_window_bytes(self) -> int:
+        """Bytes that are best read at once: little where what was read is hashed from the processor's cache, much
+        where every request waits for a network.
+        """
+        return int(getattr(self._backend, "read_window_bytes", REMOTE_WINDOW_BYTES))
+
+    def read_parts(self, path: str, start: int, outs: Sequence[memoryview]) -> int:
+        """As `read_into`, for one run of bytes that goes to several buffers, one after the other.
+
+        A backend may have a verb of this name; where it has not, the run is read in one piece and copied.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+
+        """
+        if len(outs) == 1:
+            return self.read_into(path, start, outs[0])
+        parts = getattr(self._backend, "read_parts", None)
+        if parts is not None:
+            return int(parts(_checked(path), start, outs))
+        whole = memoryview(bytearray(sum(len(out) for out in outs)))
+        got = self.read_into(path, start, whole)
+        at = 0
+        for out in outs:
+            take = max(0, min(len(out), got - at))
+            out[:take] = whole[at : at + take]
+            at += len(out)
+        return got
 
     def read_all(self, path: str) -> bytes:
         """Whole content of a small file.
