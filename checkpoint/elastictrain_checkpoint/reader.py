@@ -49,6 +49,7 @@ class Reader:
     threads at once: make a reader for each.
 
     Attributes:
+        manifest: what is read.
         tensors: name → (dtype, shape), aliases included.
         tree: state that is not tensors.
         read_bytes: bytes read from storage so far.
@@ -57,7 +58,7 @@ class Reader:
 
     def __init__(self, store: Store, manifest: Manifest) -> None:
         self._store = store
-        self._manifest = manifest
+        self.manifest = manifest
         self._number = {name: number for number, name in enumerate(manifest.table.names)}
         self._kept: OrderedDict[tuple[int, int], bytes] = OrderedDict()
         self._bounds = manifest.table.bounds.tolist()
@@ -76,7 +77,7 @@ class Reader:
             CorruptData: stored bytes are not those that were written; file, block and tensors are named.
 
         """
-        _, shape = self._manifest.tensors[self._manifest.resolve(name)]
+        _, shape = self.manifest.tensors[self.manifest.resolve(name)]
         return self.read_flat(name, 0, num_elements(shape))
 
     def read_flat(self, name: str, start: int, stop: int, out: Any = None) -> Bytes:
@@ -112,22 +113,25 @@ class Reader:
             self._read_file(file, sorted(wanted, key=_start))
         return outputs
 
-    def read_span(self, file: int, start: int, out: memoryview) -> None:
-        """Bytes of a pack from ``start`` on, checked like any others.
+    def read_spans(self, spans: Iterable[tuple[int, int, memoryview]]) -> None:
+        """Spans of bytes of packs, checked like any others; read in the order of the files.
 
         Args:
-            file: number of the pack in the manifest.
-            start: first byte; the span may not reach beyond the pack.
-            out: writable flat buffer of bytes.
+            spans: (number of the pack in the manifest, first byte, writable flat buffer of bytes to be filled); no span
+                reaches beyond its pack.
 
         Raises:
-            CorruptData: as for `read`.
+            CorruptData: as for `read`; then buffers may be partly filled.
 
         """
-        self._read_file(file, [(start, out)])
+        files: dict[int, list[_Copy]] = {}
+        for file, start, out in spans:
+            files.setdefault(file, []).append((start, out))
+        for file, copies in sorted(files.items()):
+            self._read_file(file, sorted(copies, key=_start))
 
     def _output(self, request: Request) -> Bytes:
-        dtype, shape = self._manifest.tensors[self._manifest.resolve(request.name)]
+        dtype, shape = self.manifest.tensors[self.manifest.resolve(request.name)]
         count = num_elements(shape)
         if not 0 <= request.start <= request.stop <= count:
             raise InvalidPiece(
@@ -145,10 +149,10 @@ class Reader:
         return np.frombuffer(view.cast("B") if size else bytearray(), dtype=np.uint8)
 
     def _copies(self, request: Request, out: memoryview) -> Iterator[tuple[int, _Copy]]:
-        name = self._manifest.resolve(request.name)
-        dtype, shape = self._manifest.tensors[name]
+        name = self.manifest.resolve(request.name)
+        dtype, shape = self.manifest.tensors[name]
         item = item_bytes(dtype)
-        table, number = self._manifest.table, self._number[name]
+        table, number = self.manifest.table, self._number[name]
         first, last = self._bounds[number], self._bounds[number + 1]
         if not request.start < request.stop:
             return
@@ -170,7 +174,7 @@ class Reader:
 
     def _read_file(self, file: int, copies: Sequence[_Copy]) -> None:
         """Fill the copies, which are sorted by their start."""
-        block, size = self._manifest.block_bytes, self._manifest.files[file].size_bytes
+        block, size = self.manifest.block_bytes, self.manifest.files[file].size_bytes
         most = max(1, min(WINDOW_BYTES, self._store.read_window_bytes) // block)
         coming = 0
         open_: list[_Copy] = []
@@ -190,7 +194,7 @@ class Reader:
 
     def _read_window(self, file: int, low: int, high: int, copies: Sequence[_Copy]) -> None:
         """Fill the copies, all of which lie in blocks [low, high)."""
-        block, size = self._manifest.block_bytes, self._manifest.files[file].size_bytes
+        block, size = self.manifest.block_bytes, self.manifest.files[file].size_bytes
         kept = self._kept.get((file, low))
         if kept is not None:
             copies = _copy_out(kept, low * block, copies)
@@ -202,7 +206,7 @@ class Reader:
         views = tiles or [memoryview(bytearray(end - begin))]
         self._fetch(file, begin, views)
         for number, parts in zip(range(low, high), _in_blocks(views, block), strict=True):
-            if block_sum_of(parts) != int(self._manifest.sums[file][number]):
+            if block_sum_of(parts) != int(self.manifest.sums[file][number]):
                 raise self._corrupt(file, number, "its hash differs from the manifest's")
         # Only a block of which something was not wanted is likely to be asked for again.
         last = (high - 1) * block
@@ -213,13 +217,13 @@ class Reader:
 
     def _fetch(self, file: int, start: int, outs: Sequence[memoryview]) -> None:
         try:
-            got = self._store.read_parts(self._manifest.paths[file], start, outs)
+            got = self._store.read_parts(self.manifest.paths[file], start, outs)
         except FileNotFoundError:
             raise self._corrupt(file, None, "the file is missing") from None
         self.read_bytes += got
         want = sum(len(out) for out in outs)
         if got != want:
-            number = (start + got) // self._manifest.block_bytes
+            number = (start + got) // self.manifest.block_bytes
             raise self._corrupt(file, number, f"the file is cut short ({got} of {want} bytes from {start} on)")
 
     def _keep(self, file: int, number: int, data: bytes) -> None:
@@ -228,7 +232,7 @@ class Reader:
             self._kept.popitem(last=False)
 
     def _corrupt(self, file: int, number: int | None, why: str) -> CorruptData:
-        return corrupt(self._manifest, file, number, why)
+        return corrupt(self.manifest, file, number, why)
 
 
 def corrupt(manifest: Manifest, file: int, number: int | None, why: str) -> CorruptData:
