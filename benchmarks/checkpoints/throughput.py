@@ -102,9 +102,9 @@ def without_hashes(work: Callable[[Path, Arrays], None]) -> Callable[[Path, Arra
 
     def call(folder: Path, state: Arrays) -> None:
         kept = hashing.block_sum, hashing._hash_cells, reader.block_sum_of
-        hashing.block_sum = lambda block: 0
+        hashing.block_sum = lambda _: 0
         hashing._hash_cells = _no_cells
-        reader.block_sum_of = lambda parts: 0
+        reader.block_sum_of = lambda _: 0
         try:
             work(folder, state)
         finally:
@@ -223,7 +223,7 @@ def main() -> None:
         case(results, folder / "small", SMALL, arrays(3000, (64, 64)), rounds)
     results.notes += [
         "Ratios are medians over rounds of neighbours in time: above 1 means faster.",
-        "Both sides sync every file; elastictrain also syncs the folders and writes, syncs and reads back its manifest.",
+        "Both sides sync every file; elastictrain also syncs folders, and writes, syncs and reads back its manifest.",
         (
             "Raw: writev of all tensors into one file and fsync; readv into buffers that were touched before. "
             "Elastictrain can be faster than that: it sets room aside and lets the device begin before the last byte."

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from elastictrain_checkpoint.collector import no_collections
 from elastictrain_checkpoint.errors import (
     AlreadyCommitted,
     CorruptData,
@@ -132,6 +133,7 @@ def _content(manifest: Manifest) -> dict[str, Any]:
     return {key: value for key, value in document.items() if key not in ("time", "self")}
 
 
+@no_collections()
 def _join(parts: Sequence[Part], step: int, attempt: str) -> tuple[list[FileRecord], dict[str, PartTensor]]:
     """Put the parts together; chunks are renumbered to the joint list of files."""
     files: list[FileRecord] = []
@@ -161,6 +163,7 @@ def _join(parts: Sequence[Part], step: int, attempt: str) -> tuple[list[FileReco
     return files, tensors
 
 
+@no_collections()
 def _digest(tensors: Mapping[str, PartTensor], aliases: Mapping[str, str]) -> str:
     whole = {}
     for name, record in tensors.items():

@@ -17,6 +17,7 @@ import xxhash
 from pydantic import Field, ValidationError
 
 from elastictrain_checkpoint import tagged
+from elastictrain_checkpoint.collector import no_collections
 from elastictrain_checkpoint.errors import InvalidManifest
 from elastictrain_checkpoint.hashing import DIGEST_ALGORITHM, Sums, root_sum, unpack_sums
 from elastictrain_checkpoint.part import (
@@ -129,6 +130,7 @@ class Manifest:
         return name
 
 
+@no_collections()
 def write_manifest(
     *,
     step: int,
@@ -181,6 +183,7 @@ def _signed(body: bytes) -> bytes:
     return body[:-1] + b',"self":"%s"}' % xxhash.xxh3_128_hexdigest(body).encode()
 
 
+@no_collections()
 def parse_manifest(raw: bytes, step: int | None = None) -> Manifest:
     """Read a manifest and believe nothing.
 

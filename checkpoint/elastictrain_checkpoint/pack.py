@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any
 
 from elastictrain_checkpoint.boxes import Box, flat_range_to_boxes, strides
+from elastictrain_checkpoint.collector import no_collections
 from elastictrain_checkpoint.dtypes import item_bytes, num_elements
 from elastictrain_checkpoint.errors import InvalidPiece
 from elastictrain_checkpoint.hashing import (
@@ -222,6 +223,7 @@ class PackWriter:
         self._next_pack = 0
         self._folder = f"{step_folder(step)}/{attempt}"
 
+    @no_collections()
     def write(self, pieces: Sequence[Piece]) -> Part:
         """Write pieces into new packs, durable on return, and give the vote for them. May be called again.
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastictrain_checkpoint.boxes import box_runs
+from elastictrain_checkpoint.collector import no_collections
 from elastictrain_checkpoint.dtypes import item_bytes, num_elements
 from elastictrain_checkpoint.errors import CorruptData, InvalidPiece
 from elastictrain_checkpoint.hashing import block_sum_of
@@ -96,6 +97,7 @@ class Reader:
         """
         return self.read_many([Request(name, start, stop, out)])[0]
 
+    @no_collections()
     def read_many(self, requests: Sequence[Request]) -> list[Bytes]:
         """Several ranges at once, in the order asked for; read from storage in the order of the files.
 

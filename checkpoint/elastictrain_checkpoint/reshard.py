@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
 from elastictrain_checkpoint.boxes import Ints
+from elastictrain_checkpoint.collector import no_collections
 from elastictrain_checkpoint.dtypes import item_bytes
 from elastictrain_checkpoint.errors import InvalidPiece
 from elastictrain_checkpoint.manifest import Manifest
@@ -73,6 +75,7 @@ class ReadPlan:
         return np.bincount(self.owner, weights=self.size_bytes, minlength=self.workers).astype(np.int64)
 
 
+@no_collections()
 def plan_reads(manifest: Manifest, wants: Sequence[Sequence[Want]], *, span_bytes: int = SPAN_BYTES) -> ReadPlan:
     """Share out the reading of what all workers want.
 
@@ -89,40 +92,37 @@ def plan_reads(manifest: Manifest, wants: Sequence[Sequence[Want]], *, span_byte
         InvalidPiece: a box that does not lie in its tensor.
 
     """
-    columns = _columns(manifest, wants)
-    pairs = [_meet(manifest, one, span_bytes) for one in columns]
-    row, low, high, worker, want = (
-        np.concatenate([np.zeros(0, dtype=np.int64), *(pair[i] for pair in pairs)]) for i in range(5)
-    )
-    # One number for each span: its chunk and its first row.
-    keys = np.stack([row, low], axis=1)
-    order = np.lexsort((want, worker, low, row))
-    keys = keys[order]
-    new = np.ones(len(keys), dtype=np.bool_)
-    new[1:] = (keys[1:] != keys[:-1]).any(axis=1)
-    first = np.flatnonzero(new)
-    spans = _spans(manifest, row[order][first], low[order][first], high[order][first])
-    file, start, size = spans
-    by_place = np.lexsort((start, file))
-    place = np.empty_like(by_place)
-    place[by_place] = np.arange(len(by_place))
-    span = place[np.cumsum(new) - 1]
-    by_span = np.argsort(span, kind="stable")
-    size = size[by_place]
+    found = [_meet(manifest, one, span_bytes) for one in _columns(manifest, wants)]
+    begin = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum([len(one.row) for one in found], dtype=np.int64)])
+    row, low, high = (_joined([getattr(one, column) for one in found]) for column in ("row", "low", "high"))
+    span = _joined([one.span + at for one, at in zip(found, begin.tolist(), strict=False)])
+    worker, want = (_joined([getattr(one, column) for one in found]) for column in ("worker", "want"))
+
+    file, start, size = _places(manifest, row, low, high)
+    wanted = np.flatnonzero(np.bincount(span, minlength=len(row)))
+    kept = wanted[np.lexsort((start[wanted], file[wanted]))]
+    number = np.empty(len(row), dtype=np.int64)
+    number[kept] = np.arange(len(kept))
+    span = number[span]
+    order = np.argsort(span, kind="stable")
     return ReadPlan(
         workers=len(wants),
-        file=file[by_place],
-        start=start[by_place],
-        size_bytes=size,
-        owner=_share(size, len(wants)),
-        row=row[order][first][by_place],
-        low=low[order][first][by_place],
-        high=high[order][first][by_place],
-        span=span[by_span],
-        worker=worker[order][by_span],
-        want=want[order][by_span],
-        bounds=np.searchsorted(span[by_span], np.arange(len(size) + 1)),
+        file=file[kept],
+        start=start[kept],
+        size_bytes=size[kept],
+        owner=_share(size[kept], len(wants)),
+        row=row[kept],
+        low=low[kept],
+        high=high[kept],
+        span=span[order],
+        worker=worker[order],
+        want=want[order],
+        bounds=np.searchsorted(span[order], np.arange(len(kept) + 1)),
     )
+
+
+def _joined(columns: Sequence[Ints]) -> Ints:
+    return np.concatenate([np.zeros(0, dtype=np.int64), *columns])
 
 
 def _share(size: Ints, workers: int) -> Ints:
@@ -148,43 +148,69 @@ def _columns(manifest: Manifest, wants: Sequence[Sequence[Want]]) -> list[_Wants
     number = {name: number for number, name in enumerate(manifest.table.names)}
     number |= {alias: number[target] for alias, target in manifest.alias.items()}
     shapes = [manifest.tensors[name][1] for name in manifest.table.names]
-    found: dict[int, list[tuple[int, int, int, Want]]] = {}
-    for worker, mine in enumerate(wants):
-        for at, want in enumerate(mine):
-            tensor = number.get(want.name)
-            if tensor is None:
-                raise KeyError(f"step {manifest.step} has no tensor {want.name!r}")
-            if not len(shapes[tensor]) == len(want.offsets) == len(want.sizes):
-                raise InvalidPiece(f"{want.name}: box {want.offsets} {want.sizes} is not of shape {shapes[tensor]}")
-            found.setdefault(len(want.sizes), []).append((tensor, worker, at, want))
+    everything = [want for mine in wants for want in mine]
+    try:
+        tensor = np.fromiter((number[want.name] for want in everything), dtype=np.int64, count=len(everything))
+    except KeyError as error:
+        raise KeyError(f"step {manifest.step} has no tensor {error.args[0]!r}") from None
+    counts = [len(mine) for mine in wants]
+    worker = np.repeat(np.arange(len(wants)), counts)
+    at = np.concatenate([np.zeros(0, dtype=np.int64), *(np.arange(count) for count in counts)])
+    ndims = np.fromiter(map(len, shapes), dtype=np.int64, count=len(shapes))[tensor]
     out = []
-    for ndim, these in found.items():
-        tensor, worker, at = (np.array([one[i] for one in these], dtype=np.int64) for i in range(3))
-        offsets = np.array([one[3].offsets for one in these], dtype=np.int64).reshape(len(these), ndim)
-        sizes = np.array([one[3].sizes for one in these], dtype=np.int64).reshape(len(these), ndim)
+    for ndim in np.unique(ndims).tolist():
+        rows = np.flatnonzero(ndims == ndim)
+        these = everything if len(rows) == len(everything) else [everything[row] for row in rows.tolist()]
+        offsets, sizes = _corners(these, ndim, shapes, tensor[rows])
         # Shapes once per tensor: there are as many wants as tensors times workers.
-        used, again = np.unique(tensor, return_inverse=True)
-        shape = np.array([shapes[i] for i in used], dtype=np.int64).reshape(len(used), ndim)[again]
+        used, again = np.unique(tensor[rows], return_inverse=True)
+        shape = np.array([shapes[i] for i in used.tolist()], dtype=np.int64).reshape(len(used), ndim)[again]
         wrong = ((offsets < 0) | (sizes < 0) | (offsets > shape) | (sizes > shape - offsets)).any(axis=1)
         if wrong.any():
-            want = these[int(np.argmax(wrong))][3]
+            want = these[int(np.argmax(wrong))]
             raise InvalidPiece(
                 f"{want.name}: box {want.offsets} {want.sizes} does not lie in shape "
                 f"{manifest.tensors[manifest.resolve(want.name)][1]}"
             )
         filled = (sizes > 0).all(axis=1)
-        out.append(_Wants(tensor[filled], worker[filled], at[filled], offsets[filled], sizes[filled]))
+        kept = rows[filled]
+        out.append(_Wants(tensor[kept], worker[kept], at[kept], offsets[filled], sizes[filled]))
     return out
 
 
-def _meet(manifest: Manifest, wants: _Wants, span_bytes: int) -> tuple[Ints, Ints, Ints, Ints, Ints]:
-    """(chunk, first row, end row, worker, want) for each span and each want that share an element."""
+def _corners(wants: Sequence[Want], ndim: int, shapes: Sequence[tuple[int, ...]], tensor: Ints) -> tuple[Ints, Ints]:
+    """Offsets and sizes of boxes, shape [wants, ndim]."""
+    for place, want in enumerate(wants):
+        if len(want.offsets) != ndim or len(want.sizes) != ndim:
+            raise InvalidPiece(
+                f"{want.name}: box {want.offsets} {want.sizes} is not of shape {shapes[int(tensor[place])]}"
+            )
+    count = len(wants) * ndim
+    offsets = np.fromiter(chain.from_iterable([want.offsets for want in wants]), dtype=np.int64, count=count)
+    sizes = np.fromiter(chain.from_iterable([want.sizes for want in wants]), dtype=np.int64, count=count)
+    return offsets.reshape(len(wants), ndim), sizes.reshape(len(wants), ndim)
+
+
+@dataclass(frozen=True, eq=False)
+class _Met:
+    """All spans of the chunks of some tensors (``row``, ``low``, ``high``), wanted or not, and who wants which."""
+
+    row: Ints
+    low: Ints
+    high: Ints
+    span: Ints
+    worker: Ints
+    want: Ints
+
+
+def _meet(manifest: Manifest, wants: _Wants, span_bytes: int) -> _Met:
     table = manifest.table
     ndim = wants.sizes.shape[1]
     used = np.unique(wants.tensor)
     rows = _ranges(table.bounds[used], table.bounds[used + 1])[1]
+    boxes = [table.boxes[row] for row in rows.tolist()]
     offsets, sizes = (
-        np.array([table.boxes[row][i] for row in rows.tolist()], dtype=np.int64).reshape(len(rows), ndim)
+        np.fromiter(chain.from_iterable([box[i] for box in boxes]), dtype=np.int64).reshape(len(rows), ndim)
         for i in range(2)
     )
     # Where each tensor's chunks begin in these columns.
@@ -200,17 +226,20 @@ def _meet(manifest: Manifest, wants: _Wants, span_bytes: int) -> tuple[Ints, Int
     meet = (left < right).all(axis=1)
     want, chunk, left, right = want[meet], chunk[meet], left[meet], right[meet]
     if not ndim:
-        zero = np.zeros(len(want), dtype=np.int64)
-        return rows[chunk], zero, zero + 1, wants.worker[want], wants.want[want]
+        zero = np.zeros(len(rows), dtype=np.int64)
+        return _Met(rows, zero, zero + 1, chunk, wants.worker[want], wants.want[want])
     items = np.array([item_bytes(manifest.tensors[table.names[i]][0]) for i in used.tolist()], dtype=np.int64)
-    item = items[np.repeat(np.arange(len(used)), count)]
-    step = np.maximum(1, span_bytes // np.maximum(1, sizes[:, 1:].prod(axis=1) * item))[chunk]
-    first = (left[:, 0] - offsets[chunk, 0]) // step
-    last = -(-(right[:, 0] - offsets[chunk, 0]) // step)
-    pair, span = _ranges(first, last)
-    begin_row = span * step[pair]
-    end_row = np.minimum(begin_row + step[pair], sizes[chunk[pair], 0])
-    return rows[chunk[pair]], begin_row, end_row, wants.worker[want[pair]], wants.want[want[pair]]
+    row_bytes = sizes[:, 1:].prod(axis=1) * items[np.repeat(np.arange(len(used)), count)]
+    step = np.maximum(1, span_bytes // np.maximum(1, row_bytes))
+    spans = -(-sizes[:, 0] // step)
+    of, number = _ranges(np.zeros_like(spans), spans)
+    low_row = number * step[of]
+    high_row = np.minimum(low_row + step[of], sizes[of, 0])
+    first = (left[:, 0] - offsets[chunk, 0]) // step[chunk]
+    last = -(-(right[:, 0] - offsets[chunk, 0]) // step[chunk])
+    pair, inside = _ranges(first, last)
+    span = (np.cumsum(spans) - spans)[chunk[pair]] + inside
+    return _Met(rows[of], low_row, high_row, span, wants.worker[want[pair]], wants.want[want[pair]])
 
 
 def _near(start: Ints, size: Ints, begin: Ints, wants: _Wants, at: Ints) -> tuple[Ints, Ints]:
@@ -238,9 +267,10 @@ def _ranges(low: Ints, high: Ints) -> tuple[Ints, Ints]:
     return which, low[which] + inside
 
 
-def _spans(manifest: Manifest, row: Ints, low: Ints, high: Ints) -> tuple[Ints, Ints, Ints]:
+def _places(manifest: Manifest, row: Ints, low: Ints, high: Ints) -> tuple[Ints, Ints, Ints]:
     """File, first byte and length of the rows [low, high) of each chunk."""
     table = manifest.table
-    rows_of = np.array([table.boxes[i][1][0] if table.boxes[i][1] else 1 for i in row.tolist()], dtype=np.int64)
+    sizes = [table.boxes[i][1] for i in row.tolist()]
+    rows_of = np.array([size[0] if size else 1 for size in sizes], dtype=np.int64)
     width = table.size_bytes[row] // np.maximum(rows_of, 1)
     return table.file[row], table.start[row] + low * width, (high - low) * width
