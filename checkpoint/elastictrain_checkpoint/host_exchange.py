@@ -11,7 +11,10 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from numpy.typing import NDArray
+
 from elastictrain_checkpoint.errors import InvalidPiece
+from elastictrain_checkpoint.together import lay_out
 
 _ALIGN = 4096
 
@@ -59,19 +62,20 @@ class HostExchange:
         self.close()
         self._maps, self._room, self._calls = maps, room, 0
 
-    def __call__(self, sent: Sequence[memoryview], sizes: Sequence[int]) -> list[memoryview]:
+    def __call__(self, sent: Sequence[Sequence[NDArray[Any]]], sizes: Sequence[int]) -> list[memoryview]:
         """Exchange. What is given lies in the others' memory, and is to be used before the next call."""
         half = self._room * (self._calls % 2)
         self._calls += 1
         mine = memoryview(self._maps[self._worker])[half : half + self._room]
         starts = mine[: 8 * self._workers].cast("Q")
         at = 8 * self._workers
-        for worker, data in enumerate(sent):
-            if at + len(data) > self._room:
-                raise InvalidPiece(f"{at + len(data)} bytes to exchange, room for {self._room}: call make_room first")
-            mine[at : at + len(data)] = data
+        for worker, parts in enumerate(sent):
+            size = sum(part.nbytes for part in parts)
+            if at + size > self._room:
+                raise InvalidPiece(f"{at + size} bytes to exchange, room for {self._room}: call make_room first")
+            lay_out(parts, mine[at : at + size])
             starts[worker] = at
-            at += len(data)
+            at += size
         self._barrier()
         came = []
         for there, size in zip(self._maps, sizes, strict=True):

@@ -21,10 +21,10 @@ from elastictrain_checkpoint.errors import CheckpointError, CorruptData, Invalid
 from elastictrain_checkpoint.reader import Reader
 from elastictrain_checkpoint.reshard import ReadPlan, Want, plan_reads
 
-Exchange = Callable[[Sequence[memoryview], Sequence[int]], Sequence[memoryview]]
-"""``exchange(sent, sizes)``: hands ``sent[w]`` to worker ``w`` and gives what each worker has sent here, where
-``sizes[w]`` bytes are expected from ``w``. All workers call it equally often. What it gives is used only before the
-next call."""
+Exchange = Callable[[Sequence[Sequence[NDArray[Any]]], Sequence[int]], Sequence[memoryview]]
+"""``exchange(sent, sizes)``: hands the arrays ``sent[w]``, row-major and one after the other, to worker ``w``, and
+gives what each worker has sent here, to be used before the next call; ``sizes[w]`` bytes are expected from ``w``. All
+workers call it equally often."""
 
 ROUND_BYTES = 16 << 20
 _MESSAGE_BYTES = 1024
@@ -45,7 +45,20 @@ def read_boxes(reader: Reader, wants: Sequence[Want], outs: Sequence[Any]) -> No
 
     """
     plan = plan_reads(reader.manifest, [wants])
-    read_together(reader, plan, [wants], outs, worker=0, exchange=lambda sent, _: list(sent))
+    read_together(reader, plan, [wants], outs, worker=0, exchange=_nobody)
+
+
+def _nobody(sent: Sequence[Sequence[NDArray[Any]]], _: Sequence[int]) -> list[memoryview]:
+    """The exchange of one worker with itself."""
+    return [memoryview(b"".join([part.tobytes() for part in parts])) for parts in sent]
+
+
+def lay_out(parts: Sequence[NDArray[Any]], out: memoryview) -> None:
+    """Copy arrays, whatever their strides, one after the other into a flat buffer of exactly their bytes."""
+    at = 0
+    for part in parts:
+        np.frombuffer(out[at : at + part.nbytes], dtype=part.dtype).reshape(part.shape)[...] = part
+        at += part.nbytes
 
 
 def read_together(
@@ -80,7 +93,7 @@ def read_together(
     targets = job.targets(outs)
     error: CheckpointError | OSError | None = None
     for spans in _rounds(plan, round_bytes):
-        sent: list[list[memoryview]] = [[] for _ in range(plan.workers)]
+        sent: list[list[NDArray[Any]]] = [[] for _ in range(plan.workers)]
         try:
             job.read(spans[worker], targets, sent, damaged=error is not None)
         except (CheckpointError, OSError) as found:
@@ -88,13 +101,13 @@ def read_together(
             sent = [[] for _ in range(plan.workers)]
             job.read(spans[worker], targets, sent, damaged=True)
         sizes = [job.coming_bytes(mine) if owner != worker else 0 for owner, mine in enumerate(spans)]
-        came = exchange([_joined(parts) for parts in sent], sizes)
+        came = exchange(sent, sizes)
         for owner, mine in enumerate(spans):
             if owner != worker:
                 job.place(mine, came[owner], targets)
     message = f"{error}".encode()[: _MESSAGE_BYTES - 1] if error else b""
-    state = memoryview((bytes([error is not None]) + message).ljust(_MESSAGE_BYTES))
-    states = exchange([state] * plan.workers, [_MESSAGE_BYTES] * plan.workers)
+    state = np.frombuffer((bytes([error is not None]) + message).ljust(_MESSAGE_BYTES), dtype=np.uint8)
+    states = exchange([[state]] * plan.workers, [_MESSAGE_BYTES] * plan.workers)
     if error:
         raise error
     for owner, found_there in enumerate(states):
@@ -127,10 +140,6 @@ def _rounds(plan: ReadPlan, round_bytes: int) -> list[list[range]]:
         cuts.append([range(begin + a, begin + b) for a, b in itertools.pairwise(edges)])
     most = max((len(mine) for mine in cuts), default=0)
     return [[mine[i] if i < len(mine) else range(0) for mine in cuts] for i in range(most)]
-
-
-def _joined(parts: Sequence[memoryview]) -> memoryview:
-    return parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
 
 
 @dataclass(frozen=True)
@@ -172,7 +181,7 @@ class _Job:
         return made
 
     def read(
-        self, spans: range, targets: Sequence[_Target], sent: list[list[memoryview]], *, damaged: bool = False
+        self, spans: range, targets: Sequence[_Target], sent: list[list[NDArray[Any]]], *, damaged: bool = False
     ) -> None:
         """Read spans, fill the targets that are here, and add what others want to ``sent``.
 
@@ -205,7 +214,7 @@ class _Job:
                     target = targets[int(plan.want[number])]
                     target.box[_within(slab, want.offsets)] = part
                 else:
-                    sent[worker].append(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+                    sent[worker].append(part)
 
     def coming_bytes(self, spans: range) -> int:
         """Bytes that the owner of these spans sends here."""

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from elastictrain_checkpoint.host_exchange import HostExchange
+from elastictrain_checkpoint.together import lay_out
 
 
 class GroupExchange:
@@ -21,10 +23,11 @@ class GroupExchange:
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self._group = group
 
-    def __call__(self, sent: Sequence[memoryview], sizes: Sequence[int]) -> list[memoryview]:
-        lengths = [len(data) for data in sent]
+    def __call__(self, sent: Sequence[Sequence[NDArray[Any]]], sizes: Sequence[int]) -> list[memoryview]:
+        lengths = [sum(part.nbytes for part in parts) for parts in sent]
         out = torch.empty(sum(sizes), dtype=torch.uint8)
-        data = torch.frombuffer(bytearray(b"".join(sent)) or bytearray(1), dtype=torch.uint8)[: sum(lengths)]
+        data = torch.empty(sum(lengths), dtype=torch.uint8)
+        lay_out([part for parts in sent for part in parts], memoryview(data.numpy()))  # type: ignore[arg-type]
         dist.all_to_all_single(out, data, list(sizes), lengths, group=self._group)
         return [memoryview(part.numpy()) for part in out.split(list(sizes))]  # type: ignore[arg-type]
 

@@ -24,7 +24,7 @@ from elastictrain_checkpoint import (
 )
 from elastictrain_checkpoint import commit as commit_function
 from elastictrain_checkpoint.reshard import ReadPlan, Want, plan_reads
-from elastictrain_checkpoint.together import most_sent_bytes, read_boxes, read_together
+from elastictrain_checkpoint.together import Exchange, most_sent_bytes, read_boxes, read_together
 from tests.unit.checkpoint.build import State, flip, make_state, memory_store, save
 
 BLOCK = 4096
@@ -136,15 +136,15 @@ class Threads:
     def __init__(self, workers: int) -> None:
         self.workers = workers
         self.barrier = threading.Barrier(workers, timeout=30)
-        self.sent: list[Sequence[memoryview]] = [[] for _ in range(workers)]
+        self.sent: list[list[bytes]] = [[] for _ in range(workers)]
         self.largest = 0
 
-    def exchange(self, worker: int) -> Callable[[Sequence[memoryview], Sequence[int]], list[memoryview]]:
-        def call(sent: Sequence[memoryview], sizes: Sequence[int]) -> list[memoryview]:
-            self.sent[worker] = sent
-            self.largest = max(self.largest, sum(map(len, sent)))
+    def exchange(self, worker: int) -> Exchange:
+        def call(sent: Sequence[Sequence[np.ndarray]], sizes: Sequence[int]) -> list[memoryview]:
+            self.sent[worker] = [b"".join(part.tobytes() for part in parts) for parts in sent]
+            self.largest = max(self.largest, sum(map(len, self.sent[worker])))
             self.barrier.wait()
-            came = [memoryview(bytes(theirs[worker])) for theirs in self.sent]
+            came = [memoryview(theirs[worker]) for theirs in self.sent]
             assert [len(data) for data in came] == list(sizes)
             self.barrier.wait()
             return came
