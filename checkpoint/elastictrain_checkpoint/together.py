@@ -28,7 +28,7 @@ workers call it equally often."""
 
 ROUND_BYTES = 16 << 20
 _MESSAGE_BYTES = 1024
-_ELEMENTS = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8")}
+_ELEMENTS: dict[int, np.dtype[Any]] = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8")}
 
 
 def read_boxes(reader: Reader, wants: Sequence[Want], outs: Sequence[Any]) -> None:
