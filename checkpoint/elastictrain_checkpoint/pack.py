@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -127,6 +127,7 @@ def cut_piece(piece: Piece) -> list[BoxData]:
     return [replace(out[0], cells=[])] if len(out) == 1 else out
 
 
+@no_collections()
 def plan_packs(boxes: Sequence[BoxData], target_bytes: int) -> list[list[BoxData]]:
     """Share boxes out to packs: at most one box of a tensor in each, filled up to about the target.
 
@@ -151,6 +152,7 @@ def plan_packs(boxes: Sequence[BoxData], target_bytes: int) -> list[list[BoxData
     return [sorted(pack, key=lambda box: -item_bytes(box.dtype)) for pack in packs]
 
 
+@no_collections()
 def pack_header(boxes: Sequence[BoxData]) -> bytes:
     """Safetensors header for these boxes in this order, padded with spaces up to the next 4 KiB."""
     sharding = {box.name: {"saved_offsets": box.box[0]} for box in boxes}
@@ -223,7 +225,6 @@ class PackWriter:
         self._next_pack = 0
         self._folder = f"{step_folder(step)}/{attempt}"
 
-    @no_collections()
     def write(self, pieces: Sequence[Piece]) -> Part:
         """Write pieces into new packs, durable on return, and give the vote for them. May be called again.
 
@@ -233,27 +234,19 @@ class PackWriter:
             OSError: storage failed; packs that were finished before stay as garbage.
 
         """
-        tensors: dict[str, PartTensor] = {}
-        boxes: list[BoxData] = []
-        cells: list[list[bytes]] = []
-        for piece in pieces:
-            found = cut_piece(piece)
-            boxes += found
-            # One box is hashed for the digest while it is written, when it passes through the processor's cache.
-            hashed = found[0].cells if found else []
-            cells.append([block_hashes(piece.data, item_bytes(piece.dtype))] if hashed is None else hashed)
-        for piece in pieces:
-            shape = list(piece.shape)
-            record = tensors.get(piece.name)
-            if record is None:
-                record = PartTensor.model_construct(dtype=piece.dtype, shape=shape, chunks=[], cells=[])
-                tensors[piece.name] = record
-            if (record.dtype, record.shape) != (piece.dtype, shape):
-                raise InvalidPiece(
-                    f"{piece.name}: pieces disagree, {record.dtype} {record.shape} and {piece.dtype} {shape}"
-                )
-        files = []
-        for pack in plan_packs(boxes, self._pack_bytes):
+        tensors, boxes, cells = _plan(pieces)
+        files = self._write_packs(plan_packs(boxes, self._pack_bytes), tensors, [])
+        for piece, hashed in zip(pieces, cells, strict=True):
+            if hashed:
+                tensors[piece.name].cells.append((piece.start // DIGEST_BLOCK_ELEMENTS, to_base64(b"".join(hashed))))
+        return Part(step=self._step, attempt=self._attempt, writer=self._writer, files=files, tensors=tensors)
+
+    def _write_packs(
+        self, packs: Sequence[Sequence[BoxData]], tensors: Mapping[str, PartTensor], files: list[FileRecord]
+    ) -> list[FileRecord]:
+        """Write packs and enter their chunks; gives ``files`` with theirs after them."""
+        files = list(files)
+        for pack in packs:
             name = f"{self._writer}-{self._next_pack:02d}.safetensors"
             self._next_pack += 1
             files.append(write_pack(self._store, f"{self._folder}/{name}", pack))
@@ -262,7 +255,30 @@ class PackWriter:
                 offsets, sizes = box.box
                 tensors[box.name].chunks.append((len(files) - 1, at, list(offsets), list(sizes)))
                 at += box.size_bytes
-        for piece, hashed in zip(pieces, cells, strict=True):
-            if hashed:
-                tensors[piece.name].cells.append((piece.start // DIGEST_BLOCK_ELEMENTS, to_base64(b"".join(hashed))))
-        return Part(step=self._step, attempt=self._attempt, writer=self._writer, files=files, tensors=tensors)
+        return files
+
+
+@no_collections()
+def _plan(pieces: Sequence[Piece]) -> tuple[dict[str, PartTensor], list[BoxData], list[list[bytes]]]:
+    """Tensors without chunks and cells; boxes; and for each piece the list that holds its cell hashes once all boxes
+    are written. A piece that is one box is hashed while it is written, when it passes through the processor's cache.
+    """
+    tensors: dict[str, PartTensor] = {}
+    boxes: list[BoxData] = []
+    cells: list[list[bytes]] = []
+    for piece in pieces:
+        found = cut_piece(piece)
+        boxes += found
+        hashed = found[0].cells if found else []
+        cells.append([block_hashes(piece.data, item_bytes(piece.dtype))] if hashed is None else hashed)
+    for piece in pieces:
+        shape = list(piece.shape)
+        record = tensors.get(piece.name)
+        if record is None:
+            record = PartTensor.model_construct(dtype=piece.dtype, shape=shape, chunks=[], cells=[])
+            tensors[piece.name] = record
+        if (record.dtype, record.shape) != (piece.dtype, shape):
+            raise InvalidPiece(
+                f"{piece.name}: pieces disagree, {record.dtype} {record.shape} and {piece.dtype} {shape}"
+            )
+    return tensors, boxes, cells

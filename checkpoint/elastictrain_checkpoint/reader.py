@@ -97,7 +97,6 @@ class Reader:
         """
         return self.read_many([Request(name, start, stop, out)])[0]
 
-    @no_collections()
     def read_many(self, requests: Sequence[Request]) -> list[Bytes]:
         """Several ranges at once, in the order asked for; read from storage in the order of the files.
 
@@ -105,15 +104,20 @@ class Reader:
             KeyError, CorruptData, InvalidPiece: as for `read_flat`; then outputs may be partly filled.
 
         """
+        outputs, copies = self._plan(requests)
+        for file, wanted in sorted(copies.items()):
+            self._read_file(file, sorted(wanted, key=_start))
+        return outputs
+
+    @no_collections()
+    def _plan(self, requests: Sequence[Request]) -> tuple[list[Bytes], dict[int, list[_Copy]]]:
         outputs: list[Bytes] = []
         copies: dict[int, list[_Copy]] = {}
         for request in requests:
             outputs.append(self._output(request))
             for file, copy in self._copies(request, outputs[-1].data):
                 copies.setdefault(file, []).append(copy)
-        for file, wanted in sorted(copies.items()):
-            self._read_file(file, sorted(wanted, key=_start))
-        return outputs
+        return outputs, copies
 
     def read_spans(self, spans: Iterable[tuple[int, int, memoryview]]) -> None:
         """Spans of bytes of packs, checked like any others; read in the order of the files.
@@ -167,7 +171,7 @@ class Reader:
             if table.dense[row]:
                 starts, run = table.flat_start[row : row + 1], int(table.flat_stop[row] - table.flat_start[row])
             else:
-                starts, run = box_runs(shape, *table.boxes[row])
+                starts, run = box_runs(shape, *table.boxes[int(row)])
             for at in np.flatnonzero((starts < request.stop) & (starts + run > request.start)).tolist():
                 flat = int(starts[at])
                 low, high = max(flat, request.start), min(flat + run, request.stop)
