@@ -165,7 +165,7 @@ def _columns(manifest: Manifest, wants: Sequence[Sequence[Want]]) -> list[_Wants
         # Shapes once per tensor: there are as many wants as tensors times workers.
         used, again = np.unique(tensor[rows], return_inverse=True)
         shape = np.array([shapes[i] for i in used.tolist()], dtype=np.int64).reshape(len(used), ndim)[again]
-        wrong = ((offsets < 0) | (sizes < 0) | (offsets > shape) | (sizes > shape - offsets)).any(axis=1)
+        wrong = ((offsets < 0) | (sizes < 0) | (sizes > shape - offsets)).any(axis=1)
         if wrong.any():
             want = these[int(np.argmax(wrong))]
             raise InvalidPiece(
