@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,8 @@ from elastictrain_checkpoint.hashing import (
     to_base64,
     unpack_sums,
 )
+from elastictrain_checkpoint.incremental import Base, Held, split
+from elastictrain_checkpoint.manifest import Manifest
 from elastictrain_checkpoint.part import FileRecord, Part, PartTensor, check_names, check_tensor_names
 from elastictrain_checkpoint.paths import step_folder
 from elastictrain_checkpoint.rope import Rope, as_rope, cut_rope, rope_bytes
@@ -76,8 +78,8 @@ class BoxData:
         return rope_bytes(self.rope)
 
 
-def cut_piece(piece: Piece) -> list[BoxData]:
-    """Check a piece and cut it into boxes, without copying.
+def cut_piece(piece: Piece, runs: Sequence[tuple[int, int]] | None = None) -> list[BoxData]:
+    """Check a piece and cut it, or only these runs [start, stop) of its elements, into boxes, without copying.
 
     Raises:
         InvalidPiece: unknown type, run outside the tensor, or an end or a break of the run off the digest grid.
@@ -105,15 +107,21 @@ def cut_piece(piece: Piece) -> list[BoxData]:
         )
     step = strides(piece.shape)
     out = []
-    for offsets, sizes in flat_range_to_boxes(piece.shape, start, stop):
+    boxes = [
+        box for run in ([(start, stop)] if runs is None else runs) for box in flat_range_to_boxes(piece.shape, *run)
+    ]
+    for offsets, sizes in boxes:
         at = (sum(o * s for o, s in zip(offsets, step, strict=True)) - start) * size if elements else 0
         run = cut_rope(rope, at, at + math.prod(sizes) * size)
         out.append(BoxData(piece.name, piece.dtype, tuple(piece.shape), (offsets, sizes), run))
     return out
 
 
-def plan_packs(boxes: Sequence[BoxData], target_bytes: int) -> list[list[BoxData]]:
+def plan_packs(boxes: Sequence[BoxData], target_bytes: int, *, several: bool = False) -> list[list[BoxData]]:
     """Share boxes out to packs: at most one box of a tensor in each, filled up to about the target.
+
+    ``several``: more boxes of a tensor may share a pack. Stock readers want one; a pack that holds only what has
+    changed is nothing that they could load.
 
     First fit, in the order given; inside a pack, larger elements first. Pure and deterministic.
     """
@@ -123,7 +131,7 @@ def plan_packs(boxes: Sequence[BoxData], target_bytes: int) -> list[list[BoxData
     for box in boxes:
         size = box.size_bytes
         for number in range(len(packs)):
-            if box.name not in names[number] and size <= room[number]:
+            if (several or box.name not in names[number]) and size <= room[number]:
                 break
         else:
             number = len(packs)
@@ -137,8 +145,17 @@ def plan_packs(boxes: Sequence[BoxData], target_bytes: int) -> list[list[BoxData
 
 
 def pack_header(boxes: Sequence[BoxData]) -> bytes:
-    """Safetensors header for these boxes in this order, padded with spaces up to the next 4 KiB."""
-    sharding = {box.name: {"saved_offsets": list(box.box[0])} for box in boxes}
+    """Safetensors header for these boxes in this order, padded with spaces up to the next 4 KiB.
+
+    A box has the name of its tensor; further ones of a tensor have their offsets after it.
+    """
+    keys: dict[str, BoxData] = {}
+    for box in boxes:
+        key = box.name if box.name not in keys else f"{box.name}@{','.join(map(str, box.box[0]))}"
+        while key in keys:
+            key += "'"
+        keys[key] = box
+    sharding = {key: {"saved_offsets": list(box.box[0])} for key, box in keys.items()}
     header: dict[str, Any] = {
         "__metadata__": {
             "format": "pt",
@@ -147,8 +164,8 @@ def pack_header(boxes: Sequence[BoxData]) -> bytes:
         }
     }
     at = 0
-    for box in boxes:
-        header[box.name] = {
+    for key, box in keys.items():
+        header[key] = {
             "dtype": box.dtype,
             "shape": list(box.box[1]),
             "data_offsets": [at, at + box.size_bytes],
@@ -195,13 +212,30 @@ class PackWriter:
         attempt: name that no other attempt at this step has, for example random digits.
         writer: name that no other writer in this attempt has.
         pack_bytes: packs are filled up to about this size; a single larger box makes a larger pack.
+        base: an earlier step; what is as there is referred to and not written (see
+            `elastictrain_checkpoint.incremental`). It must not be removed before this step is committed: whoever
+            commits also prunes, or pins it meanwhile.
+
+    Raises:
+        InvalidPiece: a name that no path can have, or a base that is not an earlier step with cell hashes.
+        CorruptData: the cell hashes of the base are damaged.
 
     """
 
     def __init__(
-        self, store: Store, *, step: int, attempt: str, writer: str, pack_bytes: int = DEFAULT_PACK_BYTES
+        self,
+        store: Store,
+        *,
+        step: int,
+        attempt: str,
+        writer: str,
+        pack_bytes: int = DEFAULT_PACK_BYTES,
+        base: Base | Manifest | None = None,
     ) -> None:
         check_names(attempt=attempt, writer=writer)
+        if base is not None and base.step >= step:
+            raise InvalidPiece(f"base is step {base.step}, expected one before step {step}")
+        self._base = Base.read(store, base) if isinstance(base, Manifest) else base
         self._store = store
         self._step = step
         self._attempt = attempt
@@ -221,6 +255,7 @@ class PackWriter:
         """
         boxes = [box for piece in pieces for box in cut_piece(piece)]
         tensors: dict[str, PartTensor] = {}
+        held = []
         for piece in pieces:
             record = tensors.setdefault(
                 piece.name, PartTensor(dtype=piece.dtype, shape=list(piece.shape), chunks=[], cells=[])
@@ -233,8 +268,36 @@ class PackWriter:
             hashes = block_hashes(piece.data, item_bytes(piece.dtype))
             if hashes:
                 record.cells.append((piece.start // DIGEST_BLOCK_ELEMENTS, to_base64(hashes)))
-        files = []
-        for pack in plan_packs(boxes, self._pack_bytes):
+            held.append((piece, hashes))
+        if self._base is None:
+            files = self._write_packs(plan_packs(boxes, self._pack_bytes), tensors, [])
+        else:
+            files = self._write_changes(held, self._base, tensors)
+        return Part(step=self._step, attempt=self._attempt, writer=self._writer, files=files, tensors=tensors)
+
+    def _write_changes(
+        self, pieces: Sequence[tuple[Piece, bytes]], base: Base, tensors: Mapping[str, PartTensor]
+    ) -> list[FileRecord]:
+        """Write what is not as in the base; what is unchanged but must move goes into packs of its own."""
+        splits = split([held_of(piece, hashes) for piece, hashes in pieces], base)
+        used = sorted({ref.file for one in splits for ref in one.references})
+        for (piece, _), one in zip(pieces, splits, strict=True):
+            for ref in one.references:
+                for file, *rest in ref.boxes(piece.shape, item_bytes(piece.dtype)):
+                    tensors[piece.name].chunks.append((used.index(file), *rest))  # type: ignore[arg-type]
+        files = [base.files[number] for number in used]
+        for kind in ("cold", "hot"):
+            runs = zip(pieces, (getattr(one, kind) for one in splits), strict=True)
+            boxes = [box for (piece, _), wanted in runs for box in cut_piece(piece, wanted)]
+            files = self._write_packs(plan_packs(boxes, self._pack_bytes, several=True), tensors, files)
+        return files
+
+    def _write_packs(
+        self, packs: Sequence[Sequence[BoxData]], tensors: Mapping[str, PartTensor], files: list[FileRecord]
+    ) -> list[FileRecord]:
+        """Write packs and enter their chunks; gives ``files`` with theirs after them."""
+        files = list(files)
+        for pack in packs:
             name = f"{self._writer}-{self._next_pack:02d}.safetensors"
             self._next_pack += 1
             files.append(write_pack(self._store, f"{self._folder}/{name}", pack))
@@ -243,4 +306,11 @@ class PackWriter:
                 offsets, sizes = box.box
                 tensors[box.name].chunks.append((len(files) - 1, at, list(offsets), list(sizes)))
                 at += box.size_bytes
-        return Part(step=self._step, attempt=self._attempt, writer=self._writer, files=files, tensors=tensors)
+        return files
+
+
+def held_of(piece: Piece, hashes: bytes) -> Held:
+    """What a writer holds of a tensor, as `incremental.split` asks for it."""
+    size = item_bytes(piece.dtype)
+    elements = rope_bytes(as_rope(piece.data, piece.name, DIGEST_BLOCK_ELEMENTS * size)) // size
+    return Held(piece.name, piece.dtype, tuple(piece.shape), piece.start, piece.start + elements, hashes)

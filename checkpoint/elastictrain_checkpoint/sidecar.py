@@ -12,6 +12,7 @@ that names them.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -107,7 +108,7 @@ def decode_chunks(data: bytes) -> Columns:
         )
     except (pa.ArrowException, KeyError, TypeError) as error:
         raise ValueError(f"not a table of chunks: {error}") from None
-    if None in names or None in dtypes or any(a >= b for a, b in zip(names, names[1:], strict=False)):
+    if None in names or None in dtypes or any(a >= b for a, b in itertools.pairwise(names)):
         raise ValueError("not a table of chunks: its names are not ascending, or one is missing")
     chunks = np.diff(bounds)
     axes = np.repeat(np.diff(shape_bounds), chunks)
