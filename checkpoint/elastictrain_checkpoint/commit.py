@@ -187,10 +187,10 @@ def _join(parts: Sequence[Part], step: int, attempt: str) -> tuple[list[FileReco
                 raise IncompleteCheckpoint(
                     f"{name}: {part.writer} has {share.dtype} {share.shape}, others have {whole.dtype} {whole.shape}"
                 )
-            for file, start, offsets, sizes in share.chunks:
-                if file >= len(numbers):
-                    raise IncompleteCheckpoint(f"{name}: {part.writer} has a chunk in file {file} of {len(numbers)}")
-                whole.chunks.append((numbers[file], start, offsets, sizes))
+            for at, start, offsets, sizes in share.chunks:
+                if at >= len(numbers):
+                    raise IncompleteCheckpoint(f"{name}: {part.writer} has a chunk in file {at} of {len(numbers)}")
+                whole.chunks.append((numbers[at], start, offsets, sizes))
             whole.cells.extend(share.cells)
     return files, tensors
 

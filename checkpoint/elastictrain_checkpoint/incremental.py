@@ -164,8 +164,8 @@ def split(held: Sequence[Held], base: Base) -> list[Split]:
             low, high = max(one.start, int(base.table.flat_start[row])), min(one.stop, int(base.table.flat_stop[row]))
             covered[base.table.file[row]] += (high - low) * item_bytes(one.dtype)
         chosen.append(_references(one, base, rows))
-        for found in chosen[-1]:
-            reused[found.file] += (found.stop - found.start) * item_bytes(one.dtype)
+        for ref in chosen[-1]:
+            reused[ref.file] += (ref.stop - ref.start) * item_bytes(one.dtype)
     given_up = set(np.flatnonzero(_live(base) * reused < MIN_LIVE * covered).tolist())
     out = []
     for one, found in zip(held, chosen, strict=True):

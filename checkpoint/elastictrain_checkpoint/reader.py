@@ -16,6 +16,7 @@ from elastictrain_checkpoint.boxes import box_runs
 from elastictrain_checkpoint.dtypes import item_bytes, num_elements
 from elastictrain_checkpoint.errors import CorruptData, InvalidPiece
 from elastictrain_checkpoint.hashing import block_sum
+from elastictrain_checkpoint.healing import Healed, good_block
 from elastictrain_checkpoint.manifest import Manifest
 from elastictrain_checkpoint.store import Store
 
@@ -53,10 +54,16 @@ class Reader:
         tensors: name → (dtype, shape), aliases included.
         tree: state that is not tensors.
         read_bytes: bytes read from storage so far.
+        healed: blocks that were damaged in ``store`` and came from one of ``others``.
+
+    Args:
+        store: where to read.
+        manifest: what to read.
+        others: further stores that may hold the same packs; asked, in this order, for blocks that are damaged.
 
     """
 
-    def __init__(self, store: Store, manifest: Manifest) -> None:
+    def __init__(self, store: Store, manifest: Manifest, *, others: Sequence[Store] = ()) -> None:
         self._store = store
         self._manifest = manifest
         self._number = {name: number for number, name in enumerate(manifest.table.names)}
@@ -67,6 +74,8 @@ class Reader:
         }
         self.tree = manifest.tree
         self.read_bytes = 0
+        self._others = tuple(others)
+        self.healed: list[Healed] = []
 
     def read(self, name: str) -> Bytes:
         """Bytes of a whole tensor, row-major; shape [bytes], dtype uint8.
@@ -139,7 +148,7 @@ class Reader:
         near = (table.flat_start[first:last] < request.stop) & (table.flat_stop[first:last] > request.start)
         for row in np.flatnonzero(near) + first:
             begin = int(table.start[row])
-            starts, run = box_runs(shape, *table.boxes[row])
+            starts, run = box_runs(shape, *table.boxes[int(row)])
             for at in np.flatnonzero((starts < request.stop) & (starts + run > request.start)):
                 flat = int(starts[at])
                 low, high = max(flat, request.start), min(flat + run, request.stop)
@@ -176,23 +185,37 @@ class Reader:
             skip = len(kept)
             data[:skip] = kept
         view = memoryview(data)[skip:]
-        self._fetch(file, low * block + skip, view)
+        why = self._fetch(file, low * block + skip, view) or "its hash differs from the manifest's"
         for number in range(low + (1 if skip else 0), high):
             at = (number - low) * block
             if block_sum(memoryview(data)[at : at + block]) != int(self._manifest.sums[file][number]):
-                raise self._corrupt(file, number, "its hash differs from the manifest's")
+                self._heal(file, number, memoryview(data)[at : at + block], why)
         self._keep(file, high - 1, bytes(memoryview(data)[(high - 1 - low) * block :]))
         return data
 
-    def _fetch(self, file: int, start: int, out: memoryview) -> None:
+    def _fetch(self, file: int, start: int, out: memoryview) -> str | None:
+        """Read; gives what is wrong, where blocks may still come from elsewhere."""
+        got, number = 0, None
         try:
             got = self._store.read_into(self._manifest.paths[file], start, out)
-        except FileNotFoundError:
-            raise self._corrupt(file, None, "the file is missing") from None
-        self.read_bytes += got
-        if got != len(out):
+            why = f"the file is cut short ({got} of {len(out)} bytes from {start} on)"
             number = (start + got) // self._manifest.block_bytes
-            raise self._corrupt(file, number, f"the file is cut short ({got} of {len(out)} bytes from {start} on)")
+        except FileNotFoundError:
+            why = "the file is missing"
+        self.read_bytes += got
+        if got == len(out):
+            return None
+        if not self._others:
+            raise self._corrupt(file, number, why)
+        return why
+
+    def _heal(self, file: int, number: int, out: memoryview, why: str) -> None:
+        """Take a damaged block from another store."""
+        error = self._corrupt(file, number, why)
+        source = good_block(self._others, self._manifest, file, number, out)
+        if source is None:
+            raise error
+        self.healed.append(Healed(error.file, number, error.tensors, source.url, str(error)))
 
     def _keep(self, file: int, number: int, data: bytes) -> None:
         self._kept[file, number] = data

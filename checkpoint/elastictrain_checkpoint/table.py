@@ -44,7 +44,8 @@ class Columns:
 
     def shape_of(self, number: int) -> list[int]:
         """Shape of one tensor."""
-        return self.shape[self.shape_bounds[number] : self.shape_bounds[number + 1]].tolist()
+        shape: list[int] = self.shape[self.shape_bounds[number] : self.shape_bounds[number + 1]].tolist()
+        return shape
 
     def box_of(self, row: int) -> tuple[list[int], list[int]]:
         """Box of one chunk."""
