@@ -8,8 +8,8 @@ Two promises, either or both:
   durable the old one counts, so one is due ``max_loss`` after the last, less the time that it takes to become durable,
   less a step.
 
-With both, the earlier of the two moments counts: the budget is used up if it allows more than ``max_loss`` asks for, and
-where they contradict each other ``max_loss`` wins, which `Cadence.conflict` says. One save is under way at a time.
+With both, the earlier of the two moments counts: the budget is used up if it allows more than ``max_loss`` asks for,
+and where they contradict each other ``max_loss`` wins, which `Cadence.conflict` says. One save is under way at a time.
 Time between failures does not enter: whoever knows it finds the best interval after Young and Daly, and sets
 ``max_loss`` to it.
 """
@@ -84,8 +84,9 @@ class Cadence:
 
     def failed(self) -> None:
         """The save under way came to nothing; what it cost is paid for like any other."""
-        if self._began_s is not None and self.measured is not None:
-            self.measured = Measured(self._stall_s, self.measured.durable_s)
+        if self._began_s is not None:
+            durable_s = self._stall_s if self.measured is None else self.measured.durable_s
+            self.measured = Measured(self._stall_s, durable_s)
         self._began_s = None
 
     def due(self, now_s: float) -> bool:
@@ -94,14 +95,15 @@ class Cadence:
             return False
         if self.measured is None or self._last_began_s is None:
             return True
-        return now_s - self._last_began_s >= self.interval_s
+        paid_s = self._last_began_s + self._paid_s(self.measured)
+        return now_s >= min(paid_s, self._safe_s + self._latest_s(self.measured))
 
     @property
     def interval_s(self) -> float:
-        """Seconds from the beginning of one save to that of the next; 0 before the first is measured."""
+        """Seconds from the beginning of one save to that of the next if all goes well; 0 before one is measured."""
         if self.measured is None:
             return 0.0
-        return max(0.0, min(self._paid_s(self.measured), self._latest_s(self.measured)))
+        return max(self.measured.durable_s, min(self._paid_s(self.measured), self._latest_s(self.measured)))
 
     def _paid_s(self, cost: Measured) -> float:
         return float("inf") if self._max_overhead is None else cost.stall_s / self._max_overhead
@@ -119,16 +121,17 @@ class Cadence:
         if cost is None or self._max_loss_s is None:
             return None
         latest_s = self._latest_s(cost)
-        if latest_s <= 0:
+        if latest_s <= 0 or latest_s < cost.durable_s:
+            all_s = 2 * cost.durable_s + self._step_s
             return (
                 f"max_loss of {self._max_loss_s:.1f} s cannot be kept: a save takes {cost.durable_s:.1f} s until it is "
-                f"durable, and a step {self._step_s:.1f} s; saves follow one another without a pause. Raise max_loss, or "
-                f"store faster"
+                f"durable, the next one begins after that, and a step takes {self._step_s:.1f} s: {all_s:.1f} s in all. "
+                f"Saves follow one another without a pause. Raise max_loss, or store faster"
             )
         if self._max_overhead is not None and latest_s < self._paid_s(cost):
             return (
                 f"max_loss of {self._max_loss_s:.1f} s asks for a save every {latest_s:.1f} s, which costs "
-                f"{cost.stall_s / latest_s:.2%} and not {self._max_overhead:.2%} of the time (max_overhead); max_loss is "
-                f"kept. Raise one of them"
+                f"{cost.stall_s / latest_s:.2%} and not {self._max_overhead:.2%} of the time (max_overhead); "
+                f"max_loss is kept. Raise one of them"
             )
         return None

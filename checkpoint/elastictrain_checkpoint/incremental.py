@@ -79,11 +79,12 @@ class Base:
         path = sidecar.sidecar_path(sidecar.CELLS, manifest.step, manifest.cells)
         try:
             data = sidecar.check_sidecar(manifest.cells, store.read_all(path))
-            return cls._of(manifest, sidecar.decode_cells(manifest.tensors, data))
+            cells = sidecar.decode_cells(manifest.tensors, data)
         except FileNotFoundError:
             raise CorruptData(f"step {manifest.step}: {path} is missing", file=path) from None
         except ValueError as error:
             raise CorruptData(f"step {manifest.step}: {path}: {error}", file=path) from None
+        return cls._of(manifest, cells)
 
     @classmethod
     def of_parts(cls, manifest: Manifest, parts: Sequence[Part]) -> Base:
@@ -99,9 +100,10 @@ class Base:
                 found.setdefault(name, []).extend((first, unbase64(text)) for first, text in share.cells)
         joined = b"".join(run for name in sorted(found) for _, run in sorted(found[name]))
         try:
-            return cls._of(manifest, sidecar.decode_cells(manifest.tensors, joined))
+            cells = sidecar.decode_cells(manifest.tensors, joined)
         except ValueError as error:
             raise InvalidPiece(f"these are not the parts of step {manifest.step}: {error}") from None
+        return cls._of(manifest, cells)
 
     @classmethod
     def _of(cls, manifest: Manifest, cells: dict[str, bytes]) -> Base:
