@@ -125,8 +125,8 @@ class Cadence:
             all_s = 2 * cost.durable_s + self._step_s
             return (
                 f"max_loss of {self._max_loss_s:.1f} s cannot be kept: a save takes {cost.durable_s:.1f} s until it is "
-                f"durable, the next one begins after that, and a step takes {self._step_s:.1f} s: {all_s:.1f} s in all. "
-                f"Saves follow one another without a pause. Raise max_loss, or store faster"
+                f"durable, the next one begins after that, and a step takes {self._step_s:.1f} s: {all_s:.1f} s in "
+                f"all. Saves follow one another without a pause. Raise max_loss, or store faster"
             )
         if self._max_overhead is not None and latest_s < self._paid_s(cost):
             return (

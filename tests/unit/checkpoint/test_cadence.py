@@ -65,8 +65,9 @@ def test_a_bound_that_cannot_be_kept_is_said() -> None:
     assert cadence.interval_s == 15.0
     assert cadence.due(15.0)
     assert cadence.conflict() == (
-        "max_loss of 10.0 s cannot be kept: a save takes 15.0 s until it is durable, the next one begins after that, and "
-        "a step takes 1.0 s: 31.0 s in all. Saves follow one another without a pause. Raise max_loss, or store faster"
+        "max_loss of 10.0 s cannot be kept: a save takes 15.0 s until it is durable, the next one begins after that, "
+        "and a step takes 1.0 s: 31.0 s in all. Saves follow one another without a pause. Raise max_loss, or store "
+        "faster"
     )
 
 
