@@ -30,6 +30,8 @@ from elastictrain_checkpoint.hashing import (
     to_base64,
     unpack_sums,
 )
+from elastictrain_checkpoint.incremental import Base, Held, split
+from elastictrain_checkpoint.manifest import Manifest
 from elastictrain_checkpoint.part import FileRecord, Part, PartTensor, check_names, check_tensor_names
 from elastictrain_checkpoint.paths import step_folder
 from elastictrain_checkpoint.rope import Rope, as_rope, cut_rope, rope_bytes
@@ -89,8 +91,8 @@ class BoxData:
         return rope_bytes(self.rope)
 
 
-def cut_piece(piece: Piece) -> list[BoxData]:
-    """Check a piece and cut it into boxes, without copying.
+def cut_piece(piece: Piece, runs: Sequence[tuple[int, int]] | None = None) -> list[BoxData]:
+    """Check a piece and cut it, or only these runs [start, stop) of its elements, into boxes, without copying.
 
     Raises:
         InvalidPiece: unknown type, run outside the tensor, or an end or a break of the run off the digest grid.
@@ -103,7 +105,7 @@ def cut_piece(piece: Piece) -> list[BoxData]:
     run_bytes = rope_bytes(rope)
     elements, odd = divmod(run_bytes, size)
     start, stop = piece.start, piece.start + elements
-    if not start and elements == count and not odd:  # the whole tensor, by far the most frequent
+    if runs is None and not start and elements == count and not odd:  # the whole tensor, by far the most frequent
         shape = tuple(piece.shape)
         return [BoxData(piece.name, piece.dtype, shape, ((0,) * len(shape), shape), rope, [])]
     if odd:
@@ -120,16 +122,22 @@ def cut_piece(piece: Piece) -> list[BoxData]:
         )
     step = strides(piece.shape)
     out = []
-    for offsets, sizes in flat_range_to_boxes(piece.shape, start, stop):
+    boxes = [
+        box for run in ([(start, stop)] if runs is None else runs) for box in flat_range_to_boxes(piece.shape, *run)
+    ]
+    for offsets, sizes in boxes:
         at = (sum(o * s for o, s in zip(offsets, step, strict=True)) - start) * size if elements else 0
         run = cut_rope(rope, at, at + math.prod(sizes) * size)
         out.append(BoxData(piece.name, piece.dtype, tuple(piece.shape), (offsets, sizes), run))
-    return [replace(out[0], cells=[])] if len(out) == 1 else out
+    return [replace(out[0], cells=[])] if runs is None and len(out) == 1 else out
 
 
 @no_collections()
-def plan_packs(boxes: Sequence[BoxData], target_bytes: int) -> list[list[BoxData]]:
+def plan_packs(boxes: Sequence[BoxData], target_bytes: int, *, several: bool = False) -> list[list[BoxData]]:
     """Share boxes out to packs: at most one box of a tensor in each, filled up to about the target.
+
+    ``several``: more boxes of a tensor may share a pack. Stock readers want one; a pack that holds only what has
+    changed is nothing that they could load.
 
     First fit, in the order given; inside a pack, larger elements first. Pure and deterministic.
     """
@@ -139,7 +147,7 @@ def plan_packs(boxes: Sequence[BoxData], target_bytes: int) -> list[list[BoxData
     for box in boxes:
         size = box.size_bytes
         for number in range(len(packs)):
-            if box.name not in names[number] and size <= room[number]:
+            if (several or box.name not in names[number]) and size <= room[number]:
                 break
         else:
             number = len(packs)
@@ -154,8 +162,17 @@ def plan_packs(boxes: Sequence[BoxData], target_bytes: int) -> list[list[BoxData
 
 @no_collections()
 def pack_header(boxes: Sequence[BoxData]) -> bytes:
-    """Safetensors header for these boxes in this order, padded with spaces up to the next 4 KiB."""
-    sharding = {box.name: {"saved_offsets": box.box[0]} for box in boxes}
+    """Safetensors header for these boxes in this order, padded with spaces up to the next 4 KiB.
+
+    A box has the name of its tensor; further ones of a tensor have their offsets after it.
+    """
+    keys: dict[str, BoxData] = {}
+    for box in boxes:
+        key = box.name if box.name not in keys else f"{box.name}@{','.join(map(str, box.box[0]))}"
+        while key in keys:
+            key += "'"
+        keys[key] = box
+    sharding = {key: {"saved_offsets": box.box[0]} for key, box in keys.items()}
     header: dict[str, Any] = {
         "__metadata__": {
             "format": "pt",
@@ -164,9 +181,9 @@ def pack_header(boxes: Sequence[BoxData]) -> bytes:
         }
     }
     at = 0
-    for box in boxes:
+    for key, box in keys.items():
         end = at + box.size_bytes
-        header[box.name] = {"dtype": box.dtype, "shape": box.box[1], "data_offsets": (at, end)}
+        header[key] = {"dtype": box.dtype, "shape": box.box[1], "data_offsets": (at, end)}
         at = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(len(text) + 8) % HEADER_ALIGN_BYTES)
@@ -210,13 +227,30 @@ class PackWriter:
         attempt: name that no other attempt at this step has, for example random digits.
         writer: name that no other writer in this attempt has.
         pack_bytes: packs are filled up to about this size; a single larger box makes a larger pack.
+        base: an earlier step; what is as there is referred to and not written (see
+            `elastictrain_checkpoint.incremental`). It must not be removed before this step is committed: whoever
+            commits also prunes, or pins it meanwhile.
+
+    Raises:
+        InvalidPiece: a name that no path can have, or a base that is not an earlier step with cell hashes.
+        CorruptData: the cell hashes of the base are damaged.
 
     """
 
     def __init__(
-        self, store: Store, *, step: int, attempt: str, writer: str, pack_bytes: int = DEFAULT_PACK_BYTES
+        self,
+        store: Store,
+        *,
+        step: int,
+        attempt: str,
+        writer: str,
+        pack_bytes: int = DEFAULT_PACK_BYTES,
+        base: Base | Manifest | None = None,
     ) -> None:
         check_names(attempt=attempt, writer=writer)
+        if base is not None and base.step >= step:
+            raise InvalidPiece(f"base is step {base.step}, expected one before step {step}")
+        self._base = Base.read(store, base) if isinstance(base, Manifest) else base
         self._store = store
         self._step = step
         self._attempt = attempt
@@ -234,12 +268,33 @@ class PackWriter:
             OSError: storage failed; packs that were finished before stay as garbage.
 
         """
-        tensors, boxes, cells = _plan(pieces)
-        files = self._write_packs(plan_packs(boxes, self._pack_bytes), tensors, [])
+        tensors, boxes, cells = _plan(pieces, hash_first=self._base is not None)
+        if self._base is None:
+            files = self._write_packs(plan_packs(boxes, self._pack_bytes), tensors, [])
+        else:
+            held = [(piece, b"".join(hashed)) for piece, hashed in zip(pieces, cells, strict=True)]
+            files = self._write_changes(held, self._base, tensors)
         for piece, hashed in zip(pieces, cells, strict=True):
             if hashed:
                 tensors[piece.name].cells.append((piece.start // DIGEST_BLOCK_ELEMENTS, to_base64(b"".join(hashed))))
         return Part(step=self._step, attempt=self._attempt, writer=self._writer, files=files, tensors=tensors)
+
+    def _write_changes(
+        self, pieces: Sequence[tuple[Piece, bytes]], base: Base, tensors: Mapping[str, PartTensor]
+    ) -> list[FileRecord]:
+        """Write what is not as in the base; what is unchanged but must move goes into packs of its own."""
+        splits = split([held_of(piece, hashes) for piece, hashes in pieces], base)
+        used = sorted({ref.file for one in splits for ref in one.references})
+        for (piece, _), one in zip(pieces, splits, strict=True):
+            for ref in one.references:
+                for file, *rest in ref.boxes(piece.shape, item_bytes(piece.dtype)):
+                    tensors[piece.name].chunks.append((used.index(file), *rest))  # type: ignore[arg-type]
+        files = [base.files[number] for number in used]
+        for kind in ("cold", "hot"):
+            runs = zip(pieces, (getattr(one, kind) for one in splits), strict=True)
+            boxes = [box for (piece, _), wanted in runs for box in cut_piece(piece, wanted)]
+            files = self._write_packs(plan_packs(boxes, self._pack_bytes, several=True), tensors, files)
+        return files
 
     def _write_packs(
         self, packs: Sequence[Sequence[BoxData]], tensors: Mapping[str, PartTensor], files: list[FileRecord]
@@ -259,9 +314,12 @@ class PackWriter:
 
 
 @no_collections()
-def _plan(pieces: Sequence[Piece]) -> tuple[dict[str, PartTensor], list[BoxData], list[list[bytes]]]:
+def _plan(
+    pieces: Sequence[Piece], *, hash_first: bool
+) -> tuple[dict[str, PartTensor], list[BoxData], list[list[bytes]]]:
     """Tensors without chunks and cells; boxes; and for each piece the list that holds its cell hashes once all boxes
-    are written. A piece that is one box is hashed while it is written, when it passes through the processor's cache.
+    are written. A piece that is one box is hashed while it is written, when it passes through the processor's cache;
+    with ``hash_first`` all hashes are there at once, and nothing is hashed while it is written.
     """
     tensors: dict[str, PartTensor] = {}
     boxes: list[BoxData] = []
@@ -270,7 +328,9 @@ def _plan(pieces: Sequence[Piece]) -> tuple[dict[str, PartTensor], list[BoxData]
         found = cut_piece(piece)
         boxes += found
         hashed = found[0].cells if found else []
-        cells.append([block_hashes(piece.data, item_bytes(piece.dtype))] if hashed is None else hashed)
+        if hashed is None or hash_first:
+            hashed = [block_hashes(piece.data, item_bytes(piece.dtype))]
+        cells.append(hashed)
     for piece in pieces:
         shape = list(piece.shape)
         record = tensors.get(piece.name)
@@ -282,3 +342,10 @@ def _plan(pieces: Sequence[Piece]) -> tuple[dict[str, PartTensor], list[BoxData]
                 f"{piece.name}: pieces disagree, {record.dtype} {record.shape} and {piece.dtype} {shape}"
             )
     return tensors, boxes, cells
+
+
+def held_of(piece: Piece, hashes: bytes) -> Held:
+    """What a writer holds of a tensor, as `incremental.split` asks for it."""
+    size = item_bytes(piece.dtype)
+    elements = rope_bytes(as_rope(piece.data, piece.name, DIGEST_BLOCK_ELEMENTS * size)) // size
+    return Held(piece.name, piece.dtype, tuple(piece.shape), piece.start, piece.start + elements, hashes)

@@ -73,6 +73,14 @@ class PosixBackend:
         self._write_draft(draft, data, sync=False)
         os.replace(draft, target)  # noqa: PTH105
 
+    def replace(self, path: str, blocks: Iterable[memoryview]) -> int:
+        target = self.root / path
+        draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+        size = self.create(draft.relative_to(self.root).as_posix(), blocks)
+        os.replace(draft, target)  # noqa: PTH105
+        _sync_folder(target.parent)
+        return size
+
     def read_into(self, path: str, start: int, out: memoryview) -> int:
         return self.read_parts(path, start, [out])
 

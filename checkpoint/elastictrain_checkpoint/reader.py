@@ -17,6 +17,7 @@ from elastictrain_checkpoint.collector import no_collections
 from elastictrain_checkpoint.dtypes import item_bytes, num_elements
 from elastictrain_checkpoint.errors import CorruptData, InvalidPiece
 from elastictrain_checkpoint.hashing import block_sum_of
+from elastictrain_checkpoint.healing import Healed, good_block
 from elastictrain_checkpoint.manifest import Manifest
 from elastictrain_checkpoint.store import Store
 
@@ -54,10 +55,16 @@ class Reader:
         tensors: name → (dtype, shape), aliases included.
         tree: state that is not tensors.
         read_bytes: bytes read from storage so far.
+        healed: blocks that were damaged in ``store`` and came from one of ``others``.
+
+    Args:
+        store: where to read.
+        manifest: what to read.
+        others: further stores that may hold the same packs; asked, in this order, for blocks that are damaged.
 
     """
 
-    def __init__(self, store: Store, manifest: Manifest) -> None:
+    def __init__(self, store: Store, manifest: Manifest, *, others: Sequence[Store] = ()) -> None:
         self._store = store
         self.manifest = manifest
         self._number = {name: number for number, name in enumerate(manifest.table.names)}
@@ -69,6 +76,8 @@ class Reader:
         }
         self.tree = manifest.tree
         self.read_bytes = 0
+        self._others = tuple(others)
+        self.healed: list[Healed] = []
 
     def read(self, name: str) -> Bytes:
         """Bytes of a whole tensor, row-major; shape [bytes], dtype uint8.
@@ -210,10 +219,10 @@ class Reader:
         begin, end = low * block, min(high * block, size)
         tiles = _tile(copies, begin, end) if len(copies) * SCATTERED_BYTES <= end - begin else None
         views = tiles or [memoryview(bytearray(end - begin))]
-        self._fetch(file, begin, views)
+        why = self._fetch(file, begin, views) or "its hash differs from the manifest's"
         for number, parts in zip(range(low, high), _in_blocks(views, block), strict=True):
             if block_sum_of(parts) != int(self.manifest.sums[file][number]):
-                raise self._corrupt(file, number, "its hash differs from the manifest's")
+                self._heal(file, number, parts, why)
         # Only a block of which something was not wanted is likely to be asked for again.
         last = (high - 1) * block
         if sum(min(len(out), start + len(out) - last) for start, out in copies if start + len(out) > last) < end - last:
@@ -221,16 +230,35 @@ class Reader:
         if tiles is None:
             _copy_out(views[0], begin, copies)
 
-    def _fetch(self, file: int, start: int, outs: Sequence[memoryview]) -> None:
+    def _fetch(self, file: int, start: int, outs: Sequence[memoryview]) -> str | None:
+        """Read; gives what is wrong, where blocks may still come from elsewhere."""
+        got, number = 0, None
+        want = sum(len(out) for out in outs)
         try:
             got = self._store.read_parts(self.manifest.paths[file], start, outs)
-        except FileNotFoundError:
-            raise self._corrupt(file, None, "the file is missing") from None
-        self.read_bytes += got
-        want = sum(len(out) for out in outs)
-        if got != want:
+            why = f"the file is cut short ({got} of {want} bytes from {start} on)"
             number = (start + got) // self.manifest.block_bytes
-            raise self._corrupt(file, number, f"the file is cut short ({got} of {want} bytes from {start} on)")
+        except FileNotFoundError:
+            why = "the file is missing"
+        self.read_bytes += got
+        if got == want:
+            return None
+        if not self._others:
+            raise self._corrupt(file, number, why)
+        return why
+
+    def _heal(self, file: int, number: int, parts: Sequence[memoryview], why: str) -> None:
+        """Take a damaged block from another store."""
+        error = self._corrupt(file, number, why)
+        block = memoryview(bytearray(sum(len(part) for part in parts)))
+        source = good_block(self._others, self.manifest, file, number, block)
+        if source is None:
+            raise error
+        at = 0
+        for part in parts:
+            part[:] = block[at : at + len(part)]
+            at += len(part)
+        self.healed.append(Healed(error.file, number, error.tensors, source.url, str(error)))
 
     def _keep(self, file: int, number: int, data: bytes) -> None:
         self._kept[file, number] = data

@@ -1,4 +1,4 @@
-"""Storage in nine verbs, none of which renames, locks or overwrites data.
+"""Storage in ten verbs, none of which locks; only one, for healing, writes data over data.
 
 What the commit protocol asks of storage is little, so that a local disk, NFS, memory and S3-like stores
 behave alike: a file is created exactly once and is durable when the call returns; one small file can be
@@ -28,6 +28,7 @@ class Backend(Protocol):
     def create(self, path: str, blocks: Iterable[memoryview]) -> int: ...
     def publish(self, path: str, data: bytes) -> None: ...
     def put(self, path: str, data: bytes) -> None: ...
+    def replace(self, path: str, blocks: Iterable[memoryview]) -> int: ...
     def read_into(self, path: str, start: int, out: memoryview) -> int: ...
     def read_all(self, path: str) -> bytes: ...
     def size(self, path: str) -> int | None: ...
@@ -81,6 +82,13 @@ class Store:
     def put(self, path: str, data: bytes) -> None:
         """Write a small file over whatever was there. Only for hints: not durable, last writer wins."""
         self._backend.put(_checked(path), data)
+
+    def replace(self, path: str, blocks: Iterable[memoryview]) -> int:
+        """Stream a new file and put it in the place of what is there, if anything; durable on return. Gives its size.
+
+        Only to heal what is damaged: until the new file is whole, the old one stays as it is, also if the stream fails.
+        """
+        return self._backend.replace(_checked(path), blocks)
 
     def read_into(self, path: str, start: int, out: memoryview) -> int:
         """Fill ``out`` with the bytes from ``start`` on; gives how many there were (less only at the end of

@@ -178,7 +178,7 @@ def test_killed_at_every_system_call(tmp_path: Path, monkeypatch: pytest.MonkeyP
 class KilledBackend:
     """A backend that dies at one verb: before it, half way through a new file, or after it (a lost answer)."""
 
-    VERBS = ("create", "publish", "put", "remove", "size", "read_all", "list", "modified_s", "read_into")
+    VERBS = ("create", "replace", "publish", "put", "remove", "size", "read_all", "list", "modified_s", "read_into")
 
     def __init__(self, backend: Any, at: int | None, when: str) -> None:
         self.backend = backend
@@ -194,7 +194,7 @@ class KilledBackend:
                 return real(*args)
             if self.when == "after":
                 real(*args)
-            elif self.when == "torn" and name == "create":
+            elif self.when == "torn" and name in ("create", "replace"):
                 real(args[0], half(args[1]))
             raise Killed
 
