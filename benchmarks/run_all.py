@@ -32,6 +32,9 @@ ALL = {
     "goodput": ["goodput.py"],
     "false_alarms": ["false_alarms.py"],
     "simulate": ["simulate.py"],
+    "checkpoint_throughput": ["checkpoints/throughput.py"],
+    "checkpoint_reshard": ["checkpoints/reshard.py"],
+    "checkpoint_planning": ["checkpoints/planning.py"],
 }
 BEGIN, END = "<!-- figures: written by run_all.py -->", "<!-- end of figures -->"
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -129,14 +131,66 @@ class Workers(_Settings):
         return self.max if self.start is None else self.start
 
 
+def _number(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number (got the switch {value})")
+    return value
+
+
+def _some_time(value: timedelta) -> timedelta:
+    if value <= timedelta(0):
+        raise ValueError(f"expected a time above 0, such as 5m or 90s (got {value})")
+    return value
+
+
+def _duration(value: object) -> object:
+    """`90`, `"90s"`, `"5m"`, `"1h30m"`; everything else is pydantic's (ISO 8601, timedelta)."""
+    _number(value)
+    match = _DURATION.fullmatch(value) if isinstance(value, str) else None
+    if match is None or not any(match.groups()):
+        return value
+    hours, minutes, seconds = (float(part or 0) for part in match.groups())
+    return timedelta(hours=hours, minutes=minutes, seconds=seconds)
+
+
+_DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
+DEFAULT_EVERY_STEPS = 100
+
+
 class Checkpoint(_Settings):
-    """Where and how often the state is stored. `path`: a folder or any fsspec URL."""
+    """Where and how often the state is stored. `path`: a folder or any fsspec URL.
+
+    How often: `every_steps` (100 if nothing else is said), or a budget: `max_overhead`, `max_loss` or both.
+    """
 
     path: str
-    every_steps: PositiveInt = 100
+    every_steps: PositiveInt | None = None
+    max_overhead: Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)] | None = None
+    """Fraction of the time that storing may cost, as 0.01; the state is stored as often as that allows."""
+    max_loss: Annotated[timedelta, BeforeValidator(_duration), AfterValidator(_some_time)] | None = None
+    """If everything died at once, no more than this is computed again: "5m", "90s" or seconds. Wins over
+    `max_overhead` where both cannot be kept.
+    """
     keep: PositiveInt = 3
     at_end: bool = True
     storage_options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _how_often(cls, raw: Any) -> Any:
+        if isinstance(raw, Mapping) and all(raw.get(k) is None for k in ("every_steps", "max_overhead", "max_loss")):
+            return {**raw, "every_steps": DEFAULT_EVERY_STEPS}
+        return raw
+
+    @model_validator(mode="after")
+    def _one_answer(self) -> Self:
+        budget = [f"{k}={v}" for k, v in (("max_overhead", self.max_overhead), ("max_loss", self.max_loss)) if v]
+        if self.every_steps is not None and budget:
+            raise ValueError(
+                f"checkpoint.every_steps={self.every_steps} and checkpoint.{' and '.join(budget)} both say how often "
+                "to store; set either every_steps, or max_overhead and max_loss"
+            )
+        return self
 
 
 class Numerics(_Settings):

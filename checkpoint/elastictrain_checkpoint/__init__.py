@@ -14,8 +14,10 @@ Stands alone: needs neither Ray nor torch nor elastictrain, and never pickles.
 from __future__ import annotations
 
 from elastictrain_checkpoint.boxes import box_runs, flat_range_to_boxes
+from elastictrain_checkpoint.cadence import Cadence, Measured
 from elastictrain_checkpoint.check import Problem, digest, verify
 from elastictrain_checkpoint.commit import Skipped, commit, list_steps, load, newest
+from elastictrain_checkpoint.copying import Copier, Stopped, copy_step
 from elastictrain_checkpoint.dtypes import ITEM_BYTES
 from elastictrain_checkpoint.errors import (
     AlreadyCommitted,
@@ -28,46 +30,73 @@ from elastictrain_checkpoint.errors import (
     StaleGeneration,
 )
 from elastictrain_checkpoint.hashing import DIGEST_BLOCK_ELEMENTS, block_hashes, combine_digest
+from elastictrain_checkpoint.healing import Healed
+from elastictrain_checkpoint.incremental import Base
 from elastictrain_checkpoint.manifest import Manifest, parse_manifest
 from elastictrain_checkpoint.pack import PackWriter, Piece
 from elastictrain_checkpoint.part import Part
+from elastictrain_checkpoint.policies import AnyOf, Best, EverySteps, Newest, Point, Policy, Spaced, Younger
 from elastictrain_checkpoint.reader import Reader, Request
-from elastictrain_checkpoint.retain import Pruned, discard, prune
+from elastictrain_checkpoint.retain import Pruned, discard, pin, pinned, prune, unpin
 from elastictrain_checkpoint.store import Backend, Store
+from elastictrain_checkpoint.tiers import Found, Healing, heal, newest_good, newest_in
 
 __all__ = [
     "DIGEST_BLOCK_ELEMENTS",
     "ITEM_BYTES",
     "AlreadyCommitted",
+    "AnyOf",
     "Backend",
+    "Base",
+    "Best",
+    "Cadence",
     "CheckpointError",
+    "Copier",
     "CorruptData",
+    "EverySteps",
+    "Found",
+    "Healed",
+    "Healing",
     "IncompleteCheckpoint",
     "InvalidManifest",
     "InvalidPiece",
     "Manifest",
+    "Measured",
+    "Newest",
     "NoCheckpoint",
     "PackWriter",
     "Part",
     "Piece",
+    "Point",
+    "Policy",
     "Problem",
     "Pruned",
     "Reader",
     "Request",
     "Skipped",
+    "Spaced",
     "StaleGeneration",
+    "Stopped",
     "Store",
+    "Younger",
     "block_hashes",
     "box_runs",
     "combine_digest",
     "commit",
+    "copy_step",
     "digest",
     "discard",
     "flat_range_to_boxes",
+    "heal",
     "list_steps",
     "load",
     "newest",
+    "newest_good",
+    "newest_in",
     "parse_manifest",
+    "pin",
+    "pinned",
     "prune",
+    "unpin",
     "verify",
 ]

@@ -10,6 +10,7 @@ from elastictrain_checkpoint.errors import CorruptData
 from elastictrain_checkpoint.hashing import DIGEST_BLOCK_ELEMENTS, block_hashes, block_sum, combine_digest
 from elastictrain_checkpoint.manifest import Manifest
 from elastictrain_checkpoint.reader import Reader, corrupt
+from elastictrain_checkpoint.sidecar import check_sidecar
 from elastictrain_checkpoint.store import Store
 
 Progress = Callable[[int, int], None]
@@ -37,7 +38,9 @@ class Problem:
 
 
 def verify(store: Store, manifest: Manifest, progress: Progress | None = None) -> list[Problem]:
-    """Read every byte of every pack and compare it with its block sum; an empty list means sound."""
+    """Read every byte of every pack, and of the files beside them, and compare it with its sum; an empty list means
+    sound.
+    """
     problems: list[Problem] = []
     done, total = 0, manifest.size_bytes
     for number, file in enumerate(manifest.files):
@@ -55,7 +58,19 @@ def verify(store: Store, manifest: Manifest, progress: Progress | None = None) -
         done = done_before + file.size_bytes
     if progress:
         progress(done, total)
-    return _once(problems)
+    return _once(problems) + _verify_sidecars(store, manifest)
+
+
+def _verify_sidecars(store: Store, manifest: Manifest) -> list[Problem]:
+    problems = []
+    for path, record in manifest.sidecars:
+        try:
+            check_sidecar(record, store.read_all(path))
+        except FileNotFoundError:
+            problems.append(Problem(path, None, (), f"step {manifest.step}: {path}: the file is missing"))
+        except ValueError as error:
+            problems.append(Problem(path, None, (), f"step {manifest.step}: {path}: {error}"))
+    return problems
 
 
 def _verify_window(store: Store, manifest: Manifest, number: int, at: int) -> list[Problem]:

@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from elastictrain_checkpoint import sidecar
+from elastictrain_checkpoint.collector import no_collections
 from elastictrain_checkpoint.errors import (
     AlreadyCommitted,
     CorruptData,
@@ -30,7 +32,7 @@ from elastictrain_checkpoint.hashing import (
     unbase64,
 )
 from elastictrain_checkpoint.manifest import Manifest, parse_manifest, write_manifest
-from elastictrain_checkpoint.part import FileRecord, Part, PartTensor, check_names
+from elastictrain_checkpoint.part import FileRecord, Part, PartTensor, SidecarRecord, check_names
 from elastictrain_checkpoint.paths import LATEST, MANIFEST, manifest_path, parse_step_folder, step_folder
 from elastictrain_checkpoint.store import Store
 
@@ -46,6 +48,7 @@ def commit(
     aliases: Mapping[str, str] | None = None,
     info: Mapping[str, Any] | None = None,
     now: datetime.datetime | None = None,
+    cells: bool = False,
 ) -> Manifest:
     """Make the parts of one attempt the checkpoint of ``step``.
 
@@ -59,6 +62,8 @@ def commit(
         aliases: further name → tensor it is tied to.
         info: facts about the run (world, versions); readers need none of them.
         now: time of the commit; the clock's if not given.
+        cells: store the cell hashes too (0.1 % more of fp32 data), so that later saves can have this one as their base
+            without reading it.
 
     To commit the same attempt again, for example after a lost answer, is fine and gives the manifest that
     is there.
@@ -72,6 +77,8 @@ def commit(
     """
     check_names(attempt=attempt)
     files, tensors = _join(parts, step, attempt)
+    beside = _beside(attempt, tensors, cells=cells)
+    records = {kind: record for kind, (record, _) in beside.items()}
     raw = write_manifest(
         step=step,
         attempt=attempt,
@@ -84,14 +91,29 @@ def commit(
         tensors=tensors,
         alias=aliases or {},
         tree=tree,
+        **records,
     )
+    contents = {f"{step_folder(step)}/{record.path}": data for record, data in beside.values()}
     try:
-        manifest = parse_manifest(raw)
+        manifest = parse_manifest(raw, fetch=contents.__getitem__)
     except InvalidManifest as error:
         raise IncompleteCheckpoint(f"step {step}, attempt {attempt}: {error}") from None
     for complaint in wrong_sizes(store, manifest):
         raise IncompleteCheckpoint(f"step {step}, attempt {attempt}: {complaint}; nothing was committed")
+    for path, data in contents.items():
+        with contextlib.suppress(FileExistsError):  # named after its content: what is there is the same
+            store.publish(path, data)
     return _publish(store, manifest)
+
+
+def _beside(attempt: str, tensors: Mapping[str, PartTensor], *, cells: bool) -> dict[str, tuple[SidecarRecord, bytes]]:
+    """Kind → (record, content) of the files that will lie beside the packs."""
+    contents = {}
+    if sum(len(record.chunks) for record in tensors.values()) > sidecar.TABLE_CHUNKS:
+        contents[sidecar.CHUNKS] = sidecar.encode_chunks(tensors)
+    if cells:
+        contents[sidecar.CELLS] = sidecar.encode_cells(tensors)
+    return {kind: (sidecar.record_of(kind, attempt, data), data) for kind, data in contents.items()}
 
 
 def _publish(store: Store, manifest: Manifest) -> Manifest:
@@ -100,17 +122,17 @@ def _publish(store: Store, manifest: Manifest) -> Manifest:
     # Read back in any case: storage without a conditional create may have let two of us through.
     there = store.read_all(manifest.path)
     if there != manifest.raw:
-        return _same_or_refuse(manifest, there)
+        return _same_or_refuse(store, manifest, there)
     # Only a hint, and the checkpoint exists: nothing that happens to the hint may fail the commit.
     with contextlib.suppress(OSError):
         store.put(LATEST, f"{manifest.step}\n".encode())
     return manifest
 
 
-def _same_or_refuse(manifest: Manifest, there: bytes) -> Manifest:
+def _same_or_refuse(store: Store, manifest: Manifest, there: bytes) -> Manifest:
     step = manifest.step
     try:
-        other = parse_manifest(there, step)
+        other = parse_manifest(there, step, store.read_all)
     except InvalidManifest as error:
         raise AlreadyCommitted(
             f"step {step} has a manifest that cannot be read ({error}); it is not overwritten. "
@@ -132,38 +154,59 @@ def _content(manifest: Manifest) -> dict[str, Any]:
     return {key: value for key, value in document.items() if key not in ("time", "self")}
 
 
+@no_collections()
 def _join(parts: Sequence[Part], step: int, attempt: str) -> tuple[list[FileRecord], dict[str, PartTensor]]:
-    """Put the parts together; chunks are renumbered to the joint list of files."""
+    """Put the parts together; chunks are renumbered to the joint list of files. A pack that was written belongs to one
+    part, a pack of an earlier step that is referred to may be in many.
+    """
     files: list[FileRecord] = []
     tensors: dict[str, PartTensor] = {}
     seen: dict[str, str] = {}
+    referred: dict[str, int] = {}
     for part in sorted(parts, key=lambda part: (part.writer, [file.path for file in part.files])):
         if (part.step, part.attempt) != (step, attempt):
             raise IncompleteCheckpoint(
                 f"part of {part.writer} is of step {part.step}, attempt {part.attempt}; "
                 f"expected step {step}, attempt {attempt}"
             )
+        numbers = []
         for file in part.files:
-            if seen.setdefault(file.path, part.writer) != part.writer or file in files:
-                raise IncompleteCheckpoint(f"{file.path} is in two parts ({seen[file.path]}, {part.writer})")
+            if file.path.startswith("../"):
+                number = referred.setdefault(file.path, len(files))
+                if number < len(files) and files[number] != file:
+                    raise IncompleteCheckpoint(f"{part.writer} and others disagree on {file.path}, which they refer to")
+            else:
+                number = len(files)
+                if file.path in seen:
+                    raise IncompleteCheckpoint(f"{file.path} is in two parts ({seen[file.path]}, {part.writer})")
+                seen[file.path] = part.writer
+            if number == len(files):
+                files.append(file)
+            numbers.append(number)
         for name, share in part.tensors.items():
-            whole = tensors.setdefault(name, PartTensor(dtype=share.dtype, shape=share.shape, chunks=[], cells=[]))
+            whole = tensors.get(name)
+            if whole is None:
+                whole = PartTensor.model_construct(dtype=share.dtype, shape=share.shape, chunks=[], cells=[])
+                tensors[name] = whole
             if (whole.dtype, whole.shape) != (share.dtype, share.shape):
                 raise IncompleteCheckpoint(
                     f"{name}: {part.writer} has {share.dtype} {share.shape}, others have {whole.dtype} {whole.shape}"
                 )
-            whole.chunks.extend((len(files) + file, *rest) for file, *rest in share.chunks)  # type: ignore[misc]
+            for at, start, offsets, sizes in share.chunks:
+                if at >= len(numbers):
+                    raise IncompleteCheckpoint(f"{name}: {part.writer} has a chunk in file {at} of {len(numbers)}")
+                whole.chunks.append((numbers[at], start, offsets, sizes))
             whole.cells.extend(share.cells)
-        files.extend(part.files)
     return files, tensors
 
 
+@no_collections()
 def _digest(tensors: Mapping[str, PartTensor], aliases: Mapping[str, str]) -> str:
     whole = {}
     for name, record in tensors.items():
         cells = []
         reached = 0
-        for first, text in sorted(record.cells):
+        for first, text in sorted(record.cells) if len(record.cells) > 1 else record.cells:
             hashes = unbase64(text)
             if first != reached:
                 gap = "missing" if first > reached else "twice"
@@ -215,7 +258,7 @@ def load(store: Store, step: int) -> Manifest:
     except (FileNotFoundError, NotADirectoryError):
         there = ", ".join(map(str, list_steps(store)[-10:])) or "none"
         raise NoCheckpoint(f"{store.url} has no checkpoint of step {step}; steps there: {there}") from None
-    manifest = parse_manifest(raw, step)
+    manifest = parse_manifest(raw, step, store.read_all)
     for complaint in wrong_sizes(store, manifest):
         raise CorruptData(f"step {step}: {complaint}")
     return manifest

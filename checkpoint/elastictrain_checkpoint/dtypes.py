@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,12 +53,16 @@ def num_elements(shape: Sequence[int]) -> int:
         InvalidPiece: a dimension is negative or the tensor is larger than `MAX_ELEMENTS`.
 
     """
-    if any(type(dim) is not int or not 0 <= dim <= MAX_ELEMENTS for dim in shape):
-        raise InvalidPiece(f"shape {list(shape)} has a dimension that is not an integer in [0, 2^56]")
-    # Zeros are left out: the strides of an empty tensor must fit into 64 bits too.
-    if math.prod(dim for dim in shape if dim) > MAX_ELEMENTS:
+    count = filled = 1
+    for dim in shape:
+        if type(dim) is not int or not 0 <= dim <= MAX_ELEMENTS:
+            raise InvalidPiece(f"shape {list(shape)} has a dimension that is not an integer in [0, 2^56]")
+        count *= dim
+        # Zeros are left out: the strides of an empty tensor must fit into 64 bits too.
+        filled *= dim or 1
+    if filled > MAX_ELEMENTS:
         raise InvalidPiece(f"shape {list(shape)} has more than 2^56 elements")
-    return math.prod(shape)
+    return count
 
 
 def as_bytes(data: Any, what: str) -> memoryview:

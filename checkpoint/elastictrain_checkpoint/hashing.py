@@ -13,8 +13,10 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import itertools
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -75,23 +77,22 @@ def combine_digest(
         InvalidPiece: the hashes of a tensor do not cover it exactly.
 
     """
-    total = hashlib.sha256()
-
-    def add(*fields: bytes) -> None:
-        for field in fields:
-            total.update(struct.pack("<Q", len(field)))
-            total.update(field)
-
-    add(DIGEST_ALGORITHM.encode())
+    fields = [DIGEST_ALGORITHM.encode()]
     for name in sorted(tensors):
         dtype, shape, hashes = tensors[name]
         item_bytes(dtype)
         want = cells(num_elements(shape)) * CELL_HASH_BYTES
         if len(hashes) != want:
             raise InvalidPiece(f"{name}: {len(hashes)} bytes of cell hashes, expected {want} for shape {list(shape)}")
-        add(b"tensor", name.encode(), dtype.encode(), struct.pack(f"<{len(shape)}Q", *shape), hashes)
+        fields += (b"tensor", name.encode(), dtype.encode(), struct.pack(f"<{len(shape)}Q", *shape), hashes)
     for alias, target in sorted((aliases or {}).items()):
-        add(b"alias", alias.encode(), target.encode())
+        fields += (b"alias", alias.encode(), target.encode())
+    lengths = struct.pack(f"<{len(fields)}Q", *map(len, fields))
+    total = hashlib.sha256()
+    for at in range(0, len(fields), 4096):  # few large updates: a state may have very many small tensors
+        here = fields[at : at + 4096]
+        sizes = [lengths[8 * i : 8 * i + 8] for i in range(at, at + len(here))]
+        total.update(b"".join(itertools.chain.from_iterable(zip(sizes, here, strict=True))))
     return total.hexdigest()
 
 
@@ -100,35 +101,93 @@ def block_sum(block: Any) -> int:
     return xxhash.xxh3_64_intdigest(block)
 
 
-def reblock(buffers: Iterable[memoryview], sums: list[int]) -> Iterator[memoryview]:
-    """Turn a stream of byte buffers into blocks of `SUM_BLOCK_BYTES` (the last may be shorter), summing each.
+def block_sum_of(parts: Sequence[memoryview]) -> int:
+    """`block_sum` of a block that lies in several buffers."""
+    if len(parts) == 1:
+        return xxhash.xxh3_64_intdigest(parts[0])
+    total = xxhash.xxh3_64()
+    for part in parts:
+        total.update(part)
+    return total.intdigest()
 
-    A block is hashed right before it is handed on. What lies aligned in its buffer is not copied; the rest
-    goes
-    through one block of memory, which is used again: the consumer must be done with a block when it asks
-    for the next.
+
+@dataclass(frozen=True)
+class Run:
+    """Bytes of a stream, and the grid on which they are hashed for the digest while they pass.
+
+    Attributes:
+        view: flat bytes.
+        cell_bytes: length of a cell of the digest grid; 0 if these bytes are in no cell. Cells begin with the view.
+        cells: takes up the hashes of the view's cells, in order.
+
+    """
+
+    view: memoryview
+    cell_bytes: int = 0
+    cells: list[bytes] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A stream of blocks as `reblock` makes it, for `Store.create`.
+
+    Attributes:
+        runs: what the file shall hold.
+        size_bytes: bytes of all of it.
+        sums: the block sums; filled as the stream is consumed.
+
+    """
+
+    runs: Sequence[Run]
+    size_bytes: int
+    sums: list[int] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[memoryview]:
+        return reblock(self.runs, self.sums)
+
+
+def reblock(runs: Iterable[Run], sums: list[int]) -> Iterator[memoryview]:
+    """Turn runs of bytes into blocks of `SUM_BLOCK_BYTES` (the last may be shorter), summing each.
+
+    Bytes are hashed, cells first, right before they are handed on, so that memory is read once and the rest is read
+    from the processor's cache. What lies aligned in its run is not copied; the rest goes through one block of memory,
+    which is used again: the consumer must be done with a block when it asks for the next.
     """
     rest = memoryview(bytearray(SUM_BLOCK_BYTES))
     filled = 0
-    for buffer in buffers:
-        at = 0
-        while at < len(buffer):
-            if not filled and len(buffer) - at >= SUM_BLOCK_BYTES:
-                block = buffer[at : at + SUM_BLOCK_BYTES]
-                at += SUM_BLOCK_BYTES
+    for run in runs:
+        view, length = run.view, len(run.view)
+        at = hashed = 0
+        while at < length:
+            take = min(length - at, SUM_BLOCK_BYTES - filled)
+            hashed = _hash_cells(run, hashed, at + take)
+            if take == SUM_BLOCK_BYTES:
+                block = view[at : at + take]
+                at += take
             else:
-                take = min(len(buffer) - at, SUM_BLOCK_BYTES - filled)
-                rest[filled : filled + take] = buffer[at : at + take]
+                rest[filled : filled + take] = view[at : at + take]
                 filled += take
                 at += take
                 if filled < SUM_BLOCK_BYTES:
-                    continue
+                    break
                 block, filled = rest, 0
             sums.append(block_sum(block))
             yield block
     if filled:
         sums.append(block_sum(rest[:filled]))
         yield rest[:filled]
+
+
+def _hash_cells(run: Run, start: int, stop: int) -> int:
+    """Hash the cells from ``start`` (a border of cells) that are whole at ``stop``; gives where the next begins."""
+    step, view = run.cell_bytes, run.view
+    if not step:
+        return 0
+    if stop < len(view):
+        stop -= stop % step
+    hashed = xxhash.xxh3_128_digest
+    run.cells.extend([hashed(view[at : at + step]) for at in range(start, stop, step)])
+    return stop
 
 
 def pack_sums(sums: Sequence[int]) -> str:

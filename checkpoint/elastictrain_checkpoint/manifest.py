@@ -9,30 +9,35 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import xxhash
 from pydantic import Field, ValidationError
 
-from elastictrain_checkpoint import tagged
+from elastictrain_checkpoint import sidecar, tagged
+from elastictrain_checkpoint.collector import no_collections
 from elastictrain_checkpoint.errors import InvalidManifest
 from elastictrain_checkpoint.hashing import DIGEST_ALGORITHM, Sums, root_sum, unpack_sums
 from elastictrain_checkpoint.part import (
     Count,
     FileRecord,
     ShortName,
+    SidecarRecord,
     Strict,
     TensorRecord,
     check_tensor_names,
     describe,
 )
 from elastictrain_checkpoint.paths import manifest_path, resolve_pack
-from elastictrain_checkpoint.table import ChunkTable, build_table
+from elastictrain_checkpoint.table import ChunkTable, Columns, columns_of, table_of
 
 FORMAT = "elastictrain.ckpt"
 VERSION = 1
+
+Fetch = Callable[[str], bytes]
+"""The whole content of a small file of the store; `Store.read_all` is one."""
 
 
 class HashSpec(Strict):
@@ -50,7 +55,11 @@ class DigestSpec(Strict):
 
 
 class Document(Strict):
-    """The JSON document, field by field. ``base`` lists the other steps whose packs are used."""
+    """The JSON document, field by field. ``base`` lists the other steps whose packs are used.
+
+    ``chunks``: the Arrow file that stands for ``tensors`` where there are too many; ``cells``: the file of cell hashes
+    (see `elastictrain_checkpoint.sidecar`). Both are left out where there is no such file.
+    """
 
     format: Literal["elastictrain.ckpt"] = "elastictrain.ckpt"
     version: Literal[1] = 1
@@ -66,6 +75,8 @@ class Document(Strict):
     alias: dict[str, str]
     tree: Any
     base: list[Count]
+    chunks: SidecarRecord | None = None
+    cells: SidecarRecord | None = None
     self_hash: str = Field(alias="self")
 
 
@@ -85,6 +96,7 @@ class Manifest:
         tree: state that is not tensors.
         base: other steps whose packs this one uses; they must be kept.
         table: where every element lies.
+        chunks, cells: files beside the manifest, if any (see `elastictrain_checkpoint.sidecar`).
         raw: the text.
 
     """
@@ -104,6 +116,8 @@ class Manifest:
     tree: Any = field(repr=False)
     base: tuple[int, ...]
     table: ChunkTable = field(repr=False)
+    chunks: SidecarRecord | None
+    cells: SidecarRecord | None
     raw: bytes = field(repr=False)
 
     @property
@@ -113,8 +127,19 @@ class Manifest:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all packs."""
+        """Bytes of all packs, those of other steps included."""
         return sum(file.size_bytes for file in self.files)
+
+    @property
+    def own_paths(self) -> tuple[str, ...]:
+        """Packs that were written for this step; the others are those of ``base``."""
+        return tuple(path for file, path in zip(self.files, self.paths, strict=True) if not file.path.startswith("../"))
+
+    @property
+    def sidecars(self) -> tuple[tuple[str, SidecarRecord], ...]:
+        """(path in the store, record) of the files beside the packs."""
+        there = ((sidecar.CHUNKS, self.chunks), (sidecar.CELLS, self.cells))
+        return tuple((sidecar.sidecar_path(kind, self.step, one), one) for kind, one in there if one is not None)
 
     def resolve(self, name: str) -> str:
         """The tensor that a name, possibly an alias, stands for.
@@ -129,6 +154,7 @@ class Manifest:
         return name
 
 
+@no_collections()
 def write_manifest(
     *,
     step: int,
@@ -142,6 +168,8 @@ def write_manifest(
     tensors: Mapping[str, TensorRecord],
     alias: Mapping[str, str],
     tree: Any,
+    chunks: SidecarRecord | None = None,
+    cells: SidecarRecord | None = None,
 ) -> bytes:
     """Text of a manifest. It may still contradict itself: whoever writes one parses it before it is
     published.
@@ -163,24 +191,27 @@ def write_manifest(
         "files": [file.model_dump(by_alias=True) for file in files],
         "tensors": {
             name: {"dtype": record.dtype, "shape": record.shape, "chunks": record.chunks}
-            for name, record in sorted(tensors.items())
+            for name, record in sorted(tensors.items() if chunks is None else ())
         },
         "alias": dict(sorted(alias.items())),
         "tree": tagged.encode(tree),
-        "base": [],
+        "base": sorted({found[0] for file in files if (found := resolve_pack(step, file.path))} - {step}),
+        **{key: one.model_dump(by_alias=True) for key, one in (("chunks", chunks), ("cells", cells)) if one},
     }
-    return _canonical({**document, "self": _self_hash(document)})
+    return _signed(_canonical(document))
 
 
 def _canonical(document: Mapping[str, Any]) -> bytes:
     return json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
 
 
-def _self_hash(document: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(_canonical(document))
+def _signed(body: bytes) -> bytes:
+    """A canonical document with its own hash as the last field."""
+    return body[:-1] + b',"self":"%s"}' % xxhash.xxh3_128_hexdigest(body).encode()
 
 
-def parse_manifest(raw: bytes, step: int | None = None) -> Manifest:
+@no_collections()
+def parse_manifest(raw: bytes, step: int | None = None, fetch: Fetch | None = None) -> Manifest:
     """Read a manifest and believe nothing.
 
     Checked: the text is canonical and its hash right, the version is known, every path is that of a pack
@@ -190,6 +221,7 @@ def parse_manifest(raw: bytes, step: int | None = None) -> Manifest:
     Args:
         raw: the text.
         step: the step of the folder that it was found in, if known.
+        fetch: reads a small file of the store; needed where the chunks do not lie in the text itself.
 
     Raises:
         InvalidManifest: saying what is wrong.
@@ -200,7 +232,7 @@ def parse_manifest(raw: bytes, step: int | None = None) -> Manifest:
         document = _check_text(raw)
         if step is not None and document.step != step:
             raise ValueError(f"it says step {document.step}, but lies in the folder of step {step}")
-        return _check_document(document, raw)
+        return _check_document(document, raw, fetch)
     except ValidationError as error:
         raise InvalidManifest(f"{where}: {describe(error)}", file=where) from None
     except (ValueError, TypeError, RecursionError) as error:
@@ -221,20 +253,24 @@ def _check_text(raw: bytes) -> Document:
         )
     if _canonical(document) != raw:
         raise ValueError("the text was altered after it was written (not canonical)")
-    claimed = document.pop("self", None)
-    if claimed != _self_hash(document):
+    # Canonical text: the fields stand in the order in which they were read.
+    if _signed(raw.rpartition(b',"self":')[0] + b"}") != raw:
         raise ValueError("the text was altered after it was written (its own hash differs)")
     return Document.model_validate_json(raw)
 
 
-def _check_document(document: Document, raw: bytes) -> Manifest:
-    check_tensor_names([*document.tensors, *document.alias])
+def _check_document(document: Document, raw: bytes, fetch: Fetch | None) -> Manifest:
+    columns = columns_of(document.tensors) if document.chunks is None else _chunks_beside(document, fetch)
+    if document.cells is not None:
+        sidecar.sidecar_path(sidecar.CELLS, document.step, document.cells)
+    tensors = {name: (columns.dtypes[i], tuple(columns.shape_of(i))) for i, name in enumerate(columns.names)}
+    check_tensor_names([*tensors, *document.alias])
     paths = _check_paths(document)
     sums = tuple(_check_sums(file, document.hash.block) for file in document.files)
     if document.digest.algo != DIGEST_ALGORITHM:
         raise ValueError(f"digest algorithm {document.digest.algo!r}, expected {DIGEST_ALGORITHM!r}")
     for alias, target in document.alias.items():
-        if alias in document.tensors or target not in document.tensors:
+        if alias in tensors or target not in tensors:
             raise ValueError(f"alias {alias!r} → {target!r}: it is a tensor itself, or its target is not one")
     return Manifest(
         step=document.step,
@@ -247,26 +283,48 @@ def _check_document(document: Document, raw: bytes) -> Manifest:
         files=tuple(document.files),
         paths=paths,
         sums=sums,
-        tensors={name: (record.dtype, tuple(record.shape)) for name, record in document.tensors.items()},
+        tensors=tensors,
         alias=document.alias,
         tree=tagged.decode(document.tree),
         base=tuple(document.base),
-        table=build_table(document.tensors, document.files),
+        table=table_of(columns, document.files),
+        chunks=document.chunks,
+        cells=document.cells,
         raw=raw,
     )
 
 
+def _chunks_beside(document: Document, fetch: Fetch | None) -> Columns:
+    assert document.chunks is not None
+    path = sidecar.sidecar_path(sidecar.CHUNKS, document.step, document.chunks)
+    if document.tensors:
+        raise ValueError("tensors stand in the text and in the file of chunks beside it")
+    if fetch is None:
+        raise ValueError(f"its chunks lie in {path}: pass fetch=store.read_all to read it")
+    try:
+        data = fetch(path)
+    except FileNotFoundError:
+        raise ValueError(f"its chunks lie in {path}, which is missing") from None
+    return sidecar.decode_chunks(sidecar.check_sidecar(document.chunks, data))
+
+
 def _check_paths(document: Document) -> tuple[str, ...]:
     paths = []
+    steps = {document.step}
     for file in document.files:
         found = resolve_pack(document.step, file.path)
         if found is None:
             raise ValueError(f"path {file.path!r} is not that of a pack inside the store")
+        if found[0] == document.step and file.path.startswith("../"):
+            raise ValueError(f"path {file.path!r} refers to the step itself")
         if found[0] != document.step and found[0] not in document.base:
             raise ValueError(f"path {file.path!r} leads to step {found[0]}, which is not listed in base")
         paths.append(found[1])
+        steps.add(found[0])
     if len(set(paths)) != len(paths):
         raise ValueError("a file is listed twice")
+    if document.base != sorted(steps - {document.step}):
+        raise ValueError(f"base lists the steps {document.base}, the packs lie in {sorted(steps - {document.step})}")
     return tuple(paths)
 
 

@@ -11,22 +11,27 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from elastictrain_checkpoint.boxes import Box, flat_range_to_boxes, strides
+from elastictrain_checkpoint.collector import no_collections
 from elastictrain_checkpoint.dtypes import item_bytes, num_elements
 from elastictrain_checkpoint.errors import InvalidPiece
 from elastictrain_checkpoint.hashing import (
     DIGEST_BLOCK_ELEMENTS,
+    Blocks,
+    Run,
     block_hashes,
     pack_sums,
-    reblock,
     root_sum,
     to_base64,
     unpack_sums,
 )
+from elastictrain_checkpoint.incremental import Base, Held, split
+from elastictrain_checkpoint.manifest import Manifest
 from elastictrain_checkpoint.part import FileRecord, Part, PartTensor, check_names, check_tensor_names
 from elastictrain_checkpoint.paths import step_folder
 from elastictrain_checkpoint.rope import Rope, as_rope, cut_rope, rope_bytes
@@ -62,37 +67,49 @@ class Piece:
 
 @dataclass(frozen=True)
 class BoxData:
-    """A box of one tensor and its bytes, row-major: what a pack holds under one key. ``rope``: where they lie."""
+    """A box of one tensor and its bytes, row-major: what a pack holds under one key.
+
+    Attributes:
+        name, dtype, shape: as of the piece.
+        box: where it lies in the tensor.
+        rope: where its bytes lie.
+        cells: takes up the hashes of the digest's cells when the box is written; None if the box is but a part of its
+            piece, which ends inside of cells.
+
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     box: Box
     rope: Rope = field(repr=False)
+    cells: list[bytes] | None = field(default=None, repr=False)
 
-    @property
+    @cached_property
     def size_bytes(self) -> int:
         """Bytes of the box."""
         return rope_bytes(self.rope)
 
 
-def cut_piece(piece: Piece) -> list[BoxData]:
-    """Check a piece and cut it into boxes, without copying.
+def cut_piece(piece: Piece, runs: Sequence[tuple[int, int]] | None = None) -> list[BoxData]:
+    """Check a piece and cut it, or only these runs [start, stop) of its elements, into boxes, without copying.
 
     Raises:
         InvalidPiece: unknown type, run outside the tensor, or an end or a break of the run off the digest grid.
 
     """
-    check_tensor_names([piece.name])
+    check_tensor_names((piece.name,))
     size = item_bytes(piece.dtype)
     count = num_elements(piece.shape)
     rope = as_rope(piece.data, piece.name, DIGEST_BLOCK_ELEMENTS * size)
-    elements, odd = divmod(rope_bytes(rope), size)
+    run_bytes = rope_bytes(rope)
+    elements, odd = divmod(run_bytes, size)
     start, stop = piece.start, piece.start + elements
+    if runs is None and not start and elements == count and not odd:  # the whole tensor, by far the most frequent
+        shape = tuple(piece.shape)
+        return [BoxData(piece.name, piece.dtype, shape, ((0,) * len(shape), shape), rope, [])]
     if odd:
-        raise InvalidPiece(
-            f"{piece.name}: {rope_bytes(rope)} bytes are not whole elements of {piece.dtype} ({size} bytes)"
-        )
+        raise InvalidPiece(f"{piece.name}: {run_bytes} bytes are not whole elements of {piece.dtype} ({size} bytes)")
     if not 0 <= start <= stop <= count:
         raise InvalidPiece(
             f"{piece.name}: elements [{start}, {stop}) do not lie in shape {list(piece.shape)} ({count} elements)"
@@ -105,15 +122,22 @@ def cut_piece(piece: Piece) -> list[BoxData]:
         )
     step = strides(piece.shape)
     out = []
-    for offsets, sizes in flat_range_to_boxes(piece.shape, start, stop):
+    boxes = [
+        box for run in ([(start, stop)] if runs is None else runs) for box in flat_range_to_boxes(piece.shape, *run)
+    ]
+    for offsets, sizes in boxes:
         at = (sum(o * s for o, s in zip(offsets, step, strict=True)) - start) * size if elements else 0
         run = cut_rope(rope, at, at + math.prod(sizes) * size)
         out.append(BoxData(piece.name, piece.dtype, tuple(piece.shape), (offsets, sizes), run))
-    return out
+    return [replace(out[0], cells=[])] if runs is None and len(out) == 1 else out
 
 
-def plan_packs(boxes: Sequence[BoxData], target_bytes: int) -> list[list[BoxData]]:
+@no_collections()
+def plan_packs(boxes: Sequence[BoxData], target_bytes: int, *, several: bool = False) -> list[list[BoxData]]:
     """Share boxes out to packs: at most one box of a tensor in each, filled up to about the target.
+
+    ``several``: more boxes of a tensor may share a pack. Stock readers want one; a pack that holds only what has
+    changed is nothing that they could load.
 
     First fit, in the order given; inside a pack, larger elements first. Pure and deterministic.
     """
@@ -123,7 +147,7 @@ def plan_packs(boxes: Sequence[BoxData], target_bytes: int) -> list[list[BoxData
     for box in boxes:
         size = box.size_bytes
         for number in range(len(packs)):
-            if box.name not in names[number] and size <= room[number]:
+            if (several or box.name not in names[number]) and size <= room[number]:
                 break
         else:
             number = len(packs)
@@ -136,9 +160,19 @@ def plan_packs(boxes: Sequence[BoxData], target_bytes: int) -> list[list[BoxData
     return [sorted(pack, key=lambda box: -item_bytes(box.dtype)) for pack in packs]
 
 
+@no_collections()
 def pack_header(boxes: Sequence[BoxData]) -> bytes:
-    """Safetensors header for these boxes in this order, padded with spaces up to the next 4 KiB."""
-    sharding = {box.name: {"saved_offsets": list(box.box[0])} for box in boxes}
+    """Safetensors header for these boxes in this order, padded with spaces up to the next 4 KiB.
+
+    A box has the name of its tensor; further ones of a tensor have their offsets after it.
+    """
+    keys: dict[str, BoxData] = {}
+    for box in boxes:
+        key = box.name if box.name not in keys else f"{box.name}@{','.join(map(str, box.box[0]))}"
+        while key in keys:
+            key += "'"
+        keys[key] = box
+    sharding = {key: {"saved_offsets": box.box[0]} for key, box in keys.items()}
     header: dict[str, Any] = {
         "__metadata__": {
             "format": "pt",
@@ -147,13 +181,10 @@ def pack_header(boxes: Sequence[BoxData]) -> bytes:
         }
     }
     at = 0
-    for box in boxes:
-        header[box.name] = {
-            "dtype": box.dtype,
-            "shape": list(box.box[1]),
-            "data_offsets": [at, at + box.size_bytes],
-        }
-        at += box.size_bytes
+    for key, box in keys.items():
+        end = at + box.size_bytes
+        header[key] = {"dtype": box.dtype, "shape": box.box[1], "data_offsets": (at, end)}
+        at = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(len(text) + 8) % HEADER_ALIGN_BYTES)
     return struct.pack("<Q", len(text)) + text
@@ -168,15 +199,16 @@ def write_pack(store: Store, path: str, boxes: Sequence[BoxData]) -> FileRecord:
 
     """
     header = pack_header(boxes)
-    sums: list[int] = []
-
-    def stream() -> Iterator[memoryview]:
-        yield memoryview(header)
-        for box in boxes:
-            yield from box.rope
-
-    size = store.create(path, reblock(stream(), sums))
-    packed = pack_sums(sums)
+    runs = [Run(memoryview(header))]
+    for box in boxes:
+        if box.cells is None:
+            runs += [Run(view) for view in box.rope]
+        else:
+            step = DIGEST_BLOCK_ELEMENTS * item_bytes(box.dtype)
+            runs += [Run(view, step, box.cells) for view in box.rope]
+    blocks = Blocks(runs, len(header) + sum(box.size_bytes for box in boxes))
+    size = store.create(path, blocks)
+    packed = pack_sums(blocks.sums)
     return FileRecord(
         path="/".join(path.split("/")[-2:]),
         size_bytes=size,
@@ -195,13 +227,30 @@ class PackWriter:
         attempt: name that no other attempt at this step has, for example random digits.
         writer: name that no other writer in this attempt has.
         pack_bytes: packs are filled up to about this size; a single larger box makes a larger pack.
+        base: an earlier step; what is as there is referred to and not written (see
+            `elastictrain_checkpoint.incremental`). It must not be removed before this step is committed: whoever
+            commits also prunes, or pins it meanwhile.
+
+    Raises:
+        InvalidPiece: a name that no path can have, or a base that is not an earlier step with cell hashes.
+        CorruptData: the cell hashes of the base are damaged.
 
     """
 
     def __init__(
-        self, store: Store, *, step: int, attempt: str, writer: str, pack_bytes: int = DEFAULT_PACK_BYTES
+        self,
+        store: Store,
+        *,
+        step: int,
+        attempt: str,
+        writer: str,
+        pack_bytes: int = DEFAULT_PACK_BYTES,
+        base: Base | Manifest | None = None,
     ) -> None:
         check_names(attempt=attempt, writer=writer)
+        if base is not None and base.step >= step:
+            raise InvalidPiece(f"base is step {base.step}, expected one before step {step}")
+        self._base = Base.read(store, base) if isinstance(base, Manifest) else base
         self._store = store
         self._step = step
         self._attempt = attempt
@@ -219,22 +268,40 @@ class PackWriter:
             OSError: storage failed; packs that were finished before stay as garbage.
 
         """
-        boxes = [box for piece in pieces for box in cut_piece(piece)]
-        tensors: dict[str, PartTensor] = {}
-        for piece in pieces:
-            record = tensors.setdefault(
-                piece.name, PartTensor(dtype=piece.dtype, shape=list(piece.shape), chunks=[], cells=[])
-            )
-            if (record.dtype, record.shape) != (piece.dtype, list(piece.shape)):
-                raise InvalidPiece(
-                    f"{piece.name}: pieces disagree, {record.dtype} {record.shape} and "
-                    f"{piece.dtype} {list(piece.shape)}"
-                )
-            hashes = block_hashes(piece.data, item_bytes(piece.dtype))
-            if hashes:
-                record.cells.append((piece.start // DIGEST_BLOCK_ELEMENTS, to_base64(hashes)))
-        files = []
-        for pack in plan_packs(boxes, self._pack_bytes):
+        tensors, boxes, cells = _plan(pieces, hash_first=self._base is not None)
+        if self._base is None:
+            files = self._write_packs(plan_packs(boxes, self._pack_bytes), tensors, [])
+        else:
+            held = [(piece, b"".join(hashed)) for piece, hashed in zip(pieces, cells, strict=True)]
+            files = self._write_changes(held, self._base, tensors)
+        for piece, hashed in zip(pieces, cells, strict=True):
+            if hashed:
+                tensors[piece.name].cells.append((piece.start // DIGEST_BLOCK_ELEMENTS, to_base64(b"".join(hashed))))
+        return Part(step=self._step, attempt=self._attempt, writer=self._writer, files=files, tensors=tensors)
+
+    def _write_changes(
+        self, pieces: Sequence[tuple[Piece, bytes]], base: Base, tensors: Mapping[str, PartTensor]
+    ) -> list[FileRecord]:
+        """Write what is not as in the base; what is unchanged but must move goes into packs of its own."""
+        splits = split([held_of(piece, hashes) for piece, hashes in pieces], base)
+        used = sorted({ref.file for one in splits for ref in one.references})
+        for (piece, _), one in zip(pieces, splits, strict=True):
+            for ref in one.references:
+                for file, *rest in ref.boxes(piece.shape, item_bytes(piece.dtype)):
+                    tensors[piece.name].chunks.append((used.index(file), *rest))  # type: ignore[arg-type]
+        files = [base.files[number] for number in used]
+        for kind in ("cold", "hot"):
+            runs = zip(pieces, (getattr(one, kind) for one in splits), strict=True)
+            boxes = [box for (piece, _), wanted in runs for box in cut_piece(piece, wanted)]
+            files = self._write_packs(plan_packs(boxes, self._pack_bytes, several=True), tensors, files)
+        return files
+
+    def _write_packs(
+        self, packs: Sequence[Sequence[BoxData]], tensors: Mapping[str, PartTensor], files: list[FileRecord]
+    ) -> list[FileRecord]:
+        """Write packs and enter their chunks; gives ``files`` with theirs after them."""
+        files = list(files)
+        for pack in packs:
             name = f"{self._writer}-{self._next_pack:02d}.safetensors"
             self._next_pack += 1
             files.append(write_pack(self._store, f"{self._folder}/{name}", pack))
@@ -243,4 +310,42 @@ class PackWriter:
                 offsets, sizes = box.box
                 tensors[box.name].chunks.append((len(files) - 1, at, list(offsets), list(sizes)))
                 at += box.size_bytes
-        return Part(step=self._step, attempt=self._attempt, writer=self._writer, files=files, tensors=tensors)
+        return files
+
+
+@no_collections()
+def _plan(
+    pieces: Sequence[Piece], *, hash_first: bool
+) -> tuple[dict[str, PartTensor], list[BoxData], list[list[bytes]]]:
+    """Tensors without chunks and cells; boxes; and for each piece the list that holds its cell hashes once all boxes
+    are written. A piece that is one box is hashed while it is written, when it passes through the processor's cache;
+    with ``hash_first`` all hashes are there at once, and nothing is hashed while it is written.
+    """
+    tensors: dict[str, PartTensor] = {}
+    boxes: list[BoxData] = []
+    cells: list[list[bytes]] = []
+    for piece in pieces:
+        found = cut_piece(piece)
+        boxes += found
+        hashed = found[0].cells if found else []
+        if hashed is None or hash_first:
+            hashed = [block_hashes(piece.data, item_bytes(piece.dtype))]
+        cells.append(hashed)
+    for piece in pieces:
+        shape = list(piece.shape)
+        record = tensors.get(piece.name)
+        if record is None:
+            record = PartTensor.model_construct(dtype=piece.dtype, shape=shape, chunks=[], cells=[])
+            tensors[piece.name] = record
+        if (record.dtype, record.shape) != (piece.dtype, shape):
+            raise InvalidPiece(
+                f"{piece.name}: pieces disagree, {record.dtype} {record.shape} and {piece.dtype} {shape}"
+            )
+    return tensors, boxes, cells
+
+
+def held_of(piece: Piece, hashes: bytes) -> Held:
+    """What a writer holds of a tensor, as `incremental.split` asks for it."""
+    size = item_bytes(piece.dtype)
+    elements = rope_bytes(as_rope(piece.data, piece.name, DIGEST_BLOCK_ELEMENTS * size)) // size
+    return Held(piece.name, piece.dtype, tuple(piece.shape), piece.start, piece.start + elements, hashes)

@@ -44,6 +44,14 @@ class FileRecord(Strict):
     root: str
 
 
+class SidecarRecord(Strict):
+    """A file beside the packs, published whole: its path relative to the folder of the step, and xxh3-128 of it."""
+
+    path: str
+    size_bytes: Count = Field(alias="bytes")
+    hash: str = Field(pattern="^[0-9a-f]{32}$")
+
+
 class TensorRecord(Strict):
     """Type, full shape and the chunks of a tensor."""
 

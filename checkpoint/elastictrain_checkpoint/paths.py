@@ -2,7 +2,9 @@
 
 ```
 step-00001000/<attempt>/<writer>-00.safetensors   data: written once, under names that are never used again
+step-00001000/<attempt>/cells-<hash>.bin          beside the packs (see `elastictrain_checkpoint.sidecar`)
 step-00001000/MANIFEST.json                       the commit: created once, last
+step-00001000/PIN                                 keep this step whatever the policies say
 LATEST                                            a hint
 ```
 """
@@ -16,6 +18,7 @@ from elastictrain_checkpoint.part import NAME
 
 MANIFEST = "MANIFEST.json"
 LATEST = "LATEST"
+PIN = "PIN"
 _STEP = re.compile(r"step-(\d{8,18})")
 _FILE = re.compile(rf"(?:\.\./step-(\d{{8,18}})/)?({NAME})/({NAME})\.safetensors")
 

@@ -9,14 +9,23 @@ import errno
 import os
 import stat
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from elastictrain_checkpoint import disk
+
+WRITE_BACK_BYTES = 8 << 20
+"""The device is told to begin after so many bytes: it works while the next blocks are hashed and copied."""
+READ_WINDOW_BYTES = 2 << 20
+"""What is read at once, so that it is still in the processor's cache when it is hashed."""
+_MOST_BUFFERS = 1024  # IOV_MAX
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 class PosixBackend:
     """See `elastictrain_checkpoint.store.Store` for the contract."""
+
+    read_window_bytes = READ_WINDOW_BYTES
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -27,7 +36,7 @@ class PosixBackend:
         file = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
             try:
-                size = sum(_write_all(file, block) for block in blocks)
+                size = _write_blocks(file, blocks)
                 # An error here is final: after a failed fsync the kernel may have dropped the pages, so
                 # that a second fsync would succeed without the data being anywhere.
                 os.fsync(file)
@@ -64,15 +73,33 @@ class PosixBackend:
         self._write_draft(draft, data, sync=False)
         os.replace(draft, target)  # noqa: PTH105
 
+    def replace(self, path: str, blocks: Iterable[memoryview]) -> int:
+        target = self.root / path
+        draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+        size = self.create(draft.relative_to(self.root).as_posix(), blocks)
+        os.replace(draft, target)  # noqa: PTH105
+        _sync_folder(target.parent)
+        return size
+
     def read_into(self, path: str, start: int, out: memoryview) -> int:
+        return self.read_parts(path, start, [out])
+
+    def read_parts(self, path: str, start: int, outs: Sequence[memoryview]) -> int:
+        """Fill the buffers, one after the other, with the bytes from ``start`` on; gives how many there were."""
         file = os.open(self.root / path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             filled = 0
-            while filled < len(out):
-                count = os.preadv(file, [out[filled:]], start + filled)
-                if count == 0:
-                    break
-                filled += count
+            left = list(outs)
+            while left:
+                batch, left = left[:_MOST_BUFFERS], left[_MOST_BUFFERS:]
+                while batch:
+                    count = os.preadv(file, batch, start + filled)
+                    if count == 0:
+                        if not any(len(out) for out in batch):
+                            break
+                        return filled
+                    filled += count
+                    batch = _behind(batch, count)
             return filled
         finally:
             os.close(file)
@@ -133,6 +160,27 @@ class PosixBackend:
             if folder in (last, folder.parent):
                 return
             folder = folder.parent
+
+
+def _write_blocks(file: int, blocks: Iterable[memoryview]) -> int:
+    """Write a stream from the start of an empty file; the device begins before the stream ends."""
+    disk.reserve(file, int(getattr(blocks, "size_bytes", 0)))
+    size = handed_on = 0
+    for block in blocks:
+        size += _write_all(file, block)
+        if size - handed_on >= WRITE_BACK_BYTES:
+            disk.start_writing_back(file, handed_on, size - handed_on)
+            handed_on = size
+    return size
+
+
+def _behind(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
+    """What of the buffers is left when the first ``count`` bytes are filled."""
+    for number, buffer in enumerate(buffers):
+        if count < len(buffer):
+            return [buffer[count:], *buffers[number + 1 :]]
+        count -= len(buffer)
+    return []
 
 
 def _write_all(file: int, data: memoryview) -> int:

@@ -13,15 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastictrain_checkpoint.boxes import box_runs
+from elastictrain_checkpoint.collector import no_collections
 from elastictrain_checkpoint.dtypes import item_bytes, num_elements
 from elastictrain_checkpoint.errors import CorruptData, InvalidPiece
-from elastictrain_checkpoint.hashing import block_sum
+from elastictrain_checkpoint.hashing import block_sum_of
+from elastictrain_checkpoint.healing import Healed, good_block
 from elastictrain_checkpoint.manifest import Manifest
 from elastictrain_checkpoint.store import Store
 
 Bytes = NDArray[np.uint8]
 WINDOW_BYTES = 16 << 20
 CACHED_BLOCKS = 8
+SCATTERED_BYTES = 64 << 10
+"""Ranges of less than this on average are read together and copied; larger ones are read where they belong."""
 
 
 @dataclass(frozen=True)
@@ -34,39 +38,46 @@ class Request:
     out: Any = None
 
 
-@dataclass
-class _Copy:
-    """Bytes [start, start + len(out)) of a file go to ``out``."""
-
-    start: int
-    out: memoryview
+_Copy = tuple[int, memoryview]
+"""(first byte in a file, where the bytes from there on go)."""
 
 
 class Reader:
     """Reads one checkpoint.
 
-    Ranges are read in whole hash blocks; blocks that follow one another are read together, up to 16 MiB,
-    and the last few are kept, so that reading tensor after tensor reads each byte of storage once. Not for
-    several threads at once: make a reader for each.
+    Ranges are read in whole hash blocks, straight into the buffers that they are for, and hashed there while they are
+    in the processor's cache; small ranges that lie together are read at once and copied. A block that was wanted in
+    part only is kept for a while, so that reading tensor after tensor reads each byte of storage once. Not for several
+    threads at once: make a reader for each.
 
     Attributes:
+        manifest: what is read.
         tensors: name → (dtype, shape), aliases included.
         tree: state that is not tensors.
         read_bytes: bytes read from storage so far.
+        healed: blocks that were damaged in ``store`` and came from one of ``others``.
+
+    Args:
+        store: where to read.
+        manifest: what to read.
+        others: further stores that may hold the same packs; asked, in this order, for blocks that are damaged.
 
     """
 
-    def __init__(self, store: Store, manifest: Manifest) -> None:
+    def __init__(self, store: Store, manifest: Manifest, *, others: Sequence[Store] = ()) -> None:
         self._store = store
-        self._manifest = manifest
+        self.manifest = manifest
         self._number = {name: number for number, name in enumerate(manifest.table.names)}
         self._kept: OrderedDict[tuple[int, int], bytes] = OrderedDict()
+        self._bounds = manifest.table.bounds.tolist()
         self.tensors = {
             **manifest.tensors,
             **{alias: manifest.tensors[target] for alias, target in manifest.alias.items()},
         }
         self.tree = manifest.tree
         self.read_bytes = 0
+        self._others = tuple(others)
+        self.healed: list[Healed] = []
 
     def read(self, name: str) -> Bytes:
         """Bytes of a whole tensor, row-major; shape [bytes], dtype uint8.
@@ -76,7 +87,7 @@ class Reader:
             CorruptData: stored bytes are not those that were written; file, block and tensors are named.
 
         """
-        _, shape = self._manifest.tensors[self._manifest.resolve(name)]
+        _, shape = self.manifest.tensors[self.manifest.resolve(name)]
         return self.read_flat(name, 0, num_elements(shape))
 
     def read_flat(self, name: str, start: int, stop: int, out: Any = None) -> Bytes:
@@ -102,18 +113,40 @@ class Reader:
             KeyError, CorruptData, InvalidPiece: as for `read_flat`; then outputs may be partly filled.
 
         """
+        outputs, copies = self._plan(requests)
+        for file, wanted in sorted(copies.items()):
+            self._read_file(file, sorted(wanted, key=_start))
+        return outputs
+
+    @no_collections()
+    def _plan(self, requests: Sequence[Request]) -> tuple[list[Bytes], dict[int, list[_Copy]]]:
         outputs: list[Bytes] = []
         copies: dict[int, list[_Copy]] = {}
         for request in requests:
             outputs.append(self._output(request))
             for file, copy in self._copies(request, outputs[-1].data):
                 copies.setdefault(file, []).append(copy)
-        for file, wanted in sorted(copies.items()):
-            self._read_file(file, sorted(wanted, key=lambda copy: copy.start))
-        return outputs
+        return outputs, copies
+
+    def read_spans(self, spans: Iterable[tuple[int, int, memoryview]]) -> None:
+        """Spans of bytes of packs, checked like any others; read in the order of the files.
+
+        Args:
+            spans: (number of the pack in the manifest, first byte, writable flat buffer of bytes to be filled); no span
+                reaches beyond its pack.
+
+        Raises:
+            CorruptData: as for `read`; then buffers may be partly filled.
+
+        """
+        files: dict[int, list[_Copy]] = {}
+        for file, start, out in spans:
+            files.setdefault(file, []).append((start, out))
+        for file, copies in sorted(files.items()):
+            self._read_file(file, sorted(copies, key=_start))
 
     def _output(self, request: Request) -> Bytes:
-        dtype, shape = self._manifest.tensors[self._manifest.resolve(request.name)]
+        dtype, shape = self.manifest.tensors[self.manifest.resolve(request.name)]
         count = num_elements(shape)
         if not 0 <= request.start <= request.stop <= count:
             raise InvalidPiece(
@@ -131,68 +164,101 @@ class Reader:
         return np.frombuffer(view.cast("B") if size else bytearray(), dtype=np.uint8)
 
     def _copies(self, request: Request, out: memoryview) -> Iterator[tuple[int, _Copy]]:
-        name = self._manifest.resolve(request.name)
-        dtype, shape = self._manifest.tensors[name]
+        name = self.manifest.resolve(request.name)
+        dtype, shape = self.manifest.tensors[name]
         item = item_bytes(dtype)
-        table, number = self._manifest.table, self._number[name]
-        first, last = int(table.bounds[number]), int(table.bounds[number + 1])
+        table, number = self.manifest.table, self._number[name]
+        first, last = self._bounds[number], self._bounds[number + 1]
+        if not request.start < request.stop:
+            return
+        if last == first + 1 and table.dense[first]:  # the whole tensor is one run: by far the most frequent
+            yield int(table.file[first]), (int(table.start[first]) + request.start * item, out)
+            return
         near = (table.flat_start[first:last] < request.stop) & (table.flat_stop[first:last] > request.start)
-        for row in np.flatnonzero(near) + first:
+        for row in (np.flatnonzero(near) + first).tolist():
             begin = int(table.start[row])
-            starts, run = box_runs(shape, *table.boxes[row])
-            for at in np.flatnonzero((starts < request.stop) & (starts + run > request.start)):
+            if table.dense[row]:
+                starts, run = table.flat_start[row : row + 1], int(table.flat_stop[row] - table.flat_start[row])
+            else:
+                starts, run = box_runs(shape, *table.boxes[int(row)])
+            for at in np.flatnonzero((starts < request.stop) & (starts + run > request.start)).tolist():
                 flat = int(starts[at])
                 low, high = max(flat, request.start), min(flat + run, request.stop)
-                yield (
-                    int(table.file[row]),
-                    _Copy(
-                        begin + (int(at) * run + low - flat) * item,
-                        out[(low - request.start) * item : (high - request.start) * item],
-                    ),
-                )
+                piece = out[(low - request.start) * item : (high - request.start) * item]
+                yield int(table.file[row]), (begin + (at * run + low - flat) * item, piece)
 
-    def _read_file(self, file: int, copies: list[_Copy]) -> None:
-        block = self._manifest.block_bytes
-        for low, high in _windows(copies, block, max(1, WINDOW_BYTES // block)):
-            data = memoryview(self._blocks(file, low, high))
-            begin, end = low * block, low * block + len(data)
-            for copy in copies:
-                if copy.start >= end:
-                    break
-                left, right = max(copy.start, begin), min(copy.start + len(copy.out), end)
+    def _read_file(self, file: int, copies: Sequence[_Copy]) -> None:
+        """Fill the copies, which are sorted by their start."""
+        block, size = self.manifest.block_bytes, self.manifest.files[file].size_bytes
+        most = max(1, min(WINDOW_BYTES, self._store.read_window_bytes) // block)
+        coming = 0
+        open_: list[_Copy] = []
+        for low, high in _windows(copies, block, most):
+            begin, end = low * block, min(high * block, size)
+            while coming < len(copies) and copies[coming][0] < end:
+                open_.append(copies[coming])
+                coming += 1
+            inside = []
+            for start, out in open_:
+                left, right = max(start, begin), min(start + len(out), end)
                 if left < right:
-                    copy.out[left - copy.start : right - copy.start] = data[left - begin : right - begin]
-            copies = [copy for copy in copies if copy.start + len(copy.out) > end]
+                    inside.append((left, out[left - start : right - start]))
+            open_ = [copy for copy in open_ if copy[0] + len(copy[1]) > end]
+            inside.sort(key=_start)
+            self._read_window(file, low, high, inside)
 
-    def _blocks(self, file: int, low: int, high: int) -> bytes | bytearray:
-        """Blocks [low, high) of a file, read and checked; the first may come from those kept."""
-        block, size = self._manifest.block_bytes, self._manifest.files[file].size_bytes
+    def _read_window(self, file: int, low: int, high: int, copies: Sequence[_Copy]) -> None:
+        """Fill the copies, all of which lie in blocks [low, high)."""
+        block, size = self.manifest.block_bytes, self.manifest.files[file].size_bytes
         kept = self._kept.get((file, low))
-        if kept is not None and high == low + 1:
-            return kept
-        data = bytearray(min(high * block, size) - low * block)
-        skip = 0
         if kept is not None:
-            skip = len(kept)
-            data[:skip] = kept
-        view = memoryview(data)[skip:]
-        self._fetch(file, low * block + skip, view)
-        for number in range(low + (1 if skip else 0), high):
-            at = (number - low) * block
-            if block_sum(memoryview(data)[at : at + block]) != int(self._manifest.sums[file][number]):
-                raise self._corrupt(file, number, "its hash differs from the manifest's")
-        self._keep(file, high - 1, bytes(memoryview(data)[(high - 1 - low) * block :]))
-        return data
+            copies = _copy_out(kept, low * block, copies)
+            low += 1
+        if low == high:
+            return
+        begin, end = low * block, min(high * block, size)
+        tiles = _tile(copies, begin, end) if len(copies) * SCATTERED_BYTES <= end - begin else None
+        views = tiles or [memoryview(bytearray(end - begin))]
+        why = self._fetch(file, begin, views) or "its hash differs from the manifest's"
+        for number, parts in zip(range(low, high), _in_blocks(views, block), strict=True):
+            if block_sum_of(parts) != int(self.manifest.sums[file][number]):
+                self._heal(file, number, parts, why)
+        # Only a block of which something was not wanted is likely to be asked for again.
+        last = (high - 1) * block
+        if sum(min(len(out), start + len(out) - last) for start, out in copies if start + len(out) > last) < end - last:
+            self._keep(file, high - 1, b"".join(parts))
+        if tiles is None:
+            _copy_out(views[0], begin, copies)
 
-    def _fetch(self, file: int, start: int, out: memoryview) -> None:
+    def _fetch(self, file: int, start: int, outs: Sequence[memoryview]) -> str | None:
+        """Read; gives what is wrong, where blocks may still come from elsewhere."""
+        got, number = 0, None
+        want = sum(len(out) for out in outs)
         try:
-            got = self._store.read_into(self._manifest.paths[file], start, out)
+            got = self._store.read_parts(self.manifest.paths[file], start, outs)
+            why = f"the file is cut short ({got} of {want} bytes from {start} on)"
+            number = (start + got) // self.manifest.block_bytes
         except FileNotFoundError:
-            raise self._corrupt(file, None, "the file is missing") from None
+            why = "the file is missing"
         self.read_bytes += got
-        if got != len(out):
-            number = (start + got) // self._manifest.block_bytes
-            raise self._corrupt(file, number, f"the file is cut short ({got} of {len(out)} bytes from {start} on)")
+        if got == want:
+            return None
+        if not self._others:
+            raise self._corrupt(file, number, why)
+        return why
+
+    def _heal(self, file: int, number: int, parts: Sequence[memoryview], why: str) -> None:
+        """Take a damaged block from another store."""
+        error = self._corrupt(file, number, why)
+        block = memoryview(bytearray(sum(len(part) for part in parts)))
+        source = good_block(self._others, self.manifest, file, number, block)
+        if source is None:
+            raise error
+        at = 0
+        for part in parts:
+            part[:] = block[at : at + len(part)]
+            at += len(part)
+        self.healed.append(Healed(error.file, number, error.tensors, source.url, str(error)))
 
     def _keep(self, file: int, number: int, data: bytes) -> None:
         self._kept[file, number] = data
@@ -200,7 +266,7 @@ class Reader:
             self._kept.popitem(last=False)
 
     def _corrupt(self, file: int, number: int | None, why: str) -> CorruptData:
-        return corrupt(self._manifest, file, number, why)
+        return corrupt(self.manifest, file, number, why)
 
 
 def corrupt(manifest: Manifest, file: int, number: int | None, why: str) -> CorruptData:
@@ -218,13 +284,68 @@ def corrupt(manifest: Manifest, file: int, number: int | None, why: str) -> Corr
     )
 
 
+def _start(copy: _Copy) -> int:
+    return copy[0]
+
+
+def _copy_out(data: memoryview | bytes, begin: int, copies: Sequence[_Copy]) -> list[_Copy]:
+    """Copy what lies in ``data``, the bytes of a file from ``begin`` on; gives the copies that are left to do."""
+    left = []
+    end = begin + len(data)
+    view = memoryview(data)
+    for start, out in copies:
+        take = max(0, min(start + len(out), end) - start)
+        if take:
+            out[:take] = view[start - begin : start - begin + take]
+        if take < len(out):
+            left.append((start + take, out[take:]))
+    return left
+
+
+def _tile(copies: Sequence[_Copy], begin: int, end: int) -> list[memoryview] | None:
+    """Buffers that hold bytes [begin, end) one after the other: the copies', and spare ones for what nobody wants.
+    None if two copies want the same byte.
+    """
+    tiles = []
+    at = begin
+    for start, out in copies:
+        if start < at:
+            return None
+        if start > at:
+            tiles.append(memoryview(bytearray(start - at)))
+        tiles.append(out)
+        at = start + len(out)
+    if at < end:
+        tiles.append(memoryview(bytearray(end - at)))
+    return tiles
+
+
+def _in_blocks(views: Sequence[memoryview], block: int) -> Iterator[list[memoryview]]:
+    """The parts of each block, of views that follow one another from the start of a block on."""
+    parts: list[memoryview] = []
+    need = block
+    for view in views:
+        at = 0
+        while at < len(view):
+            take = min(need, len(view) - at)
+            parts.append(view[at : at + take])
+            at += take
+            need -= take
+            if not need:
+                yield parts
+                parts, need = [], block
+    if parts:
+        yield parts
+
+
 def _windows(copies: Iterable[_Copy], block: int, most: int) -> Iterator[tuple[int, int]]:
     """Ranges of blocks that the copies (sorted by start) touch: merged where they meet, up to ``most``."""
     low = high = 0
     for copy in copies:
-        if not len(copy.out):
+        start, out = copy
+        if not len(out):
             continue
-        first, last = copy.start // block, -(-(copy.start + len(copy.out)) // block)
+        first, last = start // block, -(-(start + len(out)) // block)
         if first > high:
             yield from _split(low, high, most)
             low = first

@@ -30,6 +30,14 @@ class RemoteBackend:
         full = self._full(path)
         if self.system.exists(full):
             raise FileExistsError(f"{full} exists; pack names are used once")
+        return self._stream(full, blocks, undo=True)
+
+    def replace(self, path: str, blocks: Iterable[memoryview]) -> int:
+        # An upload that is not completed leaves the old object. Where the file system writes in place (memory does not
+        # until it is closed), a stream that fails must not remove what there was.
+        return self._stream(self._full(path), blocks, undo=False)
+
+    def _stream(self, full: str, blocks: Iterable[memoryview], *, undo: bool) -> int:
         file = self.system.open(full, "wb")
         size = 0
         try:
@@ -40,8 +48,9 @@ class RemoteBackend:
             # close() would complete the upload: throw the parts away instead.
             with contextlib.suppress(Exception):
                 file.discard()
-            with contextlib.suppress(Exception):
-                self.system.rm_file(full)
+            if undo:
+                with contextlib.suppress(Exception):
+                    self.system.rm_file(full)
             raise
         file.close()
         return size

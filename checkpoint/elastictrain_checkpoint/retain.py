@@ -1,22 +1,25 @@
 """Retention: what to remove, in which order, and what never.
 
-A step goes manifest first, then data: a crash in between leaves garbage that a later call removes, never a
-manifest without its data. Garbage (attempts that no manifest refers to) goes when its newest file is older
-than a lease, since it may be an attempt that is still being written.
+A step goes manifest first, then data: a crash in between leaves garbage that a later call removes, never a manifest
+without its data. Packs that another step refers to stay, without a manifest, until nobody refers to them any more.
+Garbage (files of attempts that no manifest refers to) goes when its newest file is older than a lease, since it may be
+an attempt that is still being written.
 """
 
 from __future__ import annotations
 
+import datetime
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from elastictrain_checkpoint.check import verify
 from elastictrain_checkpoint.commit import Skipped, list_steps, load
-from elastictrain_checkpoint.errors import CorruptData, InvalidPiece
-from elastictrain_checkpoint.manifest import Manifest
+from elastictrain_checkpoint.errors import CorruptData, InvalidManifest, InvalidPiece, NoCheckpoint
+from elastictrain_checkpoint.manifest import Manifest, parse_manifest
 from elastictrain_checkpoint.part import check_names
-from elastictrain_checkpoint.paths import LATEST, MANIFEST, manifest_path, parse_step_folder, step_folder
+from elastictrain_checkpoint.paths import LATEST, MANIFEST, PIN, manifest_path, parse_step_folder, step_folder
+from elastictrain_checkpoint.policies import Newest, Point, Policy
 from elastictrain_checkpoint.store import Store
 
 DEFAULT_LEASE_S = 24 * 3600.0
@@ -29,7 +32,7 @@ class Pruned:
     Attributes:
         kept: steps that remain, ascending.
         removed: steps that were removed, ascending.
-        garbage: paths of attempts and drafts that were removed.
+        garbage: paths of attempts, packs and drafts that nobody refers to and that were removed.
         unsound: steps that look like checkpoints and are none; left for a person to look at.
 
     """
@@ -40,28 +43,58 @@ class Pruned:
     unsound: list[Skipped] = field(default_factory=list)
 
 
+def pin(store: Store, step: int, why: str = "") -> None:
+    """Keep a step whatever the policies of `prune` say, until `unpin`. Lasts; pinning twice changes nothing.
+
+    Raises:
+        NoCheckpoint: there is no such step.
+
+    """
+    if store.size(manifest_path(step)) is None:
+        raise NoCheckpoint(f"{store.url} has no checkpoint of step {step} to pin")
+    try:
+        store.publish(f"{step_folder(step)}/{PIN}", f"{why}\n".encode())
+    except FileExistsError:
+        return
+
+
+def unpin(store: Store, step: int) -> None:
+    """Leave a step to the policies again; fine if it was not pinned."""
+    store.remove(f"{step_folder(step)}/{PIN}")
+
+
+def pinned(store: Store) -> list[int]:
+    """Steps that are pinned, ascending."""
+    return [step for step in list_steps(store) if store.size(f"{step_folder(step)}/{PIN}") is not None]
+
+
 def prune(
     store: Store,
-    keep: int,
+    keep: int | Policy,
     *,
     lease_s: float = DEFAULT_LEASE_S,
     verified: Collection[int] = (),
+    protect: Collection[int] = (),
     current: int | None = None,
     now_s: float | None = None,
 ) -> Pruned:
-    """Keep the newest ``keep`` sound checkpoints and remove older ones, and garbage.
+    """Keep the sound checkpoints that ``keep`` asks for, remove the others, and garbage.
 
-    Nothing is removed unless one of those kept is verified, every byte, first; steps whose packs a kept one
-    uses stay.
+    Nothing is removed unless one of those kept is verified, every byte, first. Pinned steps stay. Packs that a kept
+    step refers to stay; the rest of a removed step goes. A step all of whose packs stay anyway stays too: it costs
+    nothing.
 
     A run that goes back to an older step and goes on from there leaves later steps behind that have not happened in its
     history. They are known by their generations: ``current`` was committed after them.
 
+    Not while somebody else saves with a base in this store, unless the base is pinned (see `PackWriter`).
+
     Args:
         store: where.
-        keep: at least 1.
+        keep: policies (see `elastictrain_checkpoint.policies`), or the number of newest ones, at least 1.
         lease_s: age in seconds from which on an attempt without a commit counts as given up.
         verified: steps that the caller has verified since they were written; they are not read again.
+        protect: further steps to keep, for example those that are still being copied elsewhere.
         current: the step that was committed last; later steps of lower generations are removed.
         now_s: time in seconds since 1970; the clock's if not given.
 
@@ -69,31 +102,64 @@ def prune(
         InvalidPiece: ``keep`` is below 1.
 
     """
-    if keep < 1:
+    if isinstance(keep, int) and keep < 1:
         raise InvalidPiece(f"keep={keep}: at least one checkpoint is always kept; pass 1 or more")
+    policy = Newest(keep) if isinstance(keep, int) else keep
+    now_s = time.time() if now_s is None else now_s
     result = Pruned()
+    sound, foreign = _read_all(store, result)
+    given_up = _given_up(sound, current)
+    counted = [manifest for manifest in sound if manifest not in given_up]
+    stay = {*pinned(store), *protect}
+    wanted = policy.keep([_point(manifest) for manifest in counted], now_s)
+    kept = [m for m in sound if m.step in stay or (m in counted and m.step in wanted)]
+    # Whatever a policy says, the newest stays: a store is never emptied.
+    kept = kept or counted[-1:]
+    old = [manifest for manifest in sound if manifest not in kept]
+    if old and not any(m.step in verified or not verify(store, m) for m in reversed(kept)):
+        result.unsound += [Skipped(manifest.step, "its bytes are damaged") for manifest in kept]
+        kept, old = sound, []
+    used = {path for manifest in kept for path in manifest.paths} | foreign
+    free = [m for m in old if m.own_paths and used.issuperset(m.paths)]
+    kept = kept + free
+    used |= {path for manifest in kept for path, _ in manifest.sidecars}
+    for manifest in old:
+        if manifest not in free:
+            _remove_step(store, manifest.step, used)
+            result.removed.append(manifest.step)
+    result.kept = sorted(manifest.step for manifest in kept)
+    result.removed.sort()
+    _collect_garbage(store, used, now_s - lease_s, result)
+    return result
+
+
+def _read_all(store: Store, result: Pruned) -> tuple[list[Manifest], set[str]]:
+    """Sound steps, ascending, and the packs that steps which are not whole refer to: those too are for a person."""
     sound: list[Manifest] = []
+    foreign: set[str] = set()
     for step in list_steps(store):
         try:
             sound.append(load(store, step))
         except CorruptData as error:
             result.unsound.append(Skipped(step, str(error)))
-    given_up = _given_up(sound, current)
-    counted = [manifest for manifest in sound if manifest not in given_up]
-    kept, old = counted[-keep:], [*counted[:-keep], *given_up]
-    if old and not any(m.step in verified or not verify(store, m) for m in reversed(kept)):
-        result.unsound += [Skipped(manifest.step, "its bytes are damaged") for manifest in kept]
-        kept, old = sound, []
-    pinned = {base for manifest in kept for base in manifest.base}
-    kept += [manifest for manifest in old if manifest.step in pinned]
-    for manifest in old:
-        if manifest.step not in pinned:
-            discard(store, manifest.step)
-            result.removed.append(manifest.step)
-    result.kept = sorted(manifest.step for manifest in kept)
-    used = {path.rsplit("/", 1)[0] for manifest in kept for path in manifest.paths}
-    _collect_garbage(store, used, (time.time() if now_s is None else now_s) - lease_s, result)
-    return result
+            foreign.update(_paths_of(store, step))
+    return sound, foreign
+
+
+def _paths_of(store: Store, step: int) -> Iterable[str]:
+    """Packs that a step refers to; none if its manifest cannot be believed."""
+    try:
+        return parse_manifest(store.read_all(manifest_path(step)), step, store.read_all).paths
+    except (FileNotFoundError, InvalidManifest):
+        return ()
+
+
+def _point(manifest: Manifest) -> Point:
+    try:
+        time_s = datetime.datetime.fromisoformat(manifest.time).timestamp()
+    except ValueError:
+        time_s = 0.0
+    return Point(manifest.step, time_s, manifest.info)
 
 
 def _given_up(sound: list[Manifest], current: int | None) -> list[Manifest]:
@@ -104,7 +170,8 @@ def _given_up(sound: list[Manifest], current: int | None) -> list[Manifest]:
 
 
 def discard(store: Store, step: int, keep_attempt: str | None = None) -> None:
-    """Remove a step, sound or not: its manifest first, then everything in its folder.
+    """Remove a step, sound or not, pinned or not: its manifest first, then everything in its folder that no other step
+    refers to.
 
     Args:
         store: where.
@@ -117,13 +184,19 @@ def discard(store: Store, step: int, keep_attempt: str | None = None) -> None:
     """
     if keep_attempt is not None:
         check_names(keep_attempt=keep_attempt)
+    folder = step_folder(step)
+    used = {path for other in list_steps(store) if other != step for path in _paths_of(store, other)}
+    _remove_step(store, step, {path for path in used if path.startswith(f"{folder}/")}, keep_attempt)
+
+
+def _remove_step(store: Store, step: int, used: Collection[str], keep_attempt: str | None = None) -> None:
+    folder = step_folder(step)
     store.remove(manifest_path(step))
-    if keep_attempt is None:
-        _remove_tree(store, step_folder(step))
-        return
-    for name in store.list(step_folder(step)):
+    for name in store.list(folder):
         if name != keep_attempt:
-            _remove_tree(store, f"{step_folder(step)}/{name}")
+            _remove_tree(store, f"{folder}/{name}", used)
+    if not store.list(folder):
+        store.remove(folder)
 
 
 def _collect_garbage(store: Store, used: set[str], before_s: float, result: Pruned) -> None:
@@ -136,11 +209,25 @@ def _collect_garbage(store: Store, used: set[str], before_s: float, result: Prun
             continue  # not ours, or unsound, or committed while we were looking at the others
         for name in store.list(folder):
             path = f"{folder}/{name}"
-            if name != MANIFEST and path not in used and _newest_s(store, path) < before_s:
-                _remove_tree(store, path)
-                result.garbage.append(path)
+            if name == MANIFEST or (name == PIN and step in result.kept):
+                continue
+            _collect_attempt(store, path, used, before_s, result)
         if not store.list(folder) and _newest_s(store, folder) < before_s:
             store.remove(folder)
+
+
+def _collect_attempt(store: Store, path: str, used: set[str], before_s: float, result: Pruned) -> None:
+    """Remove an attempt that nobody refers to, or what nobody refers to in an attempt that somebody does."""
+    if not any(one.startswith(f"{path}/") for one in used):
+        if _newest_s(store, path) < before_s:
+            _remove_tree(store, path)
+            result.garbage.append(path)
+        return
+    for name in store.list(path):
+        inner = f"{path}/{name}"
+        if inner not in used and _newest_s(store, inner) < before_s:
+            _remove_tree(store, inner)
+            result.garbage.append(inner)
 
 
 def _newest_s(store: Store, path: str) -> float:
@@ -157,8 +244,13 @@ def _is_folder(store: Store, path: str) -> bool:
     return store.size(path) is None
 
 
-def _remove_tree(store: Store, path: str) -> None:
+def _remove_tree(store: Store, path: str, used: Collection[str] = ()) -> None:
+    """Remove a file, or a folder with all in it, but for what is used."""
+    if path in used:
+        return
     if _is_folder(store, path):
         for name in store.list(path):
-            _remove_tree(store, f"{path}/{name}")
+            _remove_tree(store, f"{path}/{name}", used)
+        if used and store.list(path):
+            return
     store.remove(path)

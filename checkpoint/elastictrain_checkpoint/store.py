@@ -1,4 +1,4 @@
-"""Storage in nine verbs, none of which renames, locks or overwrites data.
+"""Storage in ten verbs, none of which locks; only one, for healing, writes data over data.
 
 What the commit protocol asks of storage is little, so that a local disk, NFS, memory and S3-like stores
 behave alike: a file is created exactly once and is durable when the call returns; one small file can be
@@ -8,7 +8,7 @@ store's root, with ``/``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +19,8 @@ from elastictrain_checkpoint.errors import InvalidPiece
 from elastictrain_checkpoint.posix import PosixBackend
 from elastictrain_checkpoint.remote import RemoteBackend
 
+REMOTE_WINDOW_BYTES = 16 << 20
+
 
 class Backend(Protocol):
     """What a kind of storage must do; see `Store` for the meaning of each verb."""
@@ -26,6 +28,7 @@ class Backend(Protocol):
     def create(self, path: str, blocks: Iterable[memoryview]) -> int: ...
     def publish(self, path: str, data: bytes) -> None: ...
     def put(self, path: str, data: bytes) -> None: ...
+    def replace(self, path: str, blocks: Iterable[memoryview]) -> int: ...
     def read_into(self, path: str, start: int, out: memoryview) -> int: ...
     def read_all(self, path: str) -> bytes: ...
     def size(self, path: str) -> int | None: ...
@@ -56,7 +59,8 @@ class Store:
     def create(self, path: str, blocks: Iterable[memoryview]) -> int:
         """Stream ``blocks`` into a new file; durable on return. Gives its size in bytes.
 
-        A block may be reused by its producer when the next one is asked for. If the stream fails, the file
+        A block may be reused by its producer when the next one is asked for. If ``blocks`` has an attribute
+        ``size_bytes``, a local disk sets aside that much room first. If the stream fails, the file
         is removed as far as possible; a torn file can remain, under a name that nothing refers to.
 
         Raises:
@@ -79,6 +83,13 @@ class Store:
         """Write a small file over whatever was there. Only for hints: not durable, last writer wins."""
         self._backend.put(_checked(path), data)
 
+    def replace(self, path: str, blocks: Iterable[memoryview]) -> int:
+        """Stream a new file and put it in the place of what is there, if anything; durable on return. Gives its size.
+
+        Only to heal what is damaged: until the new file is whole, the old one stays as it is, also if the stream fails.
+        """
+        return self._backend.replace(_checked(path), blocks)
+
     def read_into(self, path: str, start: int, out: memoryview) -> int:
         """Fill ``out`` with the bytes from ``start`` on; gives how many there were (less only at the end of
         the file).
@@ -88,6 +99,36 @@ class Store:
 
         """
         return self._backend.read_into(_checked(path), start, out)
+
+    @property
+    def read_window_bytes(self) -> int:
+        """Bytes that are best read at once: little where what was read is hashed from the processor's cache, much
+        where every request waits for a network.
+        """
+        return int(getattr(self._backend, "read_window_bytes", REMOTE_WINDOW_BYTES))
+
+    def read_parts(self, path: str, start: int, outs: Sequence[memoryview]) -> int:
+        """As `read_into`, for one run of bytes that goes to several buffers, one after the other.
+
+        A backend may have a verb of this name; where it has not, the run is read in one piece and copied.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+
+        """
+        if len(outs) == 1:
+            return self.read_into(path, start, outs[0])
+        parts = getattr(self._backend, "read_parts", None)
+        if parts is not None:
+            return int(parts(_checked(path), start, outs))
+        whole = memoryview(bytearray(sum(len(out) for out in outs)))
+        got = self.read_into(path, start, whole)
+        at = 0
+        for out in outs:
+            take = max(0, min(len(out), got - at))
+            out[:take] = whole[at : at + take]
+            at += len(out)
+        return got
 
     def read_all(self, path: str) -> bytes:
         """Whole content of a small file.

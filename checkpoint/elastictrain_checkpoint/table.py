@@ -1,19 +1,78 @@
 """The chunk table of a manifest: where each element of each tensor lies, checked for exact tiling. Pure.
 
-Columns are NumPy arrays, so that tens of thousands of chunks are checked and searched without a loop per
-chunk, and so that the same table can later be kept as Arrow columns.
+Columns are NumPy arrays, so that a hundred thousand chunks are checked and searched without a loop per chunk, whether
+they come from the JSON of the manifest or from the Arrow table beside it (see `elastictrain_checkpoint.sidecar`).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 
-from elastictrain_checkpoint.boxes import Ints, first_overlap, strides
+from elastictrain_checkpoint.boxes import Ints, first_overlap
 from elastictrain_checkpoint.dtypes import item_bytes, num_elements
 from elastictrain_checkpoint.part import FileRecord, TensorRecord
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Tensors and chunks as they were written, unchecked.
+
+    Attributes:
+        names, dtypes: of each tensor, names ascending.
+        shape_bounds, shape: the shape of tensor ``i`` is ``shape[shape_bounds[i]:shape_bounds[i + 1]]``.
+        tensor, file, start: tensor number, file number and first byte of each chunk; chunks of a tensor together.
+        offsets_bounds, offsets, sizes_bounds, sizes: boxes of the chunks, in the same way as shapes.
+
+    """
+
+    names: list[str]
+    dtypes: list[str]
+    shape_bounds: Ints
+    shape: Ints
+    tensor: Ints
+    file: Ints
+    start: Ints
+    offsets_bounds: Ints
+    offsets: Ints
+    sizes_bounds: Ints
+    sizes: Ints
+
+    def shape_of(self, number: int) -> list[int]:
+        """Shape of one tensor."""
+        shape: list[int] = self.shape[self.shape_bounds[number] : self.shape_bounds[number + 1]].tolist()
+        return shape
+
+    def box_of(self, row: int) -> tuple[list[int], list[int]]:
+        """Box of one chunk."""
+        return (
+            self.offsets[self.offsets_bounds[row] : self.offsets_bounds[row + 1]].tolist(),
+            self.sizes[self.sizes_bounds[row] : self.sizes_bounds[row + 1]].tolist(),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Boxes(Sequence[tuple[list[int], list[int]]]):
+    """(offsets, sizes) of each chunk in the order of a table; made when they are asked for."""
+
+    columns: Columns
+    order: Ints
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @overload
+    def __getitem__(self, row: int) -> tuple[list[int], list[int]]: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[tuple[list[int], list[int]]]: ...
+    def __getitem__(self, row: int | slice) -> tuple[list[int], list[int]] | list[tuple[list[int], list[int]]]:
+        if isinstance(row, slice):
+            return [self.columns.box_of(int(at)) for at in self.order[row]]
+        return self.columns.box_of(int(self.order[row]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +101,7 @@ class ChunkTable:
     flat_start: Ints
     flat_stop: Ints
     dense: np.ndarray[tuple[int], np.dtype[np.bool_]]
-    boxes: list[tuple[list[int], list[int]]]
+    boxes: Sequence[tuple[list[int], list[int]]]
 
     def __len__(self) -> int:
         return len(self.tensor)
@@ -53,6 +112,31 @@ class ChunkTable:
         return tuple(sorted({self.names[i] for i in self.tensor[hit]}))
 
 
+def columns_of(tensors: Mapping[str, TensorRecord]) -> Columns:
+    """Tensor records as columns."""
+    names = sorted(tensors)
+    records = [tensors[name] for name in names]
+    chunks = [chunk for record in records for chunk in record.chunks]
+    counts = np.array([len(record.chunks) for record in records], dtype=np.int64)
+    return Columns(
+        names,
+        [record.dtype for record in records],
+        *_ragged([record.shape for record in records]),
+        np.repeat(np.arange(len(names), dtype=np.int64), counts),
+        np.array([chunk[0] for chunk in chunks], dtype=np.int64),
+        np.array([chunk[1] for chunk in chunks], dtype=np.int64),
+        *_ragged([chunk[2] for chunk in chunks]),
+        *_ragged([chunk[3] for chunk in chunks]),
+    )
+
+
+def _ragged(rows: Sequence[Sequence[int]]) -> tuple[Ints, Ints]:
+    """(bounds, values) of rows of different lengths."""
+    bounds = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum([len(row) for row in rows], out=bounds[1:])
+    return bounds, np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int64, count=int(bounds[-1]))
+
+
 def build_table(tensors: Mapping[str, TensorRecord], files: Sequence[FileRecord]) -> ChunkTable:
     """Check every chunk and every tensor, and build the table.
 
@@ -61,70 +145,68 @@ def build_table(tensors: Mapping[str, TensorRecord], files: Sequence[FileRecord]
         InvalidPiece: an unknown dtype or an impossible shape.
 
     """
-    names = sorted(tensors)
-    counts = np.array([num_elements(tensors[name].shape) for name in names], dtype=np.int64)
-    tensor, file, start, boxes = [], [], [], []
-    for number, name in enumerate(names):
-        ndim = len(tensors[name].shape)
-        for chunk_file, chunk_start, offsets, sizes in tensors[name].chunks:
-            if len(offsets) != ndim or len(sizes) != ndim:
-                raise ValueError(f"{name}: chunk {offsets} {sizes} has not the {ndim} dimensions of its tensor")
-            tensor.append(number)
-            file.append(chunk_file)
-            start.append(chunk_start)
-            boxes.append((offsets, sizes))
-    columns = [np.array(column, dtype=np.int64) for column in (tensor, file, start)]
-    flat_start, flat_stop, volume = _geometry(names, tensors, columns[0], boxes)
-    items = np.array([item_bytes(tensors[name].dtype) for name in names], dtype=np.int64)
-    size_bytes = volume * items[columns[0]] if len(names) else volume
-    order = np.lexsort((flat_start, columns[0]))
+    return table_of(columns_of(tensors), files)
+
+
+def table_of(columns: Columns, files: Sequence[FileRecord]) -> ChunkTable:
+    """As `build_table`, from columns."""
+    names = columns.names
+    shapes = (columns.shape_of(number) for number in range(len(names)))
+    counts = np.array([num_elements(shape) for shape in shapes], dtype=np.int64)
+    _check_ranks(columns)
+    flat_start, flat_stop, volume = _geometry(columns)
+    items = np.array([item_bytes(dtype) for dtype in columns.dtypes], dtype=np.int64)
+    size_bytes = volume * items[columns.tensor] if len(names) else volume
+    order = np.lexsort((flat_start, columns.tensor))
     table = ChunkTable(
         names=names,
-        bounds=np.searchsorted(columns[0][order], np.arange(len(names) + 1)),
-        tensor=columns[0][order],
-        file=columns[1][order],
-        start=columns[2][order],
+        bounds=np.searchsorted(columns.tensor[order], np.arange(len(names) + 1)),
+        tensor=columns.tensor[order],
+        file=columns.file[order],
+        start=columns.start[order],
         size_bytes=size_bytes[order],
         flat_start=flat_start[order],
         flat_stop=flat_stop[order],
         dense=(flat_stop - flat_start == volume)[order],
-        boxes=[boxes[i] for i in order],
+        boxes=Boxes(columns, order),
     )
     _check_files(table, files)
     _check_tiling(table, counts)
     return table
 
 
-def _geometry(
-    names: Sequence[str],
-    tensors: Mapping[str, TensorRecord],
-    tensor: Ints,
-    boxes: Sequence[tuple[list[int], list[int]]],
-) -> tuple[Ints, Ints, Ints]:
+def _check_ranks(columns: Columns) -> None:
+    ndims = np.diff(columns.shape_bounds)[columns.tensor]
+    wrong = (np.diff(columns.offsets_bounds) != ndims) | (np.diff(columns.sizes_bounds) != ndims)
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        name, (offsets, sizes) = columns.names[columns.tensor[row]], columns.box_of(row)
+        raise ValueError(f"{name}: chunk {offsets} {sizes} has not the {ndims[row]} dimensions of its tensor")
+
+
+def _geometry(columns: Columns) -> tuple[Ints, Ints, Ints]:
     """First element, one past the last, and number of elements of each chunk; a pass per number of axes."""
-    flat_start, flat_stop, volume = (np.zeros(len(boxes), dtype=np.int64) for _ in range(3))
-    ndims = np.array([len(offsets) for offsets, _ in boxes], dtype=np.int64)
+    tensor = columns.tensor
+    flat_start, flat_stop, volume = (np.zeros(len(tensor), dtype=np.int64) for _ in range(3))
+    ndims = np.diff(columns.shape_bounds)[tensor]
     for ndim in np.unique(ndims):
         rows = np.flatnonzero(ndims == ndim)
+        axes = np.arange(ndim)
         # A dimension may be long, a product of several may not overflow: sizes are checked against shapes
         # first, and a shape has at most 2^56 elements.
-        shape, step = (
-            np.array(kind, dtype=np.int64).reshape(len(rows), ndim)
-            for kind in (
-                [tensors[names[tensor[row]]].shape for row in rows],
-                [strides(tensors[names[tensor[row]]].shape) for row in rows],
-            )
-        )
-        offsets = np.array([boxes[int(row)][0] for row in rows], dtype=np.int64).reshape(len(rows), ndim)
-        sizes = np.array([boxes[int(row)][1] for row in rows], dtype=np.int64).reshape(len(rows), ndim)
-        bad = (sizes > shape - offsets).any(axis=1)
+        shape = columns.shape[columns.shape_bounds[tensor[rows]][:, None] + axes]
+        offsets = columns.offsets[columns.offsets_bounds[rows][:, None] + axes]
+        sizes = columns.sizes[columns.sizes_bounds[rows][:, None] + axes]
+        step = np.ones_like(shape)
+        step[:, :-1] = np.cumprod(shape[:, :0:-1], axis=1)[:, ::-1]
+        bad = (sizes > shape - offsets).any(axis=1) | (offsets < 0).any(axis=1) | (sizes < 0).any(axis=1)
         empty = (sizes == 0).any(axis=1) & (shape > 0).all(axis=1)
         if (bad | empty).any():
-            row = rows[int(np.argmax(bad | empty))]
-            name = names[tensor[row]]
+            at = int(np.argmax(bad | empty))
+            name = columns.names[tensor[rows[at]]]
             what = "is empty" if not bad.any() else "lies outside"
             raise ValueError(
-                f"{name}: chunk at {boxes[row][0]} of {boxes[row][1]} {what} of shape {tensors[name].shape}"
+                f"{name}: chunk at {offsets[at].tolist()} of {sizes[at].tolist()} {what} of shape {shape[at].tolist()}"
             )
         volume[rows] = sizes.prod(axis=1)
         flat_start[rows] = (offsets * step).sum(axis=1)
@@ -134,7 +216,7 @@ def _geometry(
 
 
 def _check_files(table: ChunkTable, files: Sequence[FileRecord]) -> None:
-    wrong = table.file >= len(files)
+    wrong = (table.file >= len(files)) | (table.file < 0)
     if not wrong.any() and len(table):
         begin = np.array([file.data_start for file in files], dtype=np.int64)[table.file]
         end = np.array([file.size_bytes for file in files], dtype=np.int64)[table.file]
@@ -144,7 +226,7 @@ def _check_files(table: ChunkTable, files: Sequence[FileRecord]) -> None:
         number = int(table.file[row])
         where = (
             f"file {number} of {len(files)}"
-            if number >= len(files)
+            if not 0 <= number < len(files)
             else f"bytes [{table.start[row]}, {table.start[row] + table.size_bytes[row]}) of {files[number].path}, "
             f"whose data is [{files[number].data_start}, {files[number].size_bytes})"
         )
@@ -187,8 +269,9 @@ def _refuse(name: str, expected: int, got: int) -> None:
 
 def _check_boxes(table: ChunkTable, number: int, count: int) -> None:
     rows = range(int(table.bounds[number]), int(table.bounds[number + 1]))
-    offsets = np.array([table.boxes[row][0] for row in rows], dtype=np.int64)
-    sizes = np.array([table.boxes[row][1] for row in rows], dtype=np.int64)
+    found = [table.boxes[row] for row in rows]
+    offsets = np.array([box[0] for box in found], dtype=np.int64)
+    sizes = np.array([box[1] for box in found], dtype=np.int64)
     pair = first_overlap(offsets, sizes)
     if pair is not None:
         one, two = (f"{offsets[i].tolist()}+{sizes[i].tolist()}" for i in pair)

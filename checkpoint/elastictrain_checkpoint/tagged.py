@@ -18,6 +18,7 @@ from elastictrain_checkpoint.errors import InvalidPiece
 from elastictrain_checkpoint.hashing import unbase64
 
 EXACT_INT = 1 << 53
+DECIMAL_BITS = 4096
 MAX_DEPTH = 100
 
 
@@ -38,7 +39,9 @@ def _encode(value: Any, where: str, depth: int) -> Any:
     if value is None or kind in (bool, str):
         return value
     if kind is int:
-        return value if -EXACT_INT <= value <= EXACT_INT else {"$int": str(value)}
+        # Python reads and writes decimals of any length only up to a limit; hexadecimal has none.
+        text = str(value) if value.bit_length() <= DECIMAL_BITS else hex(value)
+        return value if -EXACT_INT <= value <= EXACT_INT else {"$int": text}
     if kind is float:
         return value if math.isfinite(value) else {"$float": repr(value)}
     if kind is bytes:
@@ -51,7 +54,7 @@ def _encode(value: Any, where: str, depth: int) -> Any:
             return {key: _encode(item, f"{where}.{key}", depth + 1) for key, item in value.items()}
         return {
             "$dict": [
-                [_encode(key, f"{where} key", depth + 1), _encode(item, f"{where}.{key}", depth + 1)]
+                [_encode(key, f"{where} key", depth + 1), _encode(item, f"{where}.{_shown(key)}", depth + 1)]
                 for key, item in value.items()
             ]
         }
@@ -59,6 +62,11 @@ def _encode(value: Any, where: str, depth: int) -> Any:
         f"{where} is a {kind.__module__}.{kind.__qualname__}; the tree holds None, bool, int, float, str, bytes, list, "
         f"tuple and dict (convert scalars with .item(), save arrays as tensors)"
     )
+
+
+def _shown(key: Any) -> str:
+    """A key in a message; a whole number may be too long to be written in decimals."""
+    return hex(key)[:40] if type(key) is int and key.bit_length() > DECIMAL_BITS else str(key)
 
 
 def decode(value: Any) -> Any:
@@ -88,7 +96,7 @@ def _decode_tag(tag: str, value: dict[str, Any]) -> Any:
         case "$dict", list() if all(isinstance(pair, list) and len(pair) == 2 for pair in body):
             return {decode(key): decode(item) for key, item in body}
         case "$int", str():
-            return int(body)
+            return int(body, 16 if body.lstrip("-").startswith("0x") else 10)
         case "$float", "nan" | "inf" | "-inf":
             return float(body)
         case "$bytes", str():

@@ -25,6 +25,7 @@ from elastictrain.engine.inquest import Knowledge
 from elastictrain.engine.lanes import LaneTree
 from elastictrain.engine.numerics import capture
 from elastictrain.engine.one_lane import Batches
+from elastictrain.engine.pacing import Pacing
 from elastictrain.engine.probes import Probes
 from elastictrain.engine.reports import step_row
 from elastictrain.engine.step import Pending, StepRunner
@@ -79,6 +80,7 @@ class Session:
         self.tree.watch(model.flat.model)
         self.tree.interrupted = self.check
         self.saver = saving.Saver(job.checkpoint) if job.checkpoint else None
+        self.pacing = Pacing(job.checkpoint)
         self.guard = Guard(model.flat, model.held)
         self.knowledge = Knowledge()
         self.doubt: Doubt | None = None

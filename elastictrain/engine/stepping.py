@@ -62,6 +62,7 @@ class Stepping:
     def run(self) -> None:
         s = self.session
         self.step = self.plan.step
+        s.pacing.given_up()
         report = self._after_commit(self.step, sealed=True)
         while self.step < self.job.steps:
             self.step += 1
@@ -74,7 +75,7 @@ class Stepping:
                 park = s.park(self.plan.generation)
                 s.emit(ev.WorkerParked(0.0, self.plan.generation, park))
                 return
-            report = self._after_commit(self.step, sealed=False)
+            report = self._after_commit(self.step, sealed=False, flags=tally.flags)
         self._close(report)
 
     def _one_step(self, report: StepReport) -> Tally:
@@ -91,7 +92,8 @@ class Stepping:
             s.pending = pending
         s.probes.flips(s, self.step, "reduced")
         offered = max(s.offers, default=0)
-        vote = self.runner.vote(pending, flags=s.pause_flags(), plan=offered)
+        flags = s.pause_flags() | s.pacing.flags(is_publisher=self.is_publisher)
+        vote = self.runner.vote(pending, flags=flags, plan=offered)
         self._check_sums(vote)
         extras = self.groups.all_gather_sized(report.extras()) if report.stores else []
         s.probes.at(self.step, "voted")
@@ -116,6 +118,7 @@ class Stepping:
         self.runner.seconds["step_s"] = time.perf_counter() - started
         if not self.first_step:
             s._longest_s = max(s._longest_s, self.runner.seconds["step_s"])
+            s.pacing.stepped(self.runner.seconds["step_s"])
         self.first_step = False
         s.committed.remember(s.row_of(tally, self.runner.seconds))
         self._commit_checkpoint(report, extras)
@@ -162,7 +165,7 @@ class Stepping:
 
     # --- at a commit ---
 
-    def _after_commit(self, step: int, *, sealed: bool) -> StepReport:
+    def _after_commit(self, step: int, *, sealed: bool, flags: int = 0) -> StepReport:
         """Evaluate and write packs where step `step` asks for it. What comes of it is published one vote later; a step
         that was sealed with nothing more to come is published at once.
         """
@@ -171,11 +174,7 @@ class Stepping:
         evaluate = bool(self.job.evaluate_every) and step > 0 and not known
         evaluate = evaluate and (step % (self.job.evaluate_every or 1) == 0 or last)
         report = StepReport(step, row=s.committed.rows.get(step) if not known else None)
-        checkpoint = self.job.checkpoint
-        store = checkpoint is not None and step > 0 and not (sealed and self.plan.checkpointed_step >= step)
-        store = (
-            store and checkpoint is not None and (step % checkpoint.every_steps == 0 or (last and checkpoint.at_end))
-        )
+        store = s.pacing.stores(step, flags, last=last) and not (sealed and self.plan.checkpointed_step >= step)
         report.evaluates, report.stores = evaluate, store
         if evaluate and self.is_publisher:
             s.pulse.enter(Activity.EVALUATE)
@@ -208,7 +207,8 @@ class Stepping:
         s = self.session
         s.pulse.enter(Activity.STORE)
         assert s.saver is not None, "only a job with the setting checkpoint stores"
-        return s.saver.write(self._owned(), step=step, generation=self.plan.generation, worker=s.worker)
+        with s.pacing.storing(step):
+            return s.saver.write(self._owned(), step=step, generation=self.plan.generation, worker=s.worker)
 
     def _owned(self) -> saving.Owned:
         s = self.session
@@ -248,8 +248,11 @@ class Stepping:
     def _commit_checkpoint(self, report: StepReport, extras: list[bytes]) -> None:
         s = self.session
         if not (report.stores and self.is_publisher and s.saver is not None):
+            if report.stores:
+                s.pacing.durable(report.step)
             return
         s.pulse.enter(Activity.STORE)
+        started = time.perf_counter()
         path = s.saver.commit(
             StepReport.shares(extras),
             step=report.step,
@@ -259,6 +262,8 @@ class Stepping:
             aliases=s.model.space.aliases,
             info={"world": self.layout.world_size},
         )  # fmt: skip
+        s.pacing.stalled(time.perf_counter() - started)
+        s.pacing.durable(report.step)
         s.emit(ev.CheckpointCommitted(0.0, self.plan.generation, report.step, path))
 
     def _close(self, report: StepReport) -> None:

@@ -20,6 +20,8 @@ from elastictrain.tree import Node, finish, roots, whole
 
 FLAG_PAUSE = 1
 FLAG_STORE = 2
+FLAG_DUE = 4
+"""By its budget of time, this commit is to be stored (see `pacing`)."""
 _HEADER = 6  # generation, step, flags, plan, counter hash, tokens
 
 

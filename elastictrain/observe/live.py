@@ -248,6 +248,8 @@ def _figures(status: Status, rows: Sequence[MetricsRow]) -> Table:
     evaluation = next((row.evaluation for row in reversed(rows) if row.evaluation), None)
     if evaluation:
         table.add_row("evaluation", Text(", ".join(f"{name} {number(value)}" for name, value in evaluation.items())))
+    if status.exposure_s is not None:
+        table.add_row("exposure", exposure_words(status))
     if status.last_recovery:
         table.add_row("last recovery", Text(recovery_words(status.last_recovery)))
     if status.waiting:
@@ -255,6 +257,12 @@ def _figures(status: Status, rows: Sequence[MetricsRow]) -> Table:
     if status.error:
         table.add_row("error", Text(status.error, style="red"))
     return table
+
+
+def exposure_words(status: Status) -> str:
+    """What would be lost if everything died now."""
+    since = "nothing is stored yet" if status.stored_step is None else f"stored: step {status.stored_step}"
+    return f"{status.exposure_s or 0.0:.1f} s of training would be lost if everything died now ({since})"
 
 
 def recovery_words(recovery: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from elastictrain.errors import ElasticTrainError
+from elastictrain.observe.exposure import exposure_s, stored_step
 from elastictrain.observe.lock import holder_of
 from elastictrain.observe.metrics import RATE_STEPS, tokens_per_s
 from elastictrain.observe.rundir import RunDirectory
@@ -22,15 +23,17 @@ AWAY_S = 60.0
 def status_of(run: RunDirectory) -> Status:
     """status.json brought up to the newest row and event: it is replaced seldom, and not at all by a run that dies."""
     found = run.read_status() or Status(run_dir=str(run.path), name=run.path.name)
-    rows, summary = run.metrics(), summarise(run)
+    rows, summary, events = run.metrics(), summarise(run), run.events()
     facts: dict[str, Any] = {"run_dir": str(run.path)}
-    began = [event.data for event in run.events() if event.kind in ("run_started", "run_resumed")]
+    began = [event.data for event in events if event.kind in ("run_started", "run_resumed")]
     if began and not found.steps:  # the controller has not written one yet
         facts |= {"steps": began[-1].get("steps") or 0, "name": began[-1].get("name") or found.name}
     if rows:
         facts |= {"step": rows[-1].step, "loss": rows[-1].loss, "generation": rows[-1].generation}
         facts |= {"world": rows[-1].world or found.world, "tokens_per_s": tokens_per_s(rows[-RATE_STEPS:])}
-    recoveries = [event.data for event in run.events() if event.kind == "recovery"]
+    if rows and summary.outcome == "running":
+        facts |= {"exposure_s": exposure_s(events, rows), "stored_step": stored_step(events)}
+    recoveries = [event.data for event in events if event.kind == "recovery"]
     if recoveries:
         facts["last_recovery"] = recoveries[-1]
     if summary.outcome != "running":

@@ -10,7 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 class Status(BaseModel):
     """`state`: the controller's phase, as its name: gathering, forming, running, parking, finishing, finished, failed,
     stopped. `lanes`: lanes per worker number. `held_once`: blocks with a single holder. `waiting`: why the run waits.
-    `last_recovery`: the data of the last `recovery` event. `error`: why it failed. Times in seconds or ISO UTC.
+    `exposure_s`: if everything died now, so many seconds of training would be lost; `stored_step`: the newest step that
+    is stored. `last_recovery`: the data of the last `recovery` event. `error`: why it failed. Times in seconds or ISO
+    UTC.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -27,6 +29,8 @@ class Status(BaseModel):
     spares: int = 0
     loss: float | None = None
     tokens_per_s: float | None = None
+    exposure_s: float | None = None
+    stored_step: int | None = None
     last_recovery: dict[str, Any] | None = None
     waiting: str | None = None
     error: str | None = None

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,29 @@ WRONG = [
     ),
     (
         {"checkpoint": {"path": "c", "zzz": 3}},
-        "job: unknown setting 'checkpoint.zzz'; known settings: at_end, every_steps, keep, path, storage_options",
+        (
+            "job: unknown setting 'checkpoint.zzz'; known settings: at_end, every_steps, keep, max_loss, max_overhead, "
+            "path, storage_options"
+        ),
+    ),
+    (
+        {"checkpoint": {"path": "c", "every_steps": 3, "max_overhead": 0.5, "max_loss": "90s"}},
+        (
+            "job: checkpoint.every_steps=3 and checkpoint.max_overhead=0.5 and max_loss=0:01:30 both say how often to "
+            "store; set either every_steps, or max_overhead and max_loss"
+        ),
+    ),
+    (
+        {"checkpoint": {"path": "c", "max_overhead": 1.5}},
+        "job: checkpoint.max_overhead: Input should be less than or equal to 1 (got 1.5)",
+    ),
+    (
+        {"checkpoint": {"path": "c", "max_overhead": True}},
+        "job: checkpoint.max_overhead: expected a number (got the switch True)",
+    ),
+    (
+        {"checkpoint": {"path": "c", "max_loss": "0s"}},
+        "job: checkpoint.max_loss: expected a time above 0, such as 5m or 90s (got 0:00:00)",
     ),
     (
         {"steps": "many"},
@@ -185,7 +208,14 @@ jobs = st.builds(
     seed=st.integers(-(2**63), 2**63),
     clip_grad_norm=st.none() | st.floats(1e-9, 1e9),
     workers=st.builds(Workers, max=st.integers(1, 4), lane_shares=shares, block_shares=shares),
-    checkpoint=st.none() | st.builds(Checkpoint, path=names, every_steps=st.integers(1, 99)),
+    checkpoint=st.none()
+    | st.builds(Checkpoint, path=names, every_steps=st.integers(1, 99))
+    | st.builds(
+        Checkpoint,
+        path=names,
+        max_overhead=st.floats(1e-6, 1),
+        max_loss=st.none() | st.timedeltas(timedelta(seconds=1), timedelta(days=9)),
+    ),
     numerics=st.builds(Numerics, compute_dtype=st.sampled_from(["f32", "bf16"]), strict=st.booleans()),
     integrity=st.builds(Integrity, state=st.booleans(), recompute_every=st.none() | st.integers(1, 99)),
     run_dir=st.none() | names,
@@ -197,3 +227,19 @@ def test_yaml_round_trip(job: Job, tmp_path_factory: pytest.TempPathFactory) -> 
     file = tmp_path_factory.getbasetemp() / "round_trip.yaml"
     file.write_text(dump_job(job), encoding="utf-8")
     assert load_job(file) == job
+
+
+@pytest.mark.parametrize(
+    ("written", "seconds"), [("90s", 90), ("5m", 300), ("1h30m", 5400), ("0.5s", 0.5), (45, 45), ("PT5M", 300)]
+)
+def test_times_may_be_written_as_people_do(written: object, seconds: float) -> None:
+    found = parse_job(BASE | {"checkpoint": {"path": "c", "max_loss": written}}).checkpoint
+    assert found is not None
+    assert found.max_loss == timedelta(seconds=seconds)
+
+
+def test_steps_are_the_default_only_where_no_budget_is_set() -> None:
+    assert Checkpoint(path="c").every_steps == 100
+    assert Checkpoint(path="c", every_steps=None).every_steps == 100
+    assert Checkpoint(path="c", max_overhead=0.01).every_steps is None
+    assert Checkpoint(path="c", max_loss=timedelta(minutes=5)).every_steps is None

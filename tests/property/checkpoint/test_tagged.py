@@ -91,3 +91,18 @@ def test_a_cycle_is_refused() -> None:
 def test_unknown_tags_are_refused(value: Any) -> None:
     with pytest.raises(ValueError, match=r"unknown or malformed tag|beside other keys|not base64|invalid literal"):
         tagged.decode(value)
+
+
+@given(st.sampled_from([2**53 - 1, 2**53, 2**53 + 1, 2**4095, 2**4096, 2**20_000 + 7]), st.sampled_from([1, -1]))
+def test_whole_numbers_of_any_size_come_back(size: int, sign: int) -> None:
+    text = json.dumps(tagged.encode({size * sign: size * sign}), allow_nan=False)
+    assert same(tagged.decode(json.loads(text)), {size * sign: size * sign})
+
+
+def test_the_deepest_tree_that_is_taken_comes_back() -> None:
+    tree: Any = 0
+    for _ in range(tagged.MAX_DEPTH):
+        tree = {1: tree}
+    assert tagged.decode(json.loads(json.dumps(tagged.encode(tree)))) == tree
+    with pytest.raises(InvalidPiece, match="nested deeper than 100 levels"):
+        tagged.encode([tree])

@@ -103,9 +103,10 @@ def save(
     generation: int = 1,
     pack_bytes: int = 1 << 30,
     breaks: Sequence[float] = (),
+    base: Any = None,
     **rest: Any,
 ) -> Manifest:
-    parts = write_parts(store, state, cuts, step=step, attempt=attempt, pack_bytes=pack_bytes, breaks=breaks)
+    parts = write_parts(store, state, cuts, step=step, attempt=attempt, pack_bytes=pack_bytes, breaks=breaks, base=base)
     return commit(store, step=step, attempt=attempt, generation=generation, parts=parts, **rest)
 
 
@@ -127,3 +128,13 @@ def flip(store: Store, path: str, at: int, mask: int = 1) -> None:
     data = bytearray(store.read_all(path))
     data[at] ^= mask
     store.put(path, bytes(data))
+
+
+def changed(state: State, seed: int, *spans: tuple[str, float, float]) -> State:
+    """The state with new bytes in these fractions [low, high) of these tensors."""
+    rng, out = np.random.default_rng(seed), dict(state)
+    for name, low, high in spans:
+        dtype, shape, data = out[name]
+        start, stop = int(low * len(data)), int(high * len(data))
+        out[name] = (dtype, shape, data[:start] + rng.bytes(stop - start) + data[stop:])
+    return out

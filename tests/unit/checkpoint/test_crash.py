@@ -16,7 +16,19 @@ from typing import Any
 
 import pytest
 
-from elastictrain_checkpoint import Manifest, Store, commit, digest, list_steps, load, newest, posix, prune, verify
+from elastictrain_checkpoint import (
+    Manifest,
+    Store,
+    commit,
+    digest,
+    disk,
+    list_steps,
+    load,
+    newest,
+    posix,
+    prune,
+    verify,
+)
 from tests.unit.checkpoint.build import make_state, memory_store, save, write_parts
 
 OLD, NEW = make_state(seed=1), make_state(seed=2)
@@ -41,9 +53,21 @@ class Counter:
 
 
 class KilledOs:
-    """Stands in for the module `os`: dies at one call (a write dies half done) and knows what is durable."""
+    """Stands in for `os` and `disk`: dies at one call (a write dies half done) and knows what is durable."""
 
-    CALLS = ("open", "write", "fsync", "close", "link", "unlink", "replace", "makedirs", "rmdir")
+    CALLS = (
+        "open",
+        "write",
+        "fsync",
+        "close",
+        "link",
+        "unlink",
+        "replace",
+        "makedirs",
+        "rmdir",
+        "reserve",
+        "start_writing_back",
+    )
 
     def __init__(self, at: int | None, root: Path) -> None:
         self.counter = Counter(at)
@@ -54,7 +78,7 @@ class KilledOs:
         self.synced_names = {folder: {entry.name for entry in folder.iterdir()} for folder in folders}
 
     def __getattr__(self, name: str) -> Any:
-        real = getattr(os, name)
+        real = getattr(disk if hasattr(disk, name) else os, name)
         if name not in self.CALLS:
             return real
 
@@ -132,6 +156,8 @@ def test_killed_at_every_system_call(tmp_path: Path, monkeypatch: pytest.MonkeyP
         returned = False
         with monkeypatch.context() as patch:
             patch.setattr(posix, "os", system)
+            patch.setattr(posix, "disk", system)
+            patch.setattr(posix, "WRITE_BACK_BYTES", 40_000)
             try:
                 save_new(store)
                 returned = True
@@ -152,7 +178,7 @@ def test_killed_at_every_system_call(tmp_path: Path, monkeypatch: pytest.MonkeyP
 class KilledBackend:
     """A backend that dies at one verb: before it, half way through a new file, or after it (a lost answer)."""
 
-    VERBS = ("create", "publish", "put", "remove", "size", "read_all", "list", "modified_s", "read_into")
+    VERBS = ("create", "replace", "publish", "put", "remove", "size", "read_all", "list", "modified_s", "read_into")
 
     def __init__(self, backend: Any, at: int | None, when: str) -> None:
         self.backend = backend
@@ -168,7 +194,7 @@ class KilledBackend:
                 return real(*args)
             if self.when == "after":
                 real(*args)
-            elif self.when == "torn" and name == "create":
+            elif self.when == "torn" and name in ("create", "replace"):
                 real(args[0], half(args[1]))
             raise Killed
 
@@ -239,6 +265,6 @@ def test_the_stand_in_replaces_all_that_the_module_uses() -> None:
     assert isinstance(posix.os, types.ModuleType)
     harmless = {"O_WRONLY", "O_CREAT", "O_EXCL", "O_CLOEXEC", "O_RDONLY", "O_DIRECTORY", "preadv", "listdir"}
     source = Path(posix.__file__).read_text()
-    used = set(re.findall(r"\bos\.(\w+)", source))
+    used = set(re.findall(r"\b(?:os|disk)\.(\w+)", source))
     assert used <= harmless | set(KilledOs.CALLS)
     assert not re.search(r"\.write_(bytes|text)\(|\.mkdir\(|\.rename\(|\.touch\(|[^.\w]open\(", source)

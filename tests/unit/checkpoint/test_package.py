@@ -15,6 +15,8 @@ def test_public_names() -> None:
         InvalidManifest InvalidPiece Manifest NoCheckpoint PackWriter Part Piece Problem Pruned Reader Request
         Skipped StaleGeneration Store block_hashes box_runs combine_digest commit digest discard
         flat_range_to_boxes list_steps load newest parse_manifest prune verify
+        AnyOf Base Best Cadence Copier EverySteps Found Healed Healing Measured Newest Point Policy Spaced Stopped
+        Younger copy_step heal newest_good newest_in pin pinned unpin
     """
     assert sorted(elastictrain_checkpoint.__all__) == sorted(expected.split())
     assert all(hasattr(elastictrain_checkpoint, name) for name in elastictrain_checkpoint.__all__)

@@ -1,0 +1,238 @@
+"""Saving and loading against the disk itself and against torch.distributed.checkpoint (DCP), large and small tensors.
+
+Every round does all cases one after the other, so that what else the machine does hits all alike; ratios are medians
+over rounds. Both sides end a save with fsync of every file; loads are warm (from the page cache) and fill buffers that
+were there before.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import numpy as np
+
+import common
+from elastictrain_checkpoint import PackWriter, Piece, Reader, Request, Store, commit, hashing, load, reader
+
+Arrays = Mapping[str, np.ndarray]
+MIB = 1 << 20
+LARGE, SMALL = "64 x 4 MiB", "3,000 x 16 KiB"
+
+
+def arrays(count: int, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    made = np.random.default_rng(0).standard_normal((count, *shape), dtype=np.float32)
+    return {f"model/layers.{i // 10}.part{i % 10}.weight": made[i].copy() for i in range(count)}
+
+
+# --- ours ---
+
+
+def our_save(folder: Path, state: Arrays) -> None:
+    store = Store(folder)
+    pieces = [Piece(name, "F32", value.shape, 0, value) for name, value in state.items()]
+    part = PackWriter(store, step=1, attempt="a", writer="w0").write(pieces)
+    commit(store, step=1, attempt="a", generation=1, parts=[part])
+
+
+def our_load(folder: Path, state: Arrays) -> None:
+    store = Store(folder)
+    source = Reader(store, load(store, 1))
+    source.read_many([Request(name, 0, value.size, value) for name, value in state.items()])
+
+
+# --- the peer, and the disk ---
+
+
+def dcp_save(folder: Path, state: Arrays, threads: int = 1) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    writer = dcp.FileSystemWriter(folder, thread_count=threads, single_file_per_rank=threads == 1, sync_files=True)
+    dcp.save(tensors(state), storage_writer=writer, no_dist=True)
+
+
+def dcp_load(folder: Path, state: Arrays) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    dcp.load(tensors(state), storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+
+
+def tensors(state: Arrays) -> dict[str, Any]:
+    import torch
+
+    return {name: torch.from_numpy(value) for name, value in state.items()}
+
+
+def raw_save(folder: Path, state: Arrays) -> None:
+    folder.mkdir(parents=True)
+    file = os.open(folder / "raw", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    views = [memoryview(value).cast("B") for value in state.values()]
+    for at in range(0, len(views), 512):
+        batch = views[at : at + 512]
+        size = sum(map(len, batch))
+        if os.writev(file, batch) != size:
+            raise OSError("short write")
+    os.fsync(file)
+    os.close(file)
+
+
+def raw_load(folder: Path, state: Arrays) -> None:
+    file = os.open(folder / "raw", os.O_RDONLY)
+    views = [memoryview(value).cast("B") for value in state.values()]
+    for at in range(0, len(views), 512):
+        batch = views[at : at + 512]
+        if os.readv(file, batch) != sum(map(len, batch)):
+            raise OSError("short read")
+    os.close(file)
+
+
+# --- measuring ---
+
+
+def without_hashes(work: Callable[[Path, Arrays], None]) -> Callable[[Path, Arrays], None]:
+    """The same work with hashes that cost nothing (and say nothing): the difference is the price of hashing."""
+
+    def call(folder: Path, state: Arrays) -> None:
+        kept = hashing.block_sum, hashing._hash_cells, reader.block_sum_of
+        hashing.block_sum = lambda _: 0
+        hashing._hash_cells = _no_cells
+        reader.block_sum_of = lambda _: 0
+        try:
+            work(folder, state)
+        finally:
+            hashing.block_sum, hashing._hash_cells, reader.block_sum_of = kept
+
+    return call
+
+
+def _no_cells(run: hashing.Run, start: int, stop: int) -> int:
+    step = run.cell_bytes
+    if not step:
+        return 0
+    if stop < len(run.view):
+        stop -= stop % step
+    run.cells.extend([b"0123456789abcdef"] * -(-(stop - start) // step))
+    return stop
+
+
+def timed(work: Callable[[Path, Arrays], None], folder: Path, state: Arrays) -> float:
+    gc.collect()
+    begun = time.perf_counter()
+    work(folder, state)
+    return time.perf_counter() - begun
+
+
+def measure(folder: Path, state: Arrays, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each case in each round."""
+    saves = {
+        "raw": raw_save,
+        "elastictrain": our_save,
+        "elastictrain without hashes": without_hashes(our_save),
+        "DCP": dcp_save,
+        "DCP, 2 threads": lambda place, what: dcp_save(place, what, threads=2),
+    }
+    loads = {
+        "raw": (raw_load, "raw"),
+        "elastictrain": (our_load, "elastictrain"),
+        "elastictrain without hashes": (without_hashes(our_load), "elastictrain without hashes"),
+        "DCP": (dcp_load, "DCP"),
+    }
+    found: dict[str, list[float]] = {f"save {name}": [] for name in saves} | {f"load {name}": [] for name in loads}
+    targets = {name: np.empty_like(value) for name, value in state.items()}
+    for value in targets.values():
+        value.fill(0)
+    os.sync()
+    for number in range(rounds + 1):  # the first warms up
+        place = folder / str(number)
+        names = list(saves)
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            taken = timed(saves[name], place / name, state)
+            if number:
+                found[f"save {name}"].append(taken)
+        for name in list(loads)[number % len(loads) :] + list(loads)[: number % len(loads)]:
+            work, where = loads[name]
+            work(place / where, targets)  # once unmeasured: what was just written is not yet as warm everywhere
+            taken = timed(work, place / where, targets)
+            if number:
+                found[f"load {name}"].append(taken)
+            if not all(np.array_equal(value, targets[key]) for key, value in state.items()):
+                raise AssertionError(f"{name} has loaded something else")
+        shutil.rmtree(place)
+        os.sync()
+    return found
+
+
+def ratio(found: Mapping[str, list[float]], one: str, other: str) -> float:
+    """How many times as fast ``one`` is as ``other``: the median over rounds."""
+    return common.median(b / a for a, b in zip(found[one], found[other], strict=True))
+
+
+def case(results: common.Results, folder: Path, name: str, state: Arrays, rounds: int) -> None:
+    size = sum(value.nbytes for value in state.values())
+    found = measure(folder, state, rounds)
+    results.raw[name] = found
+    for what, taken in found.items():
+        verb = what.partition(" ")[0]
+        results.row(
+            **{
+                "tensors": name,
+                "case": what,
+                "ms": 1000 * common.median(taken),
+                "ms over rounds": common.spread([1000 * one for one in taken]),
+                "MiB/s": size / MIB / common.median(taken),
+                "of raw": ratio(found, what, f"{verb} raw"),
+                "of DCP": ratio(found, what, f"{verb} DCP"),
+            }
+        )
+    best = min(("save DCP", "save DCP, 2 threads"), key=lambda peer: common.median(found[peer]))
+
+    def figure(title: str, one: str, other: str, least: float) -> None:
+        value = ratio(found, one, other)
+        results.figure(f"{title}, {name}", value, f"{least:g} or more", common.verdict(value, least, at_most=False))
+
+    if name == LARGE:
+        figure("durable save, hashed, of raw write + fsync", "save elastictrain", "save raw", 0.9)
+        figure("load, verified, of raw readinto, warm", "load elastictrain", "load raw", 0.8)
+        figure("save against DCP at its best", "save elastictrain", best, 1.6)
+        figure("load against DCP", "load elastictrain", "load DCP", 2.0)
+        for verb, most in (("save", 5.0), ("load", 10.0)):
+            plain = f"{verb} elastictrain"
+            cost = 100 * (ratio(found, f"{plain} without hashes", plain) - 1)
+            reached = common.verdict(cost, most, at_most=True)
+            results.figure(f"cost of hashing, % of a {verb}, {name}", cost, f"{most:g} or less", reached)
+    else:
+        figure("save against DCP at its best", "save elastictrain", best, 12.0)
+        figure("load against DCP", "load elastictrain", "load DCP", 15.0)
+
+
+def main() -> None:
+    options = common.arguments(__doc__, lambda parser: parser.add_argument("--rounds", type=int, default=None))
+    warnings.filterwarnings("ignore", message=".*single process.*")
+    results = common.Results("checkpoint_throughput", "Checkpoints: saving and loading", options)
+    rounds = options.rounds or (5 if options.quick else 15)
+    with common.scratch("checkpoints") as folder:
+        case(results, folder / "large", LARGE, arrays(64, (1024, 1024)), rounds)
+        case(results, folder / "small", SMALL, arrays(3000, (64, 64)), rounds)
+    results.notes += [
+        "Ratios are medians over rounds of neighbours in time: above 1 means faster.",
+        "Both sides sync every file; elastictrain also syncs folders, and writes, syncs and reads back its manifest.",
+        (
+            "Raw: writev of all tensors into one file and fsync; readv into buffers that were touched before. "
+            "Elastictrain can be faster than that: it sets room aside and lets the device begin before the last byte."
+        ),
+        "A load includes opening the checkpoint: reading and checking the manifest, or DCP's metadata.",
+        "DCP: FileSystemWriter without a process group, one thread or two, sync_files; it verifies nothing on load.",
+    ]
+    results.write()
+
+
+if __name__ == "__main__":
+    main()

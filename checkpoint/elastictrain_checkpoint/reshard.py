@@ -1,0 +1,276 @@
+"""Read once per job: who reads which bytes of a checkpoint, and whom they are sent to. Pure, no communication.
+
+When several workers restore one checkpoint under another layout, each of them wants a part of nearly every stored
+chunk. Reading it everywhere multiplies the load on storage by the number of workers (DCP reads and decodes a whole
+chunk for every reader that wants any of it). Here each chunk is cut into spans of rows, every span is read by one
+worker and handed on. Orbax's restore-and-broadcast does that for replicas; this does it for any boxes.
+
+The plan is a function of the chunk table and of what everybody wants, so all workers find the same plan by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+
+from elastictrain_checkpoint.boxes import Ints
+from elastictrain_checkpoint.collector import no_collections
+from elastictrain_checkpoint.dtypes import item_bytes
+from elastictrain_checkpoint.errors import InvalidPiece
+from elastictrain_checkpoint.manifest import Manifest
+
+SPAN_BYTES = 8 << 20
+"""Chunks are cut into spans of rows of about this size: small enough to share out evenly and to stay in cache."""
+
+
+@dataclass(frozen=True)
+class Want:
+    """A box of a tensor (or alias) that one worker wants; sizes and offsets in elements, one per dimension."""
+
+    name: str
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class ReadPlan:
+    """Who reads what, and where it goes. Columns are arrays; the same on every worker.
+
+    Attributes:
+        workers: how many there are.
+        file, start, size_bytes: file number, first byte and length of each span. Shape [spans], sorted by file and
+            start; spans do not overlap.
+        owner: the worker that reads the span. Shape [spans]; ascending, so everybody reads few long runs.
+        row, low, high: the chunk (row of the manifest's table) and the rows of its box that are the span. Shape
+            [spans].
+        span, worker, want: delivery ``i`` hands a part of span ``span[i]`` to ``worker[i]``, for its want
+            ``want[i]`` (a position in its list). Shape [deliveries], sorted by span.
+        bounds: deliveries of span ``s`` are ``bounds[s]:bounds[s + 1]``. Shape [spans + 1].
+
+    """
+
+    workers: int
+    file: Ints
+    start: Ints
+    size_bytes: Ints
+    owner: Ints
+    row: Ints
+    low: Ints
+    high: Ints
+    span: Ints
+    worker: Ints
+    want: Ints
+    bounds: Ints
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of all spans: what the job reads, but for the rest of the hash blocks at the ends of long runs."""
+        return int(self.size_bytes.sum())
+
+    def owned_bytes(self) -> Ints:
+        """Bytes that each worker reads. Shape [workers]."""
+        return np.bincount(self.owner, weights=self.size_bytes, minlength=self.workers).astype(np.int64)
+
+
+@no_collections()
+def plan_reads(manifest: Manifest, wants: Sequence[Sequence[Want]], *, span_bytes: int = SPAN_BYTES) -> ReadPlan:
+    """Share out the reading of what all workers want.
+
+    Every span that anybody wants is read by exactly one worker, and every wanted element is delivered exactly once. No
+    worker reads more than its even share and one span.
+
+    Args:
+        manifest: the checkpoint.
+        wants: what each worker wants, the same lists on every worker.
+        span_bytes: chunks are cut into spans of about this size; a single longer row makes a longer span.
+
+    Raises:
+        KeyError: no such tensor.
+        InvalidPiece: a box that does not lie in its tensor.
+
+    """
+    found = [_meet(manifest, one, span_bytes) for one in _columns(manifest, wants)]
+    begin = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum([len(one.row) for one in found], dtype=np.int64)])
+    row, low, high = (_joined([getattr(one, column) for one in found]) for column in ("row", "low", "high"))
+    span = _joined([one.span + at for one, at in zip(found, begin.tolist(), strict=False)])
+    worker, want = (_joined([getattr(one, column) for one in found]) for column in ("worker", "want"))
+
+    file, start, size = _places(manifest, row, low, high)
+    wanted = np.flatnonzero(np.bincount(span, minlength=len(row)))
+    kept = wanted[np.lexsort((start[wanted], file[wanted]))]
+    number = np.empty(len(row), dtype=np.int64)
+    number[kept] = np.arange(len(kept))
+    span = number[span]
+    order = np.argsort(span, kind="stable")
+    return ReadPlan(
+        workers=len(wants),
+        file=file[kept],
+        start=start[kept],
+        size_bytes=size[kept],
+        owner=_share(size[kept], len(wants)),
+        row=row[kept],
+        low=low[kept],
+        high=high[kept],
+        span=span[order],
+        worker=worker[order],
+        want=want[order],
+        bounds=np.searchsorted(span[order], np.arange(len(kept) + 1)),
+    )
+
+
+def _joined(columns: Sequence[Ints]) -> Ints:
+    return np.concatenate([np.zeros(0, dtype=np.int64), *columns])
+
+
+def _share(size: Ints, workers: int) -> Ints:
+    """Owners of spans in a row: whoever's even share of the bytes the middle of a span lies in."""
+    ends = np.cumsum(size)
+    total = int(ends[-1]) if len(ends) else 0
+    middle = ends - size / 2
+    return np.minimum((middle * workers / max(total, 1)).astype(np.int64), workers - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Wants:
+    """All wants for tensors of one number of dimensions."""
+
+    tensor: Ints
+    worker: Ints
+    want: Ints
+    offsets: Ints
+    sizes: Ints
+
+
+def _columns(manifest: Manifest, wants: Sequence[Sequence[Want]]) -> list[_Wants]:
+    number = {name: number for number, name in enumerate(manifest.table.names)}
+    number |= {alias: number[target] for alias, target in manifest.alias.items()}
+    shapes = [manifest.tensors[name][1] for name in manifest.table.names]
+    everything = [want for mine in wants for want in mine]
+    try:
+        tensor = np.fromiter((number[want.name] for want in everything), dtype=np.int64, count=len(everything))
+    except KeyError as error:
+        raise KeyError(f"step {manifest.step} has no tensor {error.args[0]!r}") from None
+    counts = [len(mine) for mine in wants]
+    worker = np.repeat(np.arange(len(wants)), counts)
+    at = np.concatenate([np.zeros(0, dtype=np.int64), *(np.arange(count) for count in counts)])
+    ndims = np.fromiter(map(len, shapes), dtype=np.int64, count=len(shapes))[tensor]
+    out = []
+    for ndim in np.unique(ndims).tolist():
+        rows = np.flatnonzero(ndims == ndim)
+        these = everything if len(rows) == len(everything) else [everything[row] for row in rows.tolist()]
+        offsets, sizes = _corners(these, ndim, shapes, tensor[rows])
+        # Shapes once per tensor: there are as many wants as tensors times workers.
+        used, again = np.unique(tensor[rows], return_inverse=True)
+        shape = np.array([shapes[i] for i in used.tolist()], dtype=np.int64).reshape(len(used), ndim)[again]
+        wrong = ((offsets < 0) | (sizes < 0) | (sizes > shape - offsets)).any(axis=1)
+        if wrong.any():
+            want = these[int(np.argmax(wrong))]
+            raise InvalidPiece(
+                f"{want.name}: box {want.offsets} {want.sizes} does not lie in shape "
+                f"{manifest.tensors[manifest.resolve(want.name)][1]}"
+            )
+        filled = (sizes > 0).all(axis=1)
+        kept = rows[filled]
+        out.append(_Wants(tensor[kept], worker[kept], at[kept], offsets[filled], sizes[filled]))
+    return out
+
+
+def _corners(wants: Sequence[Want], ndim: int, shapes: Sequence[tuple[int, ...]], tensor: Ints) -> tuple[Ints, Ints]:
+    """Offsets and sizes of boxes, shape [wants, ndim]."""
+    for place, want in enumerate(wants):
+        if len(want.offsets) != ndim or len(want.sizes) != ndim:
+            raise InvalidPiece(
+                f"{want.name}: box {want.offsets} {want.sizes} is not of shape {shapes[int(tensor[place])]}"
+            )
+    count = len(wants) * ndim
+    offsets = np.fromiter(chain.from_iterable([want.offsets for want in wants]), dtype=np.int64, count=count)
+    sizes = np.fromiter(chain.from_iterable([want.sizes for want in wants]), dtype=np.int64, count=count)
+    return offsets.reshape(len(wants), ndim), sizes.reshape(len(wants), ndim)
+
+
+@dataclass(frozen=True, eq=False)
+class _Met:
+    """All spans of the chunks of some tensors (``row``, ``low``, ``high``), wanted or not, and who wants which."""
+
+    row: Ints
+    low: Ints
+    high: Ints
+    span: Ints
+    worker: Ints
+    want: Ints
+
+
+def _meet(manifest: Manifest, wants: _Wants, span_bytes: int) -> _Met:
+    table = manifest.table
+    ndim = wants.sizes.shape[1]
+    used = np.unique(wants.tensor)
+    rows = _ranges(table.bounds[used], table.bounds[used + 1])[1]
+    boxes = [table.boxes[row] for row in rows.tolist()]
+    offsets, sizes = (
+        np.fromiter(chain.from_iterable([box[i] for box in boxes]), dtype=np.int64).reshape(len(rows), ndim)
+        for i in range(2)
+    )
+    # Where each tensor's chunks begin in these columns.
+    count = table.bounds[used + 1] - table.bounds[used]
+    begin = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(count)])
+    at = np.searchsorted(used, wants.tensor)
+    low, high = begin[at], begin[at + 1]
+    if ndim:
+        low, high = _near(offsets[:, 0], sizes[:, 0], begin, wants, at)
+    want, chunk = _ranges(low, high)
+    left = np.maximum(offsets[chunk], wants.offsets[want])
+    right = np.minimum(offsets[chunk] + sizes[chunk], wants.offsets[want] + wants.sizes[want])
+    meet = (left < right).all(axis=1)
+    want, chunk, left, right = want[meet], chunk[meet], left[meet], right[meet]
+    if not ndim:
+        zero = np.zeros(len(rows), dtype=np.int64)
+        return _Met(rows, zero, zero + 1, chunk, wants.worker[want], wants.want[want])
+    items = np.array([item_bytes(manifest.tensors[table.names[i]][0]) for i in used.tolist()], dtype=np.int64)
+    row_bytes = sizes[:, 1:].prod(axis=1) * items[np.repeat(np.arange(len(used)), count)]
+    step = np.maximum(1, span_bytes // np.maximum(1, row_bytes))
+    spans = -(-sizes[:, 0] // step)
+    of, number = _ranges(np.zeros_like(spans), spans)
+    low_row = number * step[of]
+    high_row = np.minimum(low_row + step[of], sizes[of, 0])
+    first = (left[:, 0] - offsets[chunk, 0]) // step[chunk]
+    last = -(-(right[:, 0] - offsets[chunk, 0]) // step[chunk])
+    pair, inside = _ranges(first, last)
+    span = (np.cumsum(spans) - spans)[chunk[pair]] + inside
+    return _Met(rows[of], low_row, high_row, span, wants.worker[want[pair]], wants.want[want[pair]])
+
+
+def _near(start: Ints, size: Ints, begin: Ints, wants: _Wants, at: Ints) -> tuple[Ints, Ints]:
+    """Range of chunks that can meet each want, by the first dimension, in which a tensor's chunks are sorted.
+
+    Sound for any boxes: ends are made to ascend first, so that no chunk is left out.
+    """
+    tensor = np.repeat(np.arange(len(begin) - 1), np.diff(begin))
+    # Tensors follow one another on one long axis, far enough apart.
+    far = int(max((start + size).max(initial=0), (wants.offsets[:, 0] + wants.sizes[:, 0]).max(initial=0))) + 1
+    if far > (1 << 62) // max(1, len(begin)):
+        return begin[at], begin[at + 1]
+    base = tensor * far
+    starts, ends = base + start, np.maximum.accumulate(base + start + size)
+    low = np.searchsorted(ends, at * far + wants.offsets[:, 0], side="right")
+    high = np.searchsorted(starts, at * far + wants.offsets[:, 0] + wants.sizes[:, 0], side="left")
+    return np.maximum(low, begin[at]), np.maximum(np.minimum(high, begin[at + 1]), begin[at])
+
+
+def _ranges(low: Ints, high: Ints) -> tuple[Ints, Ints]:
+    """All (i, j) with low[i] <= j < high[i], as two columns."""
+    count = np.maximum(high - low, 0)
+    which = np.repeat(np.arange(len(low)), count)
+    inside = np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count)
+    return which, low[which] + inside
+
+
+def _places(manifest: Manifest, row: Ints, low: Ints, high: Ints) -> tuple[Ints, Ints, Ints]:
+    """File, first byte and length of the rows [low, high) of each chunk."""
+    table = manifest.table
+    sizes = [table.boxes[i][1] for i in row.tolist()]
+    rows_of = np.array([size[0] if size else 1 for size in sizes], dtype=np.int64)
+    width = table.size_bytes[row] // np.maximum(rows_of, 1)
+    return table.file[row], table.start[row] + low * width, (high - low) * width

@@ -1,0 +1,236 @@
+"""Several stores that hold the same checkpoints: a fast one near by and a safe one far away.
+
+Stores are given nearest first. The newest step that is whole in any of them, or in all of them together, wins; each
+block comes from the first store that has it undamaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from elastictrain_checkpoint.check import Problem, verify
+from elastictrain_checkpoint.commit import Skipped, list_steps, wrong_sizes
+from elastictrain_checkpoint.errors import CorruptData, InvalidManifest, NoCheckpoint
+from elastictrain_checkpoint.healing import Healed, good_block
+from elastictrain_checkpoint.manifest import Manifest, parse_manifest
+from elastictrain_checkpoint.paths import manifest_path
+from elastictrain_checkpoint.reader import Reader
+from elastictrain_checkpoint.sidecar import check_sidecar
+from elastictrain_checkpoint.store import Store
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint, and the stores to read it from: those that have all of it first, nearest first among these."""
+
+    manifest: Manifest
+    stores: tuple[Store, ...]
+
+    def reader(self) -> Reader:
+        """Reads each block from the first store that has it undamaged."""
+        return Reader(self.stores[0], self.manifest, others=self.stores[1:])
+
+
+def newest_in(stores: Sequence[Store], skipped: list[Skipped] | None = None, before: int | None = None) -> Found | None:
+    """The newest step that is whole: every pack has its size in at least one of the stores.
+
+    Args:
+        stores: nearest first.
+        skipped: newer steps that were passed over are appended, with the reason.
+        before: only steps below this one.
+
+    """
+    steps = {step for store in stores for step in list_steps(store) if before is None or step < before}
+    for step in sorted(steps, reverse=True):
+        found = _find(stores, step)
+        if isinstance(found, Found):
+            return found
+        if skipped is not None:
+            skipped.append(Skipped(step, found))
+    return None
+
+
+def newest_good(
+    stores: Sequence[Store], skipped: list[Skipped] | None = None, before: int | None = None
+) -> Found | None:
+    """As `newest_in`, but every byte is read, and must be whole in at least one of the stores.
+
+    The way on when a reader raises CorruptData: ``newest_good(stores, before=step)`` is the newest older step that is
+    good.
+    """
+    while (found := newest_in(stores, skipped, before)) is not None:
+        left = _not_anywhere(found)
+        if not left:
+            return found
+        before = found.manifest.step
+        if skipped is not None:
+            skipped.append(Skipped(before, left[0].message))
+    return None
+
+
+def _find(stores: Sequence[Store], step: int) -> Found | str:
+    """Where a step lies, or why it is none."""
+    manifests: dict[bytes, Manifest] = {}
+    why = "no manifest"
+    for store in stores:
+        try:
+            manifest = parse_manifest(store.read_all(manifest_path(step)), step, _anywhere((store, *stores)))
+            manifests.setdefault(manifest.raw, manifest)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except InvalidManifest as error:
+            why = str(error)
+    # The same step may have been committed twice, when a run went back: the later commit is the one that happened.
+    for manifest in sorted(manifests.values(), key=lambda one: -one.generation):
+        wrong = [wrong_sizes(store, manifest) for store in stores]
+        lost = set(wrong[0]).intersection(*wrong[1:])
+        if not lost:
+            return Found(
+                manifest, tuple(store for _, store in sorted(zip(map(bool, wrong), stores, strict=True), key=_first))
+            )
+        why = f"step {step}: {min(lost)}"
+    return why
+
+
+def _first(pair: tuple[bool, Store]) -> bool:
+    return pair[0]
+
+
+def _anywhere(stores: Sequence[Store]) -> Callable[[str], bytes]:
+    def fetch(path: str) -> bytes:
+        for store in stores:
+            try:
+                return store.read_all(path)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+        raise FileNotFoundError(path)
+
+    return fetch
+
+
+def _not_anywhere(found: Found) -> list[Problem]:
+    """What is damaged in the first store and not whole in any other."""
+    manifest, left = found.manifest, []
+    for problem in verify(found.stores[0], manifest):
+        if problem.file in manifest.paths:
+            numbers = _blocks_of(manifest, problem)
+            file = manifest.paths.index(problem.file)
+            if all(_block(found.stores[1:], manifest, file, number) is not None for number in numbers):
+                continue
+            left.append(problem)
+    return left
+
+
+def _blocks_of(manifest: Manifest, problem: Problem) -> range:
+    """Blocks that a problem is about; a file that is cut short lacks all from there on."""
+    blocks = len(manifest.sums[manifest.paths.index(problem.file)])
+    if problem.block is None:
+        return range(blocks)
+    return range(problem.block, problem.block + 1 if "hash differs" in problem.message else blocks)
+
+
+def _block(stores: Sequence[Store], manifest: Manifest, file: int, number: int) -> tuple[Store, memoryview] | None:
+    start = number * manifest.block_bytes
+    out = memoryview(bytearray(min(manifest.block_bytes, manifest.files[file].size_bytes - start)))
+    source = good_block(stores, manifest, file, number, out)
+    return None if source is None else (source, out)
+
+
+@dataclass
+class Healing:
+    """What `heal` did.
+
+    Attributes:
+        healed: blocks that were damaged and are whole again.
+        rewritten: paths of the files that were written anew.
+        left: what is damaged and whole nowhere; these files were left as they were.
+
+    """
+
+    healed: list[Healed] = field(default_factory=list)
+    rewritten: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+
+
+def heal(store: Store, step: int, others: Sequence[Store]) -> Healing:
+    """Read every byte of a step and write what is damaged, cut short or missing anew, from copies in other stores.
+
+    A file is put in place only when every block of it is whole; a pack that cannot be healed stays as it is.
+
+    Raises:
+        NoCheckpoint: no store has a manifest of this step that can be believed.
+
+    """
+    stores = (store, *others)
+    manifest = _believable(stores, step)
+    result = Healing()
+    for number, path in enumerate(manifest.paths):
+        _heal_pack(stores, manifest, number, path, result)
+    for path, record in manifest.sidecars:
+        _heal_small(stores, path, lambda data, record=record: check_sidecar(record, data), result)  # type: ignore[misc]
+    _heal_small(stores, manifest.path, lambda data: _same(manifest, data), result)
+    return result
+
+
+def _believable(stores: Sequence[Store], step: int) -> Manifest:
+    found: list[Manifest] = []
+    for store in stores:
+        try:
+            found.append(parse_manifest(store.read_all(manifest_path(step)), step, _anywhere((store, *stores))))
+        except (FileNotFoundError, NotADirectoryError, InvalidManifest):
+            continue
+    if not found:
+        raise NoCheckpoint(f"none of {', '.join(one.url for one in stores)} has a sound manifest of step {step}")
+    return max(found, key=lambda manifest: manifest.generation)
+
+
+def _heal_pack(stores: Sequence[Store], manifest: Manifest, file: int, path: str, result: Healing) -> None:
+    size, blocks = stores[0].size(path), range(len(manifest.sums[file]))
+    damaged = (
+        [number for number in blocks if _block(stores[:1], manifest, file, number) is None] if size else list(blocks)
+    )
+    if not damaged and size == manifest.files[file].size_bytes:
+        return
+    healed = []
+
+    def whole() -> Iterator[memoryview]:
+        for number in blocks:
+            found = _block(stores, manifest, file, number)
+            if found is None:
+                raise CorruptData(
+                    f"{path}, block {number}: damaged, and whole in no other store", file=path, block=number
+                )
+            if number in damaged:
+                low = number * manifest.block_bytes
+                names = manifest.table.tensors_in(file, low, low + manifest.block_bytes)
+                healed.append(Healed(path, number, names, found[0].url, f"{path}, block {number} was damaged"))
+            yield found[1]
+
+    try:
+        stores[0].replace(path, whole())
+    except CorruptData as error:
+        result.left.append(str(error))
+        return
+    result.healed += healed
+    result.rewritten.append(path)
+
+
+def _same(manifest: Manifest, data: bytes) -> bytes:
+    if data != manifest.raw:
+        raise ValueError("not the manifest that was committed")
+    return data
+
+
+def _heal_small(stores: Sequence[Store], path: str, check: Callable[[bytes], bytes], result: Healing) -> None:
+    """Write a small file anew from the first store that has it whole."""
+    for number, store in enumerate(stores):
+        try:
+            data = check(store.read_all(path))
+        except (OSError, ValueError):
+            continue
+        if number:
+            stores[0].replace(path, [memoryview(data)])
+            result.rewritten.append(path)
+        return
+    result.left.append(f"{path}: damaged or missing, and whole in no other store")

@@ -1,0 +1,281 @@
+"""Reading together: performs a `ReadPlan` with any way to exchange bytes between the workers of a job.
+
+Works in rounds, so that no worker holds more than a round's bytes besides what it wants. Whoever finds damage keeps
+taking part until the end, when everybody learns of it: nobody is left waiting for bytes that do not come.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elastictrain_checkpoint.boxes import Box
+from elastictrain_checkpoint.dtypes import item_bytes
+from elastictrain_checkpoint.errors import CheckpointError, CorruptData, InvalidPiece
+from elastictrain_checkpoint.reader import Reader
+from elastictrain_checkpoint.reshard import ReadPlan, Want, plan_reads
+
+Exchange = Callable[[Sequence[Sequence[NDArray[Any]]], Sequence[int]], Sequence[memoryview]]
+"""``exchange(sent, sizes)``: hands the arrays ``sent[w]``, row-major and one after the other, to worker ``w``, and
+gives what each worker has sent here, to be used before the next call; ``sizes[w]`` bytes are expected from ``w``. All
+workers call it equally often."""
+
+ROUND_BYTES = 16 << 20
+_MESSAGE_BYTES = 1024
+_ELEMENTS: dict[int, np.dtype[Any]] = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8")}
+
+
+def read_boxes(reader: Reader, wants: Sequence[Want], outs: Sequence[Any]) -> None:
+    """Fill buffers with boxes of tensors, row-major; one process by itself.
+
+    Args:
+        reader: of the checkpoint.
+        wants: the boxes; none two of them need be of one tensor.
+        outs: a writable C-contiguous buffer for each, of exactly its bytes.
+
+    Raises:
+        KeyError, CorruptData: as for `Reader.read_many`; then buffers may be partly filled.
+        InvalidPiece: a box that does not lie in its tensor, or a buffer that does not fit.
+
+    """
+    plan = plan_reads(reader.manifest, [wants])
+    read_together(reader, plan, [wants], outs, worker=0, exchange=_nobody)
+
+
+def _nobody(sent: Sequence[Sequence[NDArray[Any]]], _: Sequence[int]) -> list[memoryview]:
+    """The exchange of one worker with itself."""
+    return [memoryview(b"".join([part.tobytes() for part in parts])) for parts in sent]
+
+
+def lay_out(parts: Sequence[NDArray[Any]], out: memoryview) -> None:
+    """Copy arrays, whatever their strides, one after the other into a flat buffer of exactly their bytes."""
+    at = 0
+    for part in parts:
+        np.frombuffer(out[at : at + part.nbytes], dtype=part.dtype).reshape(part.shape)[...] = part
+        at += part.nbytes
+
+
+def read_together(
+    reader: Reader,
+    plan: ReadPlan,
+    wants: Sequence[Sequence[Want]],
+    outs: Sequence[Any],
+    *,
+    worker: int,
+    exchange: Exchange,
+    round_bytes: int = ROUND_BYTES,
+) -> None:
+    """Read this worker's spans, hand on what others want of them, and fill this worker's buffers.
+
+    Every worker of the plan calls this with the same plan and wants.
+
+    Args:
+        reader: of the checkpoint that the plan is for.
+        plan: from `plan_reads`.
+        wants: what the plan was made for.
+        outs: a writable C-contiguous buffer for each of this worker's wants, of exactly its bytes.
+        worker: which of the workers this is.
+        exchange: see `Exchange`.
+        round_bytes: about what is read before it is exchanged.
+
+    Raises:
+        CorruptData: somebody found damage; raised on every worker. Buffers may be partly filled.
+        InvalidPiece: a buffer does not fit; raised before anything is exchanged.
+
+    """
+    job = _Job(reader, plan, wants, worker)
+    targets = job.targets(outs)
+    error: CheckpointError | OSError | None = None
+    for spans in _rounds(plan, round_bytes):
+        sent: list[list[NDArray[Any]]] = [[] for _ in range(plan.workers)]
+        try:
+            job.read(spans[worker], targets, sent, damaged=error is not None)
+        except (CheckpointError, OSError) as found:
+            error = found
+            sent = [[] for _ in range(plan.workers)]
+            job.read(spans[worker], targets, sent, damaged=True)
+        sizes = [job.coming_bytes(mine) if owner != worker else 0 for owner, mine in enumerate(spans)]
+        came = exchange(sent, sizes)
+        for owner, mine in enumerate(spans):
+            if owner != worker:
+                job.place(mine, came[owner], targets)
+    message = f"{error}".encode()[: _MESSAGE_BYTES - 1] if error else b""
+    state = np.frombuffer((bytes([error is not None]) + message).ljust(_MESSAGE_BYTES), dtype=np.uint8)
+    states = exchange([[state]] * plan.workers, [_MESSAGE_BYTES] * plan.workers)
+    if error:
+        raise error
+    for owner, found_there in enumerate(states):
+        if found_there[0]:
+            said = bytes(found_there[1:]).rstrip().decode(errors="replace")
+            raise CorruptData(f"worker {owner} could not read its share: {said}")
+
+
+def most_sent_bytes(plan: ReadPlan, round_bytes: int = ROUND_BYTES) -> int:
+    """No worker sends more than this in one call of the exchange."""
+    size = plan.size_bytes[plan.span] * (plan.worker != plan.owner[plan.span])
+    ends = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(size)])
+    sent = [
+        int(ends[plan.bounds[spans.stop]] - ends[plan.bounds[spans.start]])
+        for mine in _rounds(plan, round_bytes)
+        for spans in mine
+        if spans
+    ]
+    return max([plan.workers * _MESSAGE_BYTES, *sent])
+
+
+def _rounds(plan: ReadPlan, round_bytes: int) -> list[list[range]]:
+    """Spans of each worker in each round."""
+    bounds = np.searchsorted(plan.owner, np.arange(plan.workers + 1))
+    cuts = []
+    for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        size = plan.size_bytes[begin:end]
+        number = (np.cumsum(size) - size) // round_bytes
+        edges = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), end - begin]
+        cuts.append([range(begin + a, begin + b) for a, b in itertools.pairwise(edges)])
+    most = max((len(mine) for mine in cuts), default=0)
+    return [[mine[i] if i < len(mine) else range(0) for mine in cuts] for i in range(most)]
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A buffer, as bytes and as elements in the shape of its box."""
+
+    flat: memoryview
+    box: NDArray[Any]
+
+
+class _Job:
+    """The geometry of one worker's share of a plan."""
+
+    def __init__(self, reader: Reader, plan: ReadPlan, wants: Sequence[Sequence[Want]], worker: int) -> None:
+        self._reader = reader
+        self._plan = plan
+        self._wants = wants
+        self._worker = worker
+        self._table = reader.manifest.table
+        self._scratch = np.empty(0, dtype=np.uint8)
+
+    def targets(self, outs: Sequence[Any]) -> list[_Target]:
+        """The buffers of this worker's wants."""
+        mine = self._wants[self._worker]
+        if len(outs) != len(mine):
+            raise InvalidPiece(f"{len(outs)} buffers for {len(mine)} wants")
+        made = []
+        for want, out in zip(mine, outs, strict=True):
+            view = memoryview(out)
+            item = self._item(want.name)
+            size = math.prod(want.sizes) * item
+            if view.readonly or not view.c_contiguous or view.nbytes != size:
+                raise InvalidPiece(
+                    f"{want.name}: out must be a writable contiguous buffer of {size} bytes, "
+                    f"got {view.nbytes} bytes{', read-only' if view.readonly else ''}"
+                )
+            flat = view.cast("B") if size else memoryview(bytearray())
+            made.append(_Target(flat, np.frombuffer(flat, dtype=_ELEMENTS[item]).reshape(want.sizes)))
+        return made
+
+    def read(
+        self, spans: range, targets: Sequence[_Target], sent: list[list[NDArray[Any]]], *, damaged: bool = False
+    ) -> None:
+        """Read spans, fill the targets that are here, and add what others want to ``sent``.
+
+        If ``damaged``, nothing is read: what is sent has its size and no meaning.
+        """
+        plan = self._plan
+        todo, reads = [], []
+        need = int(plan.size_bytes[spans.start : spans.stop].sum())
+        if len(self._scratch) < need:
+            self._scratch = np.empty(need, dtype=np.uint8)
+        at = 0
+        for span in spans:
+            size = int(plan.size_bytes[span])
+            straight = self._straight(span, targets)
+            if straight is None:
+                here = self._scratch[at : at + size]
+                at += size
+                todo.append((span, here))
+            reads.append((int(plan.file[span]), int(plan.start[span]), here.data if straight is None else straight))
+        if not damaged:
+            self._reader.read_spans(reads)
+        for span, here in todo:
+            box = self._span_box(span)
+            source = here.view(_ELEMENTS[self._item(self._name(span))]).reshape(box[1])
+            for number in range(int(plan.bounds[span]), int(plan.bounds[span + 1])):
+                want, slab = self._slab(number, box)
+                part = source[_within(slab, box[0])]
+                worker = int(plan.worker[number])
+                if worker == self._worker:
+                    target = targets[int(plan.want[number])]
+                    target.box[_within(slab, want.offsets)] = part
+                else:
+                    sent[worker].append(part)
+
+    def coming_bytes(self, spans: range) -> int:
+        """Bytes that the owner of these spans sends here."""
+        return sum(math.prod(slab[1]) * item for _, slab, item, _ in self._coming(spans))
+
+    def place(self, spans: range, data: memoryview, targets: Sequence[_Target]) -> None:
+        """Put what came from the owner of these spans where it belongs."""
+        at = 0
+        for want, slab, item, number in self._coming(spans):
+            size = math.prod(slab[1]) * item
+            part = np.frombuffer(data[at : at + size], dtype=_ELEMENTS[item]).reshape(slab[1])
+            targets[number].box[_within(slab, want.offsets)] = part
+            at += size
+
+    def _coming(self, spans: range) -> list[tuple[Want, Box, int, int]]:
+        plan = self._plan
+        if not spans:
+            return []
+        first, last = int(plan.bounds[spans.start]), int(plan.bounds[spans.stop])
+        out = []
+        for number in (np.flatnonzero(plan.worker[first:last] == self._worker) + first).tolist():
+            span = int(plan.span[number])
+            want, slab = self._slab(number, self._span_box(span))
+            out.append((want, slab, self._item(self._name(span)), int(plan.want[number])))
+        return out
+
+    def _straight(self, span: int, targets: Sequence[_Target]) -> memoryview | None:
+        """Where the whole span can be read to without a copy, if only this worker wants it and it lies in one run."""
+        plan = self._plan
+        number = int(plan.bounds[span])
+        if int(plan.bounds[span + 1]) != number + 1 or int(plan.worker[number]) != self._worker:
+            return None
+        box = self._span_box(span)
+        want, slab = self._slab(number, box)
+        if slab != box or slab[1][1:] != want.sizes[1:]:
+            return None
+        target = targets[int(plan.want[number])]
+        width = math.prod(slab[1][1:]) * self._item(want.name)
+        begin = (slab[0][0] - want.offsets[0]) * width if slab[0] else 0
+        return target.flat[begin : begin + int(plan.size_bytes[span])]
+
+    def _span_box(self, span: int) -> Box:
+        offsets, sizes = self._table.boxes[int(self._plan.row[span])]
+        if not sizes:
+            return (), ()
+        low, high = int(self._plan.low[span]), int(self._plan.high[span])
+        return (offsets[0] + low, *offsets[1:]), (high - low, *sizes[1:])
+
+    def _slab(self, number: int, box: Box) -> tuple[Want, Box]:
+        """What delivery ``number`` takes of the span, in the tensor's coordinates."""
+        want = self._wants[int(self._plan.worker[number])][int(self._plan.want[number])]
+        low = tuple(map(max, box[0], want.offsets))
+        ends = (min(a + b, c + d) for a, b, c, d in zip(box[0], box[1], want.offsets, want.sizes, strict=True))
+        return want, (low, tuple(end - begin for end, begin in zip(ends, low, strict=True)))
+
+    def _name(self, span: int) -> str:
+        return self._table.names[int(self._table.tensor[self._plan.row[span]])]
+
+    def _item(self, name: str) -> int:
+        return item_bytes(self._reader.tensors[name][0])
+
+
+def _within(slab: Box, origin: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(at - o, at - o + size) for at, size, o in zip(*slab, origin, strict=True))

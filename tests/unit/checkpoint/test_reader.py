@@ -1,0 +1,24 @@
+"""Ranges that overlap, and blocks that are wanted in part: what is read straight into place is what was stored."""
+
+from __future__ import annotations
+
+from elastictrain_checkpoint import Reader, Request
+from tests.unit.checkpoint.build import make_state, memory_store, save
+
+
+def test_two_buffers_may_want_the_same_bytes() -> None:
+    state = make_state({"a": ("U8", (300_000,)), "b": ("U8", (200_000,))})
+    store = memory_store()
+    source = Reader(store, save(store, state, ()))
+    ranges = [("a", 0, 300_000), ("a", 100, 250_000), ("a", 100, 250_000), ("b", 0, 200_000)]
+    found = source.read_many([Request(*one) for one in ranges])
+    assert [part.tobytes() for part in found] == [state[name][2][start:stop] for name, start, stop in ranges]
+    assert source.read_bytes == source.manifest.size_bytes
+
+
+def test_tensor_after_tensor_reads_each_block_once() -> None:
+    state = make_state({f"t{i}": ("F32", (100, 100)) for i in range(9)})
+    store = memory_store()
+    source = Reader(store, save(store, state, ()))
+    assert [source.read(name).tobytes() for name in state] == [raw for _, _, raw in state.values()]
+    assert source.read_bytes == source.manifest.size_bytes
