@@ -1,8 +1,8 @@
 """Every protocol × every kind of storage × every call × every way to go wrong there.
 
-The process is killed before a call, in the middle of a file, or after a call whose answer nobody hears; or the call
-fails and the process lives on. After each: no torn checkpoint loads, none that was committed is lost, what was asked
-for can be done again, and garbage goes.
+The process is killed before a call or in the middle of a file; or the call fails and the process lives on. (To be
+killed after a call is to be killed before the next one.) After each: no torn checkpoint loads, none that was committed
+is lost, what was asked for can be done again, and garbage goes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ from tests.unit.checkpoint.test_crash import Killed, KilledBackend, dying
 SPECS = {"cold": ("U8", (9000,)), "hot": ("U8", (9000,)), "flags": ("BOOL", (5,))}
 SMALL_PACKS = 6_000
 KINDS = ("file", "memory", "fsspec")
-WAYS = ("before", "torn", "after", "fails")
 
 
 def open_store(kind: str, folder: Path) -> Store:
@@ -182,14 +181,21 @@ PROTOCOLS: dict[str, tuple[Callable[[World], None], Harmed, tuple[int, ...], tup
     "prune": (three_steps, pruning, (3,), (3,), 20),
     "discard": (three_steps, discarding, (2, 3), (2, 3), 6),
     "pin": (three_steps, pinning, (1, 3), (1, 3), 10),
-    "copy from": (lambda world: world.chain(2), copying, (1, 2), (1, 2), 12),
-    "copy to": (two_there, receiving, (), (2,), 12),
+    "copy from": (lambda world: world.chain(2), copying, (1, 2), (1, 2), 8),
+    "copy to": (two_there, receiving, (), (2,), 8),
 }
 
 
+CASES = [
+    (protocol, way)
+    for protocol in PROTOCOLS
+    for way in ("before", "torn", "fails")
+    if way != "torn" or protocol in ("incremental", "copy to")  # the others write no file that could be torn
+]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize(("protocol", "way"), CASES)
 def test_harm_at_every_call(tmp_path: Path, protocol: str, way: str, kind: str) -> None:
     prepare, run, must, finally_, least = PROTOCOLS[protocol]
     returned = False
@@ -219,7 +225,7 @@ def test_harm_at_every_call(tmp_path: Path, protocol: str, way: str, kind: str) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", ["before", "after", "fails"])
+@pytest.mark.parametrize("way", ["before", "fails"])
 def test_harm_at_every_call_of_healing(tmp_path: Path, way: str, kind: str) -> None:
     for at in range(1, 1000):
         world = World(open_store(kind, tmp_path / f"{at}"), open_store(kind, tmp_path / f"{at}-other"))
