@@ -60,8 +60,8 @@ class _Sums:
 
     def add(self, a: NDArray[Any], b: NDArray[Any]) -> None:
         wide = np.complex128 if "c" in (a.dtype.kind, b.dtype.kind) else np.float64
-        one, two = a.astype(wide), b.astype(wide)
-        with np.errstate(invalid="ignore", over="ignore"):
+        with np.errstate(invalid="ignore", over="ignore"):  # NaN of any kind is data here
+            one, two = a.astype(wide), b.astype(wide)
             finite = np.isfinite(one) & np.isfinite(two)
             same = (one == two) | (np.isnan(one) & np.isnan(two))
             # Whole numbers beyond 2^53 are not told apart as float64.
@@ -181,7 +181,8 @@ def statistics(source: Source, name: str, progress: Progress | None = None) -> S
             progress(stop, count)
         if found is None or found.dtype.kind == "c":
             continue
-        wide = found.astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            wide = found.astype(np.float64)
         nan += int(np.count_nonzero(np.isnan(wide)))
         infinite += int(np.count_nonzero(np.isinf(wide)))
         zeros += int(np.count_nonzero(wide == 0))

@@ -41,6 +41,8 @@ class RemoteBackend:
             with contextlib.suppress(Exception):
                 file.discard()
             with contextlib.suppress(Exception):
+                file.closed = True  # or the end of the object would try to complete what was thrown away
+            with contextlib.suppress(Exception):
                 self.system.rm_file(full)
             raise
         file.close()
