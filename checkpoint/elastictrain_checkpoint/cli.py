@@ -22,12 +22,14 @@ from elastictrain_checkpoint import check, cli_move
 from elastictrain_checkpoint.cast import values
 from elastictrain_checkpoint.cli_common import (
     EXIT_CODES,
+    NARROW_COLUMNS,
     All,
     AsJson,
     Options,
     Step,
     Where,
     bar,
+    counted,
     guarded,
     open_store,
     parse_options,
@@ -45,7 +47,6 @@ from elastictrain_checkpoint.rehearsal import Rehearsal
 from elastictrain_checkpoint.retain import DEFAULT_LEASE_S, prune
 from elastictrain_checkpoint.store import Store
 
-NARROW_COLUMNS = 100
 SHOWN_VALUES = 10
 
 app = typer.Typer(
@@ -55,7 +56,6 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
-cli_move.register(app)
 
 
 @app.command("ls", epilog=EXIT_CODES)
@@ -144,7 +144,8 @@ def _show_all(manifest: Manifest) -> None:
     console = Console(highlight=False)
     console.print(
         f"step [bold]{manifest.step}[/] · attempt {manifest.attempt} · generation {manifest.generation} · "
-        f"{manifest.time}\ndigest {manifest.digest}\n{len(manifest.files)} packs, {decimal(manifest.size_bytes)}"
+        f"{manifest.time}\ndigest {manifest.digest}\n"
+        f"{counted(len(manifest.files), 'pack')}, {decimal(manifest.size_bytes)}"
     )
     table = Table()
     table.add_column("tensor", overflow="fold")
@@ -303,3 +304,6 @@ def _row(store: Store, step: int) -> dict[str, Any]:
         "bytes": manifest.size_bytes,
         "digest": manifest.digest,
     }
+
+
+cli_move.register(app)

@@ -24,6 +24,9 @@ EXIT_CODES = (
     "Exit codes: 0 all well; 1 damaged, or different; 2 wrong use, or a place that cannot be reached or written."
 )
 
+NARROW_COLUMNS = 100
+"""Terminals below this are shown less."""
+
 Where = Annotated[str, typer.Argument(help="Folder or URL that holds the checkpoints (file, s3, gs, memory …).")]
 Step = Annotated[int | None, typer.Option("--step", min=0, help="Step; the newest sound one if not given.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else.")]
@@ -66,6 +69,11 @@ def fail(message: str, code: int) -> NoReturn:
     """End the command with a sentence on standard error."""
     typer.echo(message, err=True)
     raise typer.Exit(code)
+
+
+def counted(number: int, what: str) -> str:
+    """``1 pack``, ``2 packs``."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def print_json(value: Any) -> None:

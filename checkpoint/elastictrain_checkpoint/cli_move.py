@@ -19,6 +19,7 @@ from rich.table import Table
 from elastictrain_checkpoint import convert
 from elastictrain_checkpoint.cli_common import (
     EXIT_CODES,
+    NARROW_COLUMNS,
     All,
     AsJson,
     MapFile,
@@ -26,6 +27,7 @@ from elastictrain_checkpoint.cli_common import (
     Step,
     Where,
     bar,
+    counted,
     fail,
     guarded,
     make_store,
@@ -95,9 +97,11 @@ def diff_command(
     else:
         console = Console(highlight=False)
         if shown:
-            console.print(_difference_table(shown))
+            console.print(_difference_table(shown, narrow=console.width < NARROW_COLUMNS))
         console.print(
-            f"{len(different)} of {len(found)} tensors differ" if different else f"{len(found)} tensors, all equal"
+            f"{len(different)} of {len(found)} tensors differ"
+            if different
+            else f"{counted(len(found), 'tensor')}, all equal"
         )
     raise typer.Exit(1 if different else 0)
 
@@ -108,29 +112,37 @@ def _equal(entry: TensorDifference, tolerance: float) -> bool:
     return entry.kind in ("values", "bits") and tolerance > 0 and entry.relative <= tolerance and not entry.not_finite
 
 
-def _difference_table(entries: list[TensorDifference]) -> Table:
+def _difference_table(entries: list[TensorDifference], *, narrow: bool) -> Table:
+    """Fits into 80 columns without the number of elements."""
     table = Table()
-    table.add_column("tensor", overflow="fold")
-    table.add_column("what", overflow="fold")
-    for title in ("elements", "L2", "max", "rel."):
+    table.add_column("tensor", overflow="fold", ratio=1)
+    table.add_column("what", overflow="fold", max_width=24 if narrow else 40)
+    titles = ("L2", "max", "rel.") if narrow else ("elements", "L2", "max", "rel.")
+    for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
     for entry in entries:
+        what = _what(entry)
         numbers = [f"{entry.elements}", f"{entry.l2:.3g}", f"{entry.max_abs:.3g}", f"{entry.relative:.3g}"]
-        match entry.kind:
-            case "missing":
-                what, numbers = f"[red]missing in B[/] ({escape(entry.a or '')})", [""] * 4
-            case "extra":
-                what, numbers = f"[red]only in B[/] ({escape(entry.b or '')})", [""] * 4
-            case "shape":
-                what, numbers = escape(f"{entry.a} → {entry.b}"), [""] * 4
-            case "dtype":
-                what = escape(f"{entry.a} → {entry.b}")
-            case "same":
-                what, numbers = "[green]same", [""] * 4
-            case _:
-                what = entry.kind + (f", {entry.not_finite} NaN or inf" if entry.not_finite else "")
-        table.add_row(escape(entry.name), what, *numbers)
+        if entry.kind in ("missing", "extra", "shape", "same", "bits"):
+            numbers = ["" if entry.kind != "bits" else f"{entry.elements}", "", "", ""]
+        table.add_row(escape(entry.name), what, *numbers[-len(titles) :])
     return table
+
+
+def _what(entry: TensorDifference) -> str:
+    """In a few words, as markup."""
+    match entry.kind:
+        case "missing":
+            return f"[red]missing in B[/] ({escape(entry.a or '')})"
+        case "extra":
+            return f"[red]only in B[/] ({escape(entry.b or '')})"
+        case "shape":
+            return escape(f"{entry.a} → {entry.b}")
+        case "dtype":
+            return " → ".join((side or "").partition(" ")[0] for side in (entry.a, entry.b))
+        case "same":
+            return "[green]same"
+    return entry.kind + (f", {entry.not_finite} NaN or inf" if entry.not_finite else "")
 
 
 @guarded
@@ -157,8 +169,8 @@ def cp(
         if not as_json:
             state = "copied" if copied.committed else "was there already"
             typer.echo(
-                f"step {copied.step}: {state}, {len(copied.copied)} packs written ({decimal(copied.copied_bytes)}), "
-                f"{len(copied.present)} present"
+                f"step {copied.step}: {state}, {counted(len(copied.copied), 'pack')} written "
+                f"({decimal(copied.copied_bytes)}), {len(copied.present)} there before"
             )
     if as_json:
         print_json(done)
@@ -172,6 +184,9 @@ def import_command(
         str, typer.Option("--format", help=f"auto, {', '.join(convert.FORMATS)}.", show_default=True)
     ] = "auto",
     step: Annotated[int, typer.Option("--step", min=0, help="The step that it becomes.")] = 0,
+    cast: Annotated[
+        str | None, typer.Option("--cast", help="Floating-point tensors as this type; F32 is what a run keeps.")
+    ] = None,
     rules: MapFile = None,
     as_named: Annotated[
         bool, typer.Option("--as-named", help="Keep the names as they are there, before --map.")
@@ -197,10 +212,11 @@ def import_command(
     foreign = convert.open_source(source, kind, storage_options=first, check_crc=not no_crc)
     mapped = Mapped(foreign, [*([] if as_named else convert.default_rules(foreign)), *read_rules(rules)])
     unused = mapped.unused()
+    made = {name: sorted(view.inputs()) for name, view in mapped.views.items()}
+    mapped = mapped if cast is None else convert.cast_floats(mapped, cast)
     report: dict[str, Any] = {"format": foreign.format, "tensors": len(mapped.tensors), "unused": unused,
                               "skipped": foreign.skipped, "dry_run": dry_run}  # fmt: skip
     if dry_run:
-        made = {name: sorted(view.inputs()) for name, view in mapped.views.items()}
         report["names"] = {
             name: {"from": made[name], "dtype": d, "shape": s} for name, (d, s) in mapped.tensors.items()
         }
@@ -219,8 +235,8 @@ def import_command(
         console.print(_names_table(report["names"]))
     else:
         console.print(
-            f"step {report['step']}: {len(mapped.tensors)} tensors, {decimal(report['bytes'])}, from {foreign.format}\n"
-            f"digest {report['digest']}",
+            f"step {report['step']}: {counted(len(mapped.tensors), 'tensor')}, {decimal(report['bytes'])}, "
+            f"from {foreign.format}\ndigest {report['digest']}",
             markup=False,
         )
     for name in unused:
@@ -291,7 +307,8 @@ def export(
         print_json(report)
     else:
         typer.echo(
-            f"step {manifest.step}: {len(mapped.tensors)} tensors, {decimal(size)}, into {len(files)} files of {target}"
+            f"step {manifest.step}: {counted(len(mapped.tensors), 'tensor')}, {decimal(size)}, "
+            f"into {counted(len(files), 'file')} of {target}"
         )
 
 
