@@ -78,6 +78,14 @@ def test_diff_of_the_same_of_some_and_within_a_tolerance(store: Store) -> None:
     assert "has no checkpoint of step 11" in run("diff", f"{store.url}@11", store.url, code=2)
 
 
+def test_no_tolerance_covers_nan(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    put(store, 1, t=[1, 2])
+    put(store, 2, t=[1, np.nan])
+    told = run_json("diff", f"{store.url}@1", f"{store.url}@2", "--tolerance", "9", code=1)
+    assert told["tensors"][0]["not_finite"] == 1
+
+
 def test_diff_with_another_format(store: Store, tmp_path: Path) -> None:
     run("export", store.url, str(tmp_path / "hf"), "--step", "10", "--tied")
     assert run_json("diff", f"{store.url}@10", str(tmp_path / "hf"), "--only", "model/.*")["equal"] is True

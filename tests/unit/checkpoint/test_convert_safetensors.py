@@ -270,6 +270,16 @@ def test_out_as_bfloat16(tmp_path: Path) -> None:
         export_safetensors(source, Store(tmp_path / "b"), cast="I8")
 
 
+def test_every_tensor_is_aligned_to_its_elements(tmp_path: Path) -> None:
+    held = {"a": ("U8", (3,), b"abc"), "b": ("F64", (2,), bytes(16)), "c": ("BF16", (3,), bytes(6))}
+    export_safetensors(Arrays(held), Store(tmp_path))
+    raw = (tmp_path / "model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    found = json.loads(raw[8 : 8 + length])
+    assert (8 + length) % 8 == 0
+    assert [found[name]["data_offsets"][0] for name in "bca"] == [0, 16, 22]
+
+
 def test_nothing_is_exported_from_damage_or_from_nothing(tmp_path: Path) -> None:
     from tests.unit.checkpoint.build import flip
 

@@ -143,22 +143,30 @@ def test_a_flipped_bit_in_a_chunk_is_found(dcp_folder: tuple[Path, dict[str, Any
 
 
 class Evil:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, mark: Path | str = "/nonexistent/evil") -> None:
+        self.mark = mark
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, ("touch /nonexistent/evil",)
+        return os.system, (f"touch {self.mark}",)
 
 
-def test_metadata_cannot_run_code() -> None:
-    for value in (Evil(), {"a": Evil()}, [1], None, argparse.Namespace(a=1)):
+def test_metadata_cannot_run_code(tmp_path: Path) -> None:
+    for value in (Evil(tmp_path / "mark"), {"a": Evil()}, [1], None, argparse.Namespace(a=1)):
         with pytest.raises(ForeignFormat, match=r"is not the metadata of torch\.distributed\.checkpoint"):
             read_metadata(pickle.dumps(value), "x/.metadata")
+    assert not (tmp_path / "mark").exists()
     for raw in (b"", b"\x80\x05", b"garbage", b"cbuiltins\neval\n(S'1'\ntR."):
         with pytest.raises(ForeignFormat):
             read_metadata(raw, "x/.metadata")
 
 
 def test_an_object_among_the_values_is_skipped_and_named(tmp_path: Path) -> None:
-    dcp.save({"model": {"w": torch.ones(3)}, "who": Evil, "what": {1, 2}}, checkpoint_id=tmp_path, no_dist=True)
-    source = open_source(str(tmp_path))
+    values = {"model": {"w": torch.ones(3)}, "who": Evil(tmp_path / "mark"), "what": {1, 2}}
+    dcp.save(values, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    source = open_source(str(tmp_path / "dcp"))
+    assert not (tmp_path / "mark").exists(), "no code of the file ran"
     assert sorted(said.partition(":")[0] for said in source.skipped) == ["what", "who"]
     assert list(source.tensors) == ["model.w"]
 
@@ -200,7 +208,7 @@ def test_dcp_out_is_what_stock_dcp_loads(tmp_path: Path, file_bytes: int) -> Non
     size = export_dcp(
         Reader(store, manifest),
         Store(tmp_path / "out"),
-        extras={("optim", "param_groups"): state["optim"]["param_groups"]},
+        extras={("optim", "param_groups"): state["optim"]["param_groups"], ("step",): 5},
         file_bytes=file_bytes,
         progress=lambda *told: seen.append(told),
     )
@@ -208,13 +216,14 @@ def test_dcp_out_is_what_stock_dcp_loads(tmp_path: Path, file_bytes: int) -> Non
     assert (len(list((tmp_path / "out").glob("*.distcp"))) > 1) == (file_bytes == 1500)
     fresh = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 3).bfloat16())
     empty = {n: {k: torch.zeros_like(v) for k, v in m.items()} for n, m in state["optim"]["state"].items()}
-    into = {"model": get_model_state_dict(fresh), "optim": {"state": empty, "param_groups": None}}
+    into = {"model": get_model_state_dict(fresh), "optim": {"state": empty, "param_groups": None}, "step": 0}
     dcp.load(into, checkpoint_id=tmp_path / "out", no_dist=True)
     set_model_state_dict(fresh, into["model"])
     assert all(torch.equal(t, state["model"][n]) for n, t in fresh.state_dict().items())
     for name, moments in state["optim"]["state"].items():
         assert all(torch.equal(empty[name][key], value) for key, value in moments.items())
     assert into["optim"]["param_groups"] == state["optim"]["param_groups"]
+    assert into["step"] == 5
     # and back, through our own reader
     again = open_source(str(tmp_path / "out"))
     back = Mapped(again, default_rules(again))
@@ -374,7 +383,7 @@ def test_universal_that_is_damaged_or_needs_trust(universal: tuple[Path, dict[st
     with pytest.raises(CorruptData, match="has changed since it was opened"):
         source.read_flat("embed.weight/exp_avg", 0, 800)
     for value, complaint in (
-        (Evil(), "cannot be read without trusting it"),
+        (Evil(folder / "mark"), "cannot be read without trusting it"),
         ("text", "holds a str, expected a tensor"),
         ({"other": 1}, "holds a NoneType, expected a tensor"),
         (torch.zeros(1, dtype=torch.complex128), "is torch.complex128"),
@@ -382,6 +391,7 @@ def test_universal_that_is_damaged_or_needs_trust(universal: tuple[Path, dict[st
         torch.save(value, path)
         with pytest.raises(ForeignFormat, match=complaint):
             open_source(str(folder))
+    assert not (folder / "mark").exists()
     path.write_bytes(raw[:100])
     with pytest.raises(ForeignFormat, match="cannot be read without trusting it"):
         open_source(str(folder))

@@ -45,6 +45,13 @@ def test_only_drop_rename_and_table() -> None:
     assert (read(swapped, "a.w")[0], read(swapped, "c.w")[0], read(swapped, "a.b")[0]) == (3, 1, 2)
 
 
+def test_a_match_fits_whole_names() -> None:
+    source = arrays(a=[1], ab=[2], ba=[3])
+    assert list(Mapped(source, rules({"op": "drop", "match": "a"})).tensors) == ["ab", "ba"]
+    assert list(Mapped(source, rules({"op": "only", "match": "a"})).tensors) == ["a"]
+    assert list(Mapped(source, rules({"op": "rename", "match": "a", "to": "x"})).tensors) == ["x", "ab", "ba"]
+
+
 def test_fused_qkv_to_three_and_back() -> None:
     source = arrays(l0__qkv=QKV, l1__qkv=QKV + 100)
     apart = rules({"op": "split", "match": r"(.*)\.qkv", "into": [r"\1.q", r"\1.k", r"\1.v"]})
@@ -110,6 +117,7 @@ def test_a_slice_along_the_first_axis_reads_only_its_bytes(tmp_path: Path) -> No
         ({"op": "concat", "match": "a", "then": ["c"], "into": "x"}, "does not join"),
         ({"op": "concat", "match": "a", "then": ["z"], "into": "x"}, "there is no tensor 'z' to join it with"),
         ({"op": "concat", "match": "[ab]", "then": ["b"], "into": "x"}, "would be used twice"),
+        ({"op": "concat", "match": "([ab])", "then": ["c"], "into": r"\1x", "axis": 1}, "b: c would be used twice"),
         ({"op": "concat", "match": "a", "then": ["b"], "into": "c"}, "two tensors would be called 'c'"),
         ({"op": "cast", "match": "a", "dtype": "I8"}, "no cast from F32 to I8"),
     ],
