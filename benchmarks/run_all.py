@@ -25,6 +25,7 @@ ALL = {
     "throughput": ["throughput.py", "--ray"],
     "throughput_2x4": ["throughput.py", "--name", "throughput_2x4", *CLOSE],
     "memory": ["memory.py"],
+    "formats": ["formats.py"],
     "mirrors": ["mirrors.py"],
     "integrity": ["integrity.py"],
     "startup": ["startup.py"],

@@ -1,108 +1,237 @@
-"""`ckpt ls | show | verify | digest`: look at checkpoints without a GPU, a cluster or the code that made
-them.
+"""`ckpt ls | show | verify | digest | diff | cp | import | export | prune`: everything about checkpoints that needs
+neither a GPU, a cluster, nor the code that made them.
 
-Exit codes: 0 all well, 1 problems found, 2 wrong use (no such step, no such place). With ``--json``
-standard output is one JSON document, and nothing else.
+Exit codes: 0 all well, 1 damaged or different, 2 wrong use (no such step, no such place). With ``--json`` standard
+output is one JSON document, and nothing else.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any, NoReturn
+from dataclasses import asdict
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
 from rich.pretty import Pretty
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from elastictrain_checkpoint import check
-from elastictrain_checkpoint.commit import Skipped, list_steps, load, newest
+from elastictrain_checkpoint import check, cli_move
+from elastictrain_checkpoint.cast import values
+from elastictrain_checkpoint.cli_common import (
+    EXIT_CODES,
+    NARROW_COLUMNS,
+    All,
+    AsJson,
+    Options,
+    Step,
+    Where,
+    bar,
+    counted,
+    guarded,
+    open_store,
+    parse_options,
+    pick,
+    pick_or_problem,
+    print_json,
+)
+from elastictrain_checkpoint.commit import list_steps, load
+from elastictrain_checkpoint.difference import statistics
 from elastictrain_checkpoint.dtypes import item_bytes, num_elements
-from elastictrain_checkpoint.errors import CheckpointError, CorruptData, NoCheckpoint
+from elastictrain_checkpoint.errors import CheckpointError, InvalidMapping
 from elastictrain_checkpoint.manifest import Manifest
+from elastictrain_checkpoint.reader import Reader
+from elastictrain_checkpoint.rehearsal import Rehearsal
+from elastictrain_checkpoint.retain import DEFAULT_LEASE_S, prune
 from elastictrain_checkpoint.store import Store
 
-app = typer.Typer(name="ckpt", help="Look at checkpoints and check them.", no_args_is_help=True, add_completion=False)
+SHOWN_VALUES = 10
 
-Where = Annotated[str, typer.Argument(help="Folder or URL that holds the checkpoints (file, s3, memory …).")]
-Step = Annotated[int | None, typer.Option("--step", min=0, help="Step; the newest sound one if not given.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-All = Annotated[bool, typer.Option("--all", help="Every step, not only one.")]
+app = typer.Typer(
+    name="ckpt",
+    help="Look at checkpoints, check them, compare, copy, convert and prune them.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+)
 
 
-@app.command("ls")
-def ls(store: Where, as_json: AsJson = False) -> None:
+@app.command("ls", epilog=EXIT_CODES)
+@guarded
+def ls(store: Where, option: Options = None, as_json: AsJson = False) -> None:
     """List the steps in a store."""
-    place = _open(store)
+    place = open_store(store, parse_options(option))
     rows = [_row(place, step) for step in list_steps(place)]
     if as_json:
-        _print_json(rows)
+        print_json(rows)
     else:
-        table = Table("step", "attempt", "generation", "time (UTC)", "tensors", "bytes", "digest", "state")
-        for row in rows:
-            shown = [row.get(key, "") for key in ("attempt", "generation", "time", "tensors")]
-            state = "[green]sound" if row["sound"] else "[red]damaged"
-            size = decimal(row["bytes"]) if "bytes" in row else ""
-            table.add_row(str(row["step"]), *map(str, shown), size, row.get("digest", "")[:16], state)
         console = Console(soft_wrap=True, highlight=False)
-        console.print(table, soft_wrap=False)
+        console.print(_steps_table(rows, narrow=console.width < NARROW_COLUMNS), soft_wrap=False)
         for row in rows:
             if not row["sound"]:
                 console.print(f"step {row['step']}: {row['problem']}", markup=False)
     raise typer.Exit(0 if all(row["sound"] for row in rows) else 1)
 
 
-@app.command("show")
-def show(store: Where, step: Step = None, as_json: AsJson = False) -> None:
-    """Show what a checkpoint holds: tensors, aliases, tree, facts about the run."""
-    manifest = _pick(_open(store), step)
-    if as_json:
+def _steps_table(rows: list[dict[str, Any]], *, narrow: bool) -> Table:
+    """Fits into 80 columns without the attempt and with half of the digest."""
+    table = Table()
+    for title in (
+        "step",
+        *([] if narrow else ["attempt"]),
+        "gen.",
+        "time (UTC)",
+        "tensors",
+        "bytes",
+        "digest",
+        "state",
+    ):
+        justify = "right" if title in ("gen.", "tensors", "bytes") else "left"
+        table.add_column(title, justify=justify, no_wrap=title != "attempt", overflow="fold")  # type: ignore[arg-type]
+    for row in rows:
+        cells = [str(row["step"])]
+        if not narrow:
+            cells.append(row.get("attempt", ""))
+        cells += [
+            str(row.get("generation", "")),
+            row.get("time", "")[:16].replace("T", " "),
+            str(row.get("tensors", "")),
+            decimal(row["bytes"]) if "bytes" in row else "",
+            row.get("digest", "")[: 8 if narrow else 16],
+            "[green]sound" if row["sound"] else "[red]damaged",
+        ]
+        table.add_row(*cells)
+    return table
+
+
+@app.command("show", epilog=EXIT_CODES)
+@guarded
+def show(
+    store: Where,
+    step: Step = None,
+    tensor: Annotated[str | None, typer.Option("--tensor", help="Values and statistics of this one.")] = None,
+    span: Annotated[
+        str | None,
+        typer.Option("--range", metavar="START:STOP", help="Elements to show, row-major; only their bytes are read."),
+    ] = None,
+    option: Options = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a checkpoint holds: tensors, aliases, tree, facts about the run; or one tensor.
+
+    With --tensor all of it is read for the statistics, in blocks; with --range too, only the elements named.
+    """
+    place = open_store(store, parse_options(option))
+    if span is not None and tensor is None:
+        raise InvalidMapping("--range is for one tensor: give --tensor NAME too")
+    manifest = pick(place, step)
+    if tensor is not None:
+        _show_tensor(place, manifest, tensor, span, as_json=as_json)
+    elif as_json:
         document = json.loads(manifest.raw)
         keys = ("step", "attempt", "generation", "time", "info", "alias", "tree", "base")
         shown = {key: document[key] for key in keys}
         tensors = {name: {"dtype": d, "shape": list(s)} for name, (d, s) in manifest.tensors.items()}
         files = [{"path": p, "bytes": f.size_bytes} for p, f in zip(manifest.paths, manifest.files, strict=True)]
-        _print_json({**shown, "digest": manifest.digest, "tensors": tensors, "files": files})
-        return
-    console = Console()
+        print_json({**shown, "digest": manifest.digest, "tensors": tensors, "files": files})
+    else:
+        _show_all(manifest)
+
+
+def _show_all(manifest: Manifest) -> None:
+    console = Console(highlight=False)
     console.print(
         f"step [bold]{manifest.step}[/] · attempt {manifest.attempt} · generation {manifest.generation} · "
-        f"{manifest.time}\ndigest {manifest.digest}\n{len(manifest.files)} packs, {decimal(manifest.size_bytes)}"
+        f"{manifest.time}\ndigest {manifest.digest}\n"
+        f"{counted(len(manifest.files), 'pack')}, {decimal(manifest.size_bytes)}"
     )
-    table = Table("tensor", "dtype", "shape", "bytes", "chunks")
+    table = Table()
+    table.add_column("tensor", overflow="fold")
+    table.add_column("dtype", no_wrap=True)
+    table.add_column("shape", overflow="fold")
+    for title in ("bytes", "chunks"):
+        table.add_column(title, justify="right", no_wrap=True)
     for number, name in enumerate(manifest.table.names):
         dtype, shape = manifest.tensors[name]
         chunks = manifest.table.bounds[number + 1] - manifest.table.bounds[number]
         size = num_elements(shape) * item_bytes(dtype)
-        table.add_row(escape(name), dtype, str(list(shape)), decimal(size), str(chunks))
+        table.add_row(escape(name), dtype, escape(str(list(shape))), decimal(size), str(chunks))
     for alias, target in manifest.alias.items():
-        table.add_row(escape(alias), "→", escape(target), "", "")
+        table.add_row(escape(f"{alias} → {target}"), "", "", "", "")
     console.print(table)
     for title, value in (("info", manifest.info), ("tree", manifest.tree)):
-        console.print(f"[bold]{title}[/]", Pretty(value))
+        if value:
+            console.print(f"[bold]{title}")
+            console.print(Pretty(value, max_string=100, max_length=30))
 
 
-@app.command("verify")
-def verify(store: Where, step: Step = None, every: All = False, as_json: AsJson = False) -> None:
-    """Read every byte and compare it with its hash; name what is damaged."""
-    place = _open(store)
+def _show_tensor(place: Store, manifest: Manifest, name: str, span: str | None, *, as_json: bool) -> None:
+    reader = Reader(place, manifest)
+    manifest.resolve(name)
+    dtype, shape = reader.tensors[name]
+    count = num_elements(shape)
+    start, stop = (0, min(count, SHOWN_VALUES)) if span is None else _parse_span(span, count)
+    found = values(reader.read_flat(name, start, stop), dtype)
+    shown = None if found is None else [_scalar(value) for value in found.tolist()]
+    facts = None
+    if span is None:
+        with bar(name, quiet=as_json) as progress:
+            facts = asdict(statistics(reader, name, progress))
+    if as_json:
+        print_json({"step": manifest.step, "tensor": name, "dtype": dtype, "shape": list(shape),
+                    "range": [start, stop], "values": shown, "statistics": facts})  # fmt: skip
+        return
+    console = Console(highlight=False)
+    tied = f" → {manifest.alias[name]}" if name in manifest.alias else ""
+    size = decimal(count * item_bytes(dtype))
+    console.print(f"step {manifest.step} · {name}{tied}\n{dtype} {list(shape)}, {size}", markup=False)
+    for key, value in (facts or {}).items():
+        if value is not None:
+            console.print(f"  {key:<10} {value:.6g}" if isinstance(value, float) else f"  {key:<10} {value}")
+    if shown is None:
+        console.print(f"{dtype} has no values to print")
+    elif stop > start:
+        more = " …" if stop < count else ""
+        text = " ".join(f"{one:.6g}" if isinstance(one, float) else str(one) for one in shown)
+        console.print(f"elements {start} to {stop}: {text}{more}", markup=False)
+
+
+def _scalar(value: Any) -> Any:
+    return str(value) if isinstance(value, complex) else value
+
+
+def _parse_span(text: str, count: int) -> tuple[int, int]:
+    first, colon, last = text.partition(":")
+    try:
+        start, stop = int(first or 0), int(last or count)
+    except ValueError:
+        start, stop = -1, -1
+    if not colon or not 0 <= start <= stop <= count:
+        raise InvalidMapping(f"--range {text!r} is not START:STOP with 0 <= START <= STOP <= {count}")
+    return start, stop
+
+
+@app.command("verify", epilog=EXIT_CODES)
+@guarded
+def verify(
+    store: Where, step: Step = None, every: All = False, option: Options = None, as_json: AsJson = False
+) -> None:
+    """Read every byte and compare it with its hash; damage is named by file, block and tensors."""
+    place = open_store(store, parse_options(option))
     found: list[dict[str, Any]] = []
     for number in list_steps(place) if every else [step]:
-        manifest, broken = _pick_or_problem(place, number)
+        manifest, broken = pick_or_problem(place, number)
         if manifest is None:
             found.append({"step": number, "sound": False, "problems": [broken]})
             continue
-        with _bar(f"step {manifest.step}", quiet=as_json) as progress:
+        with bar(f"step {manifest.step}", quiet=as_json) as progress:
             problems = check.verify(place, manifest, progress)
         shown = [{"file": p.file, "block": p.block, "tensors": list(p.tensors), "message": p.message} for p in problems]
         found.append({"step": manifest.step, "sound": not problems, "problems": shown})
     if as_json:
-        _print_json(found)
+        print_json(found)
     for entry in [] if as_json else found:
         console = Console(soft_wrap=True, highlight=False)
         console.print(f"step {entry['step']}: " + ("[green]sound" if entry["sound"] else "[red]damaged"))
@@ -111,19 +240,17 @@ def verify(store: Where, step: Step = None, every: All = False, as_json: AsJson 
     raise typer.Exit(0 if all(entry["sound"] for entry in found) else 1)
 
 
-@app.command("digest")
-def digest(store: Where, step: Step = None, as_json: AsJson = False) -> None:
+@app.command("digest", epilog=EXIT_CODES)
+@guarded
+def digest(store: Where, step: Step = None, option: Options = None, as_json: AsJson = False) -> None:
     """Compute the digest of a checkpoint from its bytes; independent of how it is laid out."""
-    place = _open(store)
-    manifest = _pick(place, step)
-    try:
-        with _bar(f"step {manifest.step}", quiet=as_json) as progress:
-            value = check.digest(place, manifest, progress)
-    except CorruptData as error:
-        _fail(str(error), 1)
+    place = open_store(store, parse_options(option))
+    manifest = pick(place, step)
+    with bar(f"step {manifest.step}", quiet=as_json) as progress:
+        value = check.digest(place, manifest, progress)
     equal = value == manifest.digest
     if as_json:
-        _print_json({"step": manifest.step, "digest": value, "recorded": manifest.digest, "equal": equal})
+        print_json({"step": manifest.step, "digest": value, "recorded": manifest.digest, "equal": equal})
     else:
         typer.echo(value)
         if not equal:
@@ -131,40 +258,35 @@ def digest(store: Where, step: Step = None, as_json: AsJson = False) -> None:
     raise typer.Exit(0 if equal else 1)
 
 
-def _open(url: str) -> Store:
-    try:
-        store = Store(url)
-        empty = not store.list()
-    except (ValueError, ImportError, OSError) as error:
-        _fail(f"cannot open {url}: {error}", 2)
-    if empty:
-        _fail(f"{url} is not there, or there is nothing in it", 2)
-    return store
-
-
-def _pick(store: Store, step: int | None) -> Manifest:
-    manifest, problem = _pick_or_problem(store, step)
-    if manifest is None:
-        _fail(problem["message"], 1)
-    return manifest
-
-
-def _pick_or_problem(store: Store, step: int | None) -> tuple[Manifest | None, dict[str, Any]]:
-    """The step's manifest, or the newest; else one problem. Ends the command if there is no such step."""
-    try:
-        if step is not None:
-            return load(store, step), {}
-    except NoCheckpoint as error:
-        _fail(str(error), 2)
-    except CorruptData as error:
-        return None, {"file": error.file, "block": None, "tensors": list(error.tensors), "message": str(error)}
-    skipped: list[Skipped] = []
-    manifest = newest(store, skipped)
-    for passed in skipped:
-        typer.echo(f"passed over step {passed.step}: {passed.why}", err=True)
-    if manifest is None:
-        _fail(f"{store.url} has no sound checkpoint", 1 if skipped else 2)
-    return manifest, {}
+@app.command("prune", epilog=EXIT_CODES)
+@guarded
+def prune_command(
+    store: Where,
+    keep: Annotated[int, typer.Option("--keep", min=1, help="How many of the newest sound checkpoints stay.")],
+    lease_h: Annotated[
+        float, typer.Option("--lease-hours", min=0, help="Age from which an attempt without a commit is garbage.")
+    ] = DEFAULT_LEASE_S / 3600,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and remove nothing.")] = False,
+    option: Options = None,
+    as_json: AsJson = False,
+) -> None:
+    """Remove old checkpoints and garbage; nothing goes unless a newer one was verified, every byte, first."""
+    place = open_store(store, parse_options(option))
+    done = prune(Rehearsal(place) if dry_run else place, keep, lease_s=lease_h * 3600)
+    unsound = [{"step": one.step, "why": one.why} for one in done.unsound]
+    if as_json:
+        shown = {"kept": done.kept, "removed": done.removed, "garbage": done.garbage, "unsound": unsound}
+        print_json({**shown, "dry_run": dry_run})
+    else:
+        console = Console(highlight=False)
+        would = "would be removed" if dry_run else "removed"
+        console.print(f"kept: {', '.join(map(str, done.kept)) or 'none'}")
+        console.print(f"{would}: {', '.join(map(str, done.removed)) or 'none'}")
+        for path in done.garbage:
+            console.print(f"{would}, garbage: {path}", markup=False)
+        for one in unsound:
+            console.print(f"left alone, unsound: step {one['step']}: {one['why']}", markup=False, style="red")
+    raise typer.Exit(1 if unsound else 0)
 
 
 def _row(store: Store, step: int) -> dict[str, Any]:
@@ -184,21 +306,4 @@ def _row(store: Store, step: int) -> dict[str, Any]:
     }
 
 
-@contextlib.contextmanager
-def _bar(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    if quiet:
-        yield None
-        return
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress("{task.description}", *columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2))
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(message, err=True)
-    raise typer.Exit(code)
+cli_move.register(app)

@@ -7,6 +7,10 @@ CheckpointError
 ├── AlreadyCommitted      the caller: another attempt has committed this step
 │   └── StaleGeneration     … under a newer generation: this caller is not the coordinator any more
 ├── NoCheckpoint          the caller: there is no such step
+├── InvalidMapping        the caller: a rule that cannot be applied to these tensors
+├── StateMismatch         the caller: what was asked for and what is there differ; both are listed
+├── ForeignFormat         the caller: not a checkpoint of that format, or one that cannot be read
+├── MissingExtra          the caller: a foreign format needs a package that is not installed
 └── CorruptData           storage: bytes differ from their hash, are cut short or missing
     └── InvalidManifest     … or the manifest itself cannot be believed
 ```
@@ -60,3 +64,39 @@ class CorruptData(CheckpointError):
 
 class InvalidManifest(CorruptData):
     """A manifest that cannot be believed: unreadable, altered, unknown version, or contradicting itself."""
+
+
+class InvalidMapping(CheckpointError, ValueError):
+    """A rule that cannot be applied: it fits no tensor, its sizes do not fit, or two tensors end under one name."""
+
+
+class StateMismatch(CheckpointError):
+    """What was asked for is not what the checkpoint holds.
+
+    Attributes:
+        missing: names that were asked for and are not there.
+        extra: names that are there and were not asked for.
+        different: sentences, one for each tensor of another shape or type.
+
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        missing: tuple[str, ...] = (),
+        extra: tuple[str, ...] = (),
+        different: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.missing = missing
+        self.extra = extra
+        self.different = different
+
+
+class ForeignFormat(CheckpointError):
+    """A checkpoint of another format that cannot be read (or written): what was found, and what was expected."""
+
+
+class MissingExtra(CheckpointError, ImportError):
+    """A foreign format needs a package that is not installed; the message names it."""

@@ -48,6 +48,8 @@ class RemoteBackend:
             # close() would complete the upload: throw the parts away instead.
             with contextlib.suppress(Exception):
                 file.discard()
+            with contextlib.suppress(Exception):
+                file.closed = True  # or the end of the object would try to complete what was thrown away
             if undo:
                 with contextlib.suppress(Exception):
                     self.system.rm_file(full)
