@@ -7,6 +7,11 @@ CheckpointError
 ├── AlreadyCommitted      the caller: another attempt has committed this step
 │   └── StaleGeneration     … under a newer generation: this caller is not the coordinator any more
 ├── NoCheckpoint          the caller: there is no such step
+├── StateMismatch         the caller: what shall be loaded into has other keys, shapes or types
+├── SaveFailed            storage, or the caller: a save in the background has come to nothing
+│   └── StateChanged        … because the state changed under it without a call of before_mutation
+├── SaveDropped           the caller: this save was skipped or superseded, as it had asked for
+├── SaveTimeout           storage: a save in the background is too slow for the deadline
 └── CorruptData           storage: bytes differ from their hash, are cut short or missing
     └── InvalidManifest     … or the manifest itself cannot be believed
 ```
@@ -60,3 +65,23 @@ class CorruptData(CheckpointError):
 
 class InvalidManifest(CorruptData):
     """A manifest that cannot be believed: unreadable, altered, unknown version, or contradicting itself."""
+
+
+class SaveFailed(CheckpointError):
+    """A save in the background has failed; the checkpoint of that step does not exist. The cause is chained."""
+
+
+class StateChanged(SaveFailed):
+    """The state was changed while a save still read it: nothing of it can be believed, and nothing was committed."""
+
+
+class SaveDropped(CheckpointError):
+    """There is no result: the save was skipped, or superseded by a later one."""
+
+
+class SaveTimeout(CheckpointError, TimeoutError):
+    """A wait for a save in the background has reached its deadline; the save itself goes on."""
+
+
+class StateMismatch(CheckpointError):
+    """A checkpoint and the state that it shall be loaded into do not fit; nothing was changed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,9 +13,9 @@ from elastictrain.engine import saving
 from elastictrain.engine.collective import GroupSet
 from elastictrain.engine.commit import apply_step
 from elastictrain.engine.inquest import check_claims, check_lane, gather_claims, settle
-from elastictrain.engine.reports import StepReport
+from elastictrain.engine.reports import StepReport, Storing
 from elastictrain.engine.step import StepRunner, Timer
-from elastictrain.engine.vote import FLAG_PAUSE, FLAG_STORE, Tally
+from elastictrain.engine.vote import FLAG_PAUSE, FLAG_STORE, FLAG_STORING, Tally
 from elastictrain.engine.worker_model import hook
 from elastictrain.protocol import FormPlan, Row
 from elastictrain.signs import Activity
@@ -36,6 +36,7 @@ class Stepping:
         self.layout = plan.layout
         self.first_step = True
         self.lane_plan = 0
+        self.storing: Storing | None = None
         self.runner = self._runner()
 
     def _runner(self) -> StepRunner:
@@ -67,6 +68,7 @@ class Stepping:
             self.step += 1
             tally = self._one_step(report)
             if tally.flags & FLAG_PAUSE:
+                self._finish_storing()
                 if tally.flags & FLAG_STORE:
                     self._store_now()
                 with s.apply_lock:
@@ -91,12 +93,15 @@ class Stepping:
             s.pending = pending
         s.probes.flips(s, self.step, "reduced")
         offered = max(s.offers, default=0)
-        vote = self.runner.vote(pending, flags=s.pause_flags(), plan=offered)
+        vote = self.runner.vote(pending, flags=s.pause_flags() | self._storing_flag(), plan=offered)
         self._check_sums(vote)
-        extras = self.groups.all_gather_sized(report.extras()) if report.stores else []
+        stored = self._gather_shares(vote)
         s.probes.at(self.step, "voted")
         # The vote of this step is complete: its predecessor can no more be redone, and may be seen (R5).
         self._publish(report)
+        if s.saver is not None:
+            with self.runner._timed("apply"):
+                s.saver.before_apply()
         with self.runner._timed("apply"), s.apply_lock:
             s.check()
             if self.first_step:  # one vote after the seal: what moved away is let go (R4)
@@ -118,7 +123,7 @@ class Stepping:
             s._longest_s = max(s._longest_s, self.runner.seconds["step_s"])
         self.first_step = False
         s.committed.remember(s.row_of(tally, self.runner.seconds))
-        self._commit_checkpoint(report, extras)
+        self._commit_checkpoint(*stored)
         self._switch_lanes(tally.plan)
         return tally
 
@@ -163,8 +168,8 @@ class Stepping:
     # --- at a commit ---
 
     def _after_commit(self, step: int, *, sealed: bool) -> StepReport:
-        """Evaluate and write packs where step `step` asks for it. What comes of it is published one vote later; a step
-        that was sealed with nothing more to come is published at once.
+        """Evaluate, and begin to write packs, where step `step` asks for it. What comes of it is published one vote
+        later (a checkpoint: once it is written); a step that was sealed with nothing more to come is published at once.
         """
         s, last = self.session, step == self.job.steps
         known = self.plan.published_step >= step if sealed else False
@@ -181,7 +186,8 @@ class Stepping:
             s.pulse.enter(Activity.EVALUATE)
             report.evaluation = self._evaluate()
         if store:
-            report.share = self._write(step)
+            self._finish_storing()
+            self.storing = self._begin_storing(step)
         if sealed:
             self._publish_missed(step)
         if sealed and not evaluate and not store:
@@ -195,20 +201,47 @@ class Stepping:
         """
         s = self.session
         report = StepReport(self.step, row=s.committed.rows.get(self.step), stores=True)
-        report.share = self._write(self.step)
+        storing = self._begin_storing(self.step)
+        share = storing.extras()
         self.groups.deadline_s = self.groups.gather_deadline_s = FIRST_STEP_DEADLINE_S
         s.pulse.enter(Activity.VOTE)
         self._audit()
-        extras = self.groups.all_gather_sized(report.extras())
+        extras = self.groups.all_gather_sized(share)
         self._publish(report)
-        self._commit_checkpoint(report, extras)
+        self._commit_checkpoint(storing.step, extras)
 
-    def _write(self, step: int) -> dict[str, Any]:
-        """Make this worker's share of a checkpoint durable."""
+    def _begin_storing(self, step: int) -> Storing:
+        """Begin to write this worker's share of a checkpoint of the committed state."""
         s = self.session
         s.pulse.enter(Activity.STORE)
         assert s.saver is not None, "only a job with the setting checkpoint stores"
-        return s.saver.write(self._owned(), step=step, generation=self.plan.generation, worker=s.worker)
+        writing = s.saver.begin(self._owned(), step=step, generation=self.plan.generation, worker=s.worker)
+        return Storing(step, writing)
+
+    def _storing_flag(self) -> int:
+        return FLAG_STORING if self.storing is not None and not self.storing.writing.done else 0
+
+    def _gather_shares(self, vote: bytes) -> tuple[int, list[bytes]]:
+        """The step of the checkpoint that everybody has written, and all shares; none while somebody still writes. The
+        vote says so to everybody alike. Nobody waits here for storage.
+        """
+        storing = self.storing
+        if storing is None or self.runner.vote_format.tally(vote).flags & FLAG_STORING:
+            return 0, []
+        self.storing = None
+        return storing.step, self.groups.all_gather_sized(storing.extras())
+
+    def _finish_storing(self) -> None:
+        """Wait until everybody has written the checkpoint that is under way, and commit it: where the next one begins,
+        or the generation ends in peace. The vote after its step is complete (R5).
+        """
+        if self.storing is None:
+            return
+        storing, self.storing = self.storing, None
+        self.session.pulse.enter(Activity.STORE)
+        self.groups.deadline_s = self.groups.gather_deadline_s = FIRST_STEP_DEADLINE_S
+        extras = self.groups.all_gather_sized(storing.extras())
+        self._commit_checkpoint(storing.step, extras)
 
     def _owned(self) -> saving.Owned:
         s = self.session
@@ -245,21 +278,21 @@ class Stepping:
             self.session.emit(Row(dict(report.row, generation=self.plan.generation)))
             self.session.emit(ev.Progress(0.0, self.plan.generation, report.step))
 
-    def _commit_checkpoint(self, report: StepReport, extras: list[bytes]) -> None:
+    def _commit_checkpoint(self, step: int, extras: list[bytes]) -> None:
         s = self.session
-        if not (report.stores and self.is_publisher and s.saver is not None):
+        if not (extras and self.is_publisher and s.saver is not None):
             return
         s.pulse.enter(Activity.STORE)
         path = s.saver.commit(
-            StepReport.shares(extras),
-            step=report.step,
+            Storing.shares(extras),
+            step=step,
             generation=self.plan.generation,
-            tree={"step": report.step, "seed": self.job.seed, "stages": s.stages, "data": s.data_fingerprint,
+            tree={"step": step, "seed": self.job.seed, "stages": s.stages, "data": s.data_fingerprint,
                   "numerics": s.numerics},
             aliases=s.model.space.aliases,
             info={"world": self.layout.world_size},
         )  # fmt: skip
-        s.emit(ev.CheckpointCommitted(0.0, self.plan.generation, report.step, path))
+        s.emit(ev.CheckpointCommitted(0.0, self.plan.generation, step, path))
 
     def _close(self, report: StepReport) -> None:
         """The closing vote: after it the last step can no more be redone. Its digest names the final state."""
@@ -267,12 +300,14 @@ class Stepping:
         self.groups.deadline_s = self.groups.gather_deadline_s = FIRST_STEP_DEADLINE_S  # peers may evaluate and store
         s.pulse.enter(Activity.STORE)
         share = saving.digest_share(self._owned())
+        storing, self.storing = self.storing, None
+        written = storing.extras() if storing is not None else b""
         s.pulse.enter(Activity.VOTE)
         self._audit()
-        extras = self.groups.all_gather_sized(report.extras()) if report.stores else []
+        extras = self.groups.all_gather_sized(written) if storing is not None else []
         shares = self.groups.all_gather_sized(share)
         self._publish(report)
-        self._commit_checkpoint(report, extras)
+        self._commit_checkpoint(storing.step if storing is not None else 0, extras)
         digest = saving.combine_shares(shares, s.model.space.aliases)
         s.pulse.enter(Activity.VOTE)
         # Nobody leaves before everybody has the digest: a group dropped early would fail a slower peer.

@@ -20,6 +20,8 @@ from elastictrain.tree import Node, finish, roots, whole
 
 FLAG_PAUSE = 1
 FLAG_STORE = 2
+FLAG_STORING = 4
+"""This worker still writes its share of a checkpoint."""
 _HEADER = 6  # generation, step, flags, plan, counter hash, tokens
 
 
