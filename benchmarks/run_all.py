@@ -32,6 +32,7 @@ ALL = {
     "goodput": ["goodput.py"],
     "false_alarms": ["false_alarms.py"],
     "simulate": ["simulate.py"],
+    "checkpoint_stall": ["checkpoints/stall.py"],
 }
 BEGIN, END = "<!-- figures: written by run_all.py -->", "<!-- end of figures -->"
 

@@ -47,6 +47,7 @@ class SaveHandle:
         self._value: Any = None
         self._seen = False
         self._ended = threading.Event()
+        self._ending = threading.Lock()
 
     def __repr__(self) -> str:
         return f"SaveHandle(step={self.step}, state={self.state.value})"
@@ -100,6 +101,7 @@ class SaveHandle:
         )
 
     def _end(self, state: SaveState, value: Any = None, error: BaseException | None = None) -> None:
-        if not self._ended.is_set():
-            self.state, self._value, self.error = state, value, error
-            self._ended.set()
+        with self._ending:
+            if not self._ended.is_set():
+                self.state, self._value, self.error = state, value, error
+                self._ended.set()

@@ -263,8 +263,10 @@ class LazySaver:
 
     def give_up(self) -> list[SaveHandle]:
         """Supersede every save that runs and whose commit has not begun; at once, without waiting for the storage. The
-        state may change afterwards. Gives what was given up.
+        state may change afterwards. Failures so far are left to their handles. Gives what was given up.
         """
+        for job in self._jobs:
+            job.handle._seen = True
         return [job.handle for job in self._jobs if not job.handle.done and job.cancel()]
 
     def close(self, timeout_s: float | None = None) -> None:
@@ -296,13 +298,9 @@ class LazySaver:
         return out
 
     def _memory(self, key: tuple[str, int], rope: Rope) -> list[Bytes]:
-        """The arena's buffers for one piece; new ones if a save that still runs may read the old ones."""
+        """The arena's buffers for one piece. No save that could still be committed reads the old ones."""
         kept = self._arena.get(key)
-        if (
-            kept is None
-            or [len(b) for b in kept] != [len(v) for v in rope]
-            or any(not j.handle.done for j in self._jobs)
-        ):
+        if kept is None or [len(buffer) for buffer in kept] != [len(view) for view in rope]:
             kept = [np.empty(len(view), dtype=np.uint8) for view in rope]
             self._arena[key] = kept
         return kept

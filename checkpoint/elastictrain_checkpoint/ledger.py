@@ -38,11 +38,12 @@ class Ledger:
         self._states = [UnitState.LIVE if one else UnitState.COPIED for one in live]
         self._slots: dict[int, int] = {}
         self._next = 0
+        self._live = sum(live)
 
     @property
     def live(self) -> int:
         """Units that a change of the state would spoil."""
-        return sum(state is UnitState.LIVE for state in self._states[self._next :])
+        return self._live
 
     @property
     def slots(self) -> list[int]:
@@ -71,6 +72,7 @@ class Ledger:
         for unit, slot in moved:
             self._slots[unit] = slot
             self._states[unit] = UnitState.COPIED
+        self._live = 0
         return moved
 
     def take(self) -> tuple[int, int | None] | None:
@@ -81,6 +83,7 @@ class Ledger:
             return None
         unit = self._next
         self._next += 1
+        self._live -= self._states[unit] is UnitState.LIVE
         self._states[unit] = UnitState.TAKEN
         return unit, self._slots.get(unit)
 

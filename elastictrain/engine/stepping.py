@@ -176,11 +176,7 @@ class Stepping:
         evaluate = bool(self.job.evaluate_every) and step > 0 and not known
         evaluate = evaluate and (step % (self.job.evaluate_every or 1) == 0 or last)
         report = StepReport(step, row=s.committed.rows.get(step) if not known else None)
-        checkpoint = self.job.checkpoint
-        store = checkpoint is not None and step > 0 and not (sealed and self.plan.checkpointed_step >= step)
-        store = (
-            store and checkpoint is not None and (step % checkpoint.every_steps == 0 or (last and checkpoint.at_end))
-        )
+        store = self._stores(step, sealed)
         report.evaluates, report.stores = evaluate, store
         if evaluate and self.is_publisher:
             s.pulse.enter(Activity.EVALUATE)
@@ -194,6 +190,16 @@ class Stepping:
             self._publish(report)
             report.row = None
         return report
+
+    def _stores(self, step: int, sealed: bool) -> bool:
+        """Whether commit `step` is stored. A generation that begins also makes up for a checkpoint that was being
+        written when the one before it ended: its step is gone by, so that which is sealed is stored.
+        """
+        checkpoint, done = self.job.checkpoint, self.plan.checkpointed_step
+        if checkpoint is None or step == 0 or (sealed and done >= step):
+            return False
+        due = step - step % checkpoint.every_steps
+        return due == step or (sealed and due > done) or (step == self.job.steps and checkpoint.at_end)
 
     def _store_now(self) -> None:
         """Store the commit at which the run pauses. That everybody has gathered the shares shows that everybody has

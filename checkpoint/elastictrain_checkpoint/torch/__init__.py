@@ -16,6 +16,7 @@ The only part of the library that imports torch.
 from __future__ import annotations
 
 from elastictrain_checkpoint.torch.loading import LoadReport, load
-from elastictrain_checkpoint.torch.saving import AsyncSaver, TorchHandle, async_save, before_mutation, save
+from elastictrain_checkpoint.torch.outcome import TorchHandle
+from elastictrain_checkpoint.torch.saving import AsyncSaver, async_save, before_mutation, save
 
 __all__ = ["AsyncSaver", "LoadReport", "TorchHandle", "async_save", "before_mutation", "load", "save"]

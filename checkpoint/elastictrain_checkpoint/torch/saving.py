@@ -29,60 +29,13 @@ from elastictrain_checkpoint.part import Part
 from elastictrain_checkpoint.store import Store
 from elastictrain_checkpoint.torch import meeting
 from elastictrain_checkpoint.torch.device import Staging
+from elastictrain_checkpoint.torch.outcome import TorchHandle
 from elastictrain_checkpoint.torch.sharded import Spread, agree, exchange, plan_shares, sharded_dim
 from elastictrain_checkpoint.torch.tree import Flat, as_buffer, describe, flatten, stored_facts
 
 Group = dist.ProcessGroup | Literal["world"] | None
 EAGER = ("*running_mean", "*running_var", "*num_batches_tracked")
 """What changes in a forward, so between two optimizer steps: copied at the call. Normalisation layers of torch."""
-
-
-class TorchHandle:
-    """What a caller holds of one save; see `SaveHandle` for the outcome."""
-
-    def __init__(self, handle: SaveHandle, saver: AsyncSaver) -> None:
-        self._handle, self._saver = handle, saver
-
-    def __repr__(self) -> str:
-        return f"TorchHandle(step={self.step}, state={self.state.value})"
-
-    @property
-    def step(self) -> int:
-        """The step."""
-        return self._handle.step
-
-    @property
-    def state(self) -> SaveState:
-        """What has become of it."""
-        return self._handle.state
-
-    @property
-    def done(self) -> bool:
-        """Whether the outcome is known."""
-        return self._handle.done
-
-    @property
-    def copied_bytes(self) -> int:
-        """What had to be copied before the state changed."""
-        return self._handle.copied_bytes
-
-    @property
-    def stall_s(self) -> float:
-        """How long `before_mutation` has taken for this save."""
-        return self._handle.stall_s
-
-    def wait(self, timeout_s: float = DEADLINE_S) -> SaveState:
-        """Wait for the outcome; see `SaveHandle.wait`."""
-        return self._handle.wait(timeout_s)
-
-    def result(self, timeout_s: float = DEADLINE_S) -> Manifest:
-        """Wait for the commit; see `SaveHandle.result`."""
-        found: Manifest = self._handle.result(timeout_s)
-        return found
-
-    def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
-        """Call `before_mutation` before every step of the optimizer, from now on. Once is enough for all saves."""
-        return self._saver.attach(optimizer)
 
 
 @dataclass(slots=True)
@@ -171,17 +124,25 @@ class AsyncSaver:
             SaveTimeout: an earlier save did not end in time.
 
         """
-        flat = flatten(state_dict)
-        tree = describe(flat)
-        meeting.check_tree(tree)
-        busy = self._lazy.is_busy
-        step, attempt, busy = self._agree(flat, step, busy)
+        problem: Exception | None = None
+        flat, tree = Flat(), {}
+        try:
+            if when_busy == "wait":
+                self._lazy.wait()
+            self._lazy.check()
+            flat = flatten(state_dict)
+            tree = describe(flat)
+            meeting.check_tree(tree)
+            facts = self._facts(flat)
+        except CheckpointError as error:
+            problem, facts = error, []
+        step, attempt, busy = self._agree([*facts, ("step", step)], step, problem)
         self._last_step = max(self._last_step, step)
         if busy and when_busy == "skip":
             handle = SaveHandle(step, self.store.url)
             handle._end(SaveState.SKIPPED)
             return TorchHandle(handle, self)
-        taken = self._take(flat, fresh=busy)
+        taken = self._take(flat, fresh=self._lazy.is_busy)
         pieces, own = self._pieces(flat, taken)
         copied = [name for name in taken.buffers if any(fnmatchcase(name, pattern) for pattern in eager)]
         if taken.staged:  # a state on devices: the little that is on the host is copied
@@ -199,7 +160,7 @@ class AsyncSaver:
             stable=own & names,
             ready=self._ready(taken, step),
             dropped=partial(meeting.say_dropped, self.store, step, attempt, self._writer) if self._group else None,
-            when_busy="wait" if busy and when_busy == "skip" else when_busy,
+            when_busy=when_busy,
         )
         if not lazy:
             self._lazy.before_mutation()
@@ -240,17 +201,24 @@ class AsyncSaver:
     def _writer(self) -> str:
         return meeting.writer_name(dist.get_rank(self._group) if self._group else 0)
 
-    def _agree(self, flat: Flat, step: int | None, busy: bool) -> tuple[int, str, bool]:
-        """Step, attempt, and whether any rank is busy: the same everywhere."""
+    def _facts(self, flat: Flat) -> list[Any]:
+        """What must be the same on every rank."""
+        facts = [(name, *stored_facts(t), _dim_of(name, t, self._group)) for name, t in flat.tensors.items()]
+        return [*facts, *flat.aliases.items()]
+
+    def _agree(self, facts: list[Any], step: int | None, problem: Exception | None) -> tuple[int, str, bool]:
+        """Step, attempt, and whether any rank is busy: the same everywhere. Raises the problem of any rank."""
         chosen: list[Any] = [None, None]
+        busy = self._lazy.is_busy
+        if self._group is not None:
+            busy = agree(facts, busy, problem, self._group)
+        elif problem is not None:
+            raise problem
         if self._group is None or dist.get_rank(self._group) == 0:
             newest = max([*list_steps(self.store), self._last_step])
             chosen = [step if step is not None else newest + 1, uuid.uuid4().hex[:12]]
-        if self._group is None:
-            return chosen[0], chosen[1], busy
-        facts: list[Any] = [(name, *stored_facts(t), _dim_of(name, t, self._group)) for name, t in flat.tensors.items()]
-        busy = agree([*facts, *flat.aliases.items(), ("step", step)], busy, self._group)
-        dist.broadcast_object_list(chosen, group=self._group, group_src=0)
+        if self._group is not None:
+            dist.broadcast_object_list(chosen, group=self._group, group_src=0)
         return chosen[0], chosen[1], busy
 
     def _take(self, flat: Flat, *, fresh: bool) -> _Taken:

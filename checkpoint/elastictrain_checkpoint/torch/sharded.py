@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from elastictrain_checkpoint.boxes import Box, box_runs
 from elastictrain_checkpoint.dtypes import num_elements
-from elastictrain_checkpoint.errors import InvalidPiece
+from elastictrain_checkpoint.errors import InvalidPiece, SaveFailed
 from elastictrain_checkpoint.hashing import DIGEST_BLOCK_ELEMENTS
 
 SPLIT_BYTES = 1 << 20
@@ -225,17 +225,25 @@ def _swap(
             at += size
 
 
-def agree(facts: list[Any], busy: bool, group: dist.ProcessGroup) -> bool:
-    """Refuse state dicts that differ between ranks, and tell whether any rank is busy. A collective of `group`.
+def agree(facts: list[Any], busy: bool, problem: Exception | None, group: dist.ProcessGroup) -> bool:
+    """Refuse state dicts that differ between ranks, and tell whether any rank is busy. A collective of `group`: a rank
+    that has a problem takes part, so that no other waits for it.
 
     Raises:
         InvalidPiece: on every rank, naming the first that differs from rank 0.
+        SaveFailed: another rank has a problem. The one that has raises it as it is.
 
     """
     world = dist.get_world_size(group)
     said: list[Any] = [None] * world
-    dist.all_gather_object(said, (hashlib.sha256(repr(facts).encode()).hexdigest(), busy), group=group)
-    if len({digest for digest, _ in said}) > 1:
+    mine = (hashlib.sha256(repr(facts).encode()).hexdigest(), busy, "" if problem is None else str(problem))
+    dist.all_gather_object(said, mine, group=group)
+    if problem is not None:
+        raise problem
+    for rank, (_, _, text) in enumerate(said):
+        if text:
+            raise SaveFailed(f"rank {rank} could not begin to save: {text}")
+    if len({digest for digest, _, _ in said}) > 1:
         whole: list[Any] = [None] * world
         dist.all_gather_object(whole, [repr(fact) for fact in facts], group=group)
         rank = next(rank for rank in range(world) if whole[rank] != whole[0])
@@ -244,4 +252,4 @@ def agree(facts: list[Any], busy: bool, group: dist.ProcessGroup) -> bool:
             f"the state dict of rank {rank} differs from that of rank 0: {'; '.join(differ[:3])}; every rank must pass "
             "the same keys, shapes and placements"
         )
-    return any(busy for _, busy in said)
+    return any(busy for _, busy, _ in said)
