@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from elastictrain_checkpoint.commit import load
 from elastictrain_checkpoint.errors import CheckpointError, IncompleteCheckpoint, NoCheckpoint, SaveTimeout
@@ -16,7 +16,6 @@ from elastictrain_checkpoint.manifest import Manifest
 from elastictrain_checkpoint.part import Part
 from elastictrain_checkpoint.paths import step_folder
 from elastictrain_checkpoint.store import Store
-from elastictrain_checkpoint.tagged import encode
 
 POLL_S = (0.01, 0.25)
 """Shortest and longest pause between two looks into the store."""
@@ -30,11 +29,6 @@ class PeerDropped(IncompleteCheckpoint):
 def writer_name(rank: int) -> str:
     """The name of a rank's packs."""
     return f"r{rank:05d}"
-
-
-def check_tree(tree: Any) -> None:
-    """Refuse now what could not be written at the commit. Raises InvalidPiece with the place."""
-    encode(tree, "state_dict")
 
 
 def _path(step: int, attempt: str, writer: str, kind: str) -> str:

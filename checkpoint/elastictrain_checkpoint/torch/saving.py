@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import re
 import uuid
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from fnmatch import translate
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -132,7 +133,6 @@ class AsyncSaver:
             self._lazy.check()
             flat = flatten(state_dict)
             tree = describe(flat)
-            meeting.check_tree(tree)
             facts = self._facts(flat)
         except CheckpointError as error:
             problem, facts = error, []
@@ -144,9 +144,10 @@ class AsyncSaver:
             return TorchHandle(handle, self)
         taken = self._take(flat, fresh=self._lazy.is_busy)
         pieces, own = self._pieces(flat, taken)
-        copied = [name for name in taken.buffers if any(fnmatchcase(name, pattern) for pattern in eager)]
+        changing = re.compile("|".join(map(translate, eager)) or r"(?!)")
+        copied = {name for name in taken.buffers if changing.match(name)}
         if taken.staged:  # a state on devices: the little that is on the host is copied
-            copied = [name for name in taken.buffers if name not in taken.own]
+            copied = taken.buffers.keys() - taken.own
         names = {piece.name for piece in pieces}
         taken.watched = [one for one in taken.watched if one[0] in taken.own or one[0] not in copied]
         handle = self._lazy.save(
@@ -231,11 +232,14 @@ class AsyncSaver:
                 on_device[name] = local
                 taken.watched.append((name, local, _version(local), local.data_ptr()))
                 continue
-            whole = local.resolve_conj().resolve_neg().to("cpu").contiguous()
-            if whole.data_ptr() != local.data_ptr():
+            address = local.data_ptr()
+            whole = local
+            if local.device.type != "cpu" or not local.is_contiguous() or local.is_complex() or local.is_neg():
+                whole = local.resolve_conj().resolve_neg().to("cpu").contiguous()
+            if whole.data_ptr() != address:
                 taken.own.add(name)
             else:
-                taken.watched.append((name, local, _version(local), local.data_ptr()))
+                taken.watched.append((name, local, _version(local), address))
             taken.kept.append(whole)
             taken.buffers[name] = as_buffer(whole)
         if on_device:

@@ -10,6 +10,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from elastictrain_checkpoint.errors import InvalidPiece
+from elastictrain_checkpoint.tagged import encode
+
+_PLAIN = {torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool}
 
 Path = tuple[Any, ...]
 """Keys from the root: strings and whole numbers of mappings, places in lists and tuples."""
@@ -51,7 +54,8 @@ def flatten(state: Any) -> Flat:
     """Take a state dict apart; nothing is copied.
 
     Raises:
-        InvalidPiece: a tensor that is neither dense nor a DTensor, or of a class of its own; with its place.
+        InvalidPiece: a tensor that is neither dense nor a DTensor, or of a class of its own, or anything else that
+            the tree of a manifest cannot hold; with its place.
 
     """
     flat = Flat()
@@ -69,14 +73,23 @@ def flatten(state: Any) -> Flat:
                 flat.aliases[name] = first
             return None
         if isinstance(value, Mapping):
+            for key in value:
+                if type(key) is not str:
+                    encode(key, _where(path))
             return {key: walk(item, (*path, key)) for key, item in value.items()}
         if type(value) in (list, tuple, torch.Size):
             items = [walk(item, (*path, number)) for number, item in enumerate(value)]
             return items if type(value) is list else tuple(items)
+        if type(value) not in (int, float, bool, str):
+            encode(value, _where(path))
         return value
 
     flat.rest = walk(state, ())
     return flat
+
+
+def _where(path: Path) -> str:
+    return "state_dict" + "".join(f"[{key!r}]" for key in path)
 
 
 def unique_name(path: Path, flat: Flat) -> str:
@@ -124,6 +137,8 @@ def as_buffer(value: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, writable, without a copy."""
     if not value.numel():
         return memoryview(b"")
+    if value.dtype in _PLAIN:  # a state may have thousands of small tensors: this is three times as fast
+        return memoryview(value.detach().numpy()).cast("B")  # type: ignore[arg-type]
     return memoryview(value.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
