@@ -41,7 +41,11 @@ class Gate:
                     raise self.error
                 yield block
 
-        return int(self._inner.create(path, gated()))
+        size = int(self._inner.create(path, gated()))
+        if self.free > 100:  # everything is taken: the last thing before the file is there
+            self.reached.set()
+            assert self.opened.wait(30)
+        return size
 
 
 class Scene:
@@ -177,6 +181,32 @@ def test_what_is_given_up_leaves_nothing_and_the_state_is_free(scene: Scene) -> 
     assert scene.save(2).result(30).step == 2
     assert list_steps(scene.store) == [2]
     assert scene.stored(2) == {1}
+
+
+def test_what_is_given_up_at_the_last_moment_is_not_committed() -> None:
+    scene = Scene(blocks=1000)
+    handle = scene.save(1)
+    assert scene.gate.reached.wait(30)
+    assert scene.saver.give_up() == [handle]
+    scene.gate.opened.set()
+    assert scene.save(2).result(30).step == 2
+    assert list_steps(scene.store) == [2]
+    assert handle.state is SaveState.SUPERSEDED
+
+
+def test_the_pool_gets_back_what_a_save_that_was_given_up_had_copied(scene: Scene) -> None:
+    for step in range(1, 5):
+        scene.gate.reached.clear()
+        scene.gate.opened.clear()
+        handle = scene.save(step)
+        assert scene.gate.reached.wait(30)
+        scene.saver.before_mutation()
+        assert handle.copied_bytes == MB + 4096
+        (thread,) = [one for one in threading.enumerate() if one.name == "elastictrain-save"]
+        scene.saver.give_up()
+        scene.gate.opened.set()
+        thread.join(30)
+    assert scene.saver.pool.size_bytes == 2 * MB
 
 
 def test_a_wait_ends_at_its_deadline_and_says_how_far_the_save_is() -> None:
