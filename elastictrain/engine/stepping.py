@@ -245,8 +245,10 @@ class Stepping:
             return
         storing, self.storing = self.storing, None
         self.session.pulse.enter(Activity.STORE)
-        self.groups.deadline_s = self.groups.gather_deadline_s = FIRST_STEP_DEADLINE_S
-        extras = self.groups.all_gather_sized(storing.extras())
+        share, usual_s = storing.extras(), self.groups.gather_deadline_s
+        self.groups.gather_deadline_s = FIRST_STEP_DEADLINE_S  # peers may still write
+        extras = self.groups.all_gather_sized(share)
+        self.groups.gather_deadline_s = usual_s
         self._commit_checkpoint(storing.step, extras)
 
     def _owned(self) -> saving.Owned:
