@@ -11,6 +11,10 @@ CheckpointError
 ├── StateMismatch         the caller: what was asked for and what is there differ; both are listed
 ├── ForeignFormat         the caller: not a checkpoint of that format, or one that cannot be read
 ├── MissingExtra          the caller: a foreign format needs a package that is not installed
+├── SaveFailed            storage, or the caller: a save in the background has come to nothing
+│   └── StateChanged        … because the state changed under it without a call of before_mutation
+├── SaveDropped           the caller: this save was skipped or superseded, as it had asked for
+├── SaveTimeout           storage: a save in the background is too slow for the deadline
 └── CorruptData           storage: bytes differ from their hash, are cut short or missing
     └── InvalidManifest     … or the manifest itself cannot be believed
 ```
@@ -100,3 +104,19 @@ class ForeignFormat(CheckpointError):
 
 class MissingExtra(CheckpointError, ImportError):
     """A foreign format needs a package that is not installed; the message names it."""
+
+
+class SaveFailed(CheckpointError):
+    """A save in the background has failed; the checkpoint of that step does not exist. The cause is chained."""
+
+
+class StateChanged(SaveFailed):
+    """The state was changed while a save still read it: nothing of it can be believed, and nothing was committed."""
+
+
+class SaveDropped(CheckpointError):
+    """There is no result: the save was skipped, or superseded by a later one."""
+
+
+class SaveTimeout(CheckpointError, TimeoutError):
+    """A wait for a save in the background has reached its deadline; the save itself goes on."""

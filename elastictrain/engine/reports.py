@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from elastictrain.engine.saving import Writing
 from elastictrain.engine.vote import Tally
 from elastictrain.engine.worker_model import hook
 from elastictrain.job import Job
@@ -15,18 +16,29 @@ from elastictrain.job import Job
 
 @dataclass(slots=True)
 class StepReport:
-    """Of commit `step`, waiting for the vote after it (R5). `share`: this worker's part of its checkpoint."""
+    """Of commit `step`, waiting for the vote after it (R5)."""
 
     step: int
     row: dict[str, Any] | None
     evaluates: bool = False
     stores: bool = False
     evaluation: dict[str, float] | None = None
-    share: dict[str, Any] | None = None
+
+
+@dataclass(slots=True)
+class Storing:
+    """A checkpoint of commit `step` that is being written while training goes on.
+
+    All workers of a generation have it at the same votes: in each they say whether their share is still being written,
+    and beside the first vote in which nobody says so the shares travel.
+    """
+
+    step: int
+    writing: Writing
 
     def extras(self) -> bytes:
-        """What travels beside the next vote when this step is stored."""
-        return json.dumps(self.share).encode()
+        """This worker's share. Waits for it; raises ClusterError when it could not be written."""
+        return json.dumps(self.writing.share()).encode()
 
     @staticmethod
     def shares(extras: list[bytes]) -> list[dict[str, Any]]:

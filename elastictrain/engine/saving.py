@@ -26,7 +26,6 @@ from elastictrain_checkpoint import (
     AlreadyCommitted,
     CheckpointError,
     CorruptData,
-    PackWriter,
     Part,
     Piece,
     Reader,
@@ -40,6 +39,9 @@ from elastictrain_checkpoint import (
     load,
     prune,
 )
+from elastictrain_checkpoint.errors import SaveFailed
+from elastictrain_checkpoint.handle import SaveHandle
+from elastictrain_checkpoint.lazy import LazySaver
 
 _NAMES = {
     torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
@@ -67,6 +69,8 @@ class Owned:
 
     pieces: list[Piece] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
+    copies: set[str] = field(default_factory=set)
+    """Names of tensors that lie on a device: their pieces are copies already."""
 
     _ends: dict[tuple[str, str], tuple[int, list[memoryview]]] = field(default_factory=dict, repr=False)
 
@@ -80,6 +84,8 @@ class Owned:
         if stop != start:
             buffers = []
             self.pieces.append(Piece(name, dtype, tuple(shape), start, buffers))
+        if value.device.type != "cpu":
+            self.copies.add(name)
         buffers.append(as_buffer(value))
         self._ends[name, dtype] = (start + value.numel(), buffers)
 
@@ -144,22 +150,68 @@ def open_store(settings: Checkpoint) -> Store:
     return Store(settings.path, storage_options=settings.storage_options)
 
 
+STORE_DEADLINE_S = 600.0
+"""As long as peers wait for one that stores."""
+
+
+@dataclass(slots=True)
+class Writing:
+    """One worker's share of a checkpoint, on its way to the storage."""
+
+    saver: Saver
+    handle: SaveHandle
+    attempt: str
+    numbers: dict[str, Any]
+
+    @property
+    def done(self) -> bool:
+        """Whether `share` returns, or raises, at once."""
+        return self.handle.done
+
+    def share(self) -> dict[str, Any]:
+        """The share as JSON data, durable. Raises ClusterError when it could not be written."""
+        return self.saver.share_of(self)
+
+
 class Saver:
     """Writes this worker's share of a checkpoint, and commits it when all shares are known to be durable."""
 
     def __init__(self, settings: Checkpoint) -> None:
         self._settings = settings
         self._store = open_store(settings)
+        self._lazy = LazySaver(self._store)
 
     def write(self, owned: Owned, *, step: int, generation: int, worker: int) -> dict[str, Any]:
-        """Make this worker's packs durable. Returns its share as JSON data, to be gathered with the next vote."""
+        """Make this worker's packs durable. Returns its share as JSON data, to be gathered with a vote."""
+        return self.begin(owned, step=step, generation=generation, worker=worker).share()
+
+    def begin(self, owned: Owned, *, step: int, generation: int, worker: int) -> Writing:
+        """Begin to write this worker's packs, in the background: call `before_apply` before the state changes."""
         # Every generation is an attempt of its own, so nothing is ever overwritten; the suffix keeps a worker apart
         # from itself when it writes the same step again after the job went back.
         writer = f"w{worker:04d}-{uuid.uuid4().hex[:6]}"
         attempt = f"g{generation:06d}"
         with self._storage(step):
-            pack = PackWriter(self._store, step=step, attempt=attempt, writer=writer)
-            return {"attempt": attempt, "part": pack.write(owned.pieces).to_json(), "numbers": owned.numbers}
+            # Each name has pieces of one kind: a tensor lies on a device, or on the host.
+            handle = self._lazy.save(owned.pieces, step=step, attempt=attempt, writer=writer, stable=owned.copies)
+        return Writing(self, handle, attempt, dict(owned.numbers))
+
+    def before_apply(self) -> None:
+        """The state is about to change: copy what is not written yet. Never waits for storage."""
+        self._lazy.before_mutation()
+
+    def give_up(self) -> list[int]:
+        """The generation is over, and what it still writes will not be whole. Gives the steps."""
+        return [handle.step for handle in self._lazy.give_up()]
+
+    def share_of(self, writing: Writing) -> dict[str, Any]:
+        """See `Writing.share`."""
+        with self._storage(writing.handle.step):
+            try:
+                part: Part = writing.handle.result(STORE_DEADLINE_S)
+            except SaveFailed as error:
+                raise error.__cause__ or error from None  # what the storage said
+        return {"attempt": writing.attempt, "part": part.to_json(), "numbers": writing.numbers}
 
     @contextmanager
     def _storage(self, step: int) -> Iterator[None]:

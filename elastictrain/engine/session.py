@@ -238,6 +238,8 @@ class Session:
         return ev.WorkerFailed(0.0, generation, self.worker, kind, text)
 
     def _leave(self, generation: int) -> None:
+        if self.saver is not None:
+            self.saver.give_up()  # before the next generation writes into the state
         with self.apply_lock:
             self._latched = max(self._latched, generation)
             groups, self.groups = self.groups, None

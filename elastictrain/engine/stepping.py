@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,9 +13,9 @@ from elastictrain.engine import saving
 from elastictrain.engine.collective import GroupSet
 from elastictrain.engine.commit import apply_step
 from elastictrain.engine.inquest import check_claims, check_lane, gather_claims, settle
-from elastictrain.engine.reports import StepReport
+from elastictrain.engine.reports import StepReport, Storing
 from elastictrain.engine.step import StepRunner, Timer
-from elastictrain.engine.vote import FLAG_PAUSE, FLAG_STORE, Tally
+from elastictrain.engine.vote import FLAG_PAUSE, FLAG_STORE, FLAG_STORING, Tally
 from elastictrain.engine.worker_model import hook
 from elastictrain.protocol import FormPlan, Row
 from elastictrain.signs import Activity
@@ -36,6 +36,7 @@ class Stepping:
         self.layout = plan.layout
         self.first_step = True
         self.lane_plan = 0
+        self.storing: Storing | None = None
         self.runner = self._runner()
 
     def _runner(self) -> StepRunner:
@@ -68,6 +69,7 @@ class Stepping:
             self.step += 1
             tally = self._one_step(report)
             if tally.flags & FLAG_PAUSE:
+                self._finish_storing()
                 if tally.flags & FLAG_STORE:
                     self._store_now()
                 with s.apply_lock:
@@ -92,13 +94,18 @@ class Stepping:
             s.pending = pending
         s.probes.flips(s, self.step, "reduced")
         offered = max(s.offers, default=0)
-        flags = s.pause_flags() | s.pacing.flags(is_publisher=self.is_publisher)
+        flags = s.pause_flags() | self._storing_flag() | s.pacing.flags(is_publisher=self.is_publisher)
         vote = self.runner.vote(pending, flags=flags, plan=offered)
         self._check_sums(vote)
-        extras = self.groups.all_gather_sized(report.extras()) if report.stores else []
+        stored = self._gather_shares(vote)
         s.probes.at(self.step, "voted")
         # The vote of this step is complete: its predecessor can no more be redone, and may be seen (R5).
         self._publish(report)
+        if s.saver is not None:
+            begun = time.perf_counter()
+            with self.runner._timed("apply"):
+                s.saver.before_apply()
+            s.pacing.stalled(time.perf_counter() - begun)
         with self.runner._timed("apply"), s.apply_lock:
             s.check()
             if self.first_step:  # one vote after the seal: what moved away is let go (R4)
@@ -121,7 +128,7 @@ class Stepping:
             s.pacing.stepped(self.runner.seconds["step_s"])
         self.first_step = False
         s.committed.remember(s.row_of(tally, self.runner.seconds))
-        self._commit_checkpoint(report, extras)
+        self._commit_checkpoint(*stored)
         self._switch_lanes(tally.plan)
         return tally
 
@@ -166,21 +173,23 @@ class Stepping:
     # --- at a commit ---
 
     def _after_commit(self, step: int, *, sealed: bool, flags: int = 0) -> StepReport:
-        """Evaluate and write packs where step `step` asks for it. What comes of it is published one vote later; a step
-        that was sealed with nothing more to come is published at once.
+        """Evaluate, and begin to write packs, where step `step` asks for it (`flags`: of the vote that made it). What
+        comes of it is published one vote later (a checkpoint: once it is written); a step that was sealed with nothing
+        more to come is published at once.
         """
         s, last = self.session, step == self.job.steps
         known = self.plan.published_step >= step if sealed else False
         evaluate = bool(self.job.evaluate_every) and step > 0 and not known
         evaluate = evaluate and (step % (self.job.evaluate_every or 1) == 0 or last)
         report = StepReport(step, row=s.committed.rows.get(step) if not known else None)
-        store = s.pacing.stores(step, flags, last=last) and not (sealed and self.plan.checkpointed_step >= step)
+        store = self._stores(step, flags, sealed=sealed)
         report.evaluates, report.stores = evaluate, store
         if evaluate and self.is_publisher:
             s.pulse.enter(Activity.EVALUATE)
             report.evaluation = self._evaluate()
         if store:
-            report.share = self._write(step)
+            self._finish_storing()
+            self.storing = self._begin_storing(step)
         if sealed:
             self._publish_missed(step)
         if sealed and not evaluate and not store:
@@ -188,27 +197,69 @@ class Stepping:
             report.row = None
         return report
 
+    def _stores(self, step: int, flags: int, *, sealed: bool) -> bool:
+        """Whether commit `step` is stored. A generation that begins also makes up for a checkpoint that was being
+        written when the one before it ended: its step is gone by, so that which is sealed is stored.
+        """
+        checkpoint, done = self.job.checkpoint, self.plan.checkpointed_step
+        if checkpoint is None or step == 0 or (sealed and done >= step):
+            return False
+        every = checkpoint.every_steps
+        missed = sealed and every is not None and step - step % every > done
+        return missed or self.session.pacing.stores(step, flags, last=step == self.job.steps)
+
     def _store_now(self) -> None:
         """Store the commit at which the run pauses. That everybody has gathered the shares shows that everybody has
         applied it: it can be redone no more, as after the vote that would follow (R5).
         """
         s = self.session
         report = StepReport(self.step, row=s.committed.rows.get(self.step), stores=True)
-        report.share = self._write(self.step)
+        storing = self._begin_storing(self.step)
+        share = storing.extras()
         self.groups.deadline_s = self.groups.gather_deadline_s = FIRST_STEP_DEADLINE_S
         s.pulse.enter(Activity.VOTE)
         self._audit()
-        extras = self.groups.all_gather_sized(report.extras())
+        extras = self.groups.all_gather_sized(share)
         self._publish(report)
-        self._commit_checkpoint(report, extras)
+        self._commit_checkpoint(storing.step, extras)
 
-    def _write(self, step: int) -> dict[str, Any]:
-        """Make this worker's share of a checkpoint durable."""
+    def _begin_storing(self, step: int) -> Storing:
+        """Begin to write this worker's share of a checkpoint of the committed state."""
         s = self.session
         s.pulse.enter(Activity.STORE)
         assert s.saver is not None, "only a job with the setting checkpoint stores"
         with s.pacing.storing(step):
-            return s.saver.write(self._owned(), step=step, generation=self.plan.generation, worker=s.worker)
+            writing = s.saver.begin(self._owned(), step=step, generation=self.plan.generation, worker=s.worker)
+        return Storing(step, writing)
+
+    def _storing_flag(self) -> int:
+        return FLAG_STORING if self.storing is not None and not self.storing.writing.done else 0
+
+    def _gather_shares(self, vote: bytes) -> tuple[int, list[bytes]]:
+        """The step of the checkpoint that everybody has written, and all shares; none while somebody still writes. The
+        vote says so to everybody alike. Nobody waits here for storage.
+        """
+        storing = self.storing
+        if storing is None or self.runner.vote_format.tally(vote).flags & FLAG_STORING:
+            return 0, []
+        self.storing = None
+        return storing.step, self.groups.all_gather_sized(storing.extras())
+
+    def _finish_storing(self) -> None:
+        """Wait until everybody has written the checkpoint that is under way, and commit it: where the next one begins,
+        or the generation ends in peace. The vote after its step is complete (R5).
+        """
+        if self.storing is None:
+            return
+        storing, self.storing = self.storing, None
+        s, begun = self.session, time.perf_counter()
+        s.pulse.enter(Activity.STORE)
+        share, usual_s = storing.extras(), self.groups.gather_deadline_s
+        self.groups.gather_deadline_s = FIRST_STEP_DEADLINE_S  # peers may still write
+        extras = self.groups.all_gather_sized(share)
+        self.groups.gather_deadline_s = usual_s
+        s.pacing.stalled(time.perf_counter() - begun)
+        self._commit_checkpoint(storing.step, extras)
 
     def _owned(self) -> saving.Owned:
         s = self.session
@@ -245,26 +296,26 @@ class Stepping:
             self.session.emit(Row(dict(report.row, generation=self.plan.generation)))
             self.session.emit(ev.Progress(0.0, self.plan.generation, report.step))
 
-    def _commit_checkpoint(self, report: StepReport, extras: list[bytes]) -> None:
+    def _commit_checkpoint(self, step: int, extras: list[bytes]) -> None:
         s = self.session
-        if not (report.stores and self.is_publisher and s.saver is not None):
-            if report.stores:
-                s.pacing.durable(report.step)
+        if not (extras and self.is_publisher and s.saver is not None):
+            if extras:
+                s.pacing.durable(step)
             return
         s.pulse.enter(Activity.STORE)
         started = time.perf_counter()
         path = s.saver.commit(
-            StepReport.shares(extras),
-            step=report.step,
+            Storing.shares(extras),
+            step=step,
             generation=self.plan.generation,
-            tree={"step": report.step, "seed": self.job.seed, "stages": s.stages, "data": s.data_fingerprint,
+            tree={"step": step, "seed": self.job.seed, "stages": s.stages, "data": s.data_fingerprint,
                   "numerics": s.numerics},
             aliases=s.model.space.aliases,
             info={"world": self.layout.world_size},
         )  # fmt: skip
         s.pacing.stalled(time.perf_counter() - started)
-        s.pacing.durable(report.step)
-        s.emit(ev.CheckpointCommitted(0.0, self.plan.generation, report.step, path))
+        s.pacing.durable(step)
+        s.emit(ev.CheckpointCommitted(0.0, self.plan.generation, step, path))
 
     def _close(self, report: StepReport) -> None:
         """The closing vote: after it the last step can no more be redone. Its digest names the final state."""
@@ -272,12 +323,14 @@ class Stepping:
         self.groups.deadline_s = self.groups.gather_deadline_s = FIRST_STEP_DEADLINE_S  # peers may evaluate and store
         s.pulse.enter(Activity.STORE)
         share = saving.digest_share(self._owned())
+        storing, self.storing = self.storing, None
+        written = storing.extras() if storing is not None else b""
         s.pulse.enter(Activity.VOTE)
         self._audit()
-        extras = self.groups.all_gather_sized(report.extras()) if report.stores else []
+        extras = self.groups.all_gather_sized(written) if storing is not None else []
         shares = self.groups.all_gather_sized(share)
         self._publish(report)
-        self._commit_checkpoint(report, extras)
+        self._commit_checkpoint(storing.step if storing is not None else 0, extras)
         digest = saving.combine_shares(shares, s.model.space.aliases)
         s.pulse.enter(Activity.VOTE)
         # Nobody leaves before everybody has the digest: a group dropped early would fail a slower peer.

@@ -22,6 +22,8 @@ FLAG_PAUSE = 1
 FLAG_STORE = 2
 FLAG_DUE = 4
 """By its budget of time, this commit is to be stored (see `pacing`)."""
+FLAG_STORING = 8
+"""This worker still writes its share of a checkpoint."""
 _HEADER = 6  # generation, step, flags, plan, counter hash, tokens
 
 

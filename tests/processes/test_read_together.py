@@ -14,7 +14,7 @@ import torch.distributed as dist
 from elastictrain_checkpoint import CorruptData, Manifest, Reader, Store, load
 from elastictrain_checkpoint.reshard import Want, plan_reads
 from elastictrain_checkpoint.together import most_sent_bytes, read_together
-from elastictrain_checkpoint.torch_exchange import GroupExchange, host_exchange
+from elastictrain_checkpoint.torch.exchange import GroupExchange, host_exchange
 from tests.unit.checkpoint.build import flip, make_state, save
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from elastictrain.controller import events as ev
-from elastictrain.engine import collective, commit, forming, held, inquest, outbox, session, step, stepping
+from elastictrain.engine import collective, commit, forming, held, inquest, outbox, saving, session, step, stepping
 from elastictrain.engine.probes import Probes
 from elastictrain.engine.verdict import Verdict
 from elastictrain.protocol import Row
+from elastictrain_checkpoint import posix
 
 
 class Calls:
@@ -123,6 +124,34 @@ def _wait_for_pause(due: Callable[[Any, Any, int], bool]) -> None:
 
     stepping.Stepping.__init__ = note  # type: ignore[method-assign]
     stepping.StepRunner.run = wait  # type: ignore[method-assign]
+
+
+def storage_is_fast(worker: int) -> None:
+    """What is to be stored is written before the next vote: a fault then finds the checkpoint that a test counts on."""
+    saving.Writing.done = property(lambda writing: writing.handle._ended.wait(60))  # type: ignore[method-assign, assignment]
+
+
+def storage_waits(step: int, until: int) -> Callable[[int], None]:
+    """The packs of checkpoint `step` are not taken by the storage before the worker has applied step `until`."""
+    return partial(_storage_waits, step, until)
+
+
+def _storage_waits(step: int, until: int, worker: int) -> None:
+    inner, apply, seen = posix.PosixBackend.create, stepping.apply_step, [0]
+
+    def counted(owner: Any, pending: Any, *rest: Any) -> Any:
+        tally = apply(owner, pending, *rest)
+        seen[0] = pending.step
+        return tally
+
+    def create(self: Any, path: str, blocks: Any) -> int:
+        if path.startswith(f"step-{step:08d}/"):
+            applied.wait(lambda: seen[0] >= until)
+        return inner(self, path, blocks)
+
+    stepping.apply_step = counted  # type: ignore[assignment]
+    applied = Calls(stepping, "apply_step")
+    posix.PosixBackend.create = create  # type: ignore[method-assign]
 
 
 def last_rows_are_lost(worker: int, generation: int) -> Callable[[int], None]:

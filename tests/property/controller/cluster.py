@@ -16,6 +16,7 @@ from elastictrain.controller import events as ev
 from elastictrain.controller.machine import speaker
 from elastictrain.layout import Layout
 from elastictrain.protocol import FormPlan, ParkReport, Restore
+from tests.property.controller.doubts import Doubts
 from tests.property.controller.worker import Worker, vote_bytes
 
 FROM_THE_START = Restore(0, None)
@@ -42,8 +43,7 @@ class Cluster:
         self.voided: set[int] = set()
         self.checkpoints: dict[int, str] = {} if restore.checkpoint is None else {restore.step: restore.checkpoint}
         self.went_back_to: list[int] = []
-        self.doubts: list[int] = []  # good steps that the controller has heard of and not gone back to
-        self.distrusts = False  # it has gone back in doubt: newer checkpoints must be removed
+        self.doubts = Doubts()
         self.ended: cm.EndRun | None = None
         self.started: set[int] = set()
         self.fenced: set[int] = set()  # workers of lost nodes: the controller takes them for gone
@@ -69,7 +69,8 @@ class Cluster:
                 self.seal_known.add(event.generation)  # whoever says so: a vote of all members was complete
         elif isinstance(event, ev.WorkerDied):
             self.unnoticed.pop(event.worker, None)
-        self.hear_doubt(event)
+        heard = set(self.believed()) - self.doomed
+        self.doubts.hear(event, self.machine.generation, self.machine.phase, heard)
         self.watch.before(event)
         commands = self.machine.handle(event)
         self.watch.after(commands)
@@ -86,16 +87,6 @@ class Cluster:
                 self.performs -= 1
         return commands
 
-    def hear_doubt(self, event: ev.Event) -> None:
-        """Whatever a live member says of its generation against its state, or another's, must be honoured."""
-        if not isinstance(event, ev.WorkerParked | ev.WorkerFailed) or event.generation != self.machine.generation:
-            return
-        said = event.report.doubt if isinstance(event, ev.WorkerParked) else event.doubt
-        about = event.report.worker if isinstance(event, ev.WorkerParked) else event.worker
-        steps = self.machine.phase in (Phase.FORMING, Phase.RUNNING, Phase.PARKING)
-        if said is not None and steps and about in self.believed() and about not in self.doomed:
-            self.doubts.append(said.good_step)
-
     def decided(self, command: cm.Command) -> None:
         """The journal knows: whether it is performed or not, it counts."""
         if isinstance(command, cm.Form):
@@ -104,10 +95,8 @@ class Cluster:
         elif isinstance(command, cm.Kill):
             self.doomed.add(command.worker)
         elif isinstance(command, cm.Announce) and command.kind == "went_back":
-            assert self.is_lost() or self.doubts, f"{command} although every block has a live holder, and nobody doubts"
-            self.distrusts = bool(self.doubts)
-            self.checkpoints = {s: path for s, path in self.checkpoints.items() if s <= min(self.doubts, default=s)}
-            self.doubts = []
+            assert self.is_lost() or self.doubts.open, f"{command}: every block has a live holder, and nobody doubts"
+            self.checkpoints = self.doubts.settled(self.checkpoints)
             assert command.data["to_step"] == max(self.checkpoints, default=0)
             self.went_back_to.append(command.data["to_step"])
             self.voided |= set(self.plans)
@@ -159,10 +148,7 @@ class Cluster:
             assert worker.plan is None or worker.state == "parked" or worker.number in self.fenced, (
                 f"generation {plan.generation} forms while {worker} is not parked"
             )
-        assert not self.doubts, f"{plan} goes on from a state that is in doubt: good was step {self.doubts}"
-        assert plan.restore is None or plan.restore.discard_newer or not self.distrusts, (
-            f"{plan} keeps what is in doubt"
-        )
+        self.doubts.check(plan)
         truth = self.true_layout()
         if truth is None:
             assert plan.restore is not None, f"nothing is sealed, but nothing is restored: {plan}"

@@ -1,0 +1,273 @@
+"""What a checkpoint in the background costs the training beside it, against `torch.distributed.checkpoint.async_save`.
+
+Every round trains the same few steps once without a checkpoint and once with each system; the checkpoint is begun after
+the first step. Measured: how long the call takes; the total stall, which adds what is waited or copied before the next
+optimizer step; the wall time of the steps beyond those without a checkpoint; and, in a process of its own for each
+system, the peak of resident memory above that of the same steps without a checkpoint.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+import common
+from elastictrain_checkpoint.torch import AsyncSaver
+
+STEPS = 5
+"""Long enough for every system to finish its write among them."""
+CASES = {"256 MiB": (64, 1 << 20), "1 GiB": (256, 1 << 20), "3000 x 16 KiB": (3000, 4096)}
+"""name -> (tensors, elements of each): parameters and the two averages of Adam together."""
+BEST = "DCP, kept staging"
+
+
+class Training:
+    """Parameters, Adam, and a step: a fixed amount of arithmetic, then the update."""
+
+    def __init__(self, tensors: int, elements: int) -> None:
+        torch.manual_seed(0)
+        self.parameters = [torch.randn(elements, requires_grad=True) for _ in range(-(-tensors // 3))]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, foreach=True)
+        for parameter in self.parameters:
+            parameter.grad = torch.randn(elements)
+        self.square = torch.randn(512, 512)
+        self.rounds = max(20, self.state_bytes // (512 * 512 * 4) // 2)
+        self.optimizer.step()
+
+    @property
+    def state_bytes(self) -> int:
+        return 12 * sum(parameter.numel() for parameter in self.parameters)
+
+    def state(self) -> dict[str, Any]:
+        """With fresh containers, as `state_dict()` gives them."""
+        model = {f"layer.{number}": parameter.detach() for number, parameter in enumerate(self.parameters)}
+        return {"model": model, "optim": self.optimizer.state_dict()}
+
+    def compute(self) -> None:
+        for _ in range(self.rounds):
+            self.square = torch.tanh(self.square @ self.square)
+
+
+class Ours:
+    """`AsyncSaver`, lazy (copy on step) or eager (copied at the call)."""
+
+    def __init__(self, training: Training, folder: Path, lazy: bool) -> None:
+        self.training, self.lazy, self.step = training, lazy, 0
+        self.saver = AsyncSaver(folder)
+
+    def save(self) -> None:
+        self.step += 1
+        self.handle = self.saver.save(self.training.state(), step=self.step, lazy=self.lazy)
+
+    def before_step(self) -> None:
+        self.saver.before_mutation()
+
+    def finish(self) -> dict[str, float]:
+        self.handle.result()
+        return {"copied": self.handle.copied_bytes, "pool": self.saver.extra_bytes}
+
+
+class Dcp:
+    """`async_save` in a thread. `kept`: one stager for all saves, which copies into memory that it has. Its options for
+    pinned memory and for staging in the background need a device.
+    """
+
+    def __init__(self, training: Training, folder: Path, kept: bool, threads: int) -> None:
+        self.training, self.folder, self.step, self.threads = training, folder, 0, threads
+        options = StagingOptions(
+            use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
+        )
+        self.stager = DefaultStager(options) if kept else None
+
+    def save(self) -> None:
+        self.step += 1
+        writer = dcp.FileSystemWriter(self.folder / f"step-{self.step}", thread_count=self.threads)
+        self.future: Any = dcp.async_save(
+            self.training.state(), storage_writer=writer, async_stager=self.stager, no_dist=True
+        )
+
+    def before_step(self) -> None:
+        """Staging has ended when `async_save` returns."""
+
+    def finish(self) -> dict[str, float]:
+        self.future.result()
+        return {}
+
+
+SYSTEMS: dict[str, Callable[[Training, Path], Any]] = {
+    "ours, lazy": lambda training, folder: Ours(training, folder, lazy=True),
+    "ours, eager": lambda training, folder: Ours(training, folder, lazy=False),
+    BEST: lambda training, folder: Dcp(training, folder, kept=True, threads=1),
+    "DCP, kept staging, 2 threads": lambda training, folder: Dcp(training, folder, kept=True, threads=2),
+    "DCP, default": lambda training, folder: Dcp(training, folder, kept=False, threads=1),
+}
+
+
+def train(training: Training, system: Any) -> dict[str, float]:
+    """A few steps, with a checkpoint after the first if there is a system."""
+    returned = waited = 0.0
+    begun = time.perf_counter()
+    for step in range(STEPS):
+        training.compute()
+        if system is not None:
+            at = time.perf_counter()
+            system.before_step()
+            waited += time.perf_counter() - at
+        training.optimizer.step()
+        if step == 0 and system is not None:
+            at = time.perf_counter()
+            system.save()
+            returned = time.perf_counter() - at
+    wall = time.perf_counter() - begun
+    more = system.finish() if system is not None else {}
+    return {"return ms": 1e3 * returned, "stall ms": 1e3 * (returned + waited), "wall s": wall, **more}
+
+
+def peak_bytes() -> int:
+    """The largest resident memory since `forget_peak`."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def memory(case: str, name: str, folder: Path) -> int:
+    """In this process: bytes that the second checkpoint's steps need beyond the same steps without one."""
+    training = Training(*CASES[case])
+    train(training, None)
+    gc.collect()
+    forget_peak()
+    train(training, None)
+    bare = peak_bytes()
+    system = SYSTEMS[name](training, folder)
+    train(training, system)
+    forget_peak()
+    train(training, system)
+    return peak_bytes() - bare
+
+
+def memory_of(case: str, name: str, folder: Path) -> int:
+    """`memory` in a process of its own."""
+    command = [sys.executable, __file__, "--memory", case, name, str(folder)]
+    made = subprocess.run(command, env=common.child_environment(), capture_output=True, text=True, check=True)
+    return int(json.loads(made.stdout.splitlines()[-1]))
+
+
+def measure(case: str, names: list[str], rounds: int, folder: Path) -> tuple[int, dict[str, list[dict[str, float]]]]:
+    """All systems in turn, round by round; the first round warms up and is dropped."""
+    training = Training(*CASES[case])
+    systems: dict[str, Any] = {"none": None}
+    for number, name in enumerate(names):
+        systems[name] = SYSTEMS[name](training, folder / str(number))
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
+    for turn in range(rounds + 1):
+        order = list(systems)
+        for name in order[turn % len(order) :] + order[: turn % len(order)]:
+            one = train(training, systems[name])
+            if turn:
+                found[name].append(one)
+        for number in range(len(names)):
+            for old in sorted((folder / str(number)).glob("step-*")):
+                shutil.rmtree(old)  # the disk holds one checkpoint of each
+    return training.state_bytes, found
+
+
+def memcpy_ms(size: int) -> float:
+    """A copy of that many bytes into memory that is warm: what an eager save cannot go below."""
+    source, target = torch.ones(size // 4), torch.ones(size // 4)
+    times = []
+    for _ in range(5):
+        at = time.perf_counter()
+        target.copy_(source)
+        times.append(1e3 * (time.perf_counter() - at))
+    return common.median(times)
+
+
+def main() -> None:
+    if len(sys.argv) > 1 and sys.argv[1] == "--memory":
+        print(json.dumps(memory(sys.argv[2], sys.argv[3], Path(sys.argv[4]))))
+        return
+    options = common.arguments(
+        __doc__,
+        lambda parser: (
+            parser.add_argument("--rounds", type=int, default=None),
+            parser.add_argument("--cases", nargs="+", choices=list(CASES), default=None),
+        ),
+    )
+    rounds = options.rounds or (3 if options.quick else 9)
+    cases = options.cases or (["256 MiB"] if options.quick else list(CASES))
+    names = [name for name in SYSTEMS if not options.quick or name in ("ours, lazy", "ours, eager", BEST)]
+    results = common.Results("checkpoint_stall", "What a checkpoint in the background costs the training", options)
+    for case in cases:
+        with common.scratch("stall") as folder:
+            size, found = measure(case, names, rounds, folder)
+            results.raw[case] = found
+            bare_s = common.median(one["wall s"] for one in found["none"])
+            shown: dict[str, dict[str, Any]] = {}
+            for number, name in enumerate(names):
+                runs = found[name]
+                extra = memory_of(case, name, folder / f"memory-{number}")
+                added = [1e3 * (one["wall s"] - bare["wall s"]) for one, bare in zip(runs, found["none"], strict=True)]
+                shown[name] = {
+                    "return ms": common.median(one["return ms"] for one in runs),
+                    "stall ms": common.median(one["stall ms"] for one in runs),
+                    "added wall ms": common.median(added),
+                    "extra memory / state": extra / size,
+                    "copied / state": common.median(one.get("copied", float("nan")) for one in runs) / size,
+                }
+                results.row(state=case, system=name, **shown[name], **{"step ms": 1e3 * bare_s / STEPS})
+            report(results, case, shown, memcpy_ms(size))
+    results.notes += [
+        (
+            f"{STEPS} steps a round, a checkpoint after the first; {rounds} rounds, systems in turn, medians. Both "
+            "sides write durably (fsync); one thread trains, what writes has threads of its own."
+        ),
+        (
+            "`added wall` is the time of these steps beyond those of the same round without a checkpoint; a write that "
+            "takes longer than the steps is not in it."
+        ),
+        "Extra memory: peak of resident memory in the steps of a second checkpoint, beyond the same steps without one.",
+    ]
+    results.write()
+
+
+def report(results: common.Results, case: str, shown: dict[str, dict[str, Any]], copy_ms: float) -> None:
+    """The figures of one case, against the best of DCP in each."""
+    ours, others = shown["ours, lazy"], [shown[name] for name in shown if name.startswith("DCP")]
+    small = case.startswith("3000")
+    targets = {"return ms": 0.10, "stall ms": 0.10 if small else 0.35, "added wall ms": 0.5}
+    for key, target in targets.items():
+        value = ours[key] / min(other[key] for other in others)
+        name = f"{case}: {key.removesuffix(' ms')} / DCP"
+        results.figure(name, value, f"{target:g} or less", common.verdict(value, target, at_most=True))
+    value = ours["extra memory / state"]
+    results.figure(f"{case}: extra memory / state", value, "0.25 or less", common.verdict(value, 0.25, at_most=True))
+    if not small:
+        eager = shown["ours, eager"]["stall ms"] / copy_ms
+        results.figure(
+            f"{case}: eager stall / memcpy", eager, "1.05 or less", common.verdict(eager, 1.05, at_most=True)
+        )
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", module="torch")
+    main()

@@ -1,0 +1,107 @@
+"""What has become of a save in the background: asked, waited for, never lost."""
+
+from __future__ import annotations
+
+import threading
+import time
+from enum import StrEnum
+from typing import Any
+
+from elastictrain_checkpoint.errors import SaveDropped, SaveFailed, SaveTimeout
+
+DEADLINE_S = 600.0
+
+
+class SaveState(StrEnum):
+    """What has become of a save. WRITTEN: durable, and the commit is the caller's."""
+
+    RUNNING = "running"
+    WRITTEN = "written"
+    COMMITTED = "committed"
+    SKIPPED = "skipped"
+    SUPERSEDED = "superseded"
+    FAILED = "failed"
+
+
+class SaveHandle:
+    """What a caller holds of one save; any thread may ask.
+
+    Attributes:
+        step: the step.
+        state: what has become of it.
+        error: why it failed, if it has.
+        total_bytes, written_bytes: of all packs, and of them in the hands of the storage.
+        copied_bytes: what had to be copied before the state changed (the pool that this save needed).
+        stall_s: how long `before_mutation` has taken for this save.
+
+    """
+
+    def __init__(self, step: int, where: str) -> None:
+        self.step = step
+        self.state = SaveState.RUNNING
+        self.error: BaseException | None = None
+        self.total_bytes = self.written_bytes = self.copied_bytes = 0
+        self.stall_s = 0.0
+        self._where = where
+        self._started = time.monotonic()
+        self._value: Any = None
+        self._seen = False
+        self._ended = threading.Event()
+        self._ending = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"SaveHandle(step={self.step}, state={self.state.value})"
+
+    @property
+    def done(self) -> bool:
+        """Whether the outcome is known."""
+        return self._ended.is_set()
+
+    def wait(self, timeout_s: float = DEADLINE_S) -> SaveState:
+        """Wait for the outcome, and give it, whatever it is.
+
+        Raises:
+            SaveTimeout: it takes longer; the message says how far the save is.
+
+        """
+        self._wait(timeout_s)
+        self._seen = True
+        return self.state
+
+    def _wait(self, timeout_s: float) -> None:
+        if not self._ended.wait(timeout_s):
+            raise SaveTimeout(f"{self._progress()}; waited {timeout_s:g} s for it")
+
+    def result(self, timeout_s: float = DEADLINE_S) -> Any:
+        """Wait for the outcome: the manifest (committed) or the part (written).
+
+        Raises:
+            SaveFailed: nothing was saved; the cause is chained.
+            SaveDropped: the save was skipped or superseded.
+            SaveTimeout: it takes longer; the message says how far the save is.
+
+        """
+        self.wait(timeout_s)
+        if self.state is SaveState.FAILED:
+            raise self._failure() from self.error
+        if self.state in (SaveState.SKIPPED, SaveState.SUPERSEDED):
+            raise SaveDropped(f"the save of step {self.step} was {self.state.value}: another one ran at that time")
+        return self._value
+
+    def _failure(self) -> SaveFailed:
+        if isinstance(self.error, SaveFailed):
+            return type(self.error)(str(self.error))
+        return SaveFailed(f"step {self.step} was not saved to {self._where}: {type(self.error).__name__}: {self.error}")
+
+    def _progress(self) -> str:
+        spent_s = max(time.monotonic() - self._started, 1e-9)
+        return (
+            f"the save of step {self.step} to {self._where} has written {self.written_bytes / 1e6:.1f} of "
+            f"{self.total_bytes / 1e6:.1f} MB in {spent_s:.1f} s ({self.written_bytes / 1e6 / spent_s:.1f} MB/s)"
+        )
+
+    def _end(self, state: SaveState, value: Any = None, error: BaseException | None = None) -> None:
+        with self._ending:
+            if not self._ended.is_set():
+                self.state, self._value, self.error = state, value, error
+                self._ended.set()

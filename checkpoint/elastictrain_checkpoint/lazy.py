@@ -1,0 +1,372 @@
+"""Saving without stall: the state is written while it is used, and copied only where it is about to change.
+
+Between two updates a training state does not change. `LazySaver.save` therefore only remembers where the state lies and
+returns; a thread reads live memory and writes it. Just before the next update, `before_mutation` copies what that
+thread has not read yet (*copy-on-step*) and lets the update go on: it never waits for storage. A fast store, or a long
+step, needs no copy at all.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from elastictrain_checkpoint import hashing
+from elastictrain_checkpoint.errors import SaveTimeout, StateChanged
+from elastictrain_checkpoint.handle import DEADLINE_S, SaveHandle, SaveState
+from elastictrain_checkpoint.hashing import block_sum, pack_sums, root_sum, unpack_sums
+from elastictrain_checkpoint.ledger import Ledger
+from elastictrain_checkpoint.pack import DEFAULT_PACK_BYTES, Piece
+from elastictrain_checkpoint.part import FileRecord, Part, check_names
+from elastictrain_checkpoint.paths import step_folder
+from elastictrain_checkpoint.pool import Pool
+from elastictrain_checkpoint.rope import Rope, as_rope
+from elastictrain_checkpoint.store import Store
+from elastictrain_checkpoint.units import Bytes, CellHashes, Plan, PlannedPack, Unit, gather, make_part, plan_units
+
+WhenBusy = Literal["wait", "skip", "supersede"]
+
+
+class _Superseded(Exception):
+    pass
+
+
+def _always_intact() -> str:
+    return ""
+
+
+class _Job:
+    """One save that runs. The lock stands between the writer taking a unit and the state being let go to change."""
+
+    def __init__(
+        self, handle: SaveHandle, pool: Pool, finish: Callable[[Part], Any] | None, intact: Callable[[], str]
+    ) -> None:
+        self.handle, self.pool, self.finish, self.intact = handle, pool, finish, intact
+        self.lock = threading.Lock()
+        self.planned = threading.Event()
+        self.plan: Plan | None = None
+        self.ledger = Ledger([])
+        self.units: list[Unit] = []
+        self.cancelled = self.finishing = False
+        self.bounce: Bytes = np.empty(hashing.SUM_BLOCK_BYTES, dtype=np.uint8)
+
+    def start(self, plan: Plan) -> None:
+        with self.lock:
+            self.plan, self.units = plan, plan.units
+            self.ledger = Ledger([unit.live for unit in self.units])
+            self.handle.total_bytes = sum(pack.size_bytes for pack in plan.packs)
+        self.planned.set()
+
+    def take(self) -> tuple[int, memoryview]:
+        """The next unit's bytes, in memory that does not change with the state."""
+        with self.lock:
+            if self.cancelled:
+                raise _Superseded
+            taken = self.ledger.take()
+            assert taken is not None, "as many units are taken as were planned"
+            number, slot = taken
+            unit = self.units[number]
+            if slot is not None:
+                return number, self.pool.slot(slot).data[: unit.size]
+            gather(unit, self.bounce)
+            if unit.live and not self.ledger.live:
+                self.check()  # nothing has announced a change, so until here there may have been none
+        return number, self.bounce.data[: unit.size]
+
+    def check(self) -> None:
+        changed = self.intact()
+        if changed:
+            raise StateChanged(
+                f"step {self.handle.step} was not saved: {changed} has changed while it was read. Call before_mutation "
+                "(or attach the optimizer) before every change, or save a copy"
+            )
+
+    def wrote(self, number: int) -> None:
+        with self.lock:
+            slot = self.ledger.wrote(number)
+            self.handle.written_bytes += self.units[number].size
+        if slot is not None:
+            self.pool.give_back([slot])
+
+    def freeze(self, deadline_s: float) -> None:
+        """Copy what is still live."""
+        if not self.planned.wait(deadline_s):
+            raise SaveTimeout(f"{self.handle._progress()}; it was not even planned after {deadline_s:g} s")
+        with self.lock:
+            if self.cancelled or not self.ledger.live:
+                return
+            try:
+                self.check()
+            except StateChanged as error:
+                self.cancelled = True
+                self.handle._end(SaveState.FAILED, error=error)
+                return
+            for number, slot in self.ledger.freeze(self.pool.lend(self.ledger.live)):
+                gather(self.units[number], self.pool.slot(slot))
+                self.handle.copied_bytes += self.units[number].size
+
+    def cancel(self) -> bool:
+        """Give the save up, unless its commit has begun."""
+        with self.lock:
+            if self.finishing:
+                return False
+            self.cancelled = True
+        self.handle._end(SaveState.SUPERSEDED)
+        return True
+
+    def close(self) -> None:
+        """The thread is at its end: let go of the state and of the pool."""
+        with self.lock:
+            self.cancelled = True
+            self.pool.give_back(self.ledger.slots)
+            self.ledger, self.plan, self.units = Ledger([]), None, []
+        self.planned.set()
+
+
+class LazySaver:
+    """Writes one writer's share of checkpoints in the background. Its methods belong to the training thread.
+
+    Args:
+        store: where.
+        pool_bytes: memory for copies that is made at once; more is made when it is needed.
+        pack_bytes: as for `PackWriter`.
+        deadline_s: no call waits longer.
+
+    Attributes:
+        pool: memory for copies; `pool.size_bytes` is what saving has needed beyond the state.
+
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        pool_bytes: int = 0,
+        pack_bytes: int = DEFAULT_PACK_BYTES,
+        deadline_s: float = DEADLINE_S,
+    ) -> None:
+        self.pool = Pool(pool_bytes)
+        self._store, self._pack_bytes, self._deadline_s = store, pack_bytes, deadline_s
+        self._jobs: list[_Job] = []
+        self._failed: list[SaveHandle] = []
+        self._arena: dict[tuple[str, int], list[Bytes]] = {}
+
+    def save(
+        self,
+        pieces: Sequence[Piece],
+        *,
+        step: int,
+        attempt: str,
+        writer: str,
+        finish: Callable[[Part], Any] | None = None,
+        intact: Callable[[], str] | None = None,
+        eager: Iterable[str] = (),
+        stable: Iterable[str] = (),
+        ready: Callable[[], None] | None = None,
+        dropped: Callable[[BaseException | None], None] | None = None,
+        when_busy: WhenBusy = "wait",
+    ) -> SaveHandle:
+        """Begin a save; the buffers of the pieces may change only after a call of `before_mutation`.
+
+        Args:
+            pieces: as for `PackWriter.write`.
+            step: as for `PackWriter`.
+            attempt: as for `PackWriter`.
+            writer: as for `PackWriter`; a name must not come again in an attempt.
+            finish: called with the part when it is durable, in the background, for example to commit; what it gives is
+                the result of the save. Without it the part is.
+            intact: says what has changed without `before_mutation`, "" if nothing has; then the save fails.
+            eager: names of tensors that change in between (running statistics in a forward, say): copied now.
+            stable: names of tensors whose buffers are the save's own already, and are never copied.
+            ready: waits until the bytes of `stable` buffers are there; called in the background before they are read.
+            dropped: called in the background when the save has failed (with the error) or was superseded (None).
+            when_busy: while an earlier save runs: wait for it, skip this one, or give the earlier one up (if its commit
+                has not begun, when it can be given up no more).
+
+        Raises:
+            SaveFailed: an earlier save has failed and nobody has asked for its result. This one was not begun.
+            SaveTimeout: the earlier save did not end in time.
+            InvalidPiece: a name that cannot be a path, or a buffer in `eager` that is none. Others fail the save.
+
+        """
+        check_names(attempt=attempt, writer=writer)
+        self.check()
+        handle = SaveHandle(step, self._store.url)
+        running = [job for job in self._jobs if not job.handle.done]
+        if running and when_busy == "skip":
+            handle._end(SaveState.SKIPPED)
+            return handle
+        for job in running:
+            if when_busy != "supersede" or not job.cancel():
+                job.handle._wait(self._deadline_s)
+        self.check()
+        self._jobs = [job for job in self._jobs if not job.handle.done]
+        copied, own = set(eager), set(stable)
+        frozen = self._copied(pieces, copied)
+        own_pieces = {number for number, piece in enumerate(pieces) if piece.name in copied | own}
+        job = _Job(handle, self.pool, finish, intact or _always_intact)
+        self._jobs.append(job)
+        threading.Thread(
+            target=self._run,
+            args=(job, frozen, own_pieces, ready, dropped, (step, attempt, writer)),
+            name="elastictrain-save",
+            daemon=True,
+        ).start()
+        return handle
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save runs."""
+        return any(not job.handle.done for job in self._jobs)
+
+    def before_mutation(self) -> None:
+        """Call it right before the state changes: copies what the running save has not read yet, and never waits for
+        storage. What has gone wrong with a save is not raised here, where it would end a step of training, but by the
+        next `save`, `wait`, `check` or `close`, and by the handle.
+        """
+        for job in self._jobs:
+            begun = time.perf_counter()
+            if not job.handle.done:
+                job.freeze(self._deadline_s)
+                job.handle.stall_s += time.perf_counter() - begun
+            self._note(job.handle)
+
+    def check(self) -> None:
+        """Raise the failure of a save that nobody has asked for yet.
+
+        Raises:
+            SaveFailed: once for each.
+
+        """
+        for job in self._jobs:
+            self._note(job.handle)
+        while self._failed:
+            handle = self._failed.pop(0)
+            if not handle._seen:
+                handle.result(0)
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Wait until no save runs.
+
+        Raises:
+            SaveTimeout: one takes longer.
+            SaveFailed: as from `check`.
+
+        """
+        for job in self._jobs:
+            job.handle._wait(self._deadline_s if timeout_s is None else timeout_s)
+        self.check()
+
+    def give_up(self) -> list[SaveHandle]:
+        """Supersede every save that runs and whose commit has not begun; at once, without waiting for the storage. The
+        state may change afterwards. Failures so far are left to their handles. Gives what was given up.
+        """
+        for job in self._jobs:
+            job.handle._seen = True
+        return [job.handle for job in self._jobs if not job.handle.done and job.cancel()]
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """`wait`, and let go of the memory."""
+        try:
+            self.wait(timeout_s)
+        finally:
+            self.pool, self._arena = Pool(), {}
+
+    def _note(self, handle: SaveHandle) -> None:
+        if handle.done and handle.state is SaveState.FAILED and not handle._seen and handle not in self._failed:
+            self._failed.append(handle)
+
+    def _copied(self, pieces: Sequence[Piece], eager: set[str]) -> list[Piece]:
+        """The pieces, those of the names in `eager` with data of their own, in memory that is used again."""
+        unknown = eager - {piece.name for piece in pieces}
+        if unknown:
+            raise ValueError(f"eager names {sorted(unknown)[:5]}, which are not among the pieces")
+        out = []
+        for piece in pieces:
+            if piece.name not in eager:
+                out.append(piece)
+                continue
+            rope = as_rope(piece.data, piece.name, 1)
+            kept = self._memory((piece.name, piece.start), rope)
+            for buffer, view in zip(kept, rope, strict=True):
+                buffer[:] = np.frombuffer(view, dtype=np.uint8)
+            out.append(Piece(piece.name, piece.dtype, piece.shape, piece.start, [buffer.data for buffer in kept]))
+        return out
+
+    def _memory(self, key: tuple[str, int], rope: Rope) -> list[Bytes]:
+        """The arena's buffers for one piece. No save that could still be committed reads the old ones."""
+        kept = self._arena.get(key)
+        if kept is None or [len(buffer) for buffer in kept] != [len(view) for view in rope]:
+            kept = [np.empty(len(view), dtype=np.uint8) for view in rope]
+            self._arena[key] = kept
+        return kept
+
+    # --- the writer's thread ---
+
+    def _run(
+        self,
+        job: _Job,
+        pieces: list[Piece],
+        own: set[int],
+        ready: Callable[[], None] | None,
+        dropped: Callable[[BaseException | None], None] | None,
+        names: tuple[int, str, str],
+    ) -> None:
+        told = dropped or (lambda _: None)
+        try:
+            job.start(plan_units(pieces, self._pack_bytes, own))
+            if ready is not None:
+                ready()
+            part = self._write(job, *names)
+            with job.lock:
+                if job.cancelled:
+                    raise _Superseded
+                job.finishing = True
+            if job.finish is None:
+                job.handle._end(SaveState.WRITTEN, part)
+            else:
+                job.handle._end(SaveState.COMMITTED, job.finish(part))
+        except _Superseded:
+            told(None)
+            job.handle._end(SaveState.SUPERSEDED)
+        except BaseException as error:  # whatever it is, it must reach the thread that trains
+            told(error)
+            job.handle._end(SaveState.FAILED, error=error)
+        finally:
+            job.close()
+
+    def _write(self, job: _Job, step: int, attempt: str, writer: str) -> Part:
+        assert job.plan is not None
+        plan = job.plan
+        hashes = CellHashes(plan.pieces)
+        folder = f"{step_folder(step)}/{attempt}"
+        files = []
+        for number, pack in enumerate(plan.packs):
+            path = f"{folder}/{writer}-{number:02d}.safetensors"
+            sums: list[int] = []
+            size = self._store.create(path, _stream(job, pack, hashes, sums))
+            packed = pack_sums(sums)
+            files.append(
+                FileRecord(
+                    path="/".join(path.split("/")[-2:]),
+                    size_bytes=size,
+                    data_start=pack.data_start,
+                    sums=packed,
+                    root=root_sum(unpack_sums(packed)),
+                )
+            )
+        return make_part(plan, files, hashes, step=step, attempt=attempt, writer=writer)
+
+
+def _stream(job: _Job, pack: PlannedPack, hashes: CellHashes, sums: list[int]) -> Iterator[memoryview]:
+    """The bytes of a pack, each unit summed and hashed from the bytes that are written."""
+    for unit in pack.units:
+        number, data = job.take()
+        sums.append(block_sum(data))
+        hashes.add(unit, data)
+        yield data
+        job.wrote(number)

@@ -1,0 +1,22 @@
+"""Save and load the state dicts of plain PyTorch; drop-in for `torch.save` and `torch.distributed.checkpoint`.
+
+```python
+import elastictrain_checkpoint.torch as checkpoint
+
+handle = checkpoint.async_save({"model": model.state_dict(), "optim": optimizer.state_dict()}, "/runs/a", step=100)
+handle.attach(optimizer)  # or checkpoint.before_mutation() before every change: nothing else stalls
+...
+handle.result()
+checkpoint.load(state, "/runs/a")  # in place
+```
+
+The only part of the library that imports torch.
+"""
+
+from __future__ import annotations
+
+from elastictrain_checkpoint.torch.loading import LoadReport, load
+from elastictrain_checkpoint.torch.outcome import TorchHandle
+from elastictrain_checkpoint.torch.saving import AsyncSaver, async_save, before_mutation, save
+
+__all__ = ["AsyncSaver", "LoadReport", "TorchHandle", "async_save", "before_mutation", "load", "save"]

@@ -1,0 +1,374 @@
+"""Saving state dicts, with or without stall, in one process or in many."""
+
+from __future__ import annotations
+
+import atexit
+import re
+import uuid
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import translate
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
+
+from elastictrain_checkpoint.commit import commit, list_steps
+from elastictrain_checkpoint.dtypes import item_bytes, num_elements
+from elastictrain_checkpoint.errors import CheckpointError, InvalidPiece, StateChanged
+from elastictrain_checkpoint.handle import DEADLINE_S, SaveHandle, SaveState
+from elastictrain_checkpoint.lazy import LazySaver, WhenBusy
+from elastictrain_checkpoint.manifest import Manifest
+from elastictrain_checkpoint.pack import Piece
+from elastictrain_checkpoint.part import Part
+from elastictrain_checkpoint.store import Store
+from elastictrain_checkpoint.torch import meeting
+from elastictrain_checkpoint.torch.device import Staging
+from elastictrain_checkpoint.torch.outcome import TorchHandle
+from elastictrain_checkpoint.torch.sharded import Spread, agree, exchange, plan_shares, sharded_dim
+from elastictrain_checkpoint.torch.tree import Flat, as_buffer, describe, flatten, stored_facts
+
+Group = dist.ProcessGroup | Literal["world"] | None
+EAGER = ("*running_mean", "*running_var", "*num_batches_tracked")
+"""What changes in a forward, so between two optimizer steps: copied at the call. Normalisation layers of torch."""
+
+
+@dataclass(slots=True)
+class _Taken:
+    """The tensors of one save, as they will be read."""
+
+    buffers: dict[str, memoryview] = field(default_factory=dict)
+    own: set[str] = field(default_factory=set)
+    watched: list[tuple[str, torch.Tensor, int, int]] = field(default_factory=list)
+    kept: list[torch.Tensor] = field(default_factory=list)
+    staged: bool = False
+
+    def changed(self) -> str:
+        """The first watched tensor that is not as it was. Edits of `.data` cannot be seen."""
+        for name, tensor, version, address in self.watched:
+            if _version(tensor) != version or tensor.data_ptr() != address:
+                return name
+        return ""
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class AsyncSaver:
+    """Saves state dicts to one place in the background. Its methods belong to the training thread.
+
+    Args:
+        path: a folder, an fsspec URL, or a store.
+        group: every rank of it saves its share, and rank 0 commits. "world": the default group, if there is one. None:
+            this process saves by itself.
+        pool_bytes: memory for copies that is made at once; more is made when it is needed.
+        deadline_s: no call waits longer, nor does rank 0 for the shares of others.
+
+    """
+
+    def __init__(
+        self,
+        path: str | Path | Store,
+        *,
+        group: Group = "world",
+        pool_bytes: int = 0,
+        deadline_s: float = DEADLINE_S,
+    ) -> None:
+        self.store = path if isinstance(path, Store) else Store(path)
+        if group == "world":
+            group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        self._group = group if group is not None and dist.get_world_size(group) > 1 else None
+        self._lazy = LazySaver(self.store, pool_bytes=pool_bytes, deadline_s=deadline_s)
+        self._deadline_s = deadline_s
+        self._last_step = -1
+        self._staging: Staging | None = None
+        self._staged: _Taken | None = None
+        self._hooks: weakref.WeakKeyDictionary[torch.optim.Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
+        _savers.add(self)
+
+    @property
+    def extra_bytes(self) -> int:
+        """Host memory that saving has needed so far, beyond the state: the pool, and what is pinned for devices."""
+        return self._lazy.pool.size_bytes + (self._staging.size_bytes if self._staging else 0)
+
+    def save(
+        self,
+        state_dict: Mapping[str, Any],
+        *,
+        step: int | None = None,
+        lazy: bool = True,
+        eager: Sequence[str] = EAGER,
+        when_busy: WhenBusy = "wait",
+    ) -> TorchHandle:
+        """Begin to save a state dict. Until its outcome is known, call `before_mutation` before every change, or
+        `attach` the optimizer.
+
+        Args:
+            state_dict: nested mappings, lists and tuples of tensors, numbers, strings, bytes and None.
+            step: of the checkpoint; one after the newest if not given. A step that is there is not overwritten.
+            lazy: False copies everything now, for code that cannot announce its changes.
+            eager: patterns (as in fnmatch) of the names of tensors that change in between: copied now.
+            when_busy: while an earlier save runs: wait for it, skip this one, or give the earlier one up.
+
+        In several processes this is a collective, and the only one: all ranks call it with the same keys and shapes.
+
+        Raises:
+            InvalidPiece: something in the state dict cannot be stored, or ranks disagree; with its place.
+            SaveFailed: an earlier save has failed and nobody has asked for its result. This one was not begun.
+            SaveTimeout: an earlier save did not end in time.
+
+        """
+        problem: Exception | None = None
+        flat, tree = Flat(), {}
+        try:
+            if when_busy == "wait":
+                self._lazy.wait()
+            self._lazy.check()
+            flat = flatten(state_dict)
+            tree = describe(flat)
+            facts = self._facts(flat)
+        except CheckpointError as error:
+            problem, facts = error, []
+        step, attempt, busy = self._agree([*facts, ("step", step)], step, problem)
+        self._last_step = max(self._last_step, step)
+        if busy and when_busy == "skip":
+            handle = SaveHandle(step, self.store.url)
+            handle._end(SaveState.SKIPPED)
+            return TorchHandle(handle, self)
+        taken = self._take(flat, fresh=self._lazy.is_busy)
+        pieces, own = self._pieces(flat, taken)
+        changing = re.compile("|".join(map(translate, eager)) or r"(?!)")
+        copied = {name for name in taken.buffers if changing.match(name)}
+        if taken.staged:  # a state on devices: the little that is on the host is copied
+            copied = taken.buffers.keys() - taken.own
+        names = {piece.name for piece in pieces}
+        taken.watched = [one for one in taken.watched if one[0] in taken.own or one[0] not in copied]
+        handle = self._lazy.save(
+            pieces,
+            step=step,
+            attempt=attempt,
+            writer=self._writer,
+            finish=self._finish(step, attempt, tree, flat.aliases),
+            intact=taken.changed,
+            eager=[name for name in copied if name in names and name not in own],
+            stable=own & names,
+            ready=self._ready(taken, step),
+            dropped=partial(meeting.say_dropped, self.store, step, attempt, self._writer) if self._group else None,
+            when_busy=when_busy,
+        )
+        if not lazy:
+            self._lazy.before_mutation()
+        return TorchHandle(handle, self)
+
+    def before_mutation(self) -> None:
+        """Call it right before the state changes; see `LazySaver.before_mutation`."""
+        if self._staging is not None and self._staged is not None:
+            self._staging.order()
+            self._staged.watched = []  # from here on changes come after the copy
+        self._lazy.before_mutation()
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+        """Call `before_mutation` before every step of the optimizer; a second call changes nothing."""
+        if optimizer not in self._hooks:
+            me = weakref.ref(self)
+
+            def announce(*_: Any) -> None:
+                saver = me()
+                if saver is not None:
+                    saver.before_mutation()
+
+            self._hooks[optimizer] = optimizer.register_step_pre_hook(announce)
+        return self._hooks[optimizer]
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Wait for what runs, and let go of the memory and of the optimizers; raises as `LazySaver.close`."""
+        try:
+            self._lazy.close(timeout_s)
+        finally:
+            for hook in self._hooks.values():
+                hook.remove()
+            self._hooks.clear()
+            self._staging = self._staged = None
+            _savers.discard(self)
+
+    @property
+    def _writer(self) -> str:
+        return meeting.writer_name(dist.get_rank(self._group) if self._group else 0)
+
+    def _facts(self, flat: Flat) -> list[Any]:
+        """What must be the same on every rank."""
+        facts = [(name, *stored_facts(t), _dim_of(name, t, self._group)) for name, t in flat.tensors.items()]
+        return [*facts, *flat.aliases.items()]
+
+    def _agree(self, facts: list[Any], step: int | None, problem: Exception | None) -> tuple[int, str, bool]:
+        """Step, attempt, and whether any rank is busy: the same everywhere. Raises the problem of any rank."""
+        chosen: list[Any] = [None, None]
+        busy = self._lazy.is_busy
+        if self._group is not None:
+            busy = agree(facts, busy, problem, self._group)
+        elif problem is not None:
+            raise problem
+        if self._group is None or dist.get_rank(self._group) == 0:
+            newest = max([*list_steps(self.store), self._last_step])
+            chosen = [step if step is not None else newest + 1, uuid.uuid4().hex[:12]]
+        if self._group is not None:
+            dist.broadcast_object_list(chosen, group=self._group, group_src=0)
+        return chosen[0], chosen[1], busy
+
+    def _take(self, flat: Flat, *, fresh: bool) -> _Taken:
+        """Where the bytes of every tensor are: live, or in a copy where they do not lie together."""
+        taken = _Taken()
+        on_device: dict[str, torch.Tensor] = {}
+        for name, tensor in flat.tensors.items():
+            local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+            if local.device.type == "cuda":
+                on_device[name] = local
+                taken.watched.append((name, local, _version(local), local.data_ptr()))
+                continue
+            address = local.data_ptr()
+            whole = local
+            if local.device.type != "cpu" or not local.is_contiguous() or local.is_complex() or local.is_neg():
+                whole = local.resolve_conj().resolve_neg().to("cpu").contiguous()
+            if whole.data_ptr() != address:
+                taken.own.add(name)
+            else:
+                taken.watched.append((name, local, _version(local), address))
+            taken.kept.append(whole)
+            taken.buffers[name] = as_buffer(whole)
+        if on_device:
+            self._staging = self._staging or Staging(next(iter(on_device.values())).device)
+            for name, buffer in self._staging.begin(on_device, fresh=fresh).items():
+                taken.buffers[name] = as_buffer(buffer)
+            taken.own |= set(on_device)
+            taken.staged, self._staged = True, taken
+        return taken
+
+    def _ready(self, taken: _Taken, step: int) -> Callable[[], None] | None:
+        if not taken.staged or self._staging is None:
+            return None
+        copied = self._staging.copied()
+
+        def wait() -> None:
+            copied.synchronize()
+            changed = taken.changed()
+            if changed:
+                raise StateChanged(
+                    f"step {step} was not saved: {changed} has changed while it was copied from its device. Call "
+                    "before_mutation (or attach the optimizer) before every change"
+                )
+
+        return wait
+
+    def _pieces(self, flat: Flat, taken: _Taken) -> tuple[list[Piece], set[str]]:
+        """What this process stores, and the names of what lies in memory of the save's own."""
+        facts = {name: stored_facts(tensor) for name, tensor in flat.tensors.items()}
+        if self._group is None:
+            return [Piece(name, *facts[name], 0, taken.buffers[name]) for name in facts], taken.own
+        if taken.staged:
+            self._staging.copied().synchronize()  # type: ignore[union-attr]  # neighbours are sent what is copied
+        rank, world = dist.get_rank(self._group), dist.get_world_size(self._group)
+        spreads = [
+            Spread(name, facts[name][1], item_bytes(facts[name][0]), _dim_of(name, tensor, self._group))
+            for name, tensor in flat.tensors.items()
+        ]
+        found = exchange(spreads, taken.buffers, plan_shares(spreads, world), self._group)
+        pieces, own = [], set(taken.own)
+        for spread in spreads:
+            share = found[spread.name]
+            if not share.live and not share.own and (num_elements(spread.shape) or rank):
+                continue  # an empty tensor is stored too, by rank 0
+            if not share.live:
+                own.add(spread.name)
+            pieces.append(Piece(spread.name, *facts[spread.name], share.start, [share.live, share.own]))
+        return pieces, own
+
+    def _finish(self, step: int, attempt: str, tree: Any, aliases: Mapping[str, str]) -> Callable[[Part], Manifest]:
+        world = dist.get_world_size(self._group) if self._group else 1
+        info = {"world": world, "torch": str(torch.__version__)}
+
+        def commit_all(parts: Sequence[Part]) -> Manifest:
+            return commit(
+                self.store, step=step, attempt=attempt, generation=1, parts=parts, tree=tree, aliases=aliases, info=info
+            )
+
+        if self._group is None:
+            return lambda part: commit_all([part])
+        rank = dist.get_rank(self._group)
+        return lambda part: meeting.meet(self.store, part, rank, world, commit_all, self._deadline_s)
+
+
+def _dim_of(name: str, tensor: torch.Tensor, group: dist.ProcessGroup | None) -> int | None:
+    """The dimension along which the ranks of the group share a tensor.
+
+    Raises:
+        InvalidPiece: placements that are not supported, or over other ranks than the group's.
+
+    """
+    if not isinstance(tensor, DTensor):
+        return None
+    dim = sharded_dim(tensor, name)
+    ranks = tensor.device_mesh.mesh.flatten().tolist()
+    expected = dist.get_process_group_ranks(group) if group is not None else [dist.get_rank()]
+    if dim is not None and ranks != expected:
+        raise InvalidPiece(f"{name} is sharded over ranks {ranks}, the group that saves has ranks {expected}")
+    return dim
+
+
+# --- functions, for who wants no object ---
+
+_savers: set[AsyncSaver] = set()
+_by_place: dict[tuple[str, int], AsyncSaver] = {}
+
+
+def async_save(
+    state_dict: Mapping[str, Any],
+    path: str | Path,
+    *,
+    group: Group = "world",
+    step: int | None = None,
+    lazy: bool = True,
+    eager: Sequence[str] = EAGER,
+    when_busy: WhenBusy = "wait",
+) -> TorchHandle:
+    """Save in the background; as `AsyncSaver.save`, with one saver for every path and group.
+
+    At the end of the process what still runs is waited for, and what has failed is warned of.
+    """
+    key = (str(path), id(group) if isinstance(group, dist.ProcessGroup) else hash(group))
+    saver = _by_place.get(key)
+    if saver is None or saver not in _savers:
+        saver = _by_place[key] = AsyncSaver(path, group=group)
+    return saver.save(state_dict, step=step, lazy=lazy, eager=eager, when_busy=when_busy)
+
+
+def save(
+    state_dict: Mapping[str, Any], path: str | Path, *, group: Group = "world", step: int | None = None
+) -> Manifest:
+    """Save, and return when the checkpoint exists; raises as `AsyncSaver.save` and `TorchHandle.result`."""
+    saver = AsyncSaver(path, group=group)
+    try:
+        return saver.save(state_dict, step=step).result()
+    finally:
+        saver.close()
+
+
+def before_mutation() -> None:
+    """Tell every saver of this process that state is about to change; costs nothing when nothing is saved."""
+    for saver in list(_savers):
+        saver.before_mutation()
+
+
+@atexit.register
+def _wait_for_all() -> None:
+    for saver in list(_savers):
+        try:
+            saver.close()
+        except CheckpointError as error:
+            warnings.warn(f"a checkpoint was lost as the process ended: {error}", RuntimeWarning, stacklevel=1)

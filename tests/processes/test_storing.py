@@ -1,0 +1,108 @@
+"""Checkpoints that are written while training goes on: they hold their step, and are whole or absent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elastictrain.faults import kill
+from elastictrain_checkpoint import Store, digest, list_steps, load, verify
+from tests.processes.test_stop_and_resume import stored
+from tests.support.plants import both, storage_is_fast, storage_waits, wait_for_pause
+from tests.support.process_cluster import Run, byte_job, run_job
+
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
+
+
+@pytest.fixture(scope="module")
+def still(folder: Path, tmp_path_factory: pytest.TempPathFactory, reference: Run) -> Store:
+    """One worker that stores every step before it goes on: what every checkpoint must equal."""
+    path = tmp_path_factory.mktemp("still")
+    run = run_job(byte_job(folder, workers=1, checkpoint=stored(path, every_steps=1)), patch=storage_is_fast)
+    assert run.digest == reference.digest
+    store = Store(path / "ckpt")
+    assert list_steps(store) == list(range(1, 9))
+    return store
+
+
+def whole(path: Path, still: Store) -> list[int]:
+    """The steps in a folder; every one of them is whole and holds exactly its step."""
+    store = Store(path / "ckpt")
+    for step in list_steps(store):
+        manifest = load(store, step)
+        assert verify(store, manifest) == []
+        assert digest(store, manifest) == manifest.digest == load(still, step).digest, step
+    return list_steps(store)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("settings", [{}, {"numerics": {"compute_dtype": "bf16"}}], ids=["f32", "bf16"])
+def test_training_goes_on_while_the_storage_does_nothing(
+    folder: Path, tmp_path: Path, workers: int, settings: dict[str, Any]
+) -> None:
+    undisturbed = run_job(byte_job(folder, workers=1, **settings))
+    one = byte_job(folder, workers=1, checkpoint=stored(tmp_path / "one", every_steps=1), **settings)
+    run_job(one, patch=storage_is_fast)
+    job = byte_job(folder, workers=workers, checkpoint=stored(tmp_path, every_steps=3, at_end=False), **settings)
+    run = run_job(job, patch=storage_waits(3, until=5))  # waits for ever if training waited for it
+    assert run.digest == undisturbed.digest
+    assert run.losses == undisturbed.losses
+    assert whole(tmp_path, Store(tmp_path / "one" / "ckpt")) == [3, 6]
+    assert [event["step"] for event in run.record.of("checkpoint")] == [3, 6]
+
+
+def test_the_last_one_is_waited_for(folder: Path, tmp_path: Path, reference: Run, still: Store) -> None:
+    run = run_job(byte_job(folder, checkpoint=stored(tmp_path, every_steps=6)), patch=storage_waits(6, until=8))
+    assert run.digest == reference.digest
+    assert whole(tmp_path, still) == [6, 8]
+
+
+def test_a_stop_finishes_what_is_being_written(folder: Path, tmp_path: Path, still: Store) -> None:
+    from elastictrain.controller import events as ev
+
+    def stop(driver: Any, values: Any) -> None:
+        if values["step"] == 4:
+            driver.request(ev.StopRequested(0.0, "enough"))
+
+    job = byte_job(folder, checkpoint=stored(tmp_path, every_steps=4))
+    run = run_job(job, patch=both(storage_waits(4, until=6), wait_for_pause(6)), on_row=stop)
+    assert (run.outcome.outcome, run.outcome.step) == ("stopped", 6)
+    assert whole(tmp_path, still) == [4, 6]
+
+
+@pytest.mark.parametrize("phase", ["compute", "exchange", "vote", "apply", "gather"])
+def test_a_worker_that_dies_while_it_stores_leaves_a_whole_checkpoint_or_none(
+    folder: Path, tmp_path: Path, reference: Run, still: Store, phase: Any
+) -> None:
+    """Step 4 is being written by all when one dies in step 5: it is given up, and the sealed commit stored instead."""
+    job = byte_job(folder, checkpoint=stored(tmp_path, every_steps=4, at_end=False))
+    run = run_job(job, [kill(1, 5, phase)], patch=storage_waits(4, until=7))
+    assert run.digest == reference.digest
+    assert run.losses == reference.losses
+    assert not run.record.of("went_back")
+    found = whole(tmp_path, still)
+    assert found in ([4, 8], [5, 8])
+    assert [event["step"] for event in run.record.of("checkpoint")] == found
+
+
+def test_a_checkpoint_that_was_given_up_is_made_up_for_at_the_seal(
+    folder: Path, tmp_path: Path, reference: Run, still: Store
+) -> None:
+    job = byte_job(folder, checkpoint=stored(tmp_path, every_steps=4))
+    run = run_job(job, [kill(1, 6, "compute")], patch=storage_waits(4, until=7))
+    assert run.digest == reference.digest
+    assert whole(tmp_path, still) == [5, 8], "nobody had applied step 6: 5 was sealed"
+
+
+@pytest.mark.parametrize("victims", [(0, 1), (0, 1, 2)])
+def test_all_holders_die_while_they_store(
+    folder: Path, tmp_path: Path, reference: Run, still: Store, victims: tuple[int, ...]
+) -> None:
+    job = byte_job(folder, checkpoint=stored(tmp_path, every_steps=3), workers={"max": 3, "replace": True})
+    run = run_job(job, [kill(0, 7, "exchange")], die_together=victims, patch=storage_waits(6, until=7))
+    assert run.digest == reference.digest
+    (back,) = run.record.of("went_back")
+    assert back["to_step"] == 3, "6 was not committed"
+    assert whole(tmp_path, still) == [3, 6, 8]
