@@ -52,8 +52,6 @@ class Cluster:
         self.not_performed: list[cm.Command] = []
         self.send(ev.Begun(0.0, restore))
 
-    # -- the controller's side
-
     def send(self, event: ev.Event) -> list[cm.Command]:
         """The journal takes it, the machine decides, and what it decides is done, unless the controller dies first."""
         if self.down:
@@ -69,8 +67,7 @@ class Cluster:
                 self.seal_known.add(event.generation)  # whoever says so: a vote of all members was complete
         elif isinstance(event, ev.WorkerDied):
             self.unnoticed.pop(event.worker, None)
-        heard = set(self.believed()) - self.doomed
-        self.doubts.hear(event, self.machine.generation, self.machine.phase, heard)
+        self.doubts.hear(event, self.machine.generation, self.machine.phase, set(self.believed()) - self.doomed)
         self.watch.before(event)
         commands = self.machine.handle(event)
         self.watch.after(commands)
@@ -163,7 +160,6 @@ class Cluster:
         assert plan.step == reached, f"a survivor has applied {reached}, the plan goes on from {plan.step}"
         if any(w.applied < reached for w in holders if w.number in plan.layout.workers):
             assert plan.roll_forward == vote_bytes(reached)
-            assert plan.previous is not None
 
     # -- the workers' side
 
