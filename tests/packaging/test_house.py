@@ -22,7 +22,10 @@ from elastictrain.job import Job, parse_job
 ROOT = Path(__file__).parents[2]
 SOURCES = ("elastictrain", "actors", "checkpoint", "examples", "tests", "benchmarks")
 MAX_LINES = 400
-PAPERS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/determinism.md", "docs/faults.md")
+PAPERS = (
+    "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/determinism.md", "docs/faults.md",
+    "docs/checkpoint-formats.md", "docs/saving.md",
+)  # fmt: skip
 
 
 def text(name: str) -> str:
