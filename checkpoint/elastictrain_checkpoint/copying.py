@@ -1,23 +1,17 @@
-"""Copying checkpoints from one store to another, at once or in the background: hash-verified, manifest last."""
+"""Copying the checkpoints of a run to another store in the background, at a bounded rate."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from elastictrain_checkpoint.commit import list_steps, load
-from elastictrain_checkpoint.errors import AlreadyCommitted, CheckpointError, CorruptData, InvalidManifest, NoCheckpoint
-from elastictrain_checkpoint.hashing import block_sum
-from elastictrain_checkpoint.manifest import Manifest, parse_manifest
-from elastictrain_checkpoint.reader import corrupt
-from elastictrain_checkpoint.retain import discard
-from elastictrain_checkpoint.sidecar import check_sidecar
+from elastictrain_checkpoint.errors import CheckpointError, NoCheckpoint
+from elastictrain_checkpoint.manifest import Manifest
 from elastictrain_checkpoint.store import Store
-
-Pace = Callable[[int], None]
-"""Called with the number of bytes before they are sent; returns when they may be, or raises."""
+from elastictrain_checkpoint.transfer import Pace, copy_checkpoint
 
 
 class Stopped(CheckpointError):
@@ -39,17 +33,7 @@ class Bucket:
 
 
 def copy_step(source: Store, target: Store, step: int, pace: Pace | None = None) -> Manifest:
-    """Copy a committed step, with the packs of other steps that it refers to. Every block is checked on its way.
-
-    What an earlier call left in the target is checked and used; the manifest is published last, so that an unfinished
-    copy is no checkpoint. A step of a lower generation in the target has not happened in the history of the source and
-    is replaced.
-
-    Args:
-        source: where from.
-        target: where to.
-        step: the step.
-        pace: bounds the rate.
+    """Copy a committed step as `transfer.copy_checkpoint` does. One of a lower generation in the target is replaced.
 
     Raises:
         NoCheckpoint, CorruptData: the source does not have it whole; nothing was published.
@@ -58,90 +42,8 @@ def copy_step(source: Store, target: Store, step: int, pace: Pace | None = None)
 
     """
     manifest = load(source, step)
-    there = _manifest_in(target, manifest)
-    if there == manifest.raw and _complete(target, manifest):
-        return manifest
-    for number in range(len(manifest.files)):
-        _copy_pack(source, target, manifest, number, pace)
-    for path, record in manifest.sidecars:
-        try:
-            data = check_sidecar(record, source.read_all(path))
-        except (FileNotFoundError, ValueError) as error:
-            raise CorruptData(f"step {step}: {path}: {error}", file=path) from None
-        _publish(target, path, data)
-    _publish(target, manifest.path, manifest.raw)
+    copy_checkpoint(source, manifest, target, pace=pace, replace_older=True)
     return manifest
-
-
-def _manifest_in(target: Store, manifest: Manifest) -> bytes | None:
-    """The manifest of this step in the target; one of a lower generation, or a damaged one, is removed."""
-    try:
-        raw = target.read_all(manifest.path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    if raw == manifest.raw:
-        return raw
-    try:
-        other = parse_manifest(raw, manifest.step, target.read_all)
-    except InvalidManifest:
-        other = None
-    if other is not None and other.generation >= manifest.generation:
-        raise AlreadyCommitted(
-            f"{target.url} has step {manifest.step} of attempt {other.attempt}, generation {other.generation}; the one "
-            f"to copy is of attempt {manifest.attempt}, generation {manifest.generation}. discard(store, "
-            f"{manifest.step}) removes the one that is there"
-        )
-    discard(target, manifest.step, keep_attempt=manifest.attempt)
-    return None
-
-
-def _complete(target: Store, manifest: Manifest) -> bool:
-    sizes = [(path, file.size_bytes) for path, file in zip(manifest.paths, manifest.files, strict=True)]
-    sizes += [(path, record.size_bytes) for path, record in manifest.sidecars]
-    return all(target.size(path) == size for path, size in sizes)
-
-
-def _publish(target: Store, path: str, data: bytes) -> None:
-    try:
-        target.publish(path, data)
-    except FileExistsError:
-        if target.read_all(path) != data:
-            target.replace(path, [memoryview(data)])
-
-
-def _copy_pack(source: Store, target: Store, manifest: Manifest, number: int, pace: Pace | None) -> None:
-    path, size = manifest.paths[number], manifest.files[number].size_bytes
-    there = target.size(path)
-    # The right size is not enough: after a loss of power, a file whose copying was not finished may be full of zeros.
-    if there == size and all(found is not None for _, found in _blocks(target, manifest, number)):
-        return
-
-    def stream() -> Iterator[memoryview]:
-        for block, data in _blocks(source, manifest, number):
-            if data is None:
-                raise corrupt(manifest, number, block, f"damaged in {source.url}; it is not copied")
-            if pace is not None:
-                pace(len(data))
-            yield data
-
-    if there is None:
-        target.create(path, stream())
-    else:
-        target.replace(path, stream())
-
-
-def _blocks(store: Store, manifest: Manifest, number: int) -> Iterator[tuple[int, memoryview | None]]:
-    """Blocks of a pack, each checked; None for one that is not as it was written."""
-    step, size = manifest.block_bytes, manifest.files[number].size_bytes
-    buffer = memoryview(bytearray(min(step, size)))
-    for block in range(len(manifest.sums[number])):
-        view = buffer[: min(step, size - block * step)]
-        try:
-            got = store.read_into(manifest.paths[number], block * step, view)
-        except FileNotFoundError:
-            got = -1
-        whole = got == len(view) and block_sum(view) == int(manifest.sums[number][block])
-        yield block, view if whole else None
 
 
 class Copier:
