@@ -1,5 +1,5 @@
-"""`ckpt ls | show | verify | digest | diff | cp | import | export | prune`: everything about checkpoints that needs
-neither a GPU, a cluster, nor the code that made them.
+"""`ckpt ls | show | verify | heal | digest | diff | cp | import | export | prune | pin | unpin`: everything about
+checkpoints that needs neither a GPU, a cluster, nor the code that made them.
 
 Exit codes: 0 all well, 1 damaged or different, 2 wrong use (no such step, no such place). With ``--json`` standard
 output is one JSON document, and nothing else.
@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.pretty import Pretty
 from rich.table import Table
 
-from elastictrain_checkpoint import check, cli_move
+from elastictrain_checkpoint import check, cli_keep, cli_move
 from elastictrain_checkpoint.cast import values
 from elastictrain_checkpoint.cli_common import (
     EXIT_CODES,
@@ -43,8 +43,7 @@ from elastictrain_checkpoint.dtypes import item_bytes, num_elements
 from elastictrain_checkpoint.errors import CheckpointError, InvalidMapping
 from elastictrain_checkpoint.manifest import Manifest
 from elastictrain_checkpoint.reader import Reader
-from elastictrain_checkpoint.rehearsal import Rehearsal
-from elastictrain_checkpoint.retain import DEFAULT_LEASE_S, prune
+from elastictrain_checkpoint.retain import pinned
 from elastictrain_checkpoint.store import Store
 
 SHOWN_VALUES = 10
@@ -63,7 +62,8 @@ app = typer.Typer(
 def ls(store: Where, option: Options = None, as_json: AsJson = False) -> None:
     """List the steps in a store."""
     place = open_store(store, parse_options(option))
-    rows = [_row(place, step) for step in list_steps(place)]
+    held = set(pinned(place))
+    rows = [_row(place, step) | {"pinned": step in held} for step in list_steps(place)]
     if as_json:
         print_json(rows)
     else:
@@ -100,7 +100,7 @@ def _steps_table(rows: list[dict[str, Any]], *, narrow: bool) -> Table:
             str(row.get("tensors", "")),
             decimal(row["bytes"]) if "bytes" in row else "",
             row.get("digest", "")[: 8 if narrow else 16],
-            "[green]sound" if row["sound"] else "[red]damaged",
+            ("[green]sound" if row["sound"] else "[red]damaged") + (", pinned" if row["pinned"] else ""),
         ]
         table.add_row(*cells)
     return table
@@ -258,37 +258,6 @@ def digest(store: Where, step: Step = None, option: Options = None, as_json: AsJ
     raise typer.Exit(0 if equal else 1)
 
 
-@app.command("prune", epilog=EXIT_CODES)
-@guarded
-def prune_command(
-    store: Where,
-    keep: Annotated[int, typer.Option("--keep", min=1, help="How many of the newest sound checkpoints stay.")],
-    lease_h: Annotated[
-        float, typer.Option("--lease-hours", min=0, help="Age from which an attempt without a commit is garbage.")
-    ] = DEFAULT_LEASE_S / 3600,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and remove nothing.")] = False,
-    option: Options = None,
-    as_json: AsJson = False,
-) -> None:
-    """Remove old checkpoints and garbage; nothing goes unless a newer one was verified, every byte, first."""
-    place = open_store(store, parse_options(option))
-    done = prune(Rehearsal(place) if dry_run else place, keep, lease_s=lease_h * 3600)
-    unsound = [{"step": one.step, "why": one.why} for one in done.unsound]
-    if as_json:
-        shown = {"kept": done.kept, "removed": done.removed, "garbage": done.garbage, "unsound": unsound}
-        print_json({**shown, "dry_run": dry_run})
-    else:
-        console = Console(highlight=False)
-        would = "would be removed" if dry_run else "removed"
-        console.print(f"kept: {', '.join(map(str, done.kept)) or 'none'}")
-        console.print(f"{would}: {', '.join(map(str, done.removed)) or 'none'}")
-        for path in done.garbage:
-            console.print(f"{would}, garbage: {path}", markup=False)
-        for one in unsound:
-            console.print(f"left alone, unsound: step {one['step']}: {one['why']}", markup=False, style="red")
-    raise typer.Exit(1 if unsound else 0)
-
-
 def _row(store: Store, step: int) -> dict[str, Any]:
     try:
         manifest = load(store, step)
@@ -307,3 +276,4 @@ def _row(store: Store, step: int) -> dict[str, Any]:
 
 
 cli_move.register(app)
+cli_keep.register(app)

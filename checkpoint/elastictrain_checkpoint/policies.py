@@ -11,6 +11,7 @@ kept whatever a policy says (see `elastictrain_checkpoint.retain`).
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -28,12 +29,12 @@ class Point:
     info: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Policy:
+class Policy(ABC):
     """Decides from all points, steps ascending, which steps to keep."""
 
+    @abstractmethod
     def keep(self, points: Sequence[Point], now_s: float, /) -> set[int]:
         """Steps that this policy wants, out of those of ``points``."""
-        raise NotImplementedError
 
     def __or__(self, other: Policy) -> Policy:
         return AnyOf((self, other))

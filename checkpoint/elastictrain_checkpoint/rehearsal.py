@@ -35,6 +35,10 @@ class Rehearsal(Store):
         """Refused."""
         raise _refused(path)
 
+    def replace(self, path: str, blocks: Iterable[memoryview]) -> int:  # noqa: ARG002
+        """Refused."""
+        raise _refused(path)
+
 
 def _refused(path: str) -> PermissionError:
     return PermissionError(f"{path}: nothing is written in a rehearsal")
