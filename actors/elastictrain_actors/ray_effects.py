@@ -150,7 +150,8 @@ class RayEffects:
         if self._environment:
             options["runtime_env"] = self._environment
         self._meet(worker, ray.remote(WorkerActor).options(**options).remote(worker, self._place.token))
-        self._order(worker, "prepare", self.job, kills_for(self.faults, worker), self.stages)
+        gently = self._starts.others_step
+        self._order(worker, "prepare", self.job, kills_for(self.faults, worker), self.stages, gently)
 
     def adopt(self) -> Sequence[int]:
         """Take over the workers that a controller before this one has left; says which are there."""

@@ -10,12 +10,15 @@ AFTER_RECOVERY_S = 1.0
 
 
 class Starts:
-    """Workers that are to be started, and when it is time. `clock`: any that only goes forward."""
+    """Workers that are to be started, and when it is time. `clock`: any that only goes forward. `others_step`: whether
+    the run goes on without them, as far as is known.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._wanted: dict[int, Sequence[str]] = {}
         self._not_before_s = float("-inf")
+        self.others_step = False
 
     def want(self, worker: int, avoid: Sequence[str]) -> None:
         """`worker` is to be started, on none of the nodes in `avoid`."""
@@ -28,10 +31,12 @@ class Starts:
     def parking(self) -> None:
         """A generation is being taken down."""
         self._not_before_s = self._clock() + AFTER_RECOVERY_S
+        self.others_step = False
 
     def sealed(self) -> None:
         """The next one steps."""
         self._not_before_s = float("-inf")
+        self.others_step = True
 
     def due(self) -> dict[int, Sequence[str]]:
         """{worker: nodes to avoid} of all that may be started now; they are forgotten here."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +25,9 @@ from elastictrain_actors.node_loss import lose_node
 
 if TYPE_CHECKING:
     from elastictrain.engine.host import WorkerHost
+
+LEFT_OVER = 19
+"""The niceness of those who take what nobody else wants."""
 
 
 def worker_name(worker: int) -> str:
@@ -47,6 +51,34 @@ class Identity:
     pid: int
     start_ticks: int
     store: str = ""
+
+
+def import_engine() -> None:
+    """All that takes long."""
+    import pyarrow.parquet  # noqa: F401
+
+    import elastictrain.engine.host  # noqa: F401
+
+
+def yielding(work: Callable[[], None]) -> None:
+    """Do `work` with what the processor has left over: in a thread of its own, since one that has stepped back may not
+    step forward again. Raises what it raises.
+    """
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LEFT_OVER)
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="elastictrain-imports")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
 
 
 class WorkerActor:
@@ -74,13 +106,19 @@ class WorkerActor:
         node, store = ray.get_runtime_context().get_node_id(), "" if self._host is None else self._host.store
         return Identity(node, os.getpid(), start_ticks(os.getpid()) or 0, store)
 
-    def prepare(self, epoch: int, job: Job, faults: Sequence[OwnFault], stages: Sequence[Stage]) -> None:
-        """Build model, data and session; says `Ready` or `WorkerStartFailed`. A second call changes nothing."""
+    def prepare(
+        self, epoch: int, job: Job, faults: Sequence[OwnFault], stages: Sequence[Stage], gently: bool = False
+    ) -> None:
+        """Build model, data and session; says `Ready` or `WorkerStartFailed`. A second call changes nothing. `gently`:
+        others train on this machine, and nobody waits for this worker.
+        """
         self._check(epoch)
         if self._host is not None:
             return
         # To c10d a connection that breaks is worth a stack trace; to us it is how a generation ends. Read by torch.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        if gently:
+            yielding(import_engine)
         # Here, and not above: the controller names this class and should not wait for torch's import.
         from elastictrain.engine.host import WorkerHost, start_error
 

@@ -55,3 +55,12 @@ def test_who_is_needed_no_more_is_not_started() -> None:
     starts.drop(9)
     starts.sealed()
     assert starts.due() == {4: ()}
+
+
+def test_it_is_known_whether_the_others_step() -> None:
+    starts, _ = at_ten()
+    assert not starts.others_step, "at the beginning of a run everybody waits for the imports"
+    starts.sealed()
+    assert starts.others_step
+    starts.parking()
+    assert not starts.others_step

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +13,7 @@ from elastictrain.controller import events as ev
 from elastictrain.errors import ClusterError
 from elastictrain.protocol import ParkReport
 from elastictrain_actors import worker_actor
-from elastictrain_actors.worker_actor import WorkerActor, worker_name, worker_number
+from elastictrain_actors.worker_actor import LEFT_OVER, WorkerActor, worker_name, worker_number, yielding
 
 REPORT = ParkReport(3, 5, 10, 5, True)
 
@@ -88,3 +90,29 @@ def test_a_second_order_to_prepare_changes_nothing(actor: WorkerActor) -> None:
 def test_names_of_workers_and_of_others() -> None:
     assert worker_number(worker_name(12)) == 12
     assert [worker_number(name) for name in ("agent-ab-1", "controller", "worker-x", "worker-")] == [None] * 4
+
+
+def test_what_yields_does_so_in_a_thread_of_its_own() -> None:
+    found: list[int] = []
+    yielding(lambda: found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
+    assert found == [LEFT_OVER]
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) < LEFT_OVER
+
+
+def test_an_error_of_what_yields_is_raised() -> None:
+    def fails() -> None:
+        raise ImportError("no such module")
+
+    with pytest.raises(ImportError, match="no such module"):
+        yielding(fails)
+
+
+@pytest.mark.parametrize("gently", [False, True])
+def test_only_who_is_not_waited_for_imports_gently(
+    gently: bool, sigterm: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[Any] = []
+    monkeypatch.setattr(worker_actor, "yielding", done.append)
+    monkeypatch.setattr(worker_actor.ray.util, "get_node_ip_address", lambda: 1 / 0)
+    WorkerActor(3, "token").prepare(1, {}, (), (), gently)  # type: ignore[arg-type]
+    assert done == ([worker_actor.import_engine] if gently else [])
