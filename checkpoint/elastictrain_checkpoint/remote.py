@@ -28,7 +28,7 @@ class RemoteBackend:
 
     def create(self, path: str, blocks: Iterable[memoryview]) -> int:
         full = self._full(path)
-        if self.system.exists(full):
+        if self._is_there(full):
             raise FileExistsError(f"{full} exists; pack names are used once")
         return self._stream(full, blocks, undo=True)
 
@@ -61,7 +61,7 @@ class RemoteBackend:
         full = self._full(path)
         with _publishing:
             self.system.invalidate_cache()
-            if self.system.exists(full):
+            if self._is_there(full):
                 raise FileExistsError(full)
             if "mode" in inspect.signature(self._pipe()).parameters:
                 self.system.pipe_file(full, data, mode="create")
@@ -111,6 +111,14 @@ class RemoteBackend:
                 self.system.rmdir(full)
             else:
                 self.system.rm_file(full)
+
+    def _is_there(self, full: str) -> bool:
+        """Unlike fsspec's `exists`, which takes every error for a no: what cannot be seen is not written over."""
+        try:
+            self.system.info(full)
+        except FileNotFoundError:
+            return False
+        return True
 
     def _full(self, path: str) -> str:
         return f"{self.root}/{path}"
