@@ -141,8 +141,8 @@ class Cluster:
             "--head", f"--node-ip-address={HEAD}", f"--port={self.port}", "--num-cpus=0", "--include-dashboard=false",
             f"--ray-client-server-port={free_port()}", f"--temp-dir={self.processes.folder}",
         )  # fmt: skip
-        redis = f"{HEAD}:{self.redis_port}"
-        self.head, log = self.processes.start("head", command, RAY_REDIS_ADDRESS=redis)
+        tables = {"RAY_REDIS_ADDRESS": f"{HEAD}:{self.redis_port}", "RAY_external_storage_namespace": "et-ha"}
+        self.head, log = self.processes.start("head", command, **tables)
         wait_for(self.port, self.head, log)
 
 
