@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
 
 from elastictrain_actors.calls import Calls
+from elastictrain_actors.creations import GRACE_S, Creations
 from elastictrain_actors.driver import Heard
 from elastictrain_actors.node_agent import start_agent
 from elastictrain_actors.procfs import KillAnswer
@@ -36,6 +38,10 @@ class _Agent:
     follows: bool = False
 
 
+def _end(handle: Any) -> None:
+    ray.kill(handle, no_restart=True)
+
+
 class Agents:
     """Used from one thread, the driver's."""
 
@@ -49,6 +55,7 @@ class Agents:
     ) -> None:
         self._place, self._watchman, self._calls = place, watchman, calls
         self._environment, self._cloud = dict(environment), cloud
+        self._creations = Creations(_end)
         self._agents: dict[str, _Agent] = {}
         self._numbers: dict[str, int] = {}
         self._due_s: dict[str, float] = {}
@@ -63,7 +70,7 @@ class Agents:
 
     def need(self, node: str) -> None:
         """A worker lives on `node`: have an agent there, soon."""
-        if node not in self._agents:
+        if node not in self._agents and (node, self._numbers.get(node)) not in self._creations:
             self._due_s.setdefault(node, time.monotonic() + self._patience_s)
 
     def hurry(self) -> None:
@@ -76,17 +83,26 @@ class Agents:
 
     def start_due(self) -> None:
         """To be called every turn."""
-        for node in [node for node, due_s in self._due_s.items() if time.monotonic() >= due_s]:
+        due = [node for node, due_s in self._due_s.items() if time.monotonic() >= due_s]
+        for node in due:
             del self._due_s[node]
             self._start(node)
+        for made in self._creations.take(GRACE_S if due else 0.0):
+            if made.error is not None:
+                raise made.error
+            node, number = made.key
+            self._started(node, number, made.handle)
 
     def _start(self, node: str) -> None:
         # Numbers tell a node's agents apart; those of a later controller are above those of an earlier one.
         number = self._numbers[node] = self._numbers.get(node, self._place.epoch * NUMBERS_PER_EPOCH) + 1
-        handle = start_agent(
-            node, self._place.token, number, environment=self._environment, namespace=self._place.namespace,
-            cloud=self._cloud, detached_as=f"{PREFIX}{node[:12]}-{number}",
+        create = partial(
+            start_agent, node, self._place.token, number, environment=self._environment,
+            namespace=self._place.namespace, cloud=self._cloud, detached_as=f"{PREFIX}{node[:12]}-{number}",
         )  # fmt: skip
+        self._creations.ask((node, number), create)
+
+    def _started(self, node: str, number: int, handle: Any) -> None:
         agent = self._agents[node] = _Agent(handle, number)
         ears = self._watchman.heartbeats
 
@@ -108,6 +124,7 @@ class Agents:
     def lost(self, node: str) -> None:
         """The node is out of reach: so is its agent. One is started again when a worker shows up there again."""
         self._due_s.pop(node, None)
+        self._creations.drop((node, self._numbers.get(node)))
         agent = self._agents.pop(node, None)
         if agent is not None:
             self._calls.forget((PREFIX, node, agent.number))
@@ -125,6 +142,7 @@ class Agents:
 
     def close(self) -> None:
         """The run is over: the agents end."""
+        self._creations.close()
         for agent in self._agents.values():
             ray.kill(agent.handle, no_restart=True)
         self._agents.clear()

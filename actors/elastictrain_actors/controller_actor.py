@@ -195,12 +195,15 @@ def _in_our_words() -> Iterator[None]:
 def start_controller(order: RunOrder) -> Any:
     """Start the controller on this node, so that the run directory lies where its user looks for it. It is detached: it
     outlives this process, and Ray brings it back when it dies.
+
+    It asks for a byte of memory: an actor that asks for nothing is placed on any node by Ray, which then overlooks a
+    wish that is not a must (and the head may be that node).
     """
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     actor = ray.remote(ControllerActor).options(
-        num_cpus=0, max_restarts=-1, max_concurrency=8, scheduling_strategy=here, lifetime="detached",
+        num_cpus=0, memory=1, max_restarts=-1, max_concurrency=8, scheduling_strategy=here, lifetime="detached",
         name=CONTROLLER, namespace=order.namespace,
     )  # fmt: skip
     handle = actor.remote(order)

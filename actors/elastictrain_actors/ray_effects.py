@@ -29,6 +29,7 @@ from elastictrain.protocol import Ready, Stage
 from elastictrain.pulse import is_same_process
 from elastictrain_actors.agents import Agents
 from elastictrain_actors.calls import Calls
+from elastictrain_actors.creations import GRACE_S, Creations
 from elastictrain_actors.deaths import death_in_words
 from elastictrain_actors.driver import Heard
 from elastictrain_actors.heartbeats import Heartbeats
@@ -85,6 +86,7 @@ class RayEffects:
         ears = Heartbeats(self._address, place.token, place.epoch)
         judgement = Suspicion(debug=job.debug, remote_data=job.data.is_remote)
         self._watchman = Watchman(ears, judgement, place.clock)
+        self._creations = Creations(lambda handle: ray.kill(handle, no_restart=True))
         self._agents = Agents(place, self._watchman, self._calls, self._environment, job.workers.spot_notices)
         self._surroundings = Surroundings(place.clock)
         self._starts = Starts()
@@ -127,11 +129,22 @@ class RayEffects:
         return facts.store
 
     def _start_due(self) -> None:
-        for worker, avoid in self._starts.due().items():
+        due = self._starts.due()
+        for worker, avoid in due.items():
             self._start(worker, avoid)
+        self._meet_created(GRACE_S if due else 0.0)
+
+    def _meet_created(self, wait_s: float) -> None:
+        """Workers whose actor there is now. `wait_s`: for those that have been asked for just now."""
+        for made in self._creations.take(wait_s):
+            if made.error is not None:
+                raise made.error
+            self._meet(made.key, made.handle)
+            kills, gently = kills_for(self.faults, made.key), self._starts.others_step
+            self._order(made.key, "prepare", self.job, kills, self.stages, gently)
 
     def _start(self, worker: int, avoid: Sequence[str]) -> None:
-        if worker in self._workers:
+        if worker in self._workers or worker in self._creations:
             return
         options: dict[str, Any] = {
             "num_cpus": self.job.workers.cpus,
@@ -149,9 +162,8 @@ class RayEffects:
             options["label_selector"] = {"ray.io/node-id": f"!in({','.join(avoid)})"}
         if self._environment:
             options["runtime_env"] = self._environment
-        self._meet(worker, ray.remote(WorkerActor).options(**options).remote(worker, self._place.token))
-        gently = self._starts.others_step
-        self._order(worker, "prepare", self.job, kills_for(self.faults, worker), self.stages, gently)
+        actor = ray.remote(WorkerActor).options(**options)
+        self._creations.ask(worker, lambda: actor.remote(worker, self._place.token))
 
     def adopt(self) -> Sequence[int]:
         """Take over the workers that a controller before this one has left; says which are there."""
@@ -186,6 +198,7 @@ class RayEffects:
         answer) as well as it can be done from here. It is dead when `WorkerDied` says so.
         """
         self._starts.drop(worker)
+        self._creations.drop(worker)
         facts = self._workers.get(worker)
         if facts is None:
             self._out.append(ev.WorkerDied(0.0, worker, "it is gone"))
@@ -333,6 +346,7 @@ class RayEffects:
 
     def close(self) -> None:
         """End whatever is left."""
+        self._creations.close()
         for worker in list(self._workers):
             self._kill(worker, "the run is over")
             self._forget(worker)

@@ -54,6 +54,7 @@ def silent_node(found: dict[str, Any], digest: str) -> None:
     assert "no round trip of heartbeats" in reason
     assert found["to_commit_s"] < 30, "by our heartbeats, not by Ray's health check"
     assert found["fenced_ended"], "the worker that came back was ended"
+    assert found["controller_beside_us"], "on the node of whoever started the run, one of five"
 
 
 def addressed_node(found: dict[str, Any], digest: str) -> None:

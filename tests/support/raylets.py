@@ -124,8 +124,11 @@ def main(folder: Path) -> dict[str, Any]:
     planned = drained(folder, cluster.address)
     scripted = by_address(folder, cluster.address)
     silent: list[SilentNode] = []
+    beside_us: list[bool] = []
 
     def stop() -> None:
+        controller = json.loads((folder / "lost" / "lock").read_text())["pid"]
+        beside_us.append(raylet_of(cluster, controller) == cluster.head_node.all_processes["raylet"][0].process.pid)
         silent.append(SilentNode(raylet_of(cluster, watcher.pids[1])))
         silent[0].signal(signal.SIGSTOP)
 
@@ -143,6 +146,7 @@ def main(folder: Path) -> dict[str, Any]:
         "events": [[e.kind, e.data.get("reason", "")] for e in found.events()],
         "rows": [row.step for row in found.metrics()],
         "to_commit_s": commits[0] - silent[0].stopped_s,
+        "controller_beside_us": beside_us == [True],
         "drained": planned,
         "addressed": scripted,
         "fenced_ended": ends_within(watcher.pids[1], 20.0),

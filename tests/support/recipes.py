@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+
 import torch
 from torch import nn
 from torch.nn import functional
 
 from elastictrain.recipe import Recipe
+
+LANE_S = 0.03
 
 
 class Bytes(Recipe):
@@ -44,6 +49,21 @@ class Bytes(Recipe):
     def evaluate(self, model):
         tokens = torch.arange(64).view(1, 64) % 257
         return {"logit": float(model(tokens).float().sum())}
+
+
+class Unhurried(Bytes):
+    """`Bytes` that takes its time until a file is there: so that a run lasts as long as what happens to it, without a
+    bit that depends on it.
+    """
+
+    def __init__(self, until: str) -> None:
+        super().__init__()
+        self.until = Path(until)
+
+    def loss(self, model, batch):
+        if not self.until.exists():
+            time.sleep(LANE_S)
+        return super().loss(model, batch)
 
 
 class ByteModel(nn.Module):

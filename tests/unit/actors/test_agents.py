@@ -9,6 +9,7 @@ import pytest
 
 from elastictrain_actors import agents
 from elastictrain_actors.agents import PATIENCE_S, RETRY_S, Agents
+from elastictrain_actors.creations import Created
 from elastictrain_actors.procfs import KillAnswer
 
 
@@ -36,6 +37,28 @@ class Calls:
         failed(RuntimeError("gone"))
 
 
+class Creations:
+    """Instead of the thread: what is asked for is there at once, unless the head is away."""
+
+    def __init__(self, end: Any) -> None:
+        self.end, self.away = end, False
+        self.open: dict[Any, Any] = {}
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self.open
+
+    def ask(self, key: Any, create: Any) -> None:
+        self.open[key] = create
+
+    def drop(self, key: Any) -> None:
+        self.open.pop(key, None)
+
+    def take(self, wait_s: float) -> list[Created]:
+        del wait_s
+        asked, self.open = (dict[Any, Any](), self.open) if self.away else (self.open, {})
+        return [Created(key, create()) for key, create in asked.items()]
+
+
 class Scene:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.now_s = 1000.0
@@ -44,6 +67,7 @@ class Scene:
         self.watched: list[Any] = []
         self.calls = Calls()
         patch.setattr(agents, "start_agent", self._start)
+        patch.setattr(agents, "Creations", Creations)
         patch.setattr(agents, "ray", SimpleNamespace(kill=lambda handle, **_: self.killed.append(handle)))
         patch.setattr(agents, "time", SimpleNamespace(monotonic=lambda: self.now_s))
         watchman: Any = SimpleNamespace(
@@ -54,6 +78,7 @@ class Scene:
         place: Any = SimpleNamespace(token="t", epoch=2, namespace="n")
         calls: Any = self.calls
         self.agents = Agents(place, watchman, calls, {}, "aws")
+        self.creations: Any = self.agents._creations
 
     def _start(self, node: str, token: str, number: int, *, cloud: str, **_: Any) -> Any:
         del node, token
@@ -136,3 +161,30 @@ def test_only_an_agent_that_follows_is_asked_to_kill(scene: Scene) -> None:
     scene.agents.kill("node", 10, 20, answered)
     scene.calls.answer("kill 2001", KillAnswer.GONE)
     assert answers == [KillAnswer.GONE]
+
+
+def test_while_the_head_is_away_an_agent_is_asked_for_once(scene: Scene) -> None:
+    scene.creations.away = True
+    scene.agents.hurry()
+    for _ in range(3):
+        scene.agents.need("node")
+        scene.wait(RETRY_S)
+    assert scene.started == []
+    assert len(scene.creations.open) == 1
+    scene.creations.away = False
+    scene.wait(0)
+    assert scene.started == [2001]
+
+
+def test_a_node_that_is_lost_while_its_agent_is_being_made(scene: Scene) -> None:
+    scene.creations.away = True
+    scene.agents.hurry()
+    scene.agents.need("node")
+    scene.wait(0)
+    scene.agents.lost("node")
+    scene.creations.away = False
+    scene.wait(0)
+    assert scene.started == []
+    scene.agents.need("node")
+    scene.wait(0)
+    assert scene.started == [2002], "another worker has shown up there"
