@@ -26,21 +26,21 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, *command: str) -> str:
+def run(folder: Path, *command: str, code: int = 0) -> str:
     paths = [str(ROOT), str(ROOT / "actors"), str(ROOT / "checkpoint"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False
     )
-    assert done.returncode == 0, f"{command}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert done.returncode == code, f"{command}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
 
 
-def elastictrain(folder: Path, line: str, *more: str) -> str:
+def elastictrain(folder: Path, line: str, *more: str, code: int = 0) -> str:
     """A command as the README has it, comments and all."""
     words = line.partition("#")[0].split()
     assert words[0] == "elastictrain"
-    return run(folder, sys.executable, "-m", "elastictrain.cli", *words[1:], *more)
+    return run(folder, sys.executable, "-m", "elastictrain.cli", *words[1:], *more, code=code)
 
 
 def block(language: str, start: str) -> str:
@@ -68,6 +68,14 @@ def test_the_yaml_quickstart_and_the_checkpoint_commands(clone: Path) -> None:
     assert first["digest"] in elastictrain(clone, show)
     assert "sound" in elastictrain(clone, verify)
     assert elastictrain(clone, digest).split() == [first["digest"]]
+    diff, cp, export, again, pin, prune = block("", "elastictrain ckpt diff").splitlines()
+    assert "differ" in elastictrain(clone, diff, code=1)
+    assert "step 40: copied" in elastictrain(clone, cp.replace("s3://bucket/quickstart", "copied"))
+    elastictrain(clone, export)
+    elastictrain(clone, again)
+    assert "sound" in elastictrain(clone, "elastictrain ckpt verify runs/imported-checkpoints")
+    assert "pinned: 20" in elastictrain(clone, pin)
+    assert "kept: 20, 40" in elastictrain(clone, prune)
     second = json.loads(elastictrain(clone, resume, "--json", "--quiet").splitlines()[-1])
     assert (second["outcome"], second["steps"]) == ("finished", 60)
     assert second["run_dir"] == first["run_dir"]
