@@ -158,8 +158,8 @@ def main() -> None:
     p95 = common.quantile((one.to_start_s for one in found), 0.95)
     lost, twice = max(one.lost for one in found), max(one.redone for one in found)
     label = f"on {where}, {kills} kills"
-    results.figure(f"SIGKILL to next step, p50 s, {label}", p50, "0.5", common.verdict(p50, 0.5, at_most=True))
-    results.figure(f"SIGKILL to next step, p95 s, {label}", p95, "2", common.verdict(p95, 2, at_most=True))
+    results.figure(f"SIGKILL to next step, p50 s, {label}", p50, "0.2", common.verdict(p50, 0.2, at_most=True))
+    results.figure(f"SIGKILL to next step, p95 s, {label}", p95, "0.6", common.verdict(p95, 0.6, at_most=True))
     results.figure(f"steps lost, {label}", lost, "0", common.verdict(lost, 0, at_most=True))
     results.figure(f"steps computed twice, {label}", twice, "at most 1", common.verdict(twice, 1, at_most=True))
     results.notes += [
