@@ -80,6 +80,13 @@ def test_torch_is_imported_only_where_tensors_are() -> None:
     assert {name for name in found if not name.startswith(of_torch)} == allowed
 
 
+@pytest.mark.parametrize("kind", ["processes", "ray"])
+def test_tests_that_need_much_say_so(kind: str) -> None:
+    """Else they run among the fast ones, and what their folder sets up stays set for those that follow."""
+    files = (ROOT / "tests" / kind).glob("test_*.py")
+    assert [file.name for file in files if f"pytest.mark.{kind}" not in file.read_text()] == []
+
+
 def test_no_file_is_too_long() -> None:
     lines = {file.relative_to(ROOT).as_posix(): len(file.read_text().splitlines()) for file in python_files()}
     assert {name: count for name, count in lines.items() if count > MAX_LINES} == {}

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
 import torch
 
 from elastictrain.engine import direct
 from tests.support.process_cluster import Run, byte_job, run_job
+
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
 
 
 def reading_is_refused(worker: int) -> None:

@@ -145,6 +145,8 @@ def mutations(draw: st.DrawFn) -> dict[str, Any]:
             old = at[key]
         except (KeyError, IndexError, TypeError):
             continue  # an earlier mutation took it away
+        if not isinstance(at, dict | list):
+            continue  # … or put a text there
         what = draw(st.sampled_from(["replace", "delete", "nudge", "copy", "swap", "rename", "steal"]))
         if what == "replace":
             at[key] = draw(odd_values)

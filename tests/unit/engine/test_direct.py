@@ -34,6 +34,7 @@ LARGE = direct.MIN_BYTES // 4
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Elements of every piece that is read."""
+    monkeypatch.delenv("ELASTICTRAIN_DIRECT", raising=False)
     found, real = list[int](), direct.read
 
     def counted(pid: int, address: int, into: torch.Tensor) -> None:
