@@ -12,11 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 import common
 from resize import pauses
-from runs import BenchmarkError, Running, gpt_job
+from runs import Running, gpt_job
 
 Line = dict[str, Any]
 WORLD, LANES = 2, 3
@@ -64,7 +62,6 @@ def main() -> None:
     times = 2 if options.quick else 9
     with common.scratch("join") as folder:
         where = folder / "run"
-        where.mkdir()
         job = gpt_job(where, workers=WORLD + 1, lanes=LANES, batch=1, model=LARGE)
         job["recipe_args"]["moves"] = True
         job["workers"] = {"min": 1, "max": WORLD + 1, "start": WORLD, "replace": False}
@@ -74,12 +71,7 @@ def main() -> None:
             begin = GAP_STEPS * number + 10
             leave = {"do": "drain", "worker": WORLD + number, "step": begin + STAYS_STEPS}
             faults += [{"do": "add", "step": begin}, leave]
-        (where / "faults.yaml").write_text(yaml.safe_dump(faults), encoding="utf-8")
-        with Running.elastictrain(where, job, ray=True, more=("--faults", str(where / "faults.yaml"))) as run:
-            code = run.leaders[0].wait(timeout=1200)
-            if code:
-                raise BenchmarkError((where / "error-0.txt").read_text(errors="replace")[-2000:])
-            lines = run.lines()
+        lines = Running.with_faults(where, job, faults)
     found = joins(lines)
     for one in found:
         results.row(**{

@@ -11,10 +11,8 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 import common
-from runs import BenchmarkError, Running, gpt_job
+from runs import Running, gpt_job
 
 Line = dict[str, Any]
 WORLD, LANES, GAP_STEPS = 3, 8, 40
@@ -58,7 +56,6 @@ def main() -> None:
     changes = 4 if options.quick else 12
     with common.scratch("resize") as folder:
         where = folder / "run"
-        where.mkdir()
         job = gpt_job(where, workers=WORLD + 1, lanes=LANES)
         job["workers"] = {"min": 1, "max": WORLD + 1, "start": WORLD, "replace": False}
         job["steps"] = GAP_STEPS * (changes + 1)
@@ -66,12 +63,7 @@ def main() -> None:
             {"do": "drain", "worker": n // 2, "step": step} if n % 2 else {"do": "add", "step": step}
             for n, step in enumerate(range(GAP_STEPS, job["steps"], GAP_STEPS))
         ]
-        (where / "faults.yaml").write_text(yaml.safe_dump(faults), encoding="utf-8")
-        with Running.elastictrain(where, job, ray=True, more=("--faults", str(where / "faults.yaml"))) as run:
-            code = run.leaders[0].wait(timeout=1200)
-            if code:
-                raise BenchmarkError((where / "error-0.txt").read_text(errors="replace")[-2000:])
-            lines = run.lines()
+        lines = Running.with_faults(where, job, faults)
     found = pauses(lines)
     steps = [b["t"] - a["t"] for a, b in itertools.pairwise(x for x in lines if x["k"] == "end" and x["rank"] == 0)]
     for kind in ("joined", "left"):

@@ -23,6 +23,7 @@ import stamps
 from common import DATA, HERE, child_environment, median
 
 START_DEADLINE_S = 300.0
+RUN_DEADLINE_S = 1200.0
 EXAMPLE = {"vocabulary_size": 320, "sequence_length": 128, "layers": 6, "heads": 6, "width": 192, "dropout": 0.1}
 """The model of examples/gpt: 2.8 million parameters."""
 FOREVER = 1_000_000
@@ -87,6 +88,18 @@ class Running:
         shared += ["--store", str(folder / "store"), "--stamp", str(folder), "--model", json.dumps(dict(model))]
         shared += ["--form", form, *(["--memory"] if memory else []), *(["--clip", str(clip)] if clip else [])]
         return cls(folder, [[*shared, "--rank", str(rank)] for rank in range(workers)], workers)
+
+    @classmethod
+    def with_faults(
+        cls, folder: Path, job: Mapping[str, Any], faults: Sequence[Mapping[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """What a run on Ray that these happen to has stamped, when it is over."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "faults.yaml").write_text(yaml.safe_dump(list(faults)), encoding="utf-8")
+        with cls.elastictrain(folder, job, ray=True, more=("--faults", str(folder / "faults.yaml"))) as run:
+            if run.leaders[0].wait(timeout=RUN_DEADLINE_S):
+                raise BenchmarkError((folder / "error-0.txt").read_text(errors="replace")[-2000:])
+            return run.lines()
 
     def __enter__(self) -> Self:
         return self

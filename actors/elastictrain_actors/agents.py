@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from elastictrain_actors.calls import Calls
-from elastictrain_actors.creations import GRACE_S, Creations
+from elastictrain_actors.creations import GRACE_S, Creations, end_actor
 from elastictrain_actors.driver import Heard
 from elastictrain_actors.node_agent import start_agent
 from elastictrain_actors.procfs import KillAnswer
@@ -38,10 +38,6 @@ class _Agent:
     follows: bool = False
 
 
-def _end(handle: Any) -> None:
-    ray.kill(handle, no_restart=True)
-
-
 class Agents:
     """Used from one thread, the driver's."""
 
@@ -55,7 +51,7 @@ class Agents:
     ) -> None:
         self._place, self._watchman, self._calls = place, watchman, calls
         self._environment, self._cloud = dict(environment), cloud
-        self._creations = Creations(_end)
+        self._creations = Creations()
         self._agents: dict[str, _Agent] = {}
         self._numbers: dict[str, int] = {}
         self._due_s: dict[str, float] = {}
@@ -66,7 +62,7 @@ class Agents:
         for name in names:
             if name.startswith(PREFIX):
                 with suppress(ValueError):
-                    ray.kill(ray.get_actor(name, self._place.namespace), no_restart=True)
+                    end_actor(ray.get_actor(name, self._place.namespace))
 
     def need(self, node: str) -> None:
         """A worker lives on `node`: have an agent there, soon."""
@@ -128,7 +124,7 @@ class Agents:
         agent = self._agents.pop(node, None)
         if agent is not None:
             self._calls.forget((PREFIX, node, agent.number))
-            ray.kill(agent.handle, no_restart=True)
+            end_actor(agent.handle)
 
     def kill(
         self, node: str, pid: int, start_ticks: int, answered: Callable[[KillAnswer | None], Sequence[Heard]]
@@ -144,5 +140,5 @@ class Agents:
         """The run is over: the agents end."""
         self._creations.close()
         for agent in self._agents.values():
-            ray.kill(agent.handle, no_restart=True)
+            end_actor(agent.handle)
         self._agents.clear()

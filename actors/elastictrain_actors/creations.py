@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 from ray.exceptions import RayError
 
 GRACE_S = 0.5
@@ -29,12 +30,17 @@ class Created:
     error: Exception | None = None
 
 
+def end_actor(handle: Any) -> None:
+    """For good, whatever its restarts."""
+    ray.kill(handle, no_restart=True)
+
+
 class Creations:
     """`ask` and `take` from one thread. `create` is called again when it fails, so it must find what a call before it
     has made (a name, and `get_if_exists`). `end`: what to do with an actor that nobody wants any more.
     """
 
-    def __init__(self, end: Callable[[Any], object], *, retry_s: float = RETRY_S) -> None:
+    def __init__(self, end: Callable[[Any], object] = end_actor, *, retry_s: float = RETRY_S) -> None:
         self._end, self._retry_s = end, retry_s
         self._asked: queue.SimpleQueue[tuple[Hashable, Callable[[], Any]] | None] = queue.SimpleQueue()
         self._made: queue.SimpleQueue[Created] = queue.SimpleQueue()

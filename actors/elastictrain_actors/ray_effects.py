@@ -29,7 +29,7 @@ from elastictrain.protocol import Ready, Stage
 from elastictrain.pulse import is_same_process
 from elastictrain_actors.agents import Agents
 from elastictrain_actors.calls import Calls
-from elastictrain_actors.creations import GRACE_S, Creations
+from elastictrain_actors.creations import GRACE_S, Creations, end_actor
 from elastictrain_actors.deaths import death_in_words
 from elastictrain_actors.driver import Heard
 from elastictrain_actors.heartbeats import Heartbeats
@@ -86,7 +86,7 @@ class RayEffects:
         ears = Heartbeats(self._address, place.token, place.epoch)
         judgement = Suspicion(debug=job.debug, remote_data=job.data.is_remote)
         self._watchman = Watchman(ears, judgement, place.clock)
-        self._creations = Creations(lambda handle: ray.kill(handle, no_restart=True))
+        self._creations = Creations()
         self._agents = Agents(place, self._watchman, self._calls, self._environment, job.workers.spot_notices)
         self._surroundings = Surroundings(place.clock)
         self._starts = Starts()
@@ -197,14 +197,13 @@ class RayEffects:
         """SIGKILL by the agent of its node, which also ends a stopped process and confirms; without one (or without an
         answer) as well as it can be done from here. It is dead when `WorkerDied` says so.
         """
-        self._starts.drop(worker)
-        self._creations.drop(worker)
         facts = self._workers.get(worker)
         if facts is None:
+            self._forget(worker)
             self._out.append(ev.WorkerDied(0.0, worker, "it is gone"))
             return
         facts.end = facts.end or reason
-        ray.kill(facts.handle, no_restart=True)
+        end_actor(facts.handle)
         who = facts.who
         if who is None:
             return
@@ -288,7 +287,9 @@ class RayEffects:
         return []
 
     def _forget(self, worker: int) -> None:
+        """Nobody counts on it any more, whether it is there, is being made, or is still to be started."""
         self._starts.drop(worker)
+        self._creations.drop(worker)
         if self._workers.pop(worker, None) is not None:
             self._calls.forget(worker)
             self._watchman.worker_gone(worker)

@@ -77,8 +77,3 @@ class Pacing:
         """A step has taken so long, without storing."""
         if self._cadence is not None:
             self._cadence.stepped(seconds)
-
-    @property
-    def conflict(self) -> str | None:
-        """Which of the two limits cannot be kept, in a sentence."""
-        return None if self._cadence is None else self._cadence.conflict()

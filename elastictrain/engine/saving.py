@@ -181,10 +181,6 @@ class Saver:
         self._store = open_store(settings)
         self._lazy = LazySaver(self._store)
 
-    def write(self, owned: Owned, *, step: int, generation: int, worker: int) -> dict[str, Any]:
-        """Make this worker's packs durable. Returns its share as JSON data, to be gathered with a vote."""
-        return self.begin(owned, step=step, generation=generation, worker=worker).share()
-
     def begin(self, owned: Owned, *, step: int, generation: int, worker: int) -> Writing:
         """Begin to write this worker's packs, in the background: call `before_apply` before the state changes."""
         # Every generation is an attempt of its own, so nothing is ever overwritten; the suffix keeps a worker apart

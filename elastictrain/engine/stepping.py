@@ -298,10 +298,15 @@ class Stepping:
 
     def _commit_checkpoint(self, step: int, extras: list[bytes]) -> None:
         s = self.session
-        if not (extras and self.is_publisher and s.saver is not None):
-            if extras:
-                s.pacing.durable(step)
+        if not extras:
             return
+        if self.is_publisher:
+            self._create_manifest(step, extras)
+        s.pacing.durable(step)
+
+    def _create_manifest(self, step: int, extras: list[bytes]) -> None:
+        s = self.session
+        assert s.saver is not None, "only a job with the setting checkpoint stores"
         s.pulse.enter(Activity.STORE)
         started = time.perf_counter()
         path = s.saver.commit(
@@ -314,7 +319,6 @@ class Stepping:
             info={"world": self.layout.world_size},
         )  # fmt: skip
         s.pacing.stalled(time.perf_counter() - started)
-        s.pacing.durable(step)
         s.emit(ev.CheckpointCommitted(0.0, self.plan.generation, step, path))
 
     def _close(self, report: StepReport) -> None:

@@ -22,7 +22,8 @@ def stored_step(events: Sequence[Event]) -> int | None:
     return max(stored, default=None)
 
 
-def exposure_s(events: Sequence[Event], rows: Sequence[MetricsRow]) -> float:
-    """Seconds of training that would have to be done again: those of the published steps after the stored one."""
-    step = stored_step(events)
+def exposure_s(step: int | None, rows: Sequence[MetricsRow]) -> float:
+    """Seconds of training that would have to be done again: those of the published steps after the stored one, `step`
+    (None: nothing is stored).
+    """
     return sum(row.step_s or 0.0 for row in rows if step is None or row.step > step)

@@ -32,7 +32,8 @@ def status_of(run: RunDirectory) -> Status:
         facts |= {"step": rows[-1].step, "loss": rows[-1].loss, "generation": rows[-1].generation}
         facts |= {"world": rows[-1].world or found.world, "tokens_per_s": tokens_per_s(rows[-RATE_STEPS:])}
     if rows and summary.outcome == "running":
-        facts |= {"exposure_s": exposure_s(events, rows), "stored_step": stored_step(events)}
+        stored = stored_step(events)
+        facts |= {"exposure_s": exposure_s(stored, rows), "stored_step": stored}
     recoveries = [event.data for event in events if event.kind == "recovery"]
     if recoveries:
         facts["last_recovery"] = recoveries[-1]

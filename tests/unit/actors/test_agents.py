@@ -40,8 +40,8 @@ class Calls:
 class Creations:
     """Instead of the thread: what is asked for is there at once, unless the head is away."""
 
-    def __init__(self, end: Any) -> None:
-        self.end, self.away = end, False
+    def __init__(self) -> None:
+        self.away = False
         self.open: dict[Any, Any] = {}
 
     def __contains__(self, key: Any) -> bool:
@@ -68,7 +68,7 @@ class Scene:
         self.calls = Calls()
         patch.setattr(agents, "start_agent", self._start)
         patch.setattr(agents, "Creations", Creations)
-        patch.setattr(agents, "ray", SimpleNamespace(kill=lambda handle, **_: self.killed.append(handle)))
+        patch.setattr(agents, "end_actor", self.killed.append)
         patch.setattr(agents, "time", SimpleNamespace(monotonic=lambda: self.now_s))
         watchman: Any = SimpleNamespace(
             heartbeats=SimpleNamespace(host="h", port=1),

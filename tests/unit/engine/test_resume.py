@@ -47,7 +47,7 @@ def store(job: Job, step: int, generation: int) -> None:
     }
     source.close()
     saver.commit(
-        [saver.write(owned, step=step, generation=generation, worker=0)],
+        [saver.begin(owned, step=step, generation=generation, worker=0).share()],
         step=step,
         generation=generation,
         tree=tree,

@@ -55,7 +55,7 @@ def save(
     settings = store_of(path)
     saver = Saver(settings)
     owned = pieces_of(model, shards or [[(0, len(model.space.blocks))]])
-    shares = [saver.write(o, step=step, generation=generation, worker=w) for w, o in enumerate(owned)]
+    shares = [saver.begin(o, step=step, generation=generation, worker=w).share() for w, o in enumerate(owned)]
     where = saver.commit(
         shares,
         step=step,

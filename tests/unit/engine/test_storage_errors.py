@@ -19,7 +19,7 @@ from tests.unit.engine.worlds import NetRecipe, make_job
 
 def share_of(model: WorkerModel, saver: Saver, step: int, generation: int) -> dict[str, Any]:
     [owned] = pieces_of(model, [[(0, len(model.space.blocks))]])
-    return saver.write(owned, step=step, generation=generation, worker=0)
+    return saver.begin(owned, step=step, generation=generation, worker=0).share()
 
 
 def commit_of(saver: Saver, share: dict[str, Any], model: WorkerModel, step: int, generation: int) -> str:

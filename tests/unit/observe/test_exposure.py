@@ -42,7 +42,7 @@ def test_what_was_done_since_the_stored_step(told: list[Any], step: int | None, 
     found = events(*told)
     assert len(found) == len(told)
     assert stored_step(found) == step
-    assert exposure_s(found, ROWS) == lost_s
+    assert exposure_s(stored_step(found), ROWS) == lost_s
 
 
 def test_status_says_it_while_the_run_goes_on(tmp_path: Path) -> None:
