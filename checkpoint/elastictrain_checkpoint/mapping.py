@@ -49,6 +49,7 @@ class _Rule(BaseModel):
             raise ValueError(f"{value!r} is not a regular expression: {error}") from None
         return value
 
+    @abstractmethod
     def apply(self, tensors: Views) -> Views:
         """What this rule makes of ``tensors``.
 
@@ -56,6 +57,15 @@ class _Rule(BaseModel):
             InvalidMapping: it fits none of them, it cannot be applied, or two tensors end under one name.
 
         """
+
+    def _said(self) -> str:
+        return f"rule {json.dumps(self.model_dump(exclude_defaults=True) | {'op': self.op})}"  # type: ignore[attr-defined]
+
+
+class _OneByOne(_Rule):
+    """Base of those that look at one tensor at a time."""
+
+    def apply(self, tensors: Views) -> Views:
         out: Views = {}
         fits = 0
         for name, view in tensors.items():
@@ -77,11 +87,8 @@ class _Rule(BaseModel):
     @abstractmethod
     def _one(self, found: re.Match[str], view: View) -> Views: ...
 
-    def _said(self) -> str:
-        return f"rule {json.dumps(self.model_dump(exclude_defaults=True) | {'op': self.op})}"  # type: ignore[attr-defined]
 
-
-class Only(_Rule):
+class Only(_OneByOne):
     """Keep what fits, and nothing else."""
 
     op: Literal["only"] = "only"
@@ -94,7 +101,7 @@ class Only(_Rule):
         return {found.string: view}
 
 
-class Drop(_Rule):
+class Drop(_OneByOne):
     """Leave out what fits."""
 
     op: Literal["drop"] = "drop"
@@ -103,7 +110,7 @@ class Drop(_Rule):
         return {}
 
 
-class Rename(_Rule):
+class Rename(_OneByOne):
     r"""Another name, with groups of the match (``\1``, ``\g<layer>``)."""
 
     op: Literal["rename"] = "rename"
@@ -132,11 +139,8 @@ class Table(_Rule):
             _put(out, self.names.get(name, name), view, 'rule {"op": "table"}')
         return out
 
-    def _one(self, found: re.Match[str], view: View) -> Views:
-        raise NotImplementedError  # `apply` looks at all tensors at once
 
-
-class Reshape(_Rule):
+class Reshape(_OneByOne):
     """Another shape; one dimension may be -1."""
 
     op: Literal["reshape"] = "reshape"
@@ -146,7 +150,7 @@ class Reshape(_Rule):
         return {found.string: views.reshape(view, self.shape)}
 
 
-class Transpose(_Rule):
+class Transpose(_OneByOne):
     """Axes in another order, reversed if none is given."""
 
     op: Literal["transpose"] = "transpose"
@@ -156,7 +160,7 @@ class Transpose(_Rule):
         return {found.string: views.transpose(view, self.axes)}
 
 
-class Cast(_Rule):
+class Cast(_OneByOne):
     """Another floating-point type."""
 
     op: Literal["cast"] = "cast"
@@ -166,7 +170,7 @@ class Cast(_Rule):
         return {found.string: views.as_dtype(view, self.dtype)}
 
 
-class Split(_Rule):
+class Split(_OneByOne):
     r"""One tensor into several along an axis: equal ones, or of the given sizes."""
 
     op: Literal["split"] = "split"
@@ -233,9 +237,6 @@ class Concat(_Rule):
         for name, view in made.items():
             _put(out, name, view, self._said())
         return out
-
-    def _one(self, found: re.Match[str], view: View) -> Views:
-        raise NotImplementedError  # `apply` looks at all tensors at once
 
 
 Rule = Only | Drop | Rename | Table | Reshape | Transpose | Cast | Split | Concat

@@ -8,6 +8,7 @@ one element); only what really moves elements about (transpose, other slices and
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +25,8 @@ Read = Callable[[str, int, int], Bytes]
 
 
 @dataclass(frozen=True)
-class View:
-    """Base of all views: a tensor of the source, unless a subclass says otherwise.
+class View(ABC):
+    """Base of all views.
 
     Attributes:
         dtype: safetensors name.
@@ -36,13 +37,13 @@ class View:
     dtype: str
     shape: Shape
 
+    @abstractmethod
     def read(self, source: Read, start: int, stop: int) -> Bytes:
         """Bytes of the elements [start, stop) of this view, row-major."""
-        raise NotImplementedError
 
+    @abstractmethod
     def inputs(self) -> set[str]:
         """Names of the tensors of the source that it is made from."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
