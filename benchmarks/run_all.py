@@ -28,6 +28,8 @@ ALL = {
     "formats": ["formats.py"],
     "mirrors": ["mirrors.py"],
     "integrity": ["integrity.py"],
+    "corruption": ["corruption.py"],
+    "detection": ["detection.py"],
     "startup": ["startup.py"],
     "faults": ["faults/compare.py"],
     "goodput": ["goodput.py"],

@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any, TextIO
@@ -72,7 +73,8 @@ def live_tensor_bytes() -> int:
 
 def install(folder: str, *, memory_base: int | None = None) -> None:
     """Stamp every step of this process's session: start, applied, end (with its phases). With `memory_base` (the RSS
-    from which to count) peaks too. Obeys kill orders: a file `kill-<pid>` that names a phase.
+    from which to count) peaks too. Obeys orders: a file `kill-<pid>` that names a phase,
+    and `block-<pid>` (it waits for ever, at the next point of a step).
     """
     from elastictrain.engine import forming, probes, stepping
     from elastictrain.faults import Kill
@@ -106,6 +108,9 @@ def install(folder: str, *, memory_base: int | None = None) -> None:
         if os.path.exists(order) and Path(order).read_text(encoding="ascii") == phase:  # noqa: PTH110 - hot path
             stamp("kill", step=step, phase=phase)
             os.kill(os.getpid(), signal.SIGKILL)
+        if os.path.exists(f"{folder}/block-{os.getpid()}"):  # noqa: PTH110 - hot path
+            stamp("block", step=step, phase=phase)
+            threading.Event().wait()
         if any(isinstance(fault, Kill) and (fault.step, fault.phase) == (step, phase) for fault in self._waiting):
             stamp("kill", step=step, phase=phase)
         if memory is not None and phase == "vote":

@@ -45,6 +45,7 @@ class Creations:
         self._asked: queue.SimpleQueue[tuple[Hashable, Callable[[], Any]] | None] = queue.SimpleQueue()
         self._made: queue.SimpleQueue[Created] = queue.SimpleQueue()
         self._open: dict[Hashable, bool] = {}
+        self._since_s: dict[Hashable, float] = {}
         self._closed, self._closing = threading.Event(), threading.Lock()
         threading.Thread(target=self._create_all, name="elastictrain-creations", daemon=True).start()
 
@@ -54,12 +55,21 @@ class Creations:
     def ask(self, key: Hashable, create: Callable[[], Any]) -> None:
         """Have an actor created; `take` brings its handle."""
         self._open[key] = True
+        self._since_s[key] = time.monotonic()
         self._asked.put((key, create))
 
     def drop(self, key: Hashable) -> None:
         """It is wanted no more: whenever it is there, it is ended."""
         if key in self._open:
             self._open[key] = False
+
+    def late(self, after_s: float) -> list[Any]:
+        """Those that are wanted and were asked for more than `after_s` ago; each is said once."""
+        before_s = time.monotonic() - after_s
+        found = [key for key, since_s in self._since_s.items() if since_s < before_s and self._open.get(key)]
+        for key in found:
+            del self._since_s[key]
+        return found
 
     def take(self, wait_s: float = 0.0) -> list[Created]:
         """Those that are there. `wait_s`: how long to wait for all that have been asked for."""
@@ -70,6 +80,7 @@ class Creations:
                 made = self._made.get(timeout=max(0.0, until_s - time.monotonic()))
             except queue.Empty:
                 break
+            self._since_s.pop(made.key, None)
             if self._open.pop(made.key):
                 found.append(made)
             elif made.error is None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
 import signal
@@ -32,6 +33,7 @@ POLL_S = 0.1
 STATUS_EVERY_S = 0.5
 LAST_WORDS_S = 1.5
 """Longer than a long poll: rows ride along with its end."""
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 NO_END = ("torn", "corrupt", "restore")
 """Failures of a worker that do not end the run: it recovers at once, and in the order in which things were said."""
 
@@ -147,7 +149,7 @@ class Driver:
         except ElasticTrainError as error:
             self._abandon(f"{type(error).__name__}: {error}")
         except OSError as error:
-            self._abandon(f"ClusterError: the run directory cannot be written: {error}; free the disk under run_dir")
+            self._abandon(_in_words(error))
         with suppress(OSError, ElasticTrainError):  # a full disk must not replace the outcome by its last status
             self._show(force=True)
         assert self._outcome is not None
@@ -235,6 +237,13 @@ class Driver:
         if due:
             self._status_at_s = now_s
             self.record.status(status_fields(self._seen))
+
+
+def _in_words(error: OSError) -> str:
+    """The files of a run say `ClusterError` themselves; this is what slipped past them, or was no file at all."""
+    if error.errno in DISK:
+        return f"ClusterError: the run directory cannot be written: {error}; free the disk under run_dir"
+    return f"ClusterError: the controller cannot go on: {type(error).__name__}: {error}; then run with --resume"
 
 
 def status_fields(seen: Mapping[str, Any]) -> dict[str, Any]:

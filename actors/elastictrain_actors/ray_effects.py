@@ -257,17 +257,22 @@ class RayEffects:
         return found
 
     def _slow_starts(self) -> list[cmd.Announce]:
-        """Workers for which the cluster has had no room for a while: say what is asked and what is free."""
+        """Workers for which the cluster has had no room for a while: say what is asked and what is free. Or for which
+        Ray's head has not even answered.
+        """
         late_s = time.monotonic() - SLOW_START_S
         late = {
             worker: facts for worker, facts in self._workers.items() if facts.who is None and facts.since_s < late_s
         }
         self._surroundings.is_short = bool(late)
-        found = []
+        asked = {"cpus": self.job.workers.cpus, "gpus": self.job.workers.gpus}
+        found = [
+            cmd.Announce("slow_start", {"worker": worker, "asked": asked, "free": None})
+            for worker in self._creations.late(SLOW_START_S)
+        ]
         for worker, facts in late.items():
             if not facts.said_slow:
                 facts.said_slow = True
-                asked = {"cpus": self.job.workers.cpus, "gpus": self.job.workers.gpus}
                 there = self._surroundings.now
                 free = {kind: there.free.get(kind, 0.0) for kind in there.total}
                 found.append(cmd.Announce("slow_start", {"worker": worker, "asked": asked, "free": free}))

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 LEFT_OVER = 19
 """The niceness of those who take what nobody else wants."""
+UNWANTED_S = 300.0
+"""A worker without any order for so long after it was made belongs to a run that ended while Ray's head was away."""
 
 
 def worker_name(worker: int) -> str:
@@ -88,12 +90,15 @@ class WorkerActor:
     refused (ClusterError).
     """
 
-    def __init__(self, worker: int, token: str) -> None:
+    def __init__(self, worker: int, token: str, unwanted_s: float = UNWANTED_S) -> None:
         """`token`: the run's secret, which also names the folder of its signs of life."""
         self._worker, self._token = worker, token
         self._epoch = 0
         self._outbox = Outbox()
         self._host: WorkerHost | None = None
+        self._unwanted = threading.Timer(unwanted_s, os._exit, (0,))
+        self._unwanted.daemon = True
+        self._unwanted.start()
         with suppress(ValueError):  # Ray makes actors in the main thread; should it not, SIGTERM is death as before
             on_sigterm(self._told_to_go)
 
@@ -173,3 +178,4 @@ class WorkerActor:
                 f"{self._worker}"
             )
         self._epoch = epoch
+        self._unwanted.cancel()

@@ -216,7 +216,8 @@ class Ledger:
     a corrupt worker may have spoilt, what trusts least; until the job has gone back. `accused`: who was the first to be
     troubled in this generation. `vain`: generations in a row that ended without a commit although nobody was lost;
     `counted_in_vain`: the newest that is counted there, or that has a limit of its own; `vain_replaced`: workers, with
-    reasons, replaced for it since the job came to step `reached`.
+    reasons, replaced for it since the job came to step `reached`. `closing`: generations that a run which is stopped
+    has formed only to store its state.
     """
 
     target: int
@@ -235,6 +236,7 @@ class Ledger:
     leaving: dict[int, ParkReport] = field(default_factory=dict)
     draining: list[int] = field(default_factory=list)
     stop: str | None = None
+    closing: int = 0
     start_failures: int = 0
     start_error: str = ""
     start_retry_at_s: float | None = None

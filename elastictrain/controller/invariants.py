@@ -4,7 +4,8 @@ Of the state (`check_invariants`):
 
 - **I1** At most one generation is live: every member belongs to the newest plan, and only the sealed and the forming
   layout are remembered.
-- **I2** A generation has between `min_workers` and `max_workers` members, and so has the target.
+- **I2** A generation has between `min_workers` and `max_workers` members, and so has the target. One that is formed
+  only to store the state of a run that is stopped may have fewer.
 - **I3** A layout covers every lane and every block of the job, in any generation; with mirrors on and two workers or
   more, no block of it is held once.
 - **I4** While forming or running, every block of the sealed layout has a live holder (a leaving one counts), or the
@@ -100,7 +101,8 @@ def check_invariants(machine: Machine) -> None:
 
 def _check_layout(core: Core, layout: Layout) -> None:
     spec = core.spec
-    _require(spec.min_workers <= layout.world_size <= spec.max_workers, "I2", layout.workers)
+    least = spec.min_workers if core.ledger.closing == 0 else 1
+    _require(least <= layout.world_size <= spec.max_workers, "I2", layout.workers)
     _require(layout.blocks == len(spec.block_elements), "I3", layout)
     _require(layout.lane_count == spec.lane_count, "I3", layout)
     mirrored = layout.held_once == 0 or not spec.mirrors or layout.world_size == 1

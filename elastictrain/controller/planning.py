@@ -58,9 +58,11 @@ def plan_next(
     candidates = _candidates(ledger, truth, reports)
     holders = set(truth.workers)
     least = sum(worker in known and worker in holders for worker in candidates)
-    size = max(least, min(ledger.target, world_cap(spec)))
-    if len(candidates) < spec.min_workers:
+    if ledger.stop is not None:  # to store what they hold: nobody new is needed for that, and nobody is too few
+        candidates = candidates[:least]
+    elif len(candidates) < spec.min_workers:
         return _too_few(spec, len(candidates))
+    size = max(least, min(ledger.target, world_cap(spec)))
     if planned and not standing.behind and all(worker in known for worker in truth.workers):
         uneven = is_uneven(spec, truth, ledger.domains())
         proposal = propose_now(spec, ledger, truth, generation, learners(truth, reports), uneven)

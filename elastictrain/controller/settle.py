@@ -33,6 +33,9 @@ from elastictrain.controller.vain import End, end_in_vain
 from elastictrain.errors import InternalError
 from elastictrain.protocol import Doubt, FormPlan, ParkReport
 
+LAST_TRIES = 2
+"""Generations that a run which is stopped forms only to store its state."""
+
 
 def settle(core: Core, now_s: float, out: list[Command]) -> None:
     """Run the condition moves to a fixed point."""
@@ -45,10 +48,15 @@ def settle(core: Core, now_s: float, out: list[Command]) -> None:
 
 
 def _stop_waiting(core: Core, now_s: float, out: list[Command]) -> bool:
-    if core.ledger.stop is None or not isinstance(core.state, Gathering):
+    state, ledger = core.state, core.ledger
+    if ledger.stop is None or not isinstance(state, Gathering):
         return False
-    core.end(Ended(Phase.STOPPED, core.step(), error=core.ledger.stop), out)
-    return True
+    if ledger.plan is None or not state.parked:
+        core.end(Ended(Phase.STOPPED, core.step(), error=ledger.stop), out)
+        return True
+    if ledger.workers.doomed & ledger.workers.of(Role.MEMBER):
+        return False  # until it is known to be gone
+    return _go_on(core, state.parked, now_s, out)
 
 
 def _give_up(core: Core, now_s: float, out: list[Command]) -> bool:
@@ -161,9 +169,7 @@ def _go_on(core: Core, reports: Mapping[int, ParkReport], now_s: float, out: lis
             _go_back(core, standing, doubt, now_s, out)
             standing = Standing(None)
         if ledger.stop is not None:
-            step = ledger.restore.step if standing.truth is None else standing.step
-            core.end(Ended(Phase.STOPPED, step, error=ledger.stop), out)
-            return True
+            return _stop_here(core, standing, reports, now_s, out)
         planned = ledger.incident is not None and ledger.incident.planned
         plan = plan_next(core.spec, ledger, standing, reports, planned=planned)
     except InternalError as error:
@@ -172,6 +178,25 @@ def _go_on(core: Core, reports: Mapping[int, ParkReport], now_s: float, out: lis
     if isinstance(plan, Shortage):
         return _wait(core, plan, dict(reports), out)
     _form(core, plan, reports, now_s, out)
+    return True
+
+
+def _stop_here(
+    core: Core, standing: Standing, reports: Mapping[int, ParkReport], now_s: float, out: list[Command]
+) -> bool:
+    """The run ends. What its holders have and no checkpoint has (a fault came before the stop) they store first, in a
+    generation of their own, however few they are: only members of one can write a checkpoint together.
+    """
+    ledger = core.ledger
+    stored = max(ledger.checkpoints, default=ledger.restore.step)
+    if core.spec.checkpoint and standing.truth is not None and standing.step > stored and ledger.closing < LAST_TRIES:
+        plan = plan_next(core.spec, ledger, standing, reports, planned=False)
+        if isinstance(plan, FormPlan):
+            ledger.closing += 1
+            _form(core, plan, reports, now_s, out)
+            return True
+    step = ledger.restore.step if standing.truth is None else standing.step
+    core.end(Ended(Phase.STOPPED, step, error=ledger.stop), out)
     return True
 
 

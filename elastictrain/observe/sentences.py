@@ -103,6 +103,8 @@ def _prepared(data: Data) -> str:
 
 
 def _slow_start(data: Data) -> str:
+    if data.get("free") is None:
+        return f"{_who(data)} has not started yet: the head of the Ray cluster does not answer"
     asked, free = (
         ", ".join(f"{number:g} {name.upper().removesuffix('S')}" for name, number in data[key].items() if number)
         for key in ("asked", "free")

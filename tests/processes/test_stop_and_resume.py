@@ -9,10 +9,11 @@ import pytest
 
 from elastictrain.controller import events as ev
 from elastictrain.engine.resume import find_start
+from elastictrain.faults import kill
 from elastictrain.job import Job
 from elastictrain_checkpoint import Store, list_steps, load
 from tests.support.plants import wait_for_pause
-from tests.support.process_cluster import Run, byte_job, run_job
+from tests.support.process_cluster import Run, byte_job, plans_of, run_job
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
 
@@ -50,6 +51,25 @@ def test_a_stop_stores_the_commit_that_it_stops_at(folder, tmp_path, reference):
     assert then.digest == reference.digest
     assert run.losses | then.losses == reference.losses
     assert sorted(then.losses) == [7, 8]
+
+
+def test_a_stop_while_workers_are_missing_stores_what_the_others_hold(folder, tmp_path, reference):
+    def stop(driver: Any, kind: str) -> None:
+        if kind == "gathering":
+            driver.request(ev.StopRequested(0.0, "enough"))
+
+    all_or_none = {"min": 3, "max": 3, "replace": True}
+    job = byte_job(folder, workers=all_or_none, checkpoint=stored(tmp_path, every_steps=8))
+    run = run_job(job, [kill(worker=1, step=5, phase="exchange")], on_event=stop)
+    assert (run.outcome.outcome, run.outcome.error) == ("stopped", "enough")
+    assert [event["step"] for event in run.record.of("checkpoint")] == [run.outcome.step]
+    assert run.outcome.step in (5, 6), "what was committed, and at most one step until the pause"
+    last = plans_of(run)[-1]
+    assert last.layout.workers == (0, 2)
+    then, notes = go_on(byte_job(folder, workers=2, checkpoint=stored(tmp_path, every_steps=8)))
+    assert notes == []
+    assert then.digest == reference.digest
+    assert run.losses | then.losses == reference.losses
 
 
 def test_a_stop_without_a_checkpoint_setting_ends_as_clean(folder, reference):

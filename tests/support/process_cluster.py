@@ -185,9 +185,12 @@ class MemoryRecord:
     rows: list[dict[str, Any]] = field(default_factory=list)
     last_step: int = 0
     on_row: Callable[[Mapping[str, Any]], None] | None = None
+    on_event: Callable[[str], None] | None = None
 
     def event(self, kind: str, data: Any, generation: int | None) -> None:
         self.events.append((kind, dict(data), generation))
+        if self.on_event is not None:
+            self.on_event(kind)
         if kind == "went_back":
             self.last_step = min(self.last_step, data["to_step"])
 
@@ -245,10 +248,11 @@ def run_job(
     all_ready_first: bool = False,
     die_together: tuple[int, ...] = (),
     on_row: Callable[[Driver, Mapping[str, Any]], None] | None = None,
+    on_event: Callable[[Driver, str], None] | None = None,
     **spec: Any,
 ) -> Run:
     """Run a job to its end on processes. `patch(worker)` is called in every worker first (to plant bugs or delays),
-    `on_row(driver, values)` for every row that is recorded.
+    `on_row(driver, values)` for every row that is recorded, `on_event(driver, kind)` for every event.
     """
     machine = Machine(replace(machine_spec(job, inspect(job)), **spec))
     effects = ProcessEffects(job, faults, patch, cuda_devices)
@@ -258,6 +262,8 @@ def run_job(
         driver = Driver(machine, effects, record, journal, script=faults)
         if on_row is not None:
             record.on_row = partial(on_row, driver)
+        if on_event is not None:
+            record.on_event = partial(on_event, driver)
         outcome = driver.run(ev.Begun(0.0, restore or Restore(0, None)))
     finally:
         effects.close()

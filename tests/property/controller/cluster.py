@@ -21,6 +21,17 @@ from tests.property.controller.worker import Worker, vote_bytes
 
 FROM_THE_START = Restore(0, None)
 
+UNDISTURBED = (
+    ev.WorkerPlaced,
+    ev.WorkerReady,
+    ev.Sealed,
+    ev.Progress,
+    ev.CheckpointCommitted,
+    ev.WorkerParked,
+    ev.Tick,
+)
+"""Events of a cluster in which nothing goes wrong."""
+
 
 class Cluster:
     """Drives a machine. Every public method is one thing that can happen; it answers whether it did."""
@@ -38,6 +49,7 @@ class Cluster:
         self.notices: deque[ev.Event] = deque()
         self.votes: dict[tuple[int, str], set[int]] = defaultdict(set)
         self.pausing: set[tuple[int, str]] = set()
+        self.storing: set[tuple[int, str]] = set()  # pauses at which the state is stored
         self.plans: dict[int, FormPlan] = {}
         self.seal_known: set[int] = {0}  # generations whose `Sealed` the controller has got
         self.voided: set[int] = set()
@@ -113,7 +125,7 @@ class Cluster:
         elif isinstance(command, cm.AskPause):
             worker = self.workers.get(command.worker)
             if worker is not None and worker.generation == command.generation and not worker.cut:
-                worker.pause = True
+                worker.pause, worker.store = True, command.store
         elif isinstance(command, cm.Retire):
             if command.worker in self.workers and not self.workers[command.worker].cut:
                 del self.workers[command.worker]
@@ -122,7 +134,16 @@ class Cluster:
                 self.kill(command.worker, lose_messages=True)
         elif isinstance(command, cm.EndRun):
             assert self.ended in (None, command), "the run ended twice"
+            if command.outcome == "stopped":
+                self.check_stop(command)
             self.ended = command
+
+    def check_stop(self, command: cm.EndRun) -> None:
+        """With nothing in its way, a run that is stopped has stored what it ends with."""
+        asked = max(n for n, event in enumerate(self.log) if isinstance(event, ev.StopRequested))
+        if all(isinstance(event, UNDISTURBED) for event in self.log[asked + 1 :]) and self.machine.generation:
+            stored = max(self.checkpoints, default=0)
+            assert command.step == stored, f"stopped at step {command.step}, stored is step {stored}"
 
     def believed(self) -> dict[int, Worker]:
         """The workers that the controller must take for alive."""
@@ -166,7 +187,7 @@ class Cluster:
     def enter(self, worker: Worker | None, plan: FormPlan) -> None:
         if worker is None or worker.cut or max(worker.parked_at, worker.generation) >= plan.generation:
             return
-        worker.plan, worker.state, worker.pause, worker.doubt = plan, "forming", False, None
+        worker.plan, worker.state, worker.pause, worker.store, worker.doubt = plan, "forming", False, False, None
 
     def park(self, worker: Worker | None, generation: int) -> None:
         if worker is None or worker.frozen or worker.cut or worker.generation > generation:
@@ -214,6 +235,7 @@ class Cluster:
             worker.gathered = True
             if worker.pause and topic.startswith("step"):
                 self.pausing.add(key)
+                self.storing |= {key} if worker.store else set()
             return True
         complete = self.votes[key] >= set(worker.plan.layout.workers)
         if not complete or (unlucky and self.peer_gone(worker)):
@@ -287,15 +309,23 @@ class Cluster:
         else:
             if worker.applied > 0:
                 worker.outbox.append(ev.Progress(self.now_s, plan.generation, worker.applied))
-            if worker.applied and worker.applied % 4 == 0 and worker.number == plan.layout.workers[0]:
-                path = f"checkpoint {worker.applied}"
-                worker.outbox.append(ev.CheckpointCommitted(self.now_s, plan.generation, worker.applied, path))
+            if worker.applied and worker.applied % 4 == 0:
+                self.commit_checkpoint(worker)
             held = plan.layout.held(worker.number)
             worker.copies = {block: step for block, step in worker.copies.items() if block in held}
             self.apply(worker)
             worker.gathered = gathered
             if key in self.pausing:
+                if key in self.storing:
+                    self.commit_checkpoint(worker)
                 self.park(worker, plan.generation)
+
+    def commit_checkpoint(self, worker: Worker) -> None:
+        """What the first member says; the others have written their shares."""
+        assert worker.plan is not None
+        if worker.number == worker.plan.layout.workers[0]:
+            path = f"checkpoint {worker.applied}"
+            worker.outbox.append(ev.CheckpointCommitted(self.now_s, worker.generation, worker.applied, path))
 
     def peer_gone(self, worker: Worker) -> bool:
         assert worker.plan is not None

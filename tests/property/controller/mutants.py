@@ -29,7 +29,7 @@ from tests.property.controller import faults
 from tests.property.controller import test_adoption as adoption
 from tests.property.controller import test_endless as endless
 from tests.property.controller.storm import storm
-from tests.unit.controller import test_alarms, test_doubt
+from tests.unit.controller import test_alarms, test_doubt, test_stop_and_rows
 
 SEEDS = 250
 HEARD: list[Any] = []
@@ -299,6 +299,14 @@ def forms_before_the_doomed_are_gone(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Core, "is_waiting", lambda core: bool(core.waiting()))
 
 
+def a_stop_loses_what_is_not_stored(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(settle, "LAST_TRIES", 0)
+
+
+def a_stop_is_tried_for_ever(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(settle, "LAST_TRIES", 1000)
+
+
 MUTANTS: list[Plant] = [
     no_generation_fence,
     goes_on_from_the_slowest,
@@ -335,6 +343,8 @@ MUTANTS: list[Plant] = [
     the_first_hang_is_blamed,
     a_dead_workers_knowledge_of_the_seal_dies_with_it,
     forms_before_the_doomed_are_gone,
+    a_stop_loses_what_is_not_stored,
+    a_stop_is_tried_for_ever,
 ]
 
 
@@ -346,6 +356,8 @@ def judges() -> Iterator[tuple[str, Callable[[], object]]]:
     for name, scene in vars(test_doubt).items():
         if name.startswith("test_"):
             yield f"scene {name[5:]}", scene
+    yield "stop", test_stop_and_rows.test_a_run_that_waits_for_workers_stores_what_it_has_when_it_is_stopped
+    yield "stop in vain", test_stop_and_rows.test_a_store_that_takes_nothing_is_not_asked_for_ever
     for workers in (1, 2, 3):
         yield (
             f"poison {workers}",

@@ -25,6 +25,7 @@ class Worker:
     vote: bytes | None = None
     copies: dict[int, int] = field(default_factory=dict)  # block -> step of the copy
     pause: bool = False
+    store: bool = False  # at the pause
     frozen: bool = False
     cut: bool = False  # nothing reaches it, and nothing from it arrives
     doubt: Doubt | None = None  # what it says against its own state until it enters a new generation

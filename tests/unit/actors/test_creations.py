@@ -62,6 +62,21 @@ def test_while_the_head_is_away_nobody_waits(head: Head) -> None:
     creations.close()
 
 
+def test_what_waits_for_long_is_said_once(head: Head) -> None:
+    creations = Creations(head.end)
+    creations.ask(7, head.create("a"))
+    creations.ask(8, head.create("b"))
+    creations.drop(8)
+    assert creations.late(3600.0) == []
+    assert creations.late(-1.0) == [7], "8 is wanted no more"
+    assert creations.late(-1.0) == []
+    creations.ask(9, head.create("c"))
+    head.is_there.set()
+    assert creations.take(WAIT_S) == [Created(7, "a"), Created(9, "c")]
+    assert creations.late(-1.0) == [], "it is there"
+    creations.close()
+
+
 @pytest.mark.parametrize("error", [GetTimeoutError("no answer"), RaySystemError("no GCS"), ConnectionError("refused")])
 def test_what_fails_because_the_head_is_away_is_done_again(head: Head, error: Exception) -> None:
     errors = [error, error]

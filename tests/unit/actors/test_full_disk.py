@@ -85,3 +85,17 @@ def test_a_last_status_that_cannot_be_written_takes_nothing_from_a_run_that_has_
     effects = Late([READY], DONE)
     outcome = Driver(Machine(SPEC), effects, record, Journal()).run(ev.Begun(0.0, Restore(0, None)))
     assert (outcome.outcome, outcome.digest) == ("finished", "abc")
+
+
+def test_other_trouble_of_files_or_sockets_is_not_called_a_full_disk() -> None:
+    class Cut(Scripted):
+        def perform(self, command: cmd.Command) -> None:
+            if isinstance(command, cmd.Form):
+                raise ConnectionResetError(104, "Connection reset by peer")
+            super().perform(command)
+
+    outcome = Driver(Machine(SPEC), Cut([READY], DONE), FullRecord(), Journal()).run(ev.Begun(0.0, Restore(0, None)))
+    assert outcome.outcome == "failed"
+    assert outcome.error is not None
+    assert "ConnectionResetError: [Errno 104] Connection reset by peer" in outcome.error
+    assert "disk" not in outcome.error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -42,10 +42,11 @@ def sigterm(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
 
 
 @pytest.fixture
-def actor(sigterm: list[Callable[[], object]]) -> WorkerActor:
+def actor(sigterm: list[Callable[[], object]]) -> Iterator[WorkerActor]:
     made = WorkerActor(3, "token")
     made._host = Host()  # type: ignore[assignment]
-    return made
+    yield made
+    made._unwanted.cancel()  # it would end these tests
 
 
 def test_orders_of_a_controller_that_was_replaced_are_refused(actor: WorkerActor) -> None:
@@ -116,3 +117,19 @@ def test_only_who_is_not_waited_for_imports_gently(
     monkeypatch.setattr(worker_actor.ray.util, "get_node_ip_address", lambda: 1 / 0)
     WorkerActor(3, "token").prepare(1, {}, (), (), gently)  # type: ignore[arg-type]
     assert done == ([worker_actor.import_engine] if gently else [])
+
+
+def test_a_worker_that_nobody_gives_an_order_ends_itself(
+    sigterm: list[Callable[[], object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = threading.Event()
+    monkeypatch.setattr(worker_actor.os, "_exit", lambda code: ended.set())
+    forgotten = WorkerActor(3, "token", unwanted_s=0.001)
+    assert ended.wait(20.0)
+    assert forgotten._host is None
+
+
+def test_an_order_is_enough_to_stay(actor: WorkerActor) -> None:
+    assert not actor._unwanted.finished.is_set()
+    actor.next_messages(1, 0, 0.0)
+    assert actor._unwanted.finished.is_set(), "cancelled"

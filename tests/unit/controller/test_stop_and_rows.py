@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from elastictrain.controller import commands as cm
 from elastictrain.controller import events as ev
 from elastictrain.controller import view
+from elastictrain.controller.phases import Phase
 from tests.unit.controller.scene import Scene, announced, every, only
 
 
@@ -41,6 +44,69 @@ def test_a_checkpoint_stored_at_a_stop_is_announced_although_some_have_parked() 
     assert announced(out, "checkpoint") == {"step": 9, "path": "/c/9"}
     scene.park(0, applied=9)
     assert only(cm.EndRun, scene.park(2, applied=9)) == cm.EndRun("stopped", 9, error="user")
+
+
+def waiting(**changes: Any) -> Scene:
+    """Worker 0 has died, which is one too many: 1 and 2 wait with what they have applied."""
+    scene = Scene(**{"checkpoint": True, "min_workers": 3, "initial_workers": 3, "max_workers": 3, **changes}).run()
+    scene.die(0)
+    scene.park(1, 2, applied=7)
+    assert scene.machine.phase is Phase.GATHERING
+    return scene
+
+
+def test_a_run_that_waits_for_workers_stores_what_it_has_when_it_is_stopped() -> None:
+    scene = waiting()
+    plan = only(cm.Form, scene.send(ev.StopRequested(1.0, "user"))).plan
+    assert (plan.step, plan.layout.workers) == (7, (1, 2)), "workers.min does not count for a run that ends"
+    assert only(cm.AskPause, scene.seal()) == cm.AskPause(2, 1, store=True)
+    scene.send(ev.CheckpointCommitted(2.0, 2, 8, "/c/8"))
+    scene.park(1, applied=8)
+    assert only(cm.EndRun, scene.park(2, applied=8)) == cm.EndRun("stopped", 8, error="user")
+
+
+def test_nobody_who_waits_is_taken_into_a_generation_that_only_stores() -> None:
+    stopped = Scene(checkpoint=True, min_workers=3).run()
+    stopped.die(0)
+    stopped.park(1, applied=7)
+    stopped.ready(3)
+    stopped.send(ev.StopRequested(1.0, "user"))
+    plan = only(cm.Form, stopped.park(2, applied=7)).plan
+    assert plan.layout.workers == (1, 2)
+    assert plan.joiners == ()
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_stop_that_meets_a_loss_stores_what_is_not_stored(stored: bool) -> None:
+    scene = Scene(checkpoint=True).run()
+    if stored:
+        scene.send(ev.CheckpointCommitted(0.5, 1, 7, "/c/7"))
+    scene.die(0)
+    scene.send(ev.StopRequested(1.0, "user"))
+    scene.park(1, applied=7)
+    out = scene.park(2, applied=7)
+    if stored:
+        assert only(cm.EndRun, out) == cm.EndRun("stopped", 7, error="user")
+    else:
+        assert only(cm.Form, out).plan.layout.workers == (1, 2)
+
+
+def test_a_store_that_takes_nothing_is_not_asked_for_ever() -> None:
+    scene = waiting()
+    out = scene.send(ev.StopRequested(1.0, "user"))
+    for generation in (2, 3):
+        assert only(cm.Form, out).plan.generation == generation
+        scene.seal()
+        scene.park(1, applied=8)
+        out = scene.park(2, applied=8)
+    assert only(cm.EndRun, out) == cm.EndRun("stopped", 8, error="user")
+
+
+@pytest.mark.parametrize("changes", [{"checkpoint": False}, {"mirrors": False}])
+def test_where_nothing_is_stored_or_nothing_is_left_a_stop_ends_at_once(changes: dict[str, Any]) -> None:
+    scene = waiting(**changes)
+    step = 7 if "checkpoint" in changes else 0
+    assert only(cm.EndRun, scene.send(ev.StopRequested(1.0, "user"))) == cm.EndRun("stopped", step, error="user")
 
 
 def test_a_seal_says_that_a_step_is_not_redone_and_not_that_its_row_was_seen() -> None:

@@ -39,6 +39,11 @@ SAID: list[tuple[str, dict[str, Any], str]] = [
         "worker 2 has not started yet: it needs 1 CPU, free are none",
     ),
     (
+        "slow_start",
+        {"worker": 2, "asked": {"cpus": 1, "gpus": 0.0}, "free": None},
+        "worker 2 has not started yet: the head of the Ray cluster does not answer",
+    ),
+    (
         "stage",
         {"stage": 1, "step": 6, "lanes_before": 1, "lanes": 8, "lane_batch_size_before": 2, "lane_batch_size": 2},
         "a new stage of the data order after step 6: lanes 1 → 8",
