@@ -49,6 +49,7 @@ bench: setup
 campaign: setup
 	$(BIN)/python -m tests.support.campaign --faults 200
 	$(BIN)/python -m tests.support.campaign --faults 100 --ray
+	$(BIN)/python -m tests.support.campaign --faults 30 --nodes
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .hypothesis

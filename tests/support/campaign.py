@@ -1,11 +1,11 @@
 """The fault campaign: seeded scripts of faults over small runs, each of which must end with the bits of the undisturbed
 run, with every step's row once.
 
-python -m tests.support.campaign --faults 300 [--ray] [--first-seed 0] [--json FILE]
+python -m tests.support.campaign --faults 300 [--ray | --nodes] [--first-seed 0] [--json FILE]
 
-On processes, or (`--ray`) on real actors with the faults that only they have: freezes, SIGTERM, a killed controller. A
-seed that fails on processes is added to `tests/processes/campaign_seeds.txt`; `make test` runs a fixed slice and all of
-those.
+On processes, or (`--ray`) on real actors with the faults that only they have: freezes, SIGTERM, a killed controller; or
+(`--nodes`) on several raylets, of which whole nodes fall silent or die. A seed that fails on processes is added to
+`tests/processes/campaign_seeds.txt`; `make test` runs a fixed slice and all of those.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from elastictrain.faults import (
     freeze,
     kill,
     kill_controller,
+    lose_node,
     terminate,
 )
 from elastictrain.job import Job
@@ -59,6 +60,10 @@ PROCESSES = Arena(("kill", "kill", "kill", "kill two", "kill in forming", "torn 
 RAY = Arena(
     ("kill", "kill in forming", "torn apply", "flip", "freeze", "terminate", "kill controller", "add", "drain"), 300
 )
+NODES = Arena(("lose node", "lose node", "kill", "freeze", "kill controller", "drain"), 400)
+NODE_COUNT, NODE_CPUS = 4, 2
+SILENT_S = 10.0
+"""Longer than it takes to notice."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,8 @@ def _faults(choose: random.Random, kind: str, worker: int, step: int) -> list[Fa
         return [flip(worker, step, choose.choice(["master", "optimizer", "parameter", "gradient"]))]
     if kind == "kill controller":
         return [kill_controller(step)]
+    if kind == "lose node":
+        return [lose_node(worker, step, phase, how=choose.choice(["stop", "kill"]), silent_s=SILENT_S)]
     at = {"freeze": freeze, "terminate": terminate}.get(kind, kill)
     return [at(worker, step, phase)]
 
@@ -153,9 +160,9 @@ def play(folder: Path, seed: int, reference: Run) -> Result:
     return _judge(found, reference, run.outcome.digest, run.losses, events, run.outcome.error, begun)
 
 
-def play_on_ray(folder: Path, seed: int, reference: Run) -> Result:
+def play_on_ray(folder: Path, seed: int, reference: Run, arena: Arena = RAY) -> Result:
     """The same on Ray's actors."""
-    found, begun = script(seed, RAY), time.monotonic()
+    found, begun = script(seed, arena), time.monotonic()
     job = job_of(folder, found).model_copy(update={"run_dir": str(folder / f"run-{seed}")})
     try:
         digest, error = et.run(job, faults=found.faults).digest, None
@@ -204,32 +211,45 @@ def regressions() -> list[int]:
     return [int(line.split("#")[0]) for line in lines if line.split("#")[0].strip()]
 
 
-def start_ray() -> None:
-    """One for all runs."""
+def start_ray(arena: Arena) -> None:
+    """One for all runs; for NODES, of a head and several raylets."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
 
     import elastictrain_actors  # noqa: F401  (before Ray: it sets what Ray reads when it is imported)
 
-    ray.init(address="local", num_cpus=12, include_dashboard=False, log_to_driver=False)
+    if arena is RAY:
+        ray.init(address="local", num_cpus=12, include_dashboard=False, log_to_driver=False)
+        return
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80_000_000}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    for _ in range(NODE_COUNT):
+        cluster.add_node(num_cpus=NODE_CPUS, object_store_memory=80_000_000)
+    ray.init(address=cluster.address, log_to_driver=False)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--faults", type=int, default=300, help="go on until so many were planned")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--ray", action="store_true", help="on Ray's actors instead of plain processes")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--ray", action="store_true", help="on Ray's actors instead of plain processes")
+    where.add_argument("--nodes", action="store_true", help=f"on Ray, with {NODE_COUNT} raylets that may be lost")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="et-campaign-") as name:
         folder = Path(name)
-        reference = undisturbed(folder, RAY if options.ray else PROCESSES)
-        if options.ray:
-            start_ray()
+        arena = RAY if options.ray else NODES if options.nodes else PROCESSES
+        reference = undisturbed(folder, arena)
+        if arena is not PROCESSES:
+            start_ray(arena)
         seed = options.first_seed
         while sum(len(result.planned) for result in results) < options.faults:
-            result = (play_on_ray if options.ray else play)(folder, seed, reference)
+            on_ray = arena is not PROCESSES
+            result = play_on_ray(folder, seed, reference, arena) if on_ray else play(folder, seed, reference)
             results.append(result)
             print(f"seed {seed}: {', '.join(result.planned)}: {result.deaths} deaths, {result.recoveries} recoveries, "
                   f"{result.resizes} resizes, {result.went_back} went back, {result.seconds} s "
