@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def freeze_one(run: Watched, rank: int, how: str) -> dict[str, Any]:
         "named s": named["t"] - to_wall_s - at_s,
         "next step s": next_starts(run.lines(), None) - at_s,
         "four again s": whole - at_s,
-        "median step s": common.median(b - a for a, b in zip(commits[-6:], commits[-5:], strict=False)),
+        "median step s": common.median(b - a for a, b in pairwise(commits[-6:])),
     }
 
 

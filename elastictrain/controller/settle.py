@@ -52,7 +52,8 @@ def _stop_waiting(core: Core, now_s: float, out: list[Command]) -> bool:
     if ledger.stop is None or not isinstance(state, Gathering):
         return False
     if ledger.plan is None or not state.parked:
-        core.end(Ended(Phase.STOPPED, core.step(), error=ledger.stop), out)
+        step = ledger.restore.step if ledger.truth is None else core.step()
+        core.end(Ended(Phase.STOPPED, step, error=ledger.stop), out)
         return True
     if ledger.workers.doomed & ledger.workers.of(Role.MEMBER):
         return False  # until it is known to be gone

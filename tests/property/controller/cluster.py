@@ -139,9 +139,9 @@ class Cluster:
             self.ended = command
 
     def check_stop(self, command: cm.EndRun) -> None:
-        """With nothing in its way, a run that is stopped has stored what it ends with."""
+        """With nothing in its way, a run that is stopped has stored what it ends with, unless all that is gone."""
         asked = max(n for n, event in enumerate(self.log) if isinstance(event, ev.StopRequested))
-        if all(isinstance(event, UNDISTURBED) for event in self.log[asked + 1 :]) and self.machine.generation:
+        if all(isinstance(event, UNDISTURBED) for event in self.log[asked + 1 :]) and not self.is_lost():
             stored = max(self.checkpoints, default=0)
             assert command.step == stored, f"stopped at step {command.step}, stored is step {stored}"
 
@@ -238,6 +238,8 @@ class Cluster:
                 self.storing |= {key} if worker.store else set()
             return True
         complete = self.votes[key] >= set(worker.plan.layout.workers)
+        if complete and key in self.storing and self.waits_for_shares(worker):
+            return False
         if not complete or (unlucky and self.peer_gone(worker)):
             return self.lose_peer(worker)
         self.take(worker, topic, key, gathered=not unlucky)
@@ -319,6 +321,13 @@ class Cluster:
                 if key in self.storing:
                     self.commit_checkpoint(worker)
                 self.park(worker, plan.generation)
+
+    def waits_for_shares(self, worker: Worker) -> bool:
+        """The first member commits when it has the shares of all, who have applied that step by then."""
+        assert worker.plan is not None
+        first, *others = worker.plan.layout.workers
+        there = [self.workers.get(number) for number in others]
+        return worker.number == first and any(one is None or one.applied <= worker.applied for one in there)
 
     def commit_checkpoint(self, worker: Worker) -> None:
         """What the first member says; the others have written their shares."""
