@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from elastictrain.errors import ConfigError
-from elastictrain.job import PositiveInt, nearest, not_a_switch
+from elastictrain.settings import PositiveInt, nearest, not_a_switch
 
 Phase = Literal[
     "compute",

@@ -131,6 +131,15 @@ class CheckpointCommitted:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckpointsRemoved:
+    """Retention has removed the checkpoints of `steps`: nobody can go back to them."""
+
+    now_s: float
+    generation: int
+    steps: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointGivenUp:
     """`worker`, which publishes in `generation`, says at its seal: the checkpoint of `step`, begun in generation
     `begun_in`, does not exist, because that generation has ended. `travelled`: all shares of it were durable, only the
@@ -270,6 +279,7 @@ Event = (
     | Sealed
     | Progress
     | CheckpointCommitted
+    | CheckpointsRemoved
     | CheckpointGivenUp
     | WorkerFinished
     | AddRequested

@@ -37,6 +37,7 @@ HANDLERS: dict[type[Any], Callable[[Core, Any, list[Command]], bool]] = {
     ev.Sealed: moves.on_sealed,
     ev.Progress: moves.on_progress,
     ev.CheckpointCommitted: stored.on_checkpoint,
+    ev.CheckpointsRemoved: stored.on_removed,
     ev.CheckpointGivenUp: stored.on_given_up,
     ev.WorkerFinished: moves.on_finished,
     ev.AddRequested: moves.on_add,

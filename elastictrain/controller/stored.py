@@ -6,6 +6,8 @@ from elastictrain.controller import events as ev
 from elastictrain.controller.commands import Announce, Command
 from elastictrain.controller.core import Core
 
+# ruff: noqa: ARG001  (all functions of the table have one shape, whether they need every argument or not)
+
 
 def on_checkpoint(core: Core, event: ev.CheckpointCommitted, out: list[Command]) -> bool:
     ledger = core.ledger
@@ -20,6 +22,18 @@ def on_checkpoint(core: Core, event: ev.CheckpointCommitted, out: list[Command])
     ledger.published_step = max(ledger.published_step, event.step)  # R5: a manifest is published, so its step is
     out.append(Announce("checkpoint", {"step": event.step, "path": event.path}))
     return True
+
+
+def on_removed(core: Core, event: ev.CheckpointsRemoved, out: list[Command]) -> bool:
+    """What is gone is no place to go back to. The newest that is known stays, whatever a late message says."""
+    ledger = core.ledger
+    if event.generation != ledger.generation or ledger.sealed != ledger.generation:
+        return False
+    newest = max(ledger.checkpoints, default=0)
+    gone = [step for step in event.steps if step in ledger.checkpoints and step != newest]
+    for step in gone:
+        del ledger.checkpoints[step]
+    return bool(gone)
 
 
 def on_given_up(core: Core, event: ev.CheckpointGivenUp, out: list[Command]) -> bool:

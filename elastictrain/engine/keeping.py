@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from elastictrain.controller import events as ev
@@ -30,6 +31,15 @@ as long.
 """
 
 
+def metrics_of(row: Mapping[str, Any] | None, evaluation: Mapping[str, float] | None) -> dict[str, Any]:
+    """What a manifest says of its step, for people and for `checkpoint.keep.best`: numbers that are finite."""
+    found = {name: row[name] for name in ("loss", "grad_norm") if row is not None and row.get(name) is not None}
+    shown = {
+        name: value for name, value in (evaluation or (row or {}).get("evaluation") or {}).items() if isfinite(value)
+    }
+    return found | ({"evaluation": shown} if shown else {})
+
+
 class Keeper:
     """For one member of one generation. A job without the setting `checkpoint` has nothing to keep.
 
@@ -41,6 +51,7 @@ class Keeper:
         self._storing: Storing | None = None
         self._lost_step = self._handed = 0
         self._is_committed = False
+        self._metrics: dict[str, Any] = {}
         self.known_step = plan.checkpointed_step
 
     @property
@@ -104,10 +115,13 @@ class Keeper:
         """Of the checkpoint that is being written; 0: of none."""
         return 0 if self._storing is None else self._storing.step
 
-    def begin(self, step: int) -> None:
-        """Begin to write this worker's share of a checkpoint of the committed state."""
+    def begin(self, step: int, evaluation: Mapping[str, float] | None = None) -> None:
+        """Begin to write this worker's share of a checkpoint of the committed state. `evaluation`: of it, if this
+        worker has evaluated it.
+        """
         s = self._session
         s.pulse.enter(Activity.STORE)
+        self._metrics = metrics_of(s.committed.rows.get(step), evaluation)
         with s.pacing.storing(step):
             writing = self._saver.begin(self._owned(), step=step, generation=self._plan.generation, worker=s.worker)
         self._storing = Storing(step, writing)
@@ -151,7 +165,7 @@ class Keeper:
 
     # --- committing ---
 
-    def commit(self, step: int, shares: list[bytes], info: Mapping[str, Any]) -> None:
+    def commit(self, step: int, shares: list[bytes], world: int) -> None:
         """All shares of the checkpoint of `step` are durable and here. The publisher commits it, beside training."""
         s, generation = self._session, self._plan.generation
         self._handed, self._is_committed = step, False
@@ -163,13 +177,14 @@ class Keeper:
         self._saver.begin_commit(
             Storing.shares(shares),
             committed=lambda path: s.emit(ev.CheckpointCommitted(0.0, generation, step, path)),
+            removed=lambda steps: s.emit(ev.CheckpointsRemoved(0.0, generation, tuple(steps))),
             check=self._stay,
             step=step,
             generation=generation,
             tree={"step": step, "seed": s.job.seed, "stages": s.stages, "data": s.data_fingerprint,
                   "numerics": s.numerics},
             aliases=s.model.space.aliases,
-            info=dict(info),
+            info={"world": world, **self._metrics},
         )  # fmt: skip
         s.pacing.stalled(time.perf_counter() - started)
 

@@ -11,7 +11,7 @@ from typing import Any
 from elastictrain.engine.committing import Begun, Committer
 from elastictrain.engine.saving import Owned, open_store, stored_aliases
 from elastictrain.errors import ClusterError
-from elastictrain.job import Checkpoint
+from elastictrain.job import Checkpoint, Keep
 from elastictrain_checkpoint import (
     AlreadyCommitted,
     CheckpointError,
@@ -28,6 +28,7 @@ from elastictrain_checkpoint.errors import SaveFailed
 from elastictrain_checkpoint.handle import SaveHandle
 from elastictrain_checkpoint.lazy import LazySaver
 from elastictrain_checkpoint.paths import parse_step_folder
+from elastictrain_checkpoint.policies import Best, EverySteps, Newest, Policy, Spaced, Younger
 
 
 def attempt_of(generation: int) -> str:
@@ -40,6 +41,22 @@ def generation_of(attempt: str) -> int | None:
     digits = attempt.removeprefix("g")
     named = digits.isdecimal() and digits.isascii()
     return int(digits) if named and attempt_of(int(digits)) == attempt else None
+
+
+def policy_of(keep: int | Keep) -> Policy:
+    """The setting `checkpoint.keep` in the words of the library."""
+    if isinstance(keep, int):
+        return Newest(keep)
+    found: Policy = Newest(keep.newest)
+    if keep.every_steps is not None:
+        found |= EverySteps(keep.every_steps)
+    if keep.younger is not None:
+        found |= Younger(keep.younger)
+    if keep.spaced is not None:
+        found |= Spaced(keep.spaced)
+    if keep.best is not None:
+        found |= Best(keep.best.metric, keep.best.n, keep.best.mode)
+    return found
 
 
 STORE_DEADLINE_S = 600.0
@@ -150,18 +167,20 @@ class Saver:
         shares: Sequence[Mapping[str, Any]],
         *,
         committed: Callable[[str], None],
+        removed: Callable[[Sequence[int]], None],
         check: Callable[[], None],
         **facts: Any,
     ) -> None:
         """As `commit`, in the background; waits for the commit before it, if that is still under way. `committed` gets
-        the path as soon as the manifest is there; it is called in the background. `check` is called while waiting, and
-        may raise.
+        the path as soon as the manifest is there, `removed` the steps that retention has let go of, if any; both are
+        called in the background. `check` is called while waiting, and may raise.
         """
         self.wait_for_commit(check)
 
         def work(store: Store) -> None:
             committed(self._create(store, shares, **facts))
-            self._prune(store, facts["step"], facts["generation"])
+            if gone := self._prune(store, facts["step"], facts["generation"]):
+                removed(gone)
 
         self._committer.begin(facts["step"], work)
 
@@ -233,10 +252,12 @@ class Saver:
 
     def _prune(self, store: Store, step: int, generation: int) -> list[int]:
         """Gives the steps that are gone. What cannot be cleaned away now is cleaned away next time."""
+        keep = self._settings.keep
         with suppress(OSError, CheckpointError):
             # Nobody writes for an older generation any more: what it has left without a manifest is garbage.
             return prune(
-                store, keep=self._settings.keep, verified={step}, current=step,
+                store, keep=policy_of(keep), current=step,
+                verified=() if isinstance(keep, Keep) and keep.verify else {step},
                 abandoned=lambda attempt: (made := generation_of(attempt)) is not None and made < generation,
             ).removed  # fmt: skip
         return []

@@ -189,7 +189,7 @@ class Stepping:
             report.evaluation = self._evaluate()
         if store:
             self._finish_storing()
-            self.keeper.begin(step)
+            self.keeper.begin(step, report.evaluation)
         if sealed:
             self._publish_missed(step)
         if sealed and not evaluate and not store:
@@ -228,7 +228,7 @@ class Stepping:
     def _commit_checkpoint(self, step: int, extras: list[bytes]) -> None:
         """Of a step whose shares are all here (none: of no step). They travel beside a vote, so R5 holds."""
         if extras:
-            self.keeper.commit(step, extras, {"world": self.layout.world_size})
+            self.keeper.commit(step, extras, self.layout.world_size)
 
     def _finish_storing(self) -> None:
         """Wait until everybody has written the checkpoint that is under way, and hand it to the commit: where the next

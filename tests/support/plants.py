@@ -29,7 +29,7 @@ from elastictrain.engine import (
 from elastictrain.engine.probes import Probes
 from elastictrain.engine.verdict import Verdict
 from elastictrain.protocol import Row
-from elastictrain_checkpoint import posix
+from elastictrain_checkpoint import pin, posix
 
 
 class Calls:
@@ -207,6 +207,24 @@ def _manifest_waits_for_the_end(step: int, worker: int) -> None:
 
     committing.Committer.give_up = leave  # type: ignore[method-assign]
     saver.Saver._create = wait  # type: ignore[method-assign]
+
+
+def pins(step: int) -> Callable[[int], None]:
+    """Somebody pins the checkpoint of `step` as soon as it is there."""
+    return partial(_pins, step)
+
+
+def _pins(step: int, worker: int) -> None:
+    del worker
+    create = saver.Saver._create
+
+    def and_pin(self: saver.Saver, store: Any, shares: Any, **facts: Any) -> str:
+        path = create(self, store, shares, **facts)
+        if facts["step"] == step:
+            pin(store, step)
+        return path
+
+    saver.Saver._create = and_pin  # type: ignore[method-assign]
 
 
 def manifest_has_no_room(worker: int) -> None:

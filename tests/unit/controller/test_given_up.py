@@ -70,3 +70,18 @@ def test_what_another_generation_says_or_one_that_is_not_sealed_is_not_heard() -
     assert plan.generation == 3
     assert scene.send(lost(3, worker=2)) == [], "before the seal"
     assert every(cm.Announce, scene.send(lost(2))) == []
+
+
+# --- what retention has removed ---
+
+
+def test_nobody_goes_back_to_what_was_removed() -> None:
+    scene = Scene(checkpoint=True).run()
+    for step in (4, 6, 8):
+        scene.send(ev.Progress(1.0, 1, step), ev.CheckpointCommitted(1.0, 1, step, f"/c/{step}"))
+    assert scene.send(ev.CheckpointsRemoved(2.0, 1, (6,))) == []
+    assert scene.ledger.checkpoints == {4: "/c/4", 8: "/c/8"}
+    scene.send(ev.CheckpointsRemoved(2.0, 1, (2, 8)))
+    assert scene.ledger.checkpoints == {4: "/c/4", 8: "/c/8"}, "the newest stays, whatever is said"
+    scene.send(ev.CheckpointsRemoved(2.0, 2, (4,)))
+    assert scene.ledger.checkpoints == {4: "/c/4", 8: "/c/8"}, "of another generation"
