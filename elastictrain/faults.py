@@ -13,10 +13,25 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from elastictrain.errors import ConfigError
-from elastictrain.job import PositiveInt, nearest, not_a_switch
+from elastictrain.settings import PositiveInt, nearest, not_a_switch
 
-Phase = Literal["compute", "exchange", "mirror", "vote", "apply", "gather", "form", "seal"]
+Phase = Literal[
+    "compute",
+    "exchange",
+    "mirror",
+    "vote",
+    "apply",
+    "gather",
+    "form",
+    "seal",
+    "store",
+    "stored",
+    "manifest",
+    "committed",
+]
 PHASES: tuple[Phase, ...] = ("compute", "exchange", "mirror", "vote", "apply", "gather")
+STORING: tuple[Phase, ...] = ("store", "stored", "manifest", "committed")
+"""Of the checkpoint of a step, beside training."""
 
 
 WorkerNumber = Annotated[int, BeforeValidator(not_a_switch), Field(ge=0)]
@@ -28,7 +43,9 @@ class _Fault(BaseModel):
 
 class _InPhase(_Fault):
     """In the middle of `phase` of `step`. Phases "form" and "seal": while the worker enters the generation whose first
-    step that is.
+    step that is. Phases of storing the checkpoint of `step`, beside training: "store" (in the middle of a pack),
+    "stored" (its first pack is durable, the others do not know it), and on the worker that publishes "manifest" (all
+    shares are durable, there is no manifest) and "committed" (the manifest is there, nobody has heard of it).
     """
 
     worker: WorkerNumber

@@ -6,20 +6,16 @@ cluster looks like is only in `workers`.
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Mapping, Sequence
-from datetime import timedelta
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast, get_args
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
-    AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     field_serializer,
     field_validator,
@@ -27,42 +23,10 @@ from pydantic import (
 )
 
 from elastictrain.errors import ConfigError
-
-if TYPE_CHECKING:
-    from pydantic._internal._model_construction import ModelMetaclass as _ModelType
-else:
-    _ModelType = type(BaseModel)
+from elastictrain.settings import Duration, PositiveInt, Settings, a_number, explain, kind, not_a_switch, short
 
 
-def not_a_switch(value: object) -> object:
-    """YAML reads `yes` and `on` as True, and True counts as 1: `steps: yes` must not be a run of one step."""
-    if isinstance(value, bool):
-        raise ValueError(f"expected a whole number (got the switch {value})")
-    return value
-
-
-PositiveInt = Annotated[int, BeforeValidator(not_a_switch), Field(ge=1)]
-
-
-class _SaysWhichSetting(_ModelType):
-    """`Workers(min=0)` in Python raises the same ConfigError as `workers: {min: 0}` in YAML.
-
-    On the metaclass, because pydantic would call an `__init__` of ours for nested settings too, and lose their path.
-    """
-
-    def __call__(self, *args: Any, **settings: Any) -> Any:
-        try:
-            return super().__call__(*args, **settings)
-        except ValidationError as error:
-            raise ConfigError(explain(error, cast("type[BaseModel]", self), self.__name__)) from None
-
-
-class _Settings(BaseModel, metaclass=_SaysWhichSetting):
-    # A job is written down and read back: infinities and NaN do not survive that, and no setting needs them.
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
-
-
-class Data(_Settings):
+class Data(Settings):
     """Where samples come from. `path`: a file, folder or glob (or a list of them), local or any fsspec URL."""
 
     kind: Literal["parquet", "jsonl"]
@@ -93,7 +57,7 @@ class Data(_Settings):
         return self
 
 
-class Workers(_Settings):
+class Workers(Settings):
     """How many workers, and what each of them gets."""
 
     min: PositiveInt = 1
@@ -131,33 +95,48 @@ class Workers(_Settings):
         return self.max if self.start is None else self.start
 
 
-def _number(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError(f"expected a number (got the switch {value})")
-    return value
-
-
-def _some_time(value: timedelta) -> timedelta:
-    if value <= timedelta(0):
-        raise ValueError(f"expected a time above 0, such as 5m or 90s (got {value})")
-    return value
-
-
-def _duration(value: object) -> object:
-    """`90`, `"90s"`, `"5m"`, `"1h30m"`; everything else is pydantic's (ISO 8601, timedelta)."""
-    _number(value)
-    match = _DURATION.fullmatch(value) if isinstance(value, str) else None
-    if match is None or not any(match.groups()):
-        return value
-    hours, minutes, seconds = (float(part or 0) for part in match.groups())
-    return timedelta(hours=hours, minutes=minutes, seconds=seconds)
-
-
-_DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
 DEFAULT_EVERY_STEPS = 100
 
 
-class Checkpoint(_Settings):
+class Best(Settings):
+    """The `n` checkpoints with the least (`mode` min) or greatest value of a metric of their step."""
+
+    metric: str
+    """`loss`, `grad_norm`, or `evaluation.` and a name that the recipe's `evaluate` gives."""
+    n: PositiveInt = 1
+    mode: Literal["min", "max"] = "min"
+
+    @field_validator("metric")
+    @classmethod
+    def _is_recorded(cls, value: str) -> str:
+        if value in ("loss", "grad_norm") or value.removeprefix("evaluation.") not in ("", value):
+            return value
+        raise ValueError(
+            f"checkpoint.keep.best.metric={value!r}: expected loss, grad_norm, or evaluation.NAME for what the recipe's evaluate() gives"
+        )
+
+
+class Keep(Settings):
+    """Which checkpoints stay: those that any of these wants, pinned ones, and those that the kept ones refer to."""
+
+    newest: PositiveInt = 3
+    """So many of the newest."""
+    every_steps: PositiveInt | None = None
+    """Every one whose step is a multiple of this."""
+    younger: Duration | None = None
+    """Every one that was committed less than this ago: "2h", "90s" or seconds."""
+    spaced: Duration | None = None
+    """One for each such stretch of time, as long as the run lives."""
+    best: Best | None = None
+    verify: bool = False
+    """Read the newest one back, every byte, before anything is removed."""
+
+
+def _number_or_mapping(value: object) -> str:
+    return "<mapping>" if isinstance(value, Mapping | Keep) else "<number>"
+
+
+class Checkpoint(Settings):
     """Where and how often the state is stored. `path`: a folder or any fsspec URL.
 
     How often: `every_steps` (100 if nothing else is said), or a budget: `max_overhead`, `max_loss` or both.
@@ -165,13 +144,16 @@ class Checkpoint(_Settings):
 
     path: str
     every_steps: PositiveInt | None = None
-    max_overhead: Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)] | None = None
+    max_overhead: Annotated[float, BeforeValidator(a_number), Field(gt=0, le=1)] | None = None
     """Fraction of the time that storing may cost, as 0.01; the state is stored as often as that allows."""
-    max_loss: Annotated[timedelta, BeforeValidator(_duration), AfterValidator(_some_time)] | None = None
+    max_loss: Duration | None = None
     """If everything died at once, no more than this is computed again: "5m", "90s" or seconds. Wins over
     `max_overhead` where both cannot be kept.
     """
-    keep: PositiveInt = 3
+    keep: Annotated[
+        Annotated[PositiveInt, Tag("<number>")] | Annotated[Keep, Tag("<mapping>")], Discriminator(_number_or_mapping)
+    ] = 3
+    """How many stay, or which (`Keep`)."""
     at_end: bool = True
     storage_options: dict[str, Any] = Field(default_factory=dict)
 
@@ -193,7 +175,7 @@ class Checkpoint(_Settings):
         return self
 
 
-class Numerics(_Settings):
+class Numerics(Settings):
     """What belongs to the mathematics besides recipe, data, lanes and seed: set in a worker before its first tensor."""
 
     compute_dtype: Literal["f32", "bf16"] = "f32"
@@ -206,7 +188,7 @@ class Numerics(_Settings):
     """Refuse a worker or a checkpoint whose numerics differ, instead of reporting it."""
 
 
-class Integrity(_Settings):
+class Integrity(Settings):
     """Checks for memory and arithmetic that are silently wrong (docs/integrity.md says what they find, and when)."""
 
     state: bool = True
@@ -222,7 +204,7 @@ class Integrity(_Settings):
     than the last check that it passed, or than its first step (certain, also when it is wrong only now and then)."""
 
 
-class Job(_Settings):
+class Job(Settings):
     """A training job. See the field docs; `load_job` reads the same from YAML."""
 
     name: str = "run"
@@ -271,7 +253,7 @@ class Job(_Settings):
         missing = [name for name in ("model", "optimizer", "loss") if not callable(getattr(value, name, None))]
         if missing:
             raise ValueError(
-                f"recipe={_short(value)} has no {', '.join(f'{name}()' for name in missing)}; expected an object with "
+                f"recipe={short(value)} has no {', '.join(f'{name}()' for name in missing)}; expected an object with "
                 'model(), optimizer(params) and loss(model, batch), or "module:Class"'
             )
         return value
@@ -294,71 +276,20 @@ class Job(_Settings):
             raise ValueError(
                 f"lane_batch_size={self.lane_batch_size} is not a multiple of micro_batches={self.micro_batches}"
             )
+        keep = self.checkpoint.keep if self.checkpoint is not None else None
+        best = keep.best if isinstance(keep, Keep) else None
+        if best is not None and best.metric.startswith("evaluation.") and self.evaluate_every is None:
+            raise ValueError(
+                f"checkpoint.keep.best.metric={best.metric!r}, but evaluate_every is not set: nothing is evaluated; "
+                "set evaluate_every, or take the metric loss"
+            )
         return self
-
-
-def explain(error: ValidationError, model: type[BaseModel], where: str = "job") -> str:
-    """All that is wrong, a line each: setting, what was got, what was expected; unknown keys with the nearest one."""
-    lines: dict[str, None] = {}
-    for problem in error.errors():
-        parts = tuple(part for part in problem["loc"] if not _UNION_TAG.match(str(part)))
-        path = ".".join(str(part) for part in parts)
-        if problem["type"] == "extra_forbidden":
-            text = f"unknown setting {path!r}{nearest(str(parts[-1]), _keys_at(model, parts[:-1]))}"
-        elif problem["type"] == "missing":
-            text = f"setting {path!r} is missing"
-        elif problem["type"] == "value_error":  # ours: names the setting and what was got
-            text = problem["msg"].removeprefix("Value error, ")
-            text = text if _last(parts) in text else f"{path}: {text}"
-        else:
-            text = f"{path + ': ' if path else ''}{problem['msg']} (got {_short(problem['input'])})"
-        lines[f"{where}: {text}"] = None
-    return "\n".join(lines)
-
-
-_UNION_TAG = re.compile(r"^(str|tuple\[.*\])$")
-"""pydantic names the branch of a union in an error's place; the user wrote only the setting."""
-
-
-def _last(parts: tuple[int | str, ...]) -> str:
-    return str(parts[-1]) if parts else ""
-
-
-def nearest(key: str, known: Sequence[str], noun: str = "settings") -> str:
-    """The end of an "unknown ..." message: the nearest known word, or all of them."""
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    return f"; known {noun}: {', '.join(sorted(known))}" if known else ""
-
-
-def _kind(raw: object) -> str:
-    return "nothing (an empty file)" if raw is None else type(raw).__name__
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _keys_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    current: type[BaseModel] = model
-    for part in loc:
-        field = current.model_fields.get(str(part))
-        if field is None:
-            return []
-        options = [field.annotation, *get_args(field.annotation)]
-        nested = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
-        if not nested:
-            return []
-        current = nested[0]
-    return list(current.model_fields)
 
 
 def parse_job(raw: Mapping[str, Any], *, where: str = "job") -> Job:
     """Build a job from plain data. Raises ConfigError naming every wrong setting."""
     if not isinstance(raw, Mapping):
-        raise ConfigError(f"{where}: expected a mapping of settings, got {_kind(raw)}")
+        raise ConfigError(f"{where}: expected a mapping of settings, got {kind(raw)}")
     try:
         return Job.model_validate(dict(raw))
     except ValidationError as error:
@@ -375,7 +306,7 @@ def load_job(path: str | Path, **overrides: Any) -> Job:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{file}: expected a mapping of settings, got {_kind(raw)}")
+        raise ConfigError(f"{file}: expected a mapping of settings, got {kind(raw)}")
     return parse_job(raw | overrides, where=str(file))
 
 

@@ -258,6 +258,7 @@ def status_fields(seen: Mapping[str, Any]) -> dict[str, Any]:
         "held_once": seen["held_once"],
         "spares": len(seen["spares"]),
         "last_recovery": seen["last_recovery"],
+        "checkpoint_given_up": seen["checkpoint_given_up"],
         "waiting": seen["reason"],
         "error": seen["error"],
     }

@@ -9,7 +9,7 @@ from elastictrain.protocol import ModelFacts
 
 def machine_spec(job: Job, facts: ModelFacts, *, base_generation: int = 0) -> MachineSpec:
     """The controller's fixed facts of a run."""
-    workers = job.workers
+    workers, keep = job.workers, job.checkpoint.keep if job.checkpoint else None
     return MachineSpec(
         lane_count=job.lanes,
         steps=job.steps,
@@ -27,6 +27,6 @@ def machine_spec(job: Job, facts: ModelFacts, *, base_generation: int = 0) -> Ma
         bytes_per_held_element=facts.bytes_per_held_element,
         domain_label=workers.domain_label,
         checkpoint=job.checkpoint is not None,
-        checkpoints_kept=job.checkpoint.keep if job.checkpoint else None,
+        checkpoints_kept=keep if isinstance(keep, int) else None,
         base_generation=base_generation,
     )

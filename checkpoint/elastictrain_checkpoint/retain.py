@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 from elastictrain_checkpoint.check import verify
@@ -77,6 +77,7 @@ def prune(
     protect: Collection[int] = (),
     current: int | None = None,
     now_s: float | None = None,
+    abandoned: Callable[[str], bool] | None = None,
 ) -> Pruned:
     """Keep the sound checkpoints that ``keep`` asks for, remove the others, and garbage.
 
@@ -97,6 +98,8 @@ def prune(
         protect: further steps to keep, for example those that are still being copied elsewhere.
         current: the step that was committed last; later steps of lower generations are removed.
         now_s: time in seconds since 1970; the clock's if not given.
+        abandoned: says of the name of an attempt that nobody writes it any more. What nobody refers to in such an
+            attempt goes at once, not only when its lease is over.
 
     Raises:
         InvalidPiece: ``keep`` is below 1.
@@ -129,8 +132,19 @@ def prune(
             result.removed.append(manifest.step)
     result.kept = sorted(manifest.step for manifest in kept)
     result.removed.sort()
-    _collect_garbage(store, used, now_s - lease_s, result)
+    _collect_garbage(store, used, _Due(now_s - lease_s, abandoned or (lambda _: False)), result)
     return result
+
+
+@dataclass(frozen=True)
+class _Due:
+    """Which garbage goes: what was last written before ``before_s``, and all of attempts that are given up for sure."""
+
+    before_s: float
+    abandoned: Callable[[str], bool]
+
+    def goes(self, store: Store, path: str, attempt: str = "") -> bool:
+        return (bool(attempt) and self.abandoned(attempt)) or _newest_s(store, path) < self.before_s
 
 
 def _read_all(store: Store, result: Pruned) -> tuple[list[Manifest], set[str]]:
@@ -199,9 +213,9 @@ def _remove_step(store: Store, step: int, used: Collection[str], keep_attempt: s
         store.remove(folder)
 
 
-def _collect_garbage(store: Store, used: set[str], before_s: float, result: Pruned) -> None:
+def _collect_garbage(store: Store, used: set[str], due: _Due, result: Pruned) -> None:
     for folder in store.list():
-        if folder.startswith(f".{LATEST}.") and _newest_s(store, folder) < before_s:
+        if folder.startswith(f".{LATEST}.") and due.goes(store, folder):
             store.remove(folder)
             result.garbage.append(folder)
         step = parse_step_folder(folder)
@@ -211,21 +225,22 @@ def _collect_garbage(store: Store, used: set[str], before_s: float, result: Prun
             path = f"{folder}/{name}"
             if name == MANIFEST or (name == PIN and step in result.kept):
                 continue
-            _collect_attempt(store, path, used, before_s, result)
-        if not store.list(folder) and _newest_s(store, folder) < before_s:
+            _collect_attempt(store, path, used, due, result)
+        if not store.list(folder) and due.goes(store, folder):
             store.remove(folder)
 
 
-def _collect_attempt(store: Store, path: str, used: set[str], before_s: float, result: Pruned) -> None:
+def _collect_attempt(store: Store, path: str, used: set[str], due: _Due, result: Pruned) -> None:
     """Remove an attempt that nobody refers to, or what nobody refers to in an attempt that somebody does."""
+    attempt = path.rpartition("/")[2]
     if not any(one.startswith(f"{path}/") for one in used):
-        if _newest_s(store, path) < before_s:
+        if due.goes(store, path, attempt):
             _remove_tree(store, path)
             result.garbage.append(path)
         return
     for name in store.list(path):
         inner = f"{path}/{name}"
-        if inner not in used and _newest_s(store, inner) < before_s:
+        if inner not in used and due.goes(store, inner, attempt):
             _remove_tree(store, inner)
             result.garbage.append(inner)
 

@@ -8,9 +8,9 @@ store's root, with ``/``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -55,6 +55,12 @@ class Store:
 
     def __repr__(self) -> str:
         return f"Store({self.url!r})"
+
+    def guarded(self, before: Callable[[], None]) -> Store:
+        """The same storage; `before` is called ahead of every verb and may raise: so whatever works on it (a commit, a
+        prune) can be stopped between two verbs, where stopping is always safe. A verb that has begun is finished.
+        """
+        return Store(self.url, backend=cast("Backend", _Guarded(self._backend, before)))
 
     def create(self, path: str, blocks: Iterable[memoryview]) -> int:
         """Stream ``blocks`` into a new file; durable on return. Gives its size in bytes.
@@ -154,6 +160,24 @@ class Store:
     def remove(self, path: str) -> None:
         """Remove a file or an empty folder, durably; fine if it is not there."""
         self._backend.remove(_checked(path))
+
+
+class _Guarded:
+    """A backend whose verbs ask first. What is no verb (a number that it states) passes."""
+
+    def __init__(self, backend: Backend, before: Callable[[], None]) -> None:
+        self._inner, self._before = backend, before
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._inner, name)
+        if not callable(found):
+            return found
+
+        def verb(*args: Any, **kwargs: Any) -> Any:
+            self._before()
+            return found(*args, **kwargs)
+
+        return verb
 
 
 def _backend(url: str, options: Mapping[str, Any]) -> Backend:

@@ -131,6 +131,32 @@ class CheckpointCommitted:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckpointsRemoved:
+    """Retention has removed the checkpoints of `steps`: nobody can go back to them."""
+
+    now_s: float
+    generation: int
+    steps: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointGivenUp:
+    """`worker`, which publishes in `generation`, says at its seal: the checkpoint of `step`, begun in generation
+    `begun_in`, does not exist, because that generation has ended. `travelled`: all shares of it were durable, only the
+    manifest was missing. `instead`: the step that is stored in its place (the one that was sealed); None: the job went
+    back to an earlier step and stores `step` again when it gets there.
+    """
+
+    now_s: float
+    generation: int
+    worker: int
+    step: int
+    begun_in: int
+    travelled: bool
+    instead: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerFinished:
     """A worker has taken part in the closing vote after the last step. `digest` names the final state."""
 
@@ -253,6 +279,8 @@ Event = (
     | Sealed
     | Progress
     | CheckpointCommitted
+    | CheckpointsRemoved
+    | CheckpointGivenUp
     | WorkerFinished
     | AddRequested
     | DrainRequested

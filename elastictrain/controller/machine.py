@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from elastictrain.controller import alarms, moves
+from elastictrain.controller import alarms, moves, stored
 from elastictrain.controller import events as ev
 from elastictrain.controller.clockwork import next_deadline_s, on_tick
 from elastictrain.controller.commands import Command, Kill
@@ -36,7 +36,9 @@ HANDLERS: dict[type[Any], Callable[[Core, Any, list[Command]], bool]] = {
     ev.WorkerParked: moves.on_parked,
     ev.Sealed: moves.on_sealed,
     ev.Progress: moves.on_progress,
-    ev.CheckpointCommitted: moves.on_checkpoint,
+    ev.CheckpointCommitted: stored.on_checkpoint,
+    ev.CheckpointsRemoved: stored.on_removed,
+    ev.CheckpointGivenUp: stored.on_given_up,
     ev.WorkerFinished: moves.on_finished,
     ev.AddRequested: moves.on_add,
     ev.DrainRequested: moves.on_drain,
@@ -57,7 +59,7 @@ def speaker(event: ev.Event) -> int | None:
     if isinstance(event, ev.WorkerParked):
         return event.report.worker
     spoken = ev.WorkerPlaced | ev.WorkerReady | ev.WorkerTroubled | ev.WorkerFailed | ev.Sealed | ev.WorkerFinished
-    return event.worker if isinstance(event, spoken) else None
+    return event.worker if isinstance(event, spoken | ev.CheckpointGivenUp) else None
 
 
 class Machine:

@@ -284,20 +284,6 @@ def on_progress(core: Core, event: ev.Progress, out: list[Command]) -> bool:
     return True
 
 
-def on_checkpoint(core: Core, event: ev.CheckpointCommitted, out: list[Command]) -> bool:
-    ledger = core.ledger
-    if event.generation != ledger.generation or ledger.sealed != ledger.generation:
-        return False
-    if ledger.checkpoints.get(event.step) == event.path:
-        return False
-    ledger.checkpoints[event.step] = event.path
-    for step in sorted(ledger.checkpoints)[: -(core.spec.checkpoints_kept or len(ledger.checkpoints))]:
-        del ledger.checkpoints[step]  # retention has removed it: nobody can go back to it
-    ledger.published_step = max(ledger.published_step, event.step)  # R5: a manifest is published, so its step is
-    out.append(Announce("checkpoint", {"step": event.step, "path": event.path}))
-    return True
-
-
 def on_finished(core: Core, event: ev.WorkerFinished, out: list[Command]) -> bool:
     state = core.state
     if not heard(core, event.generation, event.worker):

@@ -13,11 +13,11 @@ from elastictrain.controller.phases import Ended, Gathering
 def view(machine: Machine) -> dict[str, Any]:
     """JSON-ready status.
 
-    `phase`, `reason` (while gathering), `generation`, `step` (published), `steps`, `checkpointed_step`, `world`,
-    `workers` (rank order: worker, lanes, blocks owned, failure domain, node), `held_once` (blocks with a single live
-    holder), `spares`, `starting`, `draining`, `preempted` (worker and the time at which it goes), `fenced`,
-    `nodes_set_aside` (node, its failures), `target`, `last_recovery`, `recoveries` and `incidents` (the last hundred),
-    `digest` and `error` (at the end).
+    `phase`, `reason` (while gathering), `generation`, `step` (published), `steps`, `checkpointed_step`,
+    `checkpoint_given_up` (until the next one is committed), `world`, `workers` (rank order: worker, lanes, blocks
+    owned, failure domain, node), `held_once` (blocks with a single live holder), `spares`, `starting`, `draining`,
+    `preempted` (worker and the time at which it goes), `fenced`, `nodes_set_aside` (node, its failures), `target`,
+    `last_recovery`, `recoveries` and `incidents` (the last hundred), `digest` and `error` (at the end).
     """
     core = machine.core
     ledger, state = core.ledger, core.state
@@ -38,6 +38,7 @@ def view(machine: Machine) -> dict[str, Any]:
         "step": ledger.published_step,
         "steps": core.spec.steps,
         "checkpointed_step": max(ledger.checkpoints, default=None),
+        "checkpoint_given_up": None if ledger.given_up is None else dict(ledger.given_up),
         "world": len(workers),
         "workers": workers,
         "held_once": held_once(machine),

@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from elastictrain.engine.verdict import mix
-from elastictrain.faults import AtPhase, Fail, Flip, Freeze, Kill, LoseNode, Miscompute, OwnFault, Terminate
+from elastictrain.faults import (
+    STORING,
+    AtPhase,
+    Fail,
+    Flip,
+    Freeze,
+    Kill,
+    LoseNode,
+    Miscompute,
+    OwnFault,
+    Terminate,
+)
 
 if TYPE_CHECKING:
     from elastictrain.engine.session import Session
@@ -41,7 +52,7 @@ class Probes:
     def at(self, step: int, phase: str) -> None:
         if not self._waiting:
             return
-        for fault in self._waiting:
+        for fault in tuple(self._waiting):  # storing happens in threads of its own
             if fault.step == step and fault.phase == phase:
                 self._waiting.remove(fault)
                 if isinstance(fault, Fail):
@@ -51,6 +62,11 @@ class Probes:
                 else:
                     os.kill(os.getpid(), SIGNALS[type(fault)])
                 return
+
+    @property
+    def storing(self) -> Callable[[int, str], None] | None:
+        """`at`, if a fault is addressed to a phase of storing; None: nobody has to ask."""
+        return self.at if any(fault.phase in STORING for fault in self._waiting) else None
 
     def _lose(self, fault: LoseNode) -> None:
         if self._lose_node is None:

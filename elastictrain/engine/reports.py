@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from elastictrain.engine.saving import Writing
+from elastictrain.engine.saver import Writing
 from elastictrain.engine.vote import Tally
 from elastictrain.engine.worker_model import hook
 from elastictrain.job import Job

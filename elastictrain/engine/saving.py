@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,29 +17,19 @@ import torch
 from elastictrain.engine.flat import FlatModel
 from elastictrain.engine.held import HeldState
 from elastictrain.engine.space import Block
-from elastictrain.errors import CheckpointMismatch, ClusterError, CorruptCheckpoint
+from elastictrain.errors import CheckpointMismatch, CorruptCheckpoint
 from elastictrain.job import Checkpoint
 from elastictrain.layout import Shard
 from elastictrain_checkpoint import (
-    AlreadyCommitted,
     CheckpointError,
     CorruptData,
-    Part,
     Piece,
     Reader,
-    StaleGeneration,
     Store,
     block_hashes,
     combine_digest,
-    commit,
-    discard,
-    list_steps,
     load,
-    prune,
 )
-from elastictrain_checkpoint.errors import SaveFailed
-from elastictrain_checkpoint.handle import SaveHandle
-from elastictrain_checkpoint.lazy import LazySaver
 
 _NAMES = {
     torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
@@ -148,118 +136,6 @@ def stored_aliases(aliases: Mapping[str, str]) -> dict[str, str]:
 def open_store(settings: Checkpoint) -> Store:
     """The store of a job's checkpoints."""
     return Store(settings.path, storage_options=settings.storage_options)
-
-
-STORE_DEADLINE_S = 600.0
-"""As long as peers wait for one that stores."""
-
-
-@dataclass(slots=True)
-class Writing:
-    """One worker's share of a checkpoint, on its way to the storage."""
-
-    saver: Saver
-    handle: SaveHandle
-    attempt: str
-    numbers: dict[str, Any]
-
-    @property
-    def done(self) -> bool:
-        """Whether `share` returns, or raises, at once."""
-        return self.handle.done
-
-    def share(self) -> dict[str, Any]:
-        """The share as JSON data, durable. Raises ClusterError when it could not be written."""
-        return self.saver.share_of(self)
-
-
-class Saver:
-    """Writes this worker's share of a checkpoint, and commits it when all shares are known to be durable."""
-
-    def __init__(self, settings: Checkpoint) -> None:
-        self._settings = settings
-        self._store = open_store(settings)
-        self._lazy = LazySaver(self._store)
-
-    def begin(self, owned: Owned, *, step: int, generation: int, worker: int) -> Writing:
-        """Begin to write this worker's packs, in the background: call `before_apply` before the state changes."""
-        # Every generation is an attempt of its own, so nothing is ever overwritten; the suffix keeps a worker apart
-        # from itself when it writes the same step again after the job went back.
-        writer = f"w{worker:04d}-{uuid.uuid4().hex[:6]}"
-        attempt = f"g{generation:06d}"
-        with self._storage(step):
-            # Each name has pieces of one kind: a tensor lies on a device, or on the host.
-            handle = self._lazy.save(owned.pieces, step=step, attempt=attempt, writer=writer, stable=owned.copies)
-        return Writing(self, handle, attempt, dict(owned.numbers))
-
-    def before_apply(self) -> None:
-        """The state is about to change: copy what is not written yet. Never waits for storage."""
-        self._lazy.before_mutation()
-
-    def give_up(self) -> list[int]:
-        """The generation is over, and what it still writes will not be whole. Gives the steps."""
-        return [handle.step for handle in self._lazy.give_up()]
-
-    def share_of(self, writing: Writing) -> dict[str, Any]:
-        """See `Writing.share`."""
-        with self._storage(writing.handle.step):
-            try:
-                part: Part = writing.handle.result(STORE_DEADLINE_S)
-            except SaveFailed as error:
-                raise error.__cause__ or error from None  # what the storage said
-        return {"attempt": writing.attempt, "part": part.to_json(), "numbers": writing.numbers}
-
-    @contextmanager
-    def _storage(self, step: int) -> Iterator[None]:
-        """Storage that fails is the cluster's to mend, not the recipe's."""
-        try:
-            yield
-        except (OSError, CheckpointError) as error:
-            raise ClusterError(
-                f"checkpoint step {step} cannot be stored in checkpoint.path={self._settings.path!r}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-
-    def commit(
-        self,
-        shares: Sequence[Mapping[str, Any]],
-        *,
-        step: int,
-        generation: int,
-        tree: Mapping[str, Any],
-        aliases: Mapping[str, str],
-        info: Mapping[str, Any],
-    ) -> str:
-        """Create the manifest: from here on the checkpoint exists. Returns its path."""
-        numbers = {name: value for share in shares for name, value in share["numbers"].items()}
-        facts: dict[str, Any] = {
-            "step": step,
-            "attempt": shares[0]["attempt"],
-            "generation": generation,
-            "parts": [Part.from_json(share["part"]) for share in shares],
-            "tree": {**tree, "numbers": numbers},
-            "aliases": stored_aliases(aliases),
-            "info": dict(info),
-        }
-        with self._storage(step):
-            try:
-                manifest = commit(self._store, **facts)
-            except StaleGeneration:
-                raise
-            except (AlreadyCommitted, CorruptData):
-                # The job went back before this step, so what is stored there is damaged or has not happened. The new
-                # packs lie in the same folder.
-                discard(self._store, step, keep_attempt=facts["attempt"])
-                manifest = commit(self._store, **facts)
-        with suppress(OSError, CheckpointError):  # what cannot be cleaned away now is cleaned away next time
-            prune(self._store, keep=self._settings.keep, verified={step}, current=step)
-        return f"{self._settings.path.rstrip('/')}/step-{manifest.step:08d}"
-
-    def discard_after(self, step: int) -> None:
-        """Remove every checkpoint newer than `step`: what it holds is not to be trusted, and nobody may resume it."""
-        with self._storage(step):
-            for newer in [found for found in list_steps(self._store) if found > step]:
-                discard(self._store, newer)
 
 
 # --- restoring ---

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from elastictrain.controller import events as ev
-from elastictrain.engine import saving
 from elastictrain.engine.collective import GroupSet, connect, hang_up, meet
 from elastictrain.engine.commit import Committed
 from elastictrain.engine.forming import enter_generation
@@ -28,6 +27,7 @@ from elastictrain.engine.one_lane import Batches
 from elastictrain.engine.pacing import Pacing
 from elastictrain.engine.probes import Probes
 from elastictrain.engine.reports import step_row
+from elastictrain.engine.saver import Saver
 from elastictrain.engine.step import Pending, StepRunner
 from elastictrain.engine.stepping import Stepping
 from elastictrain.engine.vote import FLAG_PAUSE, FLAG_STORE, Tally, VoteFormat
@@ -79,7 +79,7 @@ class Session:
         self.tree = LaneTree(model.space, job.lanes, device, job.micro_batches)
         self.tree.watch(model.flat.model)
         self.tree.interrupted = self.check
-        self.saver = saving.Saver(job.checkpoint) if job.checkpoint else None
+        self.saver = Saver(job.checkpoint, self.probes.storing) if job.checkpoint else None
         self.pacing = Pacing(job.checkpoint)
         self.guard = Guard(model.flat, model.held)
         self.knowledge = Knowledge()

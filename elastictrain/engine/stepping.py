@@ -13,18 +13,16 @@ from elastictrain.engine import saving
 from elastictrain.engine.collective import GroupSet
 from elastictrain.engine.commit import apply_step
 from elastictrain.engine.inquest import check_claims, check_lane, gather_claims, settle
-from elastictrain.engine.reports import StepReport, Storing
+from elastictrain.engine.keeping import FIRST_STEP_DEADLINE_S, Keeper
+from elastictrain.engine.reports import StepReport
 from elastictrain.engine.step import StepRunner, Timer
-from elastictrain.engine.vote import FLAG_PAUSE, FLAG_STORE, FLAG_STORING, Tally
+from elastictrain.engine.vote import FLAG_PAUSE, FLAG_STORE, Tally
 from elastictrain.engine.worker_model import hook
 from elastictrain.protocol import FormPlan, Row
 from elastictrain.signs import Activity
 
 if TYPE_CHECKING:
     from elastictrain.engine.session import Session
-
-FIRST_STEP_DEADLINE_S = 600.0
-"""Imports, compilation and caches happen in the first step of a process: no measurement bounds it yet."""
 
 
 class Stepping:
@@ -36,8 +34,8 @@ class Stepping:
         self.layout = plan.layout
         self.first_step = True
         self.lane_plan = 0
-        self.storing: Storing | None = None
         self.runner = self._runner()
+        self.keeper = Keeper(session, plan, groups, self._owned)
 
     def _runner(self) -> StepRunner:
         s = self.session
@@ -57,13 +55,13 @@ class Stepping:
 
     @property
     def is_publisher(self) -> bool:
-        """The first member that is no newcomer: it knows the steps before this generation."""
-        return self.session.worker == self.plan.first_known
+        return self.keeper.is_publisher
 
     def run(self) -> None:
         s = self.session
         self.step = self.plan.step
         s.pacing.given_up()
+        self.keeper.settle()
         report = self._after_commit(self.step, sealed=True)
         while self.step < self.job.steps:
             self.step += 1
@@ -72,6 +70,7 @@ class Stepping:
                 self._finish_storing()
                 if tally.flags & FLAG_STORE:
                     self._store_now()
+                self.keeper.finish()
                 with s.apply_lock:
                     s.check()
                 park = s.park(self.plan.generation)
@@ -88,13 +87,14 @@ class Stepping:
         unmeasured = self.first_step or report.evaluates or report.stores  # peers may evaluate or store meanwhile
         self.groups.deadline_s = FIRST_STEP_DEADLINE_S if unmeasured else max(60.0, 30.0 * s._longest_s)
         self._expect(self.step)
+        self.keeper.heed()
         pending = self.runner.run(self.step)
         with s.apply_lock:
             s.check()
             s.pending = pending
         s.probes.flips(s, self.step, "reduced")
         offered = max(s.offers, default=0)
-        flags = s.pause_flags() | self._storing_flag() | s.pacing.flags(is_publisher=self.is_publisher)
+        flags = s.pause_flags() | self.keeper.flags | s.pacing.flags(is_publisher=self.is_publisher)
         vote = self.runner.vote(pending, flags=flags, plan=offered)
         self._check_sums(vote)
         stored = self._gather_shares(vote)
@@ -189,7 +189,7 @@ class Stepping:
             report.evaluation = self._evaluate()
         if store:
             self._finish_storing()
-            self.storing = self._begin_storing(step)
+            self.keeper.begin(step, report.evaluation)
         if sealed:
             self._publish_missed(step)
         if sealed and not evaluate and not store:
@@ -201,11 +201,9 @@ class Stepping:
         """Whether commit `step` is stored. A generation that begins also makes up for a checkpoint that was being
         written when the one before it ended: its step is gone by, so that which is sealed is stored.
         """
-        checkpoint, done = self.job.checkpoint, self.plan.checkpointed_step
-        if checkpoint is None or step == 0 or (sealed and done >= step):
+        if self.job.checkpoint is None or step == 0 or (sealed and self.keeper.known_step >= step):
             return False
-        every = checkpoint.every_steps
-        missed = sealed and every is not None and step - step % every > done
+        missed = sealed and self.keeper.has_missed(step)
         return missed or self.session.pacing.stores(step, flags, last=step == self.job.steps)
 
     def _store_now(self) -> None:
@@ -214,52 +212,29 @@ class Stepping:
         """
         s = self.session
         report = StepReport(self.step, row=s.committed.rows.get(self.step), stores=True)
-        storing = self._begin_storing(self.step)
-        share = storing.extras()
+        self.keeper.begin(self.step)
+        share = self.keeper.share()
         self.groups.deadline_s = self.groups.gather_deadline_s = FIRST_STEP_DEADLINE_S
         s.pulse.enter(Activity.VOTE)
         self._audit()
         extras = self.groups.all_gather_sized(share)
         self._publish(report)
-        self._commit_checkpoint(storing.step, extras)
-
-    def _begin_storing(self, step: int) -> Storing:
-        """Begin to write this worker's share of a checkpoint of the committed state."""
-        s = self.session
-        s.pulse.enter(Activity.STORE)
-        assert s.saver is not None, "only a job with the setting checkpoint stores"
-        with s.pacing.storing(step):
-            writing = s.saver.begin(self._owned(), step=step, generation=self.plan.generation, worker=s.worker)
-        return Storing(step, writing)
-
-    def _storing_flag(self) -> int:
-        return FLAG_STORING if self.storing is not None and not self.storing.writing.done else 0
+        self._commit_checkpoint(self.step, extras)
 
     def _gather_shares(self, vote: bytes) -> tuple[int, list[bytes]]:
-        """The step of the checkpoint that everybody has written, and all shares; none while somebody still writes. The
-        vote says so to everybody alike. Nobody waits here for storage.
-        """
-        storing = self.storing
-        if storing is None or self.runner.vote_format.tally(vote).flags & FLAG_STORING:
-            return 0, []
-        self.storing = None
-        return storing.step, self.groups.all_gather_sized(storing.extras())
+        """The step of the checkpoint that everybody has written, and all shares (none while somebody still writes)."""
+        return self.keeper.gather(self.runner.vote_format.tally(vote).flags)
+
+    def _commit_checkpoint(self, step: int, extras: list[bytes]) -> None:
+        """Of a step whose shares are all here (none: of no step). They travel beside a vote, so R5 holds."""
+        if extras:
+            self.keeper.commit(step, extras, self.layout.world_size)
 
     def _finish_storing(self) -> None:
-        """Wait until everybody has written the checkpoint that is under way, and commit it: where the next one begins,
-        or the generation ends in peace. The vote after its step is complete (R5).
+        """Wait until everybody has written the checkpoint that is under way, and hand it to the commit: where the next
+        one begins, or the generation ends in peace. The vote after its step is complete (R5).
         """
-        if self.storing is None:
-            return
-        storing, self.storing = self.storing, None
-        s, begun = self.session, time.perf_counter()
-        s.pulse.enter(Activity.STORE)
-        share, usual_s = storing.extras(), self.groups.gather_deadline_s
-        self.groups.gather_deadline_s = FIRST_STEP_DEADLINE_S  # peers may still write
-        extras = self.groups.all_gather_sized(share)
-        self.groups.gather_deadline_s = usual_s
-        s.pacing.stalled(time.perf_counter() - begun)
-        self._commit_checkpoint(storing.step, extras)
+        self._commit_checkpoint(*self.keeper.finish_writing())
 
     def _owned(self) -> saving.Owned:
         s = self.session
@@ -296,45 +271,20 @@ class Stepping:
             self.session.emit(Row(dict(report.row, generation=self.plan.generation)))
             self.session.emit(ev.Progress(0.0, self.plan.generation, report.step))
 
-    def _commit_checkpoint(self, step: int, extras: list[bytes]) -> None:
-        s = self.session
-        if not extras:
-            return
-        if self.is_publisher:
-            self._create_manifest(step, extras)
-        s.pacing.durable(step)
-
-    def _create_manifest(self, step: int, extras: list[bytes]) -> None:
-        s = self.session
-        assert s.saver is not None, "only a job with the setting checkpoint stores"
-        s.pulse.enter(Activity.STORE)
-        started = time.perf_counter()
-        path = s.saver.commit(
-            Storing.shares(extras),
-            step=step,
-            generation=self.plan.generation,
-            tree={"step": step, "seed": self.job.seed, "stages": s.stages, "data": s.data_fingerprint,
-                  "numerics": s.numerics},
-            aliases=s.model.space.aliases,
-            info={"world": self.layout.world_size},
-        )  # fmt: skip
-        s.pacing.stalled(time.perf_counter() - started)
-        s.emit(ev.CheckpointCommitted(0.0, self.plan.generation, step, path))
-
     def _close(self, report: StepReport) -> None:
         """The closing vote: after it the last step can no more be redone. Its digest names the final state."""
         s = self.session
         self.groups.deadline_s = self.groups.gather_deadline_s = FIRST_STEP_DEADLINE_S  # peers may evaluate and store
         s.pulse.enter(Activity.STORE)
         share = saving.digest_share(self._owned())
-        storing, self.storing = self.storing, None
-        written = storing.extras() if storing is not None else b""
+        stored, written = self.keeper.step, self.keeper.share()
         s.pulse.enter(Activity.VOTE)
         self._audit()
-        extras = self.groups.all_gather_sized(written) if storing is not None else []
+        extras = self.groups.all_gather_sized(written) if stored else []
         shares = self.groups.all_gather_sized(share)
         self._publish(report)
-        self._commit_checkpoint(storing.step if storing is not None else 0, extras)
+        self._commit_checkpoint(stored, extras)
+        self.keeper.finish()
         digest = saving.combine_shares(shares, s.model.space.aliases)
         s.pulse.enter(Activity.VOTE)
         # Nobody leaves before everybody has the digest: a group dropped early would fail a slower peer.

@@ -24,6 +24,8 @@ FLAG_DUE = 4
 """By its budget of time, this commit is to be stored (see `pacing`)."""
 FLAG_STORING = 8
 """This worker still writes its share of a checkpoint."""
+FLAG_COMMITTED = 16
+"""The checkpoint whose shares have travelled last is committed (only whoever publishes says so)."""
 _HEADER = 6  # generation, step, flags, plan, counter hash, tokens
 
 

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from elastictrain.observe.events import Event, recovery_seconds
 from elastictrain.observe.metrics import RATE_STEPS, MetricsRow, tokens_per_s
-from elastictrain.observe.sentences import count, describe
+from elastictrain.observe.sentences import count, describe, given_up_words
 from elastictrain.observe.status import Status
 
 P = ParamSpec("P")
@@ -36,7 +36,8 @@ EVENT_STYLES = {
     "preemption": "yellow", "controller_back": "yellow", "agent_unheard": "yellow", "incident": "green",
     "recovery": "yellow", "gathering": "yellow", "refused": "yellow", "skipped": "yellow", "numerics_differ": "yellow",
     "slow_start": "yellow",
-    "went_back": "magenta", "checkpoint_dropped": "magenta", "finished": "green", "resized": "green",
+    "went_back": "magenta", "checkpoint_dropped": "magenta", "checkpoint_given_up": "yellow", "finished": "green",
+    "resized": "green",
 }  # fmt: skip
 DETAILS = frozenset({"forming", "parking", "doomed", "worker_started", "worker_prepared", "worker_retired"})
 """Kinds that stand in events.jsonl but would push what matters off the screen."""
@@ -250,6 +251,8 @@ def _figures(status: Status, rows: Sequence[MetricsRow]) -> Table:
         table.add_row("evaluation", Text(", ".join(f"{name} {number(value)}" for name, value in evaluation.items())))
     if status.exposure_s is not None:
         table.add_row("exposure", exposure_words(status))
+    if status.checkpoint_given_up:
+        table.add_row("checkpoints", Text(given_up_words(status.checkpoint_given_up), style="yellow"))
     if status.last_recovery:
         table.add_row("last recovery", Text(recovery_words(status.last_recovery)))
     if status.waiting:

@@ -175,6 +175,17 @@ def _checkpoint(data: Data) -> str:
     return _join(f"checkpoint of step {data['step']} committed", _fact(data, "path", " at {}"))
 
 
+def given_up_words(data: Data) -> str:
+    """That a checkpoint came to nothing, why, and what is stored in its place."""
+    instead = data.get("stored_instead")
+    anew = "; it is written anew" if instead == data["step"] else f"; step {instead} is stored instead"
+    return _join(
+        f"checkpoint of step {data['step']} given up",
+        _fact(data, "why", ": {}"),
+        "; it is stored when the run comes there again" if instead is None else anew,
+    )
+
+
 def _skipped(data: Data) -> str:
     lanes = data.get("lanes", data.get("lane"))
     lanes = lanes if isinstance(lanes, list | tuple) else [] if lanes is None else [lanes]
@@ -305,6 +316,7 @@ SENTENCES: dict[str, Callable[[Data], str]] = {
     ),
     "checkpoint": _checkpoint,
     "checkpoint_dropped": _dropped,
+    "checkpoint_given_up": given_up_words,
     "given_up": lambda data: (
         f"checkpoints of steps {', '.join(map(str, data['steps']))} are of a history that is given up by going on from "
         f"step {data['step']}; they go with the first new checkpoint"

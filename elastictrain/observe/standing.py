@@ -34,6 +34,9 @@ def status_of(run: RunDirectory) -> Status:
     if rows and summary.outcome == "running":
         stored = stored_step(events)
         facts |= {"exposure_s": exposure_s(stored, rows), "stored_step": stored}
+    about = [event for event in events if event.kind in ("checkpoint", "checkpoint_given_up")]
+    if about:
+        facts["checkpoint_given_up"] = about[-1].data if about[-1].kind == "checkpoint_given_up" else None
     recoveries = [event.data for event in events if event.kind == "recovery"]
     if recoveries:
         facts["last_recovery"] = recoveries[-1]

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from elastictrain.controller import MachineSpec
 from elastictrain.controller.budgets import FailureBudget
 from elastictrain.errors import ConfigError
-from elastictrain.job import PositiveInt, explain, not_a_switch
+from elastictrain.settings import PositiveInt, explain, not_a_switch
 
 Hours = Annotated[float, BeforeValidator(not_a_switch), Field(gt=0)]
 Seconds = Annotated[float, BeforeValidator(not_a_switch), Field(ge=0)]

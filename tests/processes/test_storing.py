@@ -10,7 +10,15 @@ import pytest
 from elastictrain.faults import kill
 from elastictrain_checkpoint import Store, digest, list_steps, load, verify
 from tests.processes.test_stop_and_resume import stored
-from tests.support.plants import both, storage_is_fast, storage_waits, wait_for_pause
+from tests.support.plants import (
+    both,
+    manifest_has_no_room,
+    manifest_waits_for_the_end,
+    peers_wait_for,
+    storage_is_fast,
+    storage_waits,
+    wait_for_pause,
+)
 from tests.support.process_cluster import Run, byte_job, run_job
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
@@ -106,3 +114,112 @@ def test_all_holders_die_while_they_store(
     (back,) = run.record.of("went_back")
     assert back["to_step"] == 3, "6 was not committed"
     assert whole(tmp_path, still) == [3, 6, 8]
+
+
+# --- a fault in every phase of storing, by its address ---
+
+
+@pytest.mark.parametrize("worker", [0, 1, 2])
+@pytest.mark.parametrize("phase", ["store", "stored"])
+def test_a_writer_dies_while_it_stores_and_the_sealed_step_is_stored_instead(
+    folder: Path, tmp_path: Path, reference: Run, still: Store, phase: Any, worker: int
+) -> None:
+    job = byte_job(folder, checkpoint=stored(tmp_path, every_steps=4, at_end=False))
+    run = run_job(job, [kill(worker, 4, phase)], patch=peers_wait_for(worker, 4))
+    assert run.digest == reference.digest
+    assert run.losses == reference.losses
+    assert not run.record.of("went_back")
+    found = whole(tmp_path, still)
+    assert found == [4, 8], "nobody had gone on, so 4 was sealed: it is written anew"
+    (lost,) = run.record.of("checkpoint_given_up")
+    assert lost["step"] == 4
+    assert lost["begun_in"] == 1
+    assert lost["why"].endswith("; not all of it was written")
+    assert lost["stored_instead"] == found[0], "the dead worker's blocks are in it: its mirror has written them"
+    assert [event["step"] for event in run.record.of("checkpoint")] == found
+    (incident,) = run.record.of("incident")
+    assert any("checkpoint of step 4 was given up" in seen["what"] for seen in incident["seen"])
+    assert not orphans(tmp_path)
+
+
+def test_the_publisher_dies_between_packs_and_manifest(
+    folder: Path, tmp_path: Path, reference: Run, still: Store
+) -> None:
+    job = byte_job(folder, checkpoint=stored(tmp_path, every_steps=4, at_end=False))
+    run = run_job(job, [kill(0, 4, "manifest")], patch=storage_is_fast)
+    assert run.digest == reference.digest
+    found = whole(tmp_path, still)
+    assert found[0] in (5, 6)
+    assert found[1:] == [8]
+    (lost,) = run.record.of("checkpoint_given_up")
+    assert (lost["step"], lost["stored_instead"]) == (4, found[0])
+    assert lost["why"].endswith("; its shares were durable, its manifest was not there")
+    assert not orphans(tmp_path)
+
+
+def test_the_publisher_dies_right_after_the_manifest_and_its_successor_finds_it(
+    folder: Path, tmp_path: Path, reference: Run, still: Store
+) -> None:
+    job = byte_job(folder, checkpoint=stored(tmp_path, every_steps=4, at_end=False))
+    run = run_job(job, [kill(0, 4, "committed")], patch=storage_is_fast)
+    assert run.digest == reference.digest
+    assert whole(tmp_path, still) == [4, 8], "nothing is stored in its place"
+    assert [event["step"] for event in run.record.of("checkpoint")] == [4, 8]
+    assert run.record.of("checkpoint_given_up") == []
+    assert not orphans(tmp_path)
+
+
+def test_another_worker_dies_while_the_publisher_commits(
+    folder: Path, tmp_path: Path, reference: Run, still: Store
+) -> None:
+    """The publisher lives, and the commit beside its training ends with its generation."""
+    job = byte_job(folder, checkpoint=stored(tmp_path, every_steps=4, at_end=False))
+    run = run_job(job, [kill(2, 6, "exchange")], patch=both(storage_is_fast, manifest_waits_for_the_end(4)))
+    assert run.digest == reference.digest
+    found = whole(tmp_path, still)
+    assert found[0] in (5, 6)
+    assert found[1:] == [8]
+    (lost,) = run.record.of("checkpoint_given_up")
+    assert (lost["step"], lost["stored_instead"]) == (4, found[0])
+
+
+def test_by_a_budget_too_the_sealed_step_is_stored_instead(
+    folder: Path, tmp_path: Path, reference: Run, still: Store
+) -> None:
+    settings = {"path": str(tmp_path / "ckpt"), "max_loss": "1h", "keep": 10, "at_end": False}
+    run = run_job(byte_job(folder, checkpoint=settings), [kill(0, 1, "manifest")], patch=storage_is_fast)
+    assert run.digest == reference.digest
+    (lost,) = run.record.of("checkpoint_given_up")
+    assert lost["step"] == 1
+    assert whole(tmp_path, still)[0] == lost["stored_instead"]
+
+
+def test_all_holders_die_and_what_was_under_way_is_stored_when_the_run_comes_there_again(
+    folder: Path, tmp_path: Path, reference: Run, still: Store
+) -> None:
+    job = byte_job(folder, checkpoint=stored(tmp_path, every_steps=3), workers={"max": 3, "replace": True})
+    run = run_job(job, [kill(0, 7, "exchange")], die_together=(0, 1), patch=storage_waits(6, until=7))
+    assert run.digest == reference.digest
+    (lost,) = run.record.of("checkpoint_given_up")
+    assert (lost["step"], lost["stored_instead"]) == (6, None)
+    assert whole(tmp_path, still) == [3, 6, 8]
+
+
+def test_a_full_disk_at_the_manifest_ends_the_run_with_its_words(folder: Path, tmp_path: Path) -> None:
+    job = byte_job(folder, checkpoint=stored(tmp_path, every_steps=2))
+    run = run_job(job, patch=manifest_has_no_room)
+    assert run.outcome.outcome == "failed"
+    assert run.outcome.error is not None
+    assert run.outcome.error.startswith(
+        f"ClusterError: checkpoint step 2 cannot be stored in checkpoint.path={str(tmp_path / 'ckpt')!r}: OSError: "
+    )
+    assert list_steps(Store(tmp_path / "ckpt")) == []
+
+
+def orphans(path: Path) -> set[str]:
+    """Packs of generations before the last that no manifest refers to."""
+    store = Store(path / "ckpt")
+    manifests = [load(store, step) for step in list_steps(store)]
+    used = {pack for manifest in manifests for pack in manifest.paths}
+    there = {pack.relative_to(path / "ckpt").as_posix() for pack in (path / "ckpt").rglob("*.safetensors")}
+    return there - used

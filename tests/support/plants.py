@@ -12,11 +12,24 @@ from typing import Any
 import torch
 
 from elastictrain.controller import events as ev
-from elastictrain.engine import collective, commit, forming, held, inquest, outbox, saving, session, step, stepping
+from elastictrain.engine import (
+    collective,
+    commit,
+    committing,
+    forming,
+    held,
+    inquest,
+    keeping,
+    outbox,
+    saver,
+    session,
+    step,
+    stepping,
+)
 from elastictrain.engine.probes import Probes
 from elastictrain.engine.verdict import Verdict
 from elastictrain.protocol import Row
-from elastictrain_checkpoint import posix
+from elastictrain_checkpoint import pin, posix
 
 
 class Calls:
@@ -128,7 +141,7 @@ def _wait_for_pause(due: Callable[[Any, Any, int], bool]) -> None:
 
 def storage_is_fast(worker: int) -> None:
     """What is to be stored is written before the next vote: a fault then finds the checkpoint that a test counts on."""
-    saving.Writing.done = property(lambda writing: writing.handle._ended.wait(60))  # type: ignore[method-assign, assignment]
+    saver.Writing.done = property(lambda writing: writing.handle._ended.wait(60))  # type: ignore[method-assign, assignment]
 
 
 def storage_waits(step: int, until: int) -> Callable[[int], None]:
@@ -152,6 +165,76 @@ def _storage_waits(step: int, until: int, worker: int) -> None:
     stepping.apply_step = counted  # type: ignore[assignment]
     applied = Calls(stepping, "apply_step")
     posix.PosixBackend.create = create  # type: ignore[method-assign]
+
+
+def peers_wait_for(victim: int, step: int) -> Callable[[int], None]:
+    """Nobody but `victim` goes on from storing `step` before it is told to park: the fault of `victim` comes first."""
+    return partial(_peers_wait_for, victim, step)
+
+
+def _peers_wait_for(victim: int, at: int, worker: int) -> None:
+    told, begin = orders(), keeping.Keeper.begin
+
+    def wait(self: keeping.Keeper, step: int) -> None:
+        begin(self, step)
+        owner = self._session
+        if step == at and owner.generation == 1:
+            told.wait(owner.is_parked)
+
+    if worker != victim:
+        keeping.Keeper.begin = wait  # type: ignore[method-assign]
+
+
+def manifest_waits_for_the_end(step: int) -> Callable[[int], None]:
+    """The commit of checkpoint `step` goes on when its generation is over: it was given up by then."""
+    return partial(_manifest_waits_for_the_end, step)
+
+
+def _manifest_waits_for_the_end(step: int, worker: int) -> None:
+    del worker
+    over, create = threading.Event(), saver.Saver._create
+    given_up = committing.Committer.give_up
+
+    def leave(self: committing.Committer, deadline_s: float) -> None:
+        self._shut.set()
+        over.set()
+        given_up(self, deadline_s)
+
+    def wait(self: saver.Saver, store: Any, shares: Any, **facts: Any) -> str:
+        if facts["step"] == step:
+            assert over.wait(60)
+        return create(self, store, shares, **facts)
+
+    committing.Committer.give_up = leave  # type: ignore[method-assign]
+    saver.Saver._create = wait  # type: ignore[method-assign]
+
+
+def pins(step: int) -> Callable[[int], None]:
+    """Somebody pins the checkpoint of `step` as soon as it is there."""
+    return partial(_pins, step)
+
+
+def _pins(step: int, worker: int) -> None:
+    del worker
+    create = saver.Saver._create
+
+    def and_pin(self: saver.Saver, store: Any, shares: Any, **facts: Any) -> str:
+        path = create(self, store, shares, **facts)
+        if facts["step"] == step:
+            pin(store, step)
+        return path
+
+    saver.Saver._create = and_pin  # type: ignore[method-assign]
+
+
+def manifest_has_no_room(worker: int) -> None:
+    """The disk is full when a manifest is created."""
+    del worker
+
+    def full(self: Any, path: str, data: bytes) -> None:
+        raise OSError(28, "No space left on device", path)
+
+    posix.PosixBackend.publish = full  # type: ignore[method-assign]
 
 
 def last_rows_are_lost(worker: int, generation: int) -> Callable[[int], None]:

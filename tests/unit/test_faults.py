@@ -30,7 +30,10 @@ from elastictrain.job import Job, parse_job
 from elastictrain.run import _check_faults
 
 KINDS = "kill, fail, freeze, terminate, lose_node, flip, miscompute, add, drain, kill_controller"
-PHASES = "'compute', 'exchange', 'mirror', 'vote', 'apply', 'gather', 'form' or 'seal'"
+PHASES = (
+    "'compute', 'exchange', 'mirror', 'vote', 'apply', 'gather', 'form', 'seal', 'store', 'stored', 'manifest' or "
+    "'committed'"
+)
 WRONG: list[tuple[Any, str]] = [
     (
         {"do": "kill", "worker": 1, "step": 2, "phase": "dance"},

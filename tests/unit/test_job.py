@@ -243,3 +243,70 @@ def test_steps_are_the_default_only_where_no_budget_is_set() -> None:
     assert Checkpoint(path="c", every_steps=None).every_steps == 100
     assert Checkpoint(path="c", max_overhead=0.01).every_steps is None
     assert Checkpoint(path="c", max_loss=timedelta(minutes=5)).every_steps is None
+
+
+# --- which checkpoints stay ---
+
+
+def kept(keep: Any) -> Any:
+    return parse_job(BASE | {"checkpoint": {"path": "c", "keep": keep}}).checkpoint.keep
+
+
+def test_keep_is_a_number_or_a_mapping() -> None:
+    assert kept(4) == 4
+    found = kept(
+        {
+            "every_steps": 10,
+            "younger": "2h",
+            "spaced": 90,
+            "best": {"metric": "loss", "n": 2, "mode": "max"},
+            "newest": 1,
+        }
+    )
+    assert (found.newest, found.every_steps, found.verify) == (1, 10, False)
+    assert (found.younger, found.spaced) == (timedelta(hours=2), timedelta(seconds=90))
+    assert (found.best.metric, found.best.n, found.best.mode) == ("loss", 2, "max")
+    assert kept({}).newest == 3
+    assert kept(found) == found
+
+
+def test_keep_survives_being_written_down(tmp_path: Path) -> None:
+    for keep in (2, {"newest": 1, "spaced": "1h30m", "best": {"metric": "grad_norm"}, "verify": True}):
+        job = parse_job(BASE | {"checkpoint": {"path": "c", "keep": keep}})
+        file = tmp_path / "job.yaml"
+        file.write_text(dump_job(job))
+        assert load_job(file) == job
+
+
+@pytest.mark.parametrize(
+    ("keep", "words"),
+    [
+        (0, "job: checkpoint.keep: Input should be greater than or equal to 1 (got 0)"),
+        (True, "job: checkpoint.keep: expected a whole number (got the switch True)"),
+        (
+            "all",
+            "job: checkpoint.keep: Input should be a valid integer, ",
+        ),
+        ({"newst": 1}, "job: unknown setting 'checkpoint.keep.newst'; did you mean 'newest'?"),
+        ({"newest": 0}, "job: checkpoint.keep.newest: Input should be greater than or equal to 1 (got 0)"),
+        ({"younger": "-5m"}, "job: checkpoint.keep.younger: "),
+        ({"spaced": 0}, "job: checkpoint.keep.spaced: expected a time above 0, such as 5m or 90s (got 0:00:00)"),
+        ({"best": {}}, "job: setting 'checkpoint.keep.best.metric' is missing"),
+        (
+            {"best": {"metric": "accuracy"}},
+            "job: checkpoint.keep.best.metric='accuracy': expected loss, grad_norm, or evaluation.NAME for what the ",
+        ),
+        (
+            {"best": {"metric": "loss", "mode": "low"}},
+            "job: checkpoint.keep.best.mode: Input should be 'min' or 'max' (got 'low')",
+        ),
+        (
+            {"best": {"metric": "evaluation.loss"}},
+            "job: checkpoint.keep.best.metric='evaluation.loss', but evaluate_every is not set: nothing is evaluated; ",
+        ),
+    ],
+)
+def test_what_cannot_be_kept_is_refused_with_the_setting_named(keep: Any, words: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        kept(keep)
+    assert str(error.value).startswith(words)

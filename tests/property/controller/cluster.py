@@ -304,6 +304,10 @@ class Cluster:
         if topic == "seal":
             worker.state, worker.sealed, worker.vote, worker.gathered = "stepping", plan.generation, None, True
             worker.outbox.append(ev.Sealed(self.now_s, plan.generation, worker.number, plan.step))
+            if worker.number == plan.layout.workers[0] and plan.generation % 3 == 0:
+                instead = None if plan.restore else plan.step
+                facts = (worker.number, plan.step + 1, plan.generation - 1, plan.generation % 2 == 0, instead)
+                worker.outbox.append(ev.CheckpointGivenUp(self.now_s, plan.generation, *facts))
         elif topic == "closing":
             worker.state = "finished"
             facts = (worker.number, worker.applied, f"digest of {worker.applied}")

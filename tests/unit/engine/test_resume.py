@@ -10,7 +10,8 @@ import pytest
 
 from elastictrain.engine.host import first_stage, open_stage
 from elastictrain.engine.resume import find_start
-from elastictrain.engine.saving import Saver, owned_state
+from elastictrain.engine.saver import Saver
+from elastictrain.engine.saving import owned_state
 from elastictrain.errors import ConfigError, CorruptCheckpoint
 from elastictrain.job import Job
 from elastictrain.layout import Shard

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from elastictrain.engine.saving import Saver
+from elastictrain.engine.saver import Saver
 from elastictrain.engine.worker_model import WorkerModel
 from elastictrain.errors import ClusterError
 from elastictrain.job import Checkpoint

@@ -94,6 +94,21 @@ SAID: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("checkpoint", {"step": 5, "path": "/c"}, "checkpoint of step 5 committed at /c"),
     (
+        "checkpoint_given_up",
+        {"step": 4, "begun_in": 1, "why": "worker 1 died; not all of it was written", "stored_instead": 5},
+        "checkpoint of step 4 given up: worker 1 died; not all of it was written; step 5 is stored instead",
+    ),
+    (
+        "checkpoint_given_up",
+        {"step": 4, "begun_in": 1, "why": "worker 1 died", "stored_instead": 4},
+        "checkpoint of step 4 given up: worker 1 died; it is written anew",
+    ),
+    (
+        "checkpoint_given_up",
+        {"step": 4, "begun_in": 1, "why": "all died", "stored_instead": None},
+        "checkpoint of step 4 given up: all died; it is stored when the run comes there again",
+    ),
+    (
         "checkpoint_dropped",
         {"step": 5, "path": "/c/5", "next_step": 3, "error": "pack-0 differs"},
         "checkpoint refused, step 5 at /c/5, taking step 3 instead: pack-0 differs",

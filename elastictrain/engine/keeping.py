@@ -1,0 +1,216 @@
+"""The checkpoints of one generation, as one of its members sees them: begun, written, gathered, committed, settled.
+
+Writing and committing happen beside training (`saver`, `committing`); here is what all members must do alike, and what
+the one that publishes does for all. A generation that ends gives up what it has under way; the next one finds out what
+has become of it before it takes a step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+from elastictrain.controller import events as ev
+from elastictrain.engine.collective import GroupSet
+from elastictrain.engine.committing import Account, settled
+from elastictrain.engine.reports import Storing
+from elastictrain.engine.saver import Saver
+from elastictrain.engine.saving import Owned
+from elastictrain.engine.vote import FLAG_COMMITTED, FLAG_STORING
+from elastictrain.protocol import FormPlan
+from elastictrain.signs import Activity
+
+if TYPE_CHECKING:
+    from elastictrain.engine.session import Session
+
+FIRST_STEP_DEADLINE_S = 600.0
+"""Imports, compilation and caches happen in the first step of a process: no measurement bounds it yet. Storage may take
+as long.
+"""
+
+
+def metrics_of(row: Mapping[str, Any] | None, evaluation: Mapping[str, float] | None) -> dict[str, Any]:
+    """What a manifest says of its step, for people and for `checkpoint.keep.best`: numbers that are finite."""
+    found = {name: row[name] for name in ("loss", "grad_norm") if row is not None and row.get(name) is not None}
+    shown = {
+        name: value for name, value in (evaluation or (row or {}).get("evaluation") or {}).items() if isfinite(value)
+    }
+    return found | ({"evaluation": shown} if shown else {})
+
+
+class Keeper:
+    """For one member of one generation. A job without the setting `checkpoint` has nothing to keep.
+
+    `owned`: gives the state that this worker stores. `known_step`: the newest checkpoint that is known to be committed.
+    """
+
+    def __init__(self, session: Session, plan: FormPlan, groups: GroupSet, owned: Callable[[], Owned]) -> None:
+        self._session, self._plan, self._groups, self._owned = session, plan, groups, owned
+        self._storing: Storing | None = None
+        self._lost_step = self._handed = 0
+        self._is_committed = False
+        self._metrics: dict[str, Any] = {}
+        self.known_step = plan.checkpointed_step
+
+    @property
+    def is_publisher(self) -> bool:
+        """The first member that is no newcomer: it knows the steps before this generation."""
+        return self._session.worker == self._plan.first_known
+
+    @property
+    def _saver(self) -> Saver:
+        assert self._session.saver is not None, "only a job with the setting checkpoint stores"
+        return self._session.saver
+
+    # --- at the seal ---
+
+    def settle(self) -> None:
+        """Find out what has become of the checkpoint that was under way when the generation before this one ended:
+        whoever was to create its manifest may have died doing it. Whoever publishes now looks, and everybody hears of
+        it. A manifest that is there counts; without it that checkpoint is given up, and said to be.
+        """
+        s, plan = self._session, self._plan
+        if s.saver is None:
+            return
+        looks = self.is_publisher and plan.restore is None
+        if looks:
+            s.pulse.enter(Activity.STORE)
+        mine = Account.of(s.saver.begun, self.known_step, lambda begun: looks and self._saver.is_committed(begun))
+        s.pulse.enter(Activity.VOTE)
+        usual_s, self._groups.gather_deadline_s = self._groups.gather_deadline_s, FIRST_STEP_DEADLINE_S
+        what = settled([Account.from_bytes(raw) for raw in self._groups.all_gather_sized(mine.to_bytes())])
+        self._groups.gather_deadline_s = usual_s
+        if what.found:
+            self.known_step = what.step
+        else:
+            self._lost_step = what.step
+        if self.is_publisher and what.step:
+            self._tell(what)
+        s.saver.begun = None
+
+    def _tell(self, what: Account) -> None:
+        generation, step = self._plan.generation, what.step
+        if what.found:
+            self._session.emit(ev.CheckpointCommitted(0.0, generation, step, self._saver.path_of(step)))
+            return
+        instead = self._plan.step if self.has_missed(self._plan.step) else None
+        self._session.emit(
+            ev.CheckpointGivenUp(0.0, generation, self._session.worker, step, what.generation, what.travelled, instead)
+        )
+
+    def has_missed(self, step: int) -> bool:
+        """Whether a checkpoint that was due up to `step`, the one that was sealed, does not exist."""
+        checkpoint = self._session.job.checkpoint
+        if checkpoint is None or step <= self.known_step:
+            return False
+        every = checkpoint.every_steps
+        return 0 < self._lost_step <= step or (every is not None and step - step % every > self.known_step)
+
+    # --- writing ---
+
+    @property
+    def step(self) -> int:
+        """Of the checkpoint that is being written; 0: of none."""
+        return 0 if self._storing is None else self._storing.step
+
+    def begin(self, step: int, evaluation: Mapping[str, float] | None = None) -> None:
+        """Begin to write this worker's share of a checkpoint of the committed state. `evaluation`: of it, if this
+        worker has evaluated it.
+        """
+        s = self._session
+        s.pulse.enter(Activity.STORE)
+        self._metrics = metrics_of(s.committed.rows.get(step), evaluation)
+        with s.pacing.storing(step):
+            writing = self._saver.begin(self._owned(), step=step, generation=self._plan.generation, worker=s.worker)
+        self._storing = Storing(step, writing)
+
+    @property
+    def flags(self) -> int:
+        """What this worker's next vote says: about its share, and about the last commit."""
+        storing = FLAG_STORING if self._storing is not None and not self._storing.writing.done else 0
+        return storing | (FLAG_COMMITTED if self._is_committed else 0)
+
+    def share(self) -> bytes:
+        """This worker's share, which nobody asks for again; nothing while none is being written. Waits for it, and
+        raises ClusterError when it could not be written.
+        """
+        storing, self._storing = self._storing, None
+        return b"" if storing is None else storing.extras()
+
+    def gather(self, flags: int) -> tuple[int, list[bytes]]:
+        """The step of the checkpoint that everybody has written, and all shares; none while somebody still writes. The
+        vote (`flags`: its own) says so to everybody alike. Nobody waits here for storage.
+        """
+        if flags & FLAG_COMMITTED:
+            self._note_committed(self._handed)
+        if self._storing is None or flags & FLAG_STORING:
+            return 0, []
+        step = self.step
+        return step, self._groups.all_gather_sized(self.share())
+
+    def finish_writing(self) -> tuple[int, list[bytes]]:
+        """The same, after waiting until everybody has written."""
+        if self._storing is None:
+            return 0, []
+        s, begun, step = self._session, time.perf_counter(), self.step
+        s.pulse.enter(Activity.STORE)
+        share, usual_s = self.share(), self._groups.gather_deadline_s
+        self._groups.gather_deadline_s = FIRST_STEP_DEADLINE_S  # peers may still write
+        shares = self._groups.all_gather_sized(share)
+        self._groups.gather_deadline_s = usual_s
+        s.pacing.stalled(time.perf_counter() - begun)
+        return step, shares
+
+    # --- committing ---
+
+    def commit(self, step: int, shares: list[bytes], world: int) -> None:
+        """All shares of the checkpoint of `step` are durable and here. The publisher commits it, beside training."""
+        s, generation = self._session, self._plan.generation
+        self._handed, self._is_committed = step, False
+        self._saver.travelled(step)
+        if not self.is_publisher:
+            return
+        s.pulse.enter(Activity.STORE)
+        started = time.perf_counter()
+        self._saver.begin_commit(
+            Storing.shares(shares),
+            committed=lambda path: s.emit(ev.CheckpointCommitted(0.0, generation, step, path)),
+            removed=lambda steps: s.emit(ev.CheckpointsRemoved(0.0, generation, tuple(steps))),
+            check=self._stay,
+            step=step,
+            generation=generation,
+            tree={"step": step, "seed": s.job.seed, "stages": s.stages, "data": s.data_fingerprint,
+                  "numerics": s.numerics},
+            aliases=s.model.space.aliases,
+            info={"world": world, **self._metrics},
+        )  # fmt: skip
+        s.pacing.stalled(time.perf_counter() - started)
+
+    def heed(self) -> None:
+        """What a commit beside training has failed with ends the run; that one has ended well is said in the next vote.
+        Asked at every step.
+        """
+        if self._session.saver is not None:
+            self._is_committed = self._handed in self._session.saver.committed()
+
+    def finish(self) -> None:
+        """Wait for the commit that is under way: the generation ends in peace."""
+        s = self._session
+        if s.saver is None:
+            return
+        s.pulse.enter(Activity.STORE)
+        for step in s.saver.wait_for_commit(self._stay):
+            self._note_committed(step)
+
+    def _note_committed(self, step: int) -> None:
+        self.known_step = step
+        self._session.pacing.durable(step)
+        if self._saver.begun is not None and self._saver.begun.step == step:
+            self._saver.begun = None
+
+    def _stay(self) -> None:
+        """Raise Parked when this generation is over. Asking is no beat: to wait is no sign of progress."""
+        if self._session.is_parked():
+            self._session.check()

@@ -1,0 +1,190 @@
+"""The commit beside training: one at a time; its failure waits for the training thread; it ends with its generation."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastictrain.engine.committing import Account, Begun, Committer, settled
+from elastictrain.engine.saver import Saver, attempt_of, generation_of
+from elastictrain.errors import ClusterError
+from elastictrain_checkpoint import Store, list_steps, load
+from elastictrain_checkpoint.posix import PosixBackend
+from tests.unit.engine.test_saving import pieces_of, save, store_of, trained
+from tests.unit.engine.worlds import NetRecipe, make_job
+
+STAY: Any = lambda: None  # noqa: E731
+
+
+def begin_commit(saver: Saver, model: Any, step: int, generation: int, told: list[str]) -> None:
+    [owned] = pieces_of(model, [[(0, len(model.space.blocks))]])
+    share = saver.begin(owned, step=step, generation=generation, worker=0).share()
+    facts: dict[str, Any] = {"step": step, "generation": generation, "tree": {}, "info": {}}
+    saver.begin_commit([share], committed=told.append, check=STAY, aliases=model.space.aliases, **facts)
+
+
+class Gate:
+    """Storage that stops in one verb until it is let on."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, verb: str) -> None:
+        self.reached, self.go_on, self.calls = threading.Event(), threading.Event(), 0
+        inner = getattr(PosixBackend, verb)
+
+        def held(backend: PosixBackend, *args: Any) -> Any:
+            self.reached.set()
+            assert self.go_on.wait(60)
+            self.calls += 1
+            return inner(backend, *args)
+
+        patch.setattr(PosixBackend, verb, held)
+
+
+def test_training_goes_on_while_the_storage_holds_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, settings = trained(make_job(NetRecipe(), lanes=2)), store_of(tmp_path)
+    saver, told, gate = Saver(settings), [], Gate(monkeypatch, "publish")
+    begin_commit(saver, model, 2, 1, told)
+    assert gate.reached.wait(60)
+    assert saver.committed() == []
+    assert told == []
+    gate.go_on.set()
+    assert saver.wait_for_commit(STAY) == [2]
+    assert told == [f"{settings.path}/step-00000002"]
+    assert saver.committed() == [], "said once"
+    assert list_steps(Store(settings.path)) == [2]
+
+
+def test_a_full_disk_is_raised_where_the_training_thread_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, settings = trained(make_job(NetRecipe(), lanes=2)), store_of(tmp_path)
+    saver, told = Saver(settings), []
+
+    def full(self: Store, *_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "publish", full)
+        begin_commit(saver, model, 2, 1, told)
+        with pytest.raises(ClusterError, match=r"^checkpoint step 2 cannot be stored in checkpoint\.path=.*No space"):
+            saver.wait_for_commit(STAY)
+    assert told == []
+    assert saver.wait_for_commit(STAY) == [], "raised once"
+    begin_commit(saver, model, 2, 1, told)
+    assert saver.wait_for_commit(STAY) == [2]
+
+
+def test_commits_follow_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, settings = trained(make_job(NetRecipe(), lanes=2)), store_of(tmp_path)
+    saver, told, gate = Saver(settings), [], Gate(monkeypatch, "publish")
+    begin_commit(saver, model, 2, 1, told)
+    second = threading.Thread(target=begin_commit, args=(saver, model, 4, 1, told))
+    second.start()
+    assert gate.reached.wait(60)
+    assert saver._committer.is_busy
+    gate.go_on.set()
+    second.join(60)
+    saver.wait_for_commit(STAY)
+    assert [path[-1] for path in told] == ["2", "4"]
+    assert list_steps(Store(settings.path)) == [2, 4]
+
+
+@pytest.mark.parametrize(("verb", "is_there"), [("size", False), ("publish", True)])
+def test_what_is_given_up_ends_with_the_call_that_it_is_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, is_there: bool
+) -> None:
+    """Afterwards nothing changes: the manifest is there, or it never will be. In either case nobody is told."""
+    model, settings = trained(make_job(NetRecipe(), lanes=2)), store_of(tmp_path)
+    saver, told = Saver(settings), []
+    [owned] = pieces_of(model, [[(0, len(model.space.blocks))]])
+    writing = saver.begin(owned, step=2, generation=1, worker=0)
+    share = writing.share()
+    assert saver.begun == Begun(2, "g000001", 1)
+    gate = Gate(monkeypatch, verb)
+    saver.begin_commit(
+        [share], committed=told.append, check=STAY, step=2, generation=1, tree={}, info={}, aliases=model.space.aliases
+    )
+    saver.travelled(2)
+    assert saver.begun == Begun(2, "g000001", 1, travelled=True)
+    assert gate.reached.wait(60)
+    leaving = threading.Thread(target=saver.give_up)
+    leaving.start()
+    saver._committer._shut.wait(60)
+    gate.go_on.set()
+    leaving.join(60)
+    assert not leaving.is_alive()
+    assert gate.calls == 1, "no further call"
+    assert told == []
+    assert saver.committed() == []
+    assert saver.is_committed(saver.begun) == is_there
+    assert (list_steps(Store(settings.path)) == [2]) == is_there
+
+
+def test_another_attempt_at_the_step_is_not_the_one_that_was_begun(tmp_path: Path) -> None:
+    model = trained(make_job(NetRecipe(), lanes=2))
+    saver = Saver(save(model, tmp_path, generation=3))
+    assert saver.is_committed(Begun(2, "g000003", 3))
+    assert not saver.is_committed(Begun(2, "g000004", 4))
+    assert not saver.is_committed(Begun(4, "g000003", 3))
+
+
+def test_who_waits_hears_that_its_generation_is_over(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    committer, go_on = Committer(store), threading.Event()
+    committer.begin(2, lambda _: (go_on.wait(60), None)[1])
+
+    def over() -> None:
+        raise KeyError("parked")
+
+    with pytest.raises(KeyError, match="parked"):
+        committer.wait(over, 60)
+    with pytest.raises(ClusterError, match=r"has taken 0\.1 s and has not ended: the storage does not answer"):
+        committer.wait(STAY, 0.1)
+    go_on.set()
+    assert committer.wait(STAY, 60) == [2]
+
+
+def test_what_older_generations_have_left_goes_with_the_next_commit(tmp_path: Path) -> None:
+    model, settings = trained(make_job(NetRecipe(), lanes=2)), store_of(tmp_path)
+    [owned] = pieces_of(model, [[(0, len(model.space.blocks))]])
+    dead, saver = Saver(settings), Saver(settings)
+    for generation, step in ((1, 4), (2, 6)):
+        dead.begin(owned, step=step, generation=generation, worker=1).share()
+    begin_commit(saver, model, 5, 2, [])
+    assert saver.wait_for_commit(STAY) == [5]
+    packs = sorted(path.parent.relative_to(settings.path).as_posix() for path in Path(settings.path).rglob("*.saf*"))
+    assert packs == ["step-00000005/g000002", "step-00000006/g000002"], "of this generation somebody may still write"
+    assert load(Store(settings.path), 5).generation == 2
+
+
+@given(st.integers(0, 10**7))
+def test_an_attempt_names_its_generation(generation: int) -> None:
+    assert generation_of(attempt_of(generation)) == generation
+
+
+@pytest.mark.parametrize("name", ["", "g", "g1", "g00001", "g0000001", "h000001", "g00000x", "g٠٠٠٠٠١", "gg00001"])
+def test_other_names_are_of_no_generation(name: str) -> None:
+    assert generation_of(name) is None
+
+
+accounts = st.builds(Account, st.integers(0, 3), st.integers(0, 3), st.booleans(), st.booleans())
+
+
+@given(st.lists(accounts, min_size=1, max_size=5))
+def test_all_members_come_to_the_newest_that_one_of_them_has_begun(found: list[Account]) -> None:
+    what = settled([Account.from_bytes(one.to_bytes()) for one in found])
+    assert what == settled(found[::-1]), "whatever the order"
+    assert (what.step, what.generation) == max((one.step, one.generation) for one in found)
+    same = [one for one in found if (one.step, one.generation) == (what.step, what.generation)]
+    assert what.found == any(one.found for one in same)
+    assert what.travelled == any(one.travelled for one in same)
+
+
+def test_what_the_controller_knows_of_is_settled() -> None:
+    begun = Begun(4, "g000001", 1, travelled=True)
+    assert Account.of(begun, 4, lambda _: True) == Account()
+    assert Account.of(None, 0, lambda _: True) == Account()
+    assert Account.of(begun, 3, lambda _: False) == Account(4, 1, True, False)
+    assert Account.of(begun, 3, lambda _: True) == Account(4, 1, True, True)
