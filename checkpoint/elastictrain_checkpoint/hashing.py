@@ -10,7 +10,6 @@ not against an adversary.
 
 from __future__ import annotations
 
-import base64
 import binascii
 import hashlib
 import itertools
@@ -192,7 +191,7 @@ def _hash_cells(run: Run, start: int, stop: int) -> int:
 
 def pack_sums(sums: Sequence[int]) -> str:
     """Base64 of the sums as little-endian 64-bit integers."""
-    return base64.b64encode(np.asarray(sums, dtype="<u8").tobytes()).decode()
+    return to_base64(np.asarray(sums, dtype="<u8").tobytes())
 
 
 def unpack_sums(text: str) -> Sums:
@@ -207,7 +206,7 @@ def unpack_sums(text: str) -> Sums:
 
 def to_base64(data: bytes) -> str:
     """Base64 as text."""
-    return base64.b64encode(data).decode()
+    return binascii.b2a_base64(data, newline=False).decode("ascii")
 
 
 def unbase64(text: str) -> bytes:
@@ -218,8 +217,8 @@ def unbase64(text: str) -> bytes:
 
     """
     try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
+        return binascii.a2b_base64(text, strict_mode=True)
+    except ValueError as error:  # also `binascii.Error`
         raise ValueError(f"not base64: {error}") from None
 
 

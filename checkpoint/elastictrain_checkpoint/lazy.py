@@ -18,10 +18,10 @@ import numpy as np
 from elastictrain_checkpoint import hashing
 from elastictrain_checkpoint.errors import SaveTimeout, StateChanged
 from elastictrain_checkpoint.handle import DEADLINE_S, SaveHandle, SaveState
-from elastictrain_checkpoint.hashing import block_sum, pack_sums, root_sum, unpack_sums
+from elastictrain_checkpoint.hashing import block_sum
 from elastictrain_checkpoint.ledger import Ledger
-from elastictrain_checkpoint.pack import DEFAULT_PACK_BYTES, Piece
-from elastictrain_checkpoint.part import FileRecord, Part, check_names
+from elastictrain_checkpoint.pack import DEFAULT_PACK_BYTES, Piece, record_of
+from elastictrain_checkpoint.part import Part, check_names
 from elastictrain_checkpoint.paths import step_folder
 from elastictrain_checkpoint.pool import Pool
 from elastictrain_checkpoint.rope import Rope, as_rope
@@ -349,16 +349,7 @@ class LazySaver:
             path = f"{folder}/{writer}-{number:02d}.safetensors"
             sums: list[int] = []
             size = self._store.create(path, _stream(job, pack, hashes, sums))
-            packed = pack_sums(sums)
-            files.append(
-                FileRecord(
-                    path="/".join(path.split("/")[-2:]),
-                    size_bytes=size,
-                    data_start=pack.data_start,
-                    sums=packed,
-                    root=root_sum(unpack_sums(packed)),
-                )
-            )
+            files.append(record_of(path, size, pack.data_start, sums))
         return make_part(plan, files, hashes, step=step, attempt=attempt, writer=writer)
 
 

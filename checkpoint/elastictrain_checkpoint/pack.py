@@ -13,7 +13,6 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 from elastictrain_checkpoint.boxes import Box, flat_range_to_boxes, strides
@@ -65,7 +64,7 @@ class Piece:
     data: Any = field(repr=False)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class BoxData:
     """A box of one tensor and its bytes, row-major: what a pack holds under one key.
 
@@ -75,6 +74,7 @@ class BoxData:
         rope: where its bytes lie.
         cells: takes up the hashes of the digest's cells when the box is written; None if the box is but a part of its
             piece, which ends inside of cells.
+        size_bytes: bytes of the box.
 
     """
 
@@ -84,11 +84,10 @@ class BoxData:
     box: Box
     rope: Rope = field(repr=False)
     cells: list[bytes] | None = field(default=None, repr=False)
+    size_bytes: int = field(init=False)
 
-    @cached_property
-    def size_bytes(self) -> int:
-        """Bytes of the box."""
-        return rope_bytes(self.rope)
+    def __post_init__(self) -> None:
+        self.size_bytes = rope_bytes(self.rope)
 
 
 def cut_piece(piece: Piece, runs: Sequence[tuple[int, int]] | None = None) -> list[BoxData]:
@@ -208,11 +207,16 @@ def write_pack(store: Store, path: str, boxes: Sequence[BoxData]) -> FileRecord:
             runs += [Run(view, step, box.cells) for view in box.rope]
     blocks = Blocks(runs, len(header) + sum(box.size_bytes for box in boxes))
     size = store.create(path, blocks)
-    packed = pack_sums(blocks.sums)
+    return record_of(path, size, len(header), blocks.sums)
+
+
+def record_of(path: str, size_bytes: int, data_start: int, sums: Sequence[int]) -> FileRecord:
+    """The record of a pack that was written to ``path`` in the store, with the sums of its blocks."""
+    packed = pack_sums(sums)
     return FileRecord(
         path="/".join(path.split("/")[-2:]),
-        size_bytes=size,
-        data_start=len(header),
+        size_bytes=size_bytes,
+        data_start=data_start,
         sums=packed,
         root=root_sum(unpack_sums(packed)),
     )
@@ -274,10 +278,12 @@ class PackWriter:
         else:
             held = [(piece, b"".join(hashed)) for piece, hashed in zip(pieces, cells, strict=True)]
             files = self._write_changes(held, self._base, tensors)
-        for piece, hashed in zip(pieces, cells, strict=True):
-            if hashed:
-                tensors[piece.name].cells.append((piece.start // DIGEST_BLOCK_ELEMENTS, to_base64(b"".join(hashed))))
-        return Part(step=self._step, attempt=self._attempt, writer=self._writer, files=files, tensors=tensors)
+        with no_collections():
+            for piece, hashed in zip(pieces, cells, strict=True):
+                if hashed:
+                    first = piece.start // DIGEST_BLOCK_ELEMENTS
+                    tensors[piece.name].cells.append((first, to_base64(b"".join(hashed))))
+            return Part(step=self._step, attempt=self._attempt, writer=self._writer, files=files, tensors=tensors)
 
     def _write_changes(
         self, pieces: Sequence[tuple[Piece, bytes]], base: Base, tensors: Mapping[str, PartTensor]
@@ -331,11 +337,10 @@ def _plan(
         if hashed is None or hash_first:
             hashed = [block_hashes(piece.data, item_bytes(piece.dtype))]
         cells.append(hashed)
-    for piece in pieces:
         shape = list(piece.shape)
         record = tensors.get(piece.name)
         if record is None:
-            record = PartTensor.model_construct(dtype=piece.dtype, shape=shape, chunks=[], cells=[])
+            record = PartTensor(piece.dtype, shape, [], [])
             tensors[piece.name] = record
         if (record.dtype, record.shape) != (piece.dtype, shape):
             raise InvalidPiece(
