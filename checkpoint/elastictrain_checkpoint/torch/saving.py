@@ -23,7 +23,7 @@ from elastictrain_checkpoint.commit import commit, list_steps
 from elastictrain_checkpoint.dtypes import item_bytes, num_elements
 from elastictrain_checkpoint.errors import CheckpointError, InvalidPiece, StateChanged
 from elastictrain_checkpoint.handle import DEADLINE_S, SaveHandle, SaveState
-from elastictrain_checkpoint.lazy import LazySaver, WhenBusy
+from elastictrain_checkpoint.lazy import MAX_COPY, LazySaver, WhenBusy
 from elastictrain_checkpoint.manifest import Manifest
 from elastictrain_checkpoint.pack import Piece
 from elastictrain_checkpoint.part import Part
@@ -69,6 +69,8 @@ class AsyncSaver:
         group: every rank of it saves its share, and rank 0 commits. "world": the default group, if there is one. None:
             this process saves by itself.
         pool_bytes: memory for copies that is made at once; more is made when it is needed.
+        max_copy: how large a fraction of the state a save may copy when a change comes before all is written; beyond it
+            the change waits (see `LazySaver`). 1: never wait, and have memory for a second state.
         deadline_s: no call waits longer, nor does rank 0 for the shares of others.
 
     """
@@ -79,13 +81,14 @@ class AsyncSaver:
         *,
         group: Group = "world",
         pool_bytes: int = 0,
+        max_copy: float = MAX_COPY,
         deadline_s: float = DEADLINE_S,
     ) -> None:
         self.store = path if isinstance(path, Store) else Store(path)
         if group == "world":
             group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
         self._group = group if group is not None and dist.get_world_size(group) > 1 else None
-        self._lazy = LazySaver(self.store, pool_bytes=pool_bytes, deadline_s=deadline_s)
+        self._lazy = LazySaver(self.store, pool_bytes=pool_bytes, max_copy=max_copy, deadline_s=deadline_s)
         self._deadline_s = deadline_s
         self._last_step = -1
         self._staging: Staging | None = None
@@ -164,7 +167,7 @@ class AsyncSaver:
             when_busy=when_busy,
         )
         if not lazy:
-            self._lazy.before_mutation()
+            self._lazy.before_mutation(max_copy=1.0)
         return TorchHandle(handle, self)
 
     def before_mutation(self) -> None:
