@@ -110,7 +110,7 @@ def block_sum_of(parts: Sequence[memoryview]) -> int:
     return total.intdigest()
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Run:
     """Bytes of a stream, and the grid on which they are hashed for the digest while they pass.
 
@@ -156,6 +156,12 @@ def reblock(runs: Iterable[Run], sums: list[int]) -> Iterator[memoryview]:
     filled = 0
     for run in runs:
         view, length = run.view, len(run.view)
+        if filled + length < SUM_BLOCK_BYTES and length <= run.cell_bytes:  # one cell of a small tensor, in one block
+            if length:
+                run.cells.append(xxhash.xxh3_128_digest(view))
+                rest[filled : filled + length] = view
+                filled += length
+            continue
         at = hashed = 0
         while at < length:
             take = min(length - at, SUM_BLOCK_BYTES - filled)

@@ -30,7 +30,8 @@ from elastictrain_checkpoint.store import Store
 from elastictrain_checkpoint.units import Bytes, CellHashes, Plan, PlannedPack, Unit, gather, make_part, plan_units
 
 WhenBusy = Literal["wait", "skip", "supersede"]
-MAX_COPY = 0.25
+MAX_COPY = 0.2
+"""With what else a save needs (threads, a block in hand), less than a quarter of a state of 100 MB."""
 MIN_COPY_BYTES = 8 << 20
 
 

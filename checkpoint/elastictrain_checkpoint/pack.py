@@ -165,25 +165,19 @@ def pack_header(boxes: Sequence[BoxData]) -> bytes:
 
     A box has the name of its tensor; further ones of a tensor have their offsets after it.
     """
-    keys: dict[str, BoxData] = {}
-    for box in boxes:
-        key = box.name if box.name not in keys else f"{box.name}@{','.join(map(str, box.box[0]))}"
-        while key in keys:
-            key += "'"
-        keys[key] = box
-    sharding = {key: {"saved_offsets": box.box[0]} for key, box in keys.items()}
-    header: dict[str, Any] = {
-        "__metadata__": {
-            "format": "pt",
-            "DCP_VERSION": "1.0",
-            "DCP_SHARDING_INFO": json.dumps(sharding, separators=(",", ":")),
-        }
-    }
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "DCP_VERSION": "1.0"}}
+    sharding: dict[str, Any] = {}
     at = 0
-    for key, box in keys.items():
-        end = at + box.size_bytes
-        header[key] = {"dtype": box.dtype, "shape": box.box[1], "data_offsets": (at, end)}
-        at = end
+    for box in boxes:
+        key, (offsets, sizes) = box.name, box.box
+        if key in sharding:
+            key = f"{box.name}@{','.join(map(str, offsets))}"
+            while key in sharding:
+                key += "'"
+        sharding[key] = {"saved_offsets": offsets}
+        header[key] = {"dtype": box.dtype, "shape": sizes, "data_offsets": (at, at + box.size_bytes)}
+        at += box.size_bytes
+    header["__metadata__"]["DCP_SHARDING_INFO"] = json.dumps(sharding, separators=(",", ":"))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(len(text) + 8) % HEADER_ALIGN_BYTES)
     return struct.pack("<Q", len(text)) + text
