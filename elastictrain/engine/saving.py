@@ -193,7 +193,7 @@ class Saver:
         return Writing(self, handle, attempt, dict(owned.numbers))
 
     def before_apply(self) -> None:
-        """The state is about to change: copy what is not written yet, up to a quarter of it; wait for what is beyond."""
+        """The state is about to change: copy what is not written yet, up to a fifth of all; wait for what is beyond."""
         self._lazy.before_mutation()
 
     def give_up(self) -> list[int]:

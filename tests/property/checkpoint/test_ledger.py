@@ -40,8 +40,8 @@ class Saving(RuleBasedStateMachine):
 
     @rule(slots=st.integers(0, 6))
     def announce(self, slots: int) -> None:
-        """What `before_mutation` does where the pool has too few slots: the last units are copied, and the update, which
-        is `change`, comes when the writer has taken the others.
+        """What `before_mutation` does where the pool has too few slots: the last units are copied, and the update comes
+        when the writer has taken the others.
         """
         lent = self.lend(min(slots, self.ledger.live))
         before = [unit for unit in range(len(self.memory)) if self.ledger.state(unit) is UnitState.LIVE]

@@ -61,7 +61,12 @@ class Scene:
             return commit(self.store, step=step, attempt="a", generation=1, parts=[part])
 
         return self.saver.save(
-            [Piece("t", "U8", self.data.shape, 0, self.data.data)], step=step, attempt="a", writer="w", finish=finish, **more
+            [Piece("t", "U8", self.data.shape, 0, self.data.data)],
+            step=step,
+            attempt="a",
+            writer="w",
+            finish=finish,
+            **more,
         )
 
     def stored(self, step: int) -> set[int]:
