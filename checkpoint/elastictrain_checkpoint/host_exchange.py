@@ -41,8 +41,8 @@ class HostExchange:
         self._maps: list[mmap.mmap] = []
 
     def make_room(self, most_bytes: int) -> None:
-        """Share memory for calls in which no worker sends, or reads into `scratch`, more than ``most_bytes`` in all; all
-        workers call this.
+        """Share memory for calls in which no worker sends, or reads into `scratch`, more than ``most_bytes`` in all.
+        All workers call this.
 
         Raises:
             OSError: no such room in memory.

@@ -18,7 +18,7 @@ def processors() -> int:
 
 
 def in_threads(threads: int, items: Iterable[_Item], work: Callable[[_Item], object]) -> None:
-    """Call ``work`` with every item, in up to ``threads`` threads, of which the caller is one; returns when all is done.
+    """Call ``work`` with every item, in up to ``threads`` threads, the caller among them; returns when all is done.
 
     Items are taken in their order and one at a time, so ``items`` may be a generator that does the next piece of
     planning when it is asked. After an error nothing further is begun; what was begun is finished first. The error that
