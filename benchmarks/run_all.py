@@ -39,6 +39,7 @@ ALL = {
     "checkpoint_throughput": ["checkpoints/throughput.py"],
     "checkpoint_reshard": ["checkpoints/reshard.py"],
     "checkpoint_planning": ["checkpoints/planning.py"],
+    "checkpoint_gpu": ["checkpoints/gpu.py"],
 }
 BEGIN, END = "<!-- figures: written by run_all.py -->", "<!-- end of figures -->"
 

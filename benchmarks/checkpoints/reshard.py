@@ -84,7 +84,7 @@ def loaders(rank: int, folder: Path, outs: dict[str, Any], side: int) -> dict[st
     from elastictrain_checkpoint import Reader, Store
     from elastictrain_checkpoint import load as load_step
     from elastictrain_checkpoint.reshard import Want, plan_reads
-    from elastictrain_checkpoint.together import most_sent_bytes, read_boxes, read_together
+    from elastictrain_checkpoint.together import most_shared_bytes, read_boxes, read_together
     from elastictrain_checkpoint.torch.exchange import GroupExchange, host_exchange
 
     mesh = init_device_mesh("cpu", (LOADING,))
@@ -99,7 +99,7 @@ def loaders(rank: int, folder: Path, outs: dict[str, Any], side: int) -> dict[st
         reader = Reader(store, load_step(store, 1))
         plan = plan_reads(reader.manifest, wants)
         if exchange is shared:
-            exchange.make_room(most_sent_bytes(plan))
+            exchange.make_room(most_shared_bytes(plan))
         read_together(reader, plan, wants, buffers, worker=rank, exchange=exchange)
 
     def alone() -> None:

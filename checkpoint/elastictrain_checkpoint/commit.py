@@ -31,7 +31,7 @@ from elastictrain_checkpoint.hashing import (
     combine_digest,
     unbase64,
 )
-from elastictrain_checkpoint.manifest import Manifest, parse_manifest, write_manifest
+from elastictrain_checkpoint.manifest import Manifest, parse_manifest, read_own, write_manifest
 from elastictrain_checkpoint.part import FileRecord, Part, PartTensor, SidecarRecord, check_names
 from elastictrain_checkpoint.paths import LATEST, MANIFEST, manifest_path, parse_step_folder, step_folder
 from elastictrain_checkpoint.store import Store
@@ -76,28 +76,29 @@ def commit(
 
     """
     check_names(attempt=attempt)
-    files, tensors = _join(parts, step, attempt)
-    beside = _beside(attempt, tensors, cells=cells)
-    records = {kind: record for kind, (record, _) in beside.items()}
-    raw = write_manifest(
-        step=step,
-        attempt=attempt,
-        generation=generation,
-        time=now or datetime.datetime.now(datetime.UTC),
-        info=info or {},
-        block_bytes=SUM_BLOCK_BYTES,
-        digest=_digest(tensors, aliases or {}),
-        files=files,
-        tensors=tensors,
-        alias=aliases or {},
-        tree=tree,
-        **records,
-    )
-    contents = {f"{step_folder(step)}/{record.path}": data for record, data in beside.values()}
-    try:
-        manifest = parse_manifest(raw, fetch=contents.__getitem__)
-    except InvalidManifest as error:
-        raise IncompleteCheckpoint(f"step {step}, attempt {attempt}: {error}") from None
+    with no_collections():
+        files, tensors = _join(parts, step, attempt)
+        beside = _beside(attempt, tensors, cells=cells)
+        records = {kind: record for kind, (record, _) in beside.items()}
+        raw = write_manifest(
+            step=step,
+            attempt=attempt,
+            generation=generation,
+            time=now or datetime.datetime.now(datetime.UTC),
+            info=info or {},
+            block_bytes=SUM_BLOCK_BYTES,
+            digest=_digest(tensors, aliases or {}),
+            files=files,
+            tensors=tensors,
+            alias=aliases or {},
+            tree=tree,
+            **records,
+        )
+        contents = {f"{step_folder(step)}/{record.path}": data for record, data in beside.values()}
+        try:
+            manifest = read_own(raw, contents.__getitem__)
+        except InvalidManifest as error:
+            raise IncompleteCheckpoint(f"step {step}, attempt {attempt}: {error}") from None
     for complaint in wrong_sizes(store, manifest):
         raise IncompleteCheckpoint(f"step {step}, attempt {attempt}: {complaint}; nothing was committed")
     for path, data in contents.items():
@@ -154,7 +155,6 @@ def _content(manifest: Manifest) -> dict[str, Any]:
     return {key: value for key, value in document.items() if key not in ("time", "self")}
 
 
-@no_collections()
 def _join(parts: Sequence[Part], step: int, attempt: str) -> tuple[list[FileRecord], dict[str, PartTensor]]:
     """Put the parts together; chunks are renumbered to the joint list of files. A pack that was written belongs to one
     part, a pack of an earlier step that is referred to may be in many.
@@ -186,7 +186,7 @@ def _join(parts: Sequence[Part], step: int, attempt: str) -> tuple[list[FileReco
         for name, share in part.tensors.items():
             whole = tensors.get(name)
             if whole is None:
-                whole = PartTensor.model_construct(dtype=share.dtype, shape=share.shape, chunks=[], cells=[])
+                whole = PartTensor(share.dtype, share.shape, [], [])
                 tensors[name] = whole
             if (whole.dtype, whole.shape) != (share.dtype, share.shape):
                 raise IncompleteCheckpoint(
@@ -200,7 +200,6 @@ def _join(parts: Sequence[Part], step: int, attempt: str) -> tuple[list[FileReco
     return files, tensors
 
 
-@no_collections()
 def _digest(tensors: Mapping[str, PartTensor], aliases: Mapping[str, str]) -> str:
     whole = {}
     for name, record in tensors.items():

@@ -10,7 +10,6 @@ not against an adversary.
 
 from __future__ import annotations
 
-import base64
 import binascii
 import hashlib
 import itertools
@@ -111,7 +110,7 @@ def block_sum_of(parts: Sequence[memoryview]) -> int:
     return total.intdigest()
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Run:
     """Bytes of a stream, and the grid on which they are hashed for the digest while they pass.
 
@@ -157,6 +156,12 @@ def reblock(runs: Iterable[Run], sums: list[int]) -> Iterator[memoryview]:
     filled = 0
     for run in runs:
         view, length = run.view, len(run.view)
+        if filled + length < SUM_BLOCK_BYTES and length <= run.cell_bytes:  # one cell of a small tensor, in one block
+            if length:
+                run.cells.append(xxhash.xxh3_128_digest(view))
+                rest[filled : filled + length] = view
+                filled += length
+            continue
         at = hashed = 0
         while at < length:
             take = min(length - at, SUM_BLOCK_BYTES - filled)
@@ -192,7 +197,7 @@ def _hash_cells(run: Run, start: int, stop: int) -> int:
 
 def pack_sums(sums: Sequence[int]) -> str:
     """Base64 of the sums as little-endian 64-bit integers."""
-    return base64.b64encode(np.asarray(sums, dtype="<u8").tobytes()).decode()
+    return to_base64(np.asarray(sums, dtype="<u8").tobytes())
 
 
 def unpack_sums(text: str) -> Sums:
@@ -207,7 +212,7 @@ def unpack_sums(text: str) -> Sums:
 
 def to_base64(data: bytes) -> str:
     """Base64 as text."""
-    return base64.b64encode(data).decode()
+    return binascii.b2a_base64(data, newline=False).decode("ascii")
 
 
 def unbase64(text: str) -> bytes:
@@ -218,8 +223,8 @@ def unbase64(text: str) -> bytes:
 
     """
     try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
+        return binascii.a2b_base64(text, strict_mode=True)
+    except ValueError as error:  # also `binascii.Error`
         raise ValueError(f"not base64: {error}") from None
 
 

@@ -41,7 +41,8 @@ class HostExchange:
         self._maps: list[mmap.mmap] = []
 
     def make_room(self, most_bytes: int) -> None:
-        """Share memory for calls in which no worker sends more than ``most_bytes`` in all; all workers call this.
+        """Share memory for calls in which no worker sends, or reads into `scratch`, more than ``most_bytes`` in all.
+        All workers call this.
 
         Raises:
             OSError: no such room in memory.
@@ -84,6 +85,20 @@ class HostExchange:
             came.append(theirs[begin : begin + size])
         return came
 
+    def scratch(self, size_bytes: int) -> memoryview:
+        """Memory of this worker that the others see after the next `turn`; see `together.Shares`."""
+        if size_bytes > self._room:
+            raise InvalidPiece(f"{size_bytes} bytes to share, room for {self._room}: call make_room first")
+        half = self._room * (self._calls % 2)
+        return memoryview(self._maps[self._worker])[half : half + size_bytes]
+
+    def turn(self) -> list[memoryview]:
+        """Wait for all workers, and give what each of them has filled."""
+        half = self._room * (self._calls % 2)
+        self._calls += 1
+        self._barrier()
+        return [memoryview(there)[half : half + self._room] for there in self._maps]
+
     def close(self) -> None:
         """Let go of the memory; it is gone when what was given by the last call is."""
         self._maps = []
@@ -91,6 +106,6 @@ class HostExchange:
     def _map(self, pid: int, file: int, room: int) -> mmap.mmap:
         there = os.open(f"/proc/{pid}/fd/{file}", os.O_RDWR | os.O_CLOEXEC)
         try:
-            return mmap.mmap(there, 2 * room)
+            return mmap.mmap(there, 2 * room, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
         finally:
             os.close(there)

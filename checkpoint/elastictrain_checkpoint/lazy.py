@@ -2,8 +2,9 @@
 
 Between two updates a training state does not change. `LazySaver.save` therefore only remembers where the state lies and
 returns; a thread reads live memory and writes it. Just before the next update, `before_mutation` copies what that
-thread has not read yet (*copy-on-step*) and lets the update go on: it never waits for storage. A fast store, or a long
-step, needs no copy at all.
+thread has not read yet (*copy-on-step*) and lets the update go on. A fast store, or a long step, needs no copy at all.
+No more than a fraction of the state is ever copied (`max_copy`): what is beyond that the update waits for, while the
+thread goes on writing. So memory is bounded, and the price is time where storage is slow; `max_copy=1` turns it round.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ import numpy as np
 from elastictrain_checkpoint import hashing
 from elastictrain_checkpoint.errors import SaveTimeout, StateChanged
 from elastictrain_checkpoint.handle import DEADLINE_S, SaveHandle, SaveState
-from elastictrain_checkpoint.hashing import block_sum, pack_sums, root_sum, unpack_sums
+from elastictrain_checkpoint.hashing import block_sum
 from elastictrain_checkpoint.ledger import Ledger
-from elastictrain_checkpoint.pack import DEFAULT_PACK_BYTES, Piece
-from elastictrain_checkpoint.part import FileRecord, Part, check_names
+from elastictrain_checkpoint.pack import DEFAULT_PACK_BYTES, Piece, record_of
+from elastictrain_checkpoint.part import Part, check_names
 from elastictrain_checkpoint.paths import step_folder
 from elastictrain_checkpoint.pool import Pool
 from elastictrain_checkpoint.rope import Rope, as_rope
@@ -29,6 +30,9 @@ from elastictrain_checkpoint.store import Store
 from elastictrain_checkpoint.units import Bytes, CellHashes, Plan, PlannedPack, Unit, gather, make_part, plan_units
 
 WhenBusy = Literal["wait", "skip", "supersede"]
+MAX_COPY = 0.2
+"""With what else a save needs (threads, a block in hand), less than a quarter of a state of 100 MB."""
+MIN_COPY_BYTES = 8 << 20
 
 
 class _Superseded(Exception):
@@ -46,7 +50,7 @@ class _Job:
         self, handle: SaveHandle, pool: Pool, finish: Callable[[Part], Any] | None, intact: Callable[[], str]
     ) -> None:
         self.handle, self.pool, self.finish, self.intact = handle, pool, finish, intact
-        self.lock = threading.Lock()
+        self.lock = threading.Condition(threading.Lock())
         self.planned = threading.Event()
         self.plan: Plan | None = None
         self.ledger = Ledger([])
@@ -75,6 +79,7 @@ class _Job:
             gather(unit, self.bounce)
             if unit.live and not self.ledger.live:
                 self.check()  # nothing has announced a change, so until here there may have been none
+                self.lock.notify_all()
         return number, self.bounce.data[: unit.size]
 
     def check(self) -> None:
@@ -92,8 +97,8 @@ class _Job:
         if slot is not None:
             self.pool.give_back([slot])
 
-    def freeze(self, deadline_s: float) -> None:
-        """Copy what is still live."""
+    def freeze(self, deadline_s: float, max_copy: float) -> None:
+        """Copy what is still live: up to this fraction of the state. Wait until the writer has read what is beyond."""
         if not self.planned.wait(deadline_s):
             raise SaveTimeout(f"{self.handle._progress()}; it was not even planned after {deadline_s:g} s")
         with self.lock:
@@ -105,9 +110,18 @@ class _Job:
                 self.cancelled = True
                 self.handle._end(SaveState.FAILED, error=error)
                 return
-            for number, slot in self.ledger.freeze(self.pool.lend(self.ledger.live)):
+            assert self.plan is not None
+            most_bytes = copy_bytes(self.plan.state_bytes, max_copy)
+            for number, slot in self.ledger.freeze(self.pool.lend(self.ledger.live, most_bytes), partly=True):
                 gather(self.units[number], self.pool.slot(slot))
                 self.handle.copied_bytes += self.units[number].size
+            if not self.lock.wait_for(lambda: self.cancelled or not self.ledger.live, deadline_s):
+                self.cancelled = True
+                error = SaveTimeout(
+                    f"{self.handle._progress()}; the state was to change, and no more than {max_copy:g} of it may be "
+                    f"copied (max_copy): waited {deadline_s:g} s until the rest is written"
+                )
+                self.handle._end(SaveState.FAILED, error=error)
 
     def cancel(self) -> bool:
         """Give the save up, unless its commit has begun."""
@@ -115,6 +129,7 @@ class _Job:
             if self.finishing:
                 return False
             self.cancelled = True
+            self.lock.notify_all()
         self.handle._end(SaveState.SUPERSEDED)
         return True
 
@@ -124,7 +139,13 @@ class _Job:
             self.cancelled = True
             self.pool.give_back(self.ledger.slots)
             self.ledger, self.plan, self.units = Ledger([]), None, []
+            self.lock.notify_all()
         self.planned.set()
+
+
+def copy_bytes(state_bytes: int, max_copy: float) -> int:
+    """How large the pool may grow for a state: small states may be copied whole."""
+    return max(int(state_bytes * max_copy), MIN_COPY_BYTES) if max_copy else 0
 
 
 class LazySaver:
@@ -133,6 +154,8 @@ class LazySaver:
     Args:
         store: where.
         pool_bytes: memory for copies that is made at once; more is made when it is needed.
+        max_copy: how large a fraction of the state may be copied, from 0 to 1; up to `MIN_COPY_BYTES` always may (but
+            not at 0). The less, the longer an update waits that comes while storage has not got the rest yet.
         pack_bytes: as for `PackWriter`.
         deadline_s: no call waits longer.
 
@@ -146,10 +169,14 @@ class LazySaver:
         store: Store,
         *,
         pool_bytes: int = 0,
+        max_copy: float = MAX_COPY,
         pack_bytes: int = DEFAULT_PACK_BYTES,
         deadline_s: float = DEADLINE_S,
     ) -> None:
+        if not 0 <= max_copy <= 1:
+            raise ValueError(f"max_copy={max_copy} is not a fraction of the state, from 0 to 1")
         self.pool = Pool(pool_bytes)
+        self.max_copy = max_copy
         self._store, self._pack_bytes, self._deadline_s = store, pack_bytes, deadline_s
         self._jobs: list[_Job] = []
         self._failed: list[SaveHandle] = []
@@ -223,15 +250,16 @@ class LazySaver:
         """Whether a save runs."""
         return any(not job.handle.done for job in self._jobs)
 
-    def before_mutation(self) -> None:
-        """Call it right before the state changes: copies what the running save has not read yet, and never waits for
-        storage. What has gone wrong with a save is not raised here, where it would end a step of training, but by the
+    def before_mutation(self, *, max_copy: float | None = None) -> None:
+        """Call it right before the state changes: copies what the running save has not read yet, up to `max_copy` (this
+        saver's if not given), and waits while more than that is left. What has gone wrong with a save, also that it was
+        given up because storage took too long, is not raised here, where it would end a step of training, but by the
         next `save`, `wait`, `check` or `close`, and by the handle.
         """
         for job in self._jobs:
             begun = time.perf_counter()
             if not job.handle.done:
-                job.freeze(self._deadline_s)
+                job.freeze(self._deadline_s, self.max_copy if max_copy is None else max_copy)
                 job.handle.stall_s += time.perf_counter() - begun
             self._note(job.handle)
 
@@ -349,16 +377,7 @@ class LazySaver:
             path = f"{folder}/{writer}-{number:02d}.safetensors"
             sums: list[int] = []
             size = self._store.create(path, _stream(job, pack, hashes, sums))
-            packed = pack_sums(sums)
-            files.append(
-                FileRecord(
-                    path="/".join(path.split("/")[-2:]),
-                    size_bytes=size,
-                    data_start=pack.data_start,
-                    sums=packed,
-                    root=root_sum(unpack_sums(packed)),
-                )
-            )
+            files.append(record_of(path, size, pack.data_start, sums))
         return make_part(plan, files, hashes, step=step, attempt=attempt, writer=writer)
 
 

@@ -1,7 +1,8 @@
 """Which bytes of a running save are still read from live memory, and which lie safe in a copy. Pure: no threads.
 
 A save is cut into units of at most 1 MiB. While the state does not change, the writer takes units straight from live
-memory. Just before it changes (`freeze`), every unit that is not taken yet gets a slot of the pool, to be copied there.
+memory. Just before it changes (`freeze`), every unit that is not taken yet gets a slot of the pool, to be copied there;
+where the pool has not so many, the last ones do, and the change waits until the writer has taken the rest.
 DataStates-LLM overlaps a save with forward and backward in the same way, for devices; here it also holds for state that
 lives in host memory.
 
@@ -54,25 +55,28 @@ class Ledger:
         """Where the unit's bytes are."""
         return self._states[unit]
 
-    def freeze(self, slots: Sequence[int]) -> list[tuple[int, int]]:
+    def freeze(self, slots: Sequence[int], *, partly: bool = False) -> list[tuple[int, int]]:
         """The state is about to change: (unit, slot) of everything that must be copied first. From here on those units
         are read from their slots. A second call has nothing to copy.
 
         Args:
             slots: exactly `live` of them, in nobody's use.
+            partly: fewer will do. They are for those units that the writer comes to last; it goes on with the others
+                meanwhile, and the state may change when none of them is left: when `live` is 0.
 
         Raises:
             ValueError: more or fewer; nothing was changed.
 
         """
-        if len(slots) != self.live or len(set(slots) - set(self._slots.values())) != len(slots):
+        fit = len(slots) <= self.live if partly else len(slots) == self.live
+        if not fit or len(set(slots) - set(self._slots.values())) != len(slots):
             raise ValueError(f"{self.live} units to copy, lent were slots {sorted(slots)} beside {self.slots}")
         spoilt = [unit for unit, state in enumerate(self._states) if state is UnitState.LIVE]
-        moved = list(zip(spoilt, slots, strict=True))
+        moved = list(zip(spoilt[len(spoilt) - len(slots) :], slots, strict=True))
         for unit, slot in moved:
             self._slots[unit] = slot
             self._states[unit] = UnitState.COPIED
-        self._live = 0
+        self._live -= len(moved)
         return moved
 
     def take(self) -> tuple[int, int | None] | None:

@@ -13,7 +13,6 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 from elastictrain_checkpoint.boxes import Box, flat_range_to_boxes, strides
@@ -65,7 +64,7 @@ class Piece:
     data: Any = field(repr=False)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class BoxData:
     """A box of one tensor and its bytes, row-major: what a pack holds under one key.
 
@@ -75,6 +74,7 @@ class BoxData:
         rope: where its bytes lie.
         cells: takes up the hashes of the digest's cells when the box is written; None if the box is but a part of its
             piece, which ends inside of cells.
+        size_bytes: bytes of the box.
 
     """
 
@@ -84,11 +84,10 @@ class BoxData:
     box: Box
     rope: Rope = field(repr=False)
     cells: list[bytes] | None = field(default=None, repr=False)
+    size_bytes: int = field(init=False)
 
-    @cached_property
-    def size_bytes(self) -> int:
-        """Bytes of the box."""
-        return rope_bytes(self.rope)
+    def __post_init__(self) -> None:
+        self.size_bytes = rope_bytes(self.rope)
 
 
 def cut_piece(piece: Piece, runs: Sequence[tuple[int, int]] | None = None) -> list[BoxData]:
@@ -166,25 +165,19 @@ def pack_header(boxes: Sequence[BoxData]) -> bytes:
 
     A box has the name of its tensor; further ones of a tensor have their offsets after it.
     """
-    keys: dict[str, BoxData] = {}
-    for box in boxes:
-        key = box.name if box.name not in keys else f"{box.name}@{','.join(map(str, box.box[0]))}"
-        while key in keys:
-            key += "'"
-        keys[key] = box
-    sharding = {key: {"saved_offsets": box.box[0]} for key, box in keys.items()}
-    header: dict[str, Any] = {
-        "__metadata__": {
-            "format": "pt",
-            "DCP_VERSION": "1.0",
-            "DCP_SHARDING_INFO": json.dumps(sharding, separators=(",", ":")),
-        }
-    }
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "DCP_VERSION": "1.0"}}
+    sharding: dict[str, Any] = {}
     at = 0
-    for key, box in keys.items():
-        end = at + box.size_bytes
-        header[key] = {"dtype": box.dtype, "shape": box.box[1], "data_offsets": (at, end)}
-        at = end
+    for box in boxes:
+        key, (offsets, sizes) = box.name, box.box
+        if key in sharding:
+            key = f"{box.name}@{','.join(map(str, offsets))}"
+            while key in sharding:
+                key += "'"
+        sharding[key] = {"saved_offsets": offsets}
+        header[key] = {"dtype": box.dtype, "shape": sizes, "data_offsets": (at, at + box.size_bytes)}
+        at += box.size_bytes
+    header["__metadata__"]["DCP_SHARDING_INFO"] = json.dumps(sharding, separators=(",", ":"))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(len(text) + 8) % HEADER_ALIGN_BYTES)
     return struct.pack("<Q", len(text)) + text
@@ -208,11 +201,16 @@ def write_pack(store: Store, path: str, boxes: Sequence[BoxData]) -> FileRecord:
             runs += [Run(view, step, box.cells) for view in box.rope]
     blocks = Blocks(runs, len(header) + sum(box.size_bytes for box in boxes))
     size = store.create(path, blocks)
-    packed = pack_sums(blocks.sums)
+    return record_of(path, size, len(header), blocks.sums)
+
+
+def record_of(path: str, size_bytes: int, data_start: int, sums: Sequence[int]) -> FileRecord:
+    """The record of a pack that was written to ``path`` in the store, with the sums of its blocks."""
+    packed = pack_sums(sums)
     return FileRecord(
         path="/".join(path.split("/")[-2:]),
-        size_bytes=size,
-        data_start=len(header),
+        size_bytes=size_bytes,
+        data_start=data_start,
         sums=packed,
         root=root_sum(unpack_sums(packed)),
     )
@@ -274,10 +272,12 @@ class PackWriter:
         else:
             held = [(piece, b"".join(hashed)) for piece, hashed in zip(pieces, cells, strict=True)]
             files = self._write_changes(held, self._base, tensors)
-        for piece, hashed in zip(pieces, cells, strict=True):
-            if hashed:
-                tensors[piece.name].cells.append((piece.start // DIGEST_BLOCK_ELEMENTS, to_base64(b"".join(hashed))))
-        return Part(step=self._step, attempt=self._attempt, writer=self._writer, files=files, tensors=tensors)
+        with no_collections():
+            for piece, hashed in zip(pieces, cells, strict=True):
+                if hashed:
+                    first = piece.start // DIGEST_BLOCK_ELEMENTS
+                    tensors[piece.name].cells.append((first, to_base64(b"".join(hashed))))
+            return Part(step=self._step, attempt=self._attempt, writer=self._writer, files=files, tensors=tensors)
 
     def _write_changes(
         self, pieces: Sequence[tuple[Piece, bytes]], base: Base, tensors: Mapping[str, PartTensor]
@@ -331,11 +331,10 @@ def _plan(
         if hashed is None or hash_first:
             hashed = [block_hashes(piece.data, item_bytes(piece.dtype))]
         cells.append(hashed)
-    for piece in pieces:
         shape = list(piece.shape)
         record = tensors.get(piece.name)
         if record is None:
-            record = PartTensor.model_construct(dtype=piece.dtype, shape=shape, chunks=[], cells=[])
+            record = PartTensor(piece.dtype, shape, [], [])
             tensors[piece.name] = record
         if (record.dtype, record.shape) != (piece.dtype, shape):
             raise InvalidPiece(

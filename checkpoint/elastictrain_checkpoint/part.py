@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
@@ -52,14 +53,20 @@ class SidecarRecord(Strict):
     hash: str = Field(pattern="^[0-9a-f]{32}$")
 
 
-class TensorRecord(Strict):
-    """Type, full shape and the chunks of a tensor."""
+@dataclass(slots=True)
+class TensorRecord:
+    """Type, full shape and the chunks of a tensor. Checked like the rest where it is read from JSON; what this library
+    makes itself is not: a state may have very many tensors.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
     dtype: str
     shape: list[Count]
     chunks: list[Chunk]
 
 
+@dataclass(slots=True)
 class PartTensor(TensorRecord):
     """A tensor's share in a part; ``cells`` are (first cell of the digest grid, base64 of the cell hashes)."""
 

@@ -33,10 +33,13 @@ class Pool:
         """All memory of the pool."""
         return len(self._slots) * self.slot_bytes
 
-    def lend(self, count: int) -> list[int]:
-        """Numbers of `count` slots that nobody uses."""
+    def lend(self, count: int, most_bytes: int | None = None) -> list[int]:
+        """Numbers of `count` slots that nobody uses; fewer where the pool would grow beyond `most_bytes` for them."""
         with self._lock:
-            self._grow(count - len(self._free), touch=False)
+            more = count - len(self._free)
+            if most_bytes is not None:
+                more = min(more, most_bytes // self.slot_bytes - len(self._slots))
+            self._grow(more, touch=False)
             lent, self._free = self._free[:count], self._free[count:]
             return lent
 

@@ -13,11 +13,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from elastictrain_checkpoint import disk
+from elastictrain_checkpoint.threads import processors
 
 WRITE_BACK_BYTES = 8 << 20
 """The device is told to begin after so many bytes: it works while the next blocks are hashed and copied."""
 READ_WINDOW_BYTES = 2 << 20
 """What is read at once, so that it is still in the processor's cache when it is hashed."""
+READ_THREADS = 4
+"""So many threads, or as many as there are processors, read at once: more are held up by memory, not by work."""
 _MOST_BUFFERS = 1024  # IOV_MAX
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
@@ -26,6 +29,7 @@ class PosixBackend:
     """See `elastictrain_checkpoint.store.Store` for the contract."""
 
     read_window_bytes = READ_WINDOW_BYTES
+    read_threads = min(READ_THREADS, processors())
 
     def __init__(self, root: Path) -> None:
         self.root = root

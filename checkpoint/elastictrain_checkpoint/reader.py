@@ -4,8 +4,9 @@ out.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +21,13 @@ from elastictrain_checkpoint.hashing import block_sum_of
 from elastictrain_checkpoint.healing import Healed, good_block
 from elastictrain_checkpoint.manifest import Manifest
 from elastictrain_checkpoint.store import Store
+from elastictrain_checkpoint.threads import in_threads
 
 Bytes = NDArray[np.uint8]
 WINDOW_BYTES = 16 << 20
 CACHED_BLOCKS = 8
+PARALLEL_BYTES = 8 << 20
+"""Less than this is read by the calling thread alone."""
 SCATTERED_BYTES = 64 << 10
 """Ranges of less than this on average are read together and copied; larger ones are read where they belong."""
 
@@ -61,11 +65,17 @@ class Reader:
         store: where to read.
         manifest: what to read.
         others: further stores that may hold the same packs; asked, in this order, for blocks that are damaged.
+        threads: read and hash at the same time where `PARALLEL_BYTES` or more are asked for; the store's own number if
+            not given.
 
     """
 
-    def __init__(self, store: Store, manifest: Manifest, *, others: Sequence[Store] = ()) -> None:
+    def __init__(
+        self, store: Store, manifest: Manifest, *, others: Sequence[Store] = (), threads: int | None = None
+    ) -> None:
         self._store = store
+        self._threads = max(1, store.read_threads if threads is None else threads)
+        self._lock = threading.Lock()
         self.manifest = manifest
         self._number = {name: number for number, name in enumerate(manifest.table.names)}
         self._kept: OrderedDict[tuple[int, int], bytes] = OrderedDict()
@@ -114,8 +124,7 @@ class Reader:
 
         """
         outputs, copies = self._plan(requests)
-        for file, wanted in sorted(copies.items()):
-            self._read_file(file, sorted(wanted, key=_start))
+        self._read_files(copies)
         return outputs
 
     @no_collections()
@@ -142,8 +151,7 @@ class Reader:
         files: dict[int, list[_Copy]] = {}
         for file, start, out in spans:
             files.setdefault(file, []).append((start, out))
-        for file, copies in sorted(files.items()):
-            self._read_file(file, sorted(copies, key=_start))
+        self._read_files(files)
 
     def _output(self, request: Request) -> Bytes:
         dtype, shape = self.manifest.tensors[self.manifest.resolve(request.name)]
@@ -187,8 +195,23 @@ class Reader:
                 piece = out[(low - request.start) * item : (high - request.start) * item]
                 yield int(table.file[row]), (begin + (at * run + low - flat) * item, piece)
 
-    def _read_file(self, file: int, copies: Sequence[_Copy]) -> None:
-        """Fill the copies, which are sorted by their start."""
+    def _read_files(self, files: Mapping[int, Sequence[_Copy]]) -> None:
+        """Fill the copies, in the order of the files: a window of blocks at a time, several at once if there are many.
+
+        Reading and hashing let go of Python's lock, so while one thread waits for memory or storage others work.
+        """
+        windows = (
+            window
+            for file, copies in sorted(files.items())
+            for window in self._windows_of(file, sorted(copies, key=_start))
+        )
+        threads = 1
+        if sum(len(out) for copies in files.values() for _, out in copies) >= PARALLEL_BYTES:
+            threads = self._threads
+        in_threads(threads, windows, lambda window: self._read_window(*window))
+
+    def _windows_of(self, file: int, copies: Sequence[_Copy]) -> Iterator[tuple[int, int, int, list[_Copy]]]:
+        """(file, first block, one past the last, what of the copies lies there); the copies are sorted by start."""
         block, size = self.manifest.block_bytes, self.manifest.files[file].size_bytes
         most = max(1, min(WINDOW_BYTES, self._store.read_window_bytes) // block)
         coming = 0
@@ -205,12 +228,13 @@ class Reader:
                     inside.append((left, out[left - start : right - start]))
             open_ = [copy for copy in open_ if copy[0] + len(copy[1]) > end]
             inside.sort(key=_start)
-            self._read_window(file, low, high, inside)
+            yield file, low, high, inside
 
     def _read_window(self, file: int, low: int, high: int, copies: Sequence[_Copy]) -> None:
         """Fill the copies, all of which lie in blocks [low, high)."""
         block, size = self.manifest.block_bytes, self.manifest.files[file].size_bytes
-        kept = self._kept.get((file, low))
+        with self._lock:
+            kept = self._kept.get((file, low))
         if kept is not None:
             copies = _copy_out(kept, low * block, copies)
             low += 1
@@ -240,7 +264,8 @@ class Reader:
             number = (start + got) // self.manifest.block_bytes
         except FileNotFoundError:
             why = "the file is missing"
-        self.read_bytes += got
+        with self._lock:
+            self.read_bytes += got
         if got == want:
             return None
         if not self._others:
@@ -261,9 +286,10 @@ class Reader:
         self.healed.append(Healed(error.file, number, error.tensors, source.url, str(error)))
 
     def _keep(self, file: int, number: int, data: bytes) -> None:
-        self._kept[file, number] = data
-        while len(self._kept) > CACHED_BLOCKS:
-            self._kept.popitem(last=False)
+        with self._lock:
+            self._kept[file, number] = data
+            while len(self._kept) > CACHED_BLOCKS:
+                self._kept.popitem(last=False)
 
     def _corrupt(self, file: int, number: int | None, why: str) -> CorruptData:
         return corrupt(self.manifest, file, number, why)

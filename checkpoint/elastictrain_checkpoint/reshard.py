@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from operator import attrgetter
 
 import numpy as np
 
@@ -150,21 +151,26 @@ def _columns(manifest: Manifest, wants: Sequence[Sequence[Want]]) -> list[_Wants
     shapes = [manifest.tensors[name][1] for name in manifest.table.names]
     everything = [want for mine in wants for want in mine]
     try:
-        tensor = np.fromiter((number[want.name] for want in everything), dtype=np.int64, count=len(everything))
+        found = map(number.__getitem__, map(attrgetter("name"), everything))
+        tensor = np.fromiter(found, dtype=np.int64, count=len(everything))
     except KeyError as error:
         raise KeyError(f"step {manifest.step} has no tensor {error.args[0]!r}") from None
     counts = [len(mine) for mine in wants]
     worker = np.repeat(np.arange(len(wants)), counts)
     at = np.concatenate([np.zeros(0, dtype=np.int64), *(np.arange(count) for count in counts)])
-    ndims = np.fromiter(map(len, shapes), dtype=np.int64, count=len(shapes))[tensor]
+    ndims = np.fromiter(map(len, shapes), dtype=np.int64, count=len(shapes))
+    wanted = np.bincount(tensor, minlength=len(shapes)) > 0
     out = []
-    for ndim in np.unique(ndims).tolist():
-        rows = np.flatnonzero(ndims == ndim)
+    for ndim in np.unique(ndims[wanted]).tolist():
+        rows = np.flatnonzero((ndims == ndim)[tensor])
         these = everything if len(rows) == len(everything) else [everything[row] for row in rows.tolist()]
         offsets, sizes = _corners(these, ndim, shapes, tensor[rows])
         # Shapes once per tensor: there are as many wants as tensors times workers.
-        used, again = np.unique(tensor[rows], return_inverse=True)
-        shape = np.array([shapes[i] for i in used.tolist()], dtype=np.int64).reshape(len(used), ndim)[again]
+        used = np.flatnonzero(wanted & (ndims == ndim))
+        place = np.zeros(len(shapes), dtype=np.int64)
+        place[used] = np.arange(len(used))
+        shape = np.array([shapes[i] for i in used.tolist()], dtype=np.int64).reshape(len(used), ndim)
+        shape = shape[place[tensor[rows]]]
         wrong = ((offsets < 0) | (sizes < 0) | (sizes > shape - offsets)).any(axis=1)
         if wrong.any():
             want = these[int(np.argmax(wrong))]
@@ -180,15 +186,17 @@ def _columns(manifest: Manifest, wants: Sequence[Sequence[Want]]) -> list[_Wants
 
 def _corners(wants: Sequence[Want], ndim: int, shapes: Sequence[tuple[int, ...]], tensor: Ints) -> tuple[Ints, Ints]:
     """Offsets and sizes of boxes, shape [wants, ndim]."""
-    for place, want in enumerate(wants):
-        if len(want.offsets) != ndim or len(want.sizes) != ndim:
+    columns = []
+    for corner in (list(map(attrgetter("offsets"), wants)), list(map(attrgetter("sizes"), wants))):
+        if set(map(len, corner)) - {ndim}:
+            place = next(place for place, one in enumerate(corner) if len(one) != ndim)
+            want = wants[place]
             raise InvalidPiece(
                 f"{want.name}: box {want.offsets} {want.sizes} is not of shape {shapes[int(tensor[place])]}"
             )
-    count = len(wants) * ndim
-    offsets = np.fromiter(chain.from_iterable([want.offsets for want in wants]), dtype=np.int64, count=count)
-    sizes = np.fromiter(chain.from_iterable([want.sizes for want in wants]), dtype=np.int64, count=count)
-    return offsets.reshape(len(wants), ndim), sizes.reshape(len(wants), ndim)
+        values = np.fromiter(chain.from_iterable(corner), dtype=np.int64, count=len(wants) * ndim)
+        columns.append(values.reshape(len(wants), ndim))
+    return columns[0], columns[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,11 +216,7 @@ def _meet(manifest: Manifest, wants: _Wants, span_bytes: int) -> _Met:
     ndim = wants.sizes.shape[1]
     used = np.unique(wants.tensor)
     rows = _ranges(table.bounds[used], table.bounds[used + 1])[1]
-    boxes = [table.boxes[row] for row in rows.tolist()]
-    offsets, sizes = (
-        np.fromiter(chain.from_iterable([box[i] for box in boxes]), dtype=np.int64).reshape(len(rows), ndim)
-        for i in range(2)
-    )
+    offsets, sizes = table.boxes.corners(rows, ndim)
     # Where each tensor's chunks begin in these columns.
     count = table.bounds[used + 1] - table.bounds[used]
     begin = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(count)])
@@ -221,10 +225,7 @@ def _meet(manifest: Manifest, wants: _Wants, span_bytes: int) -> _Met:
     if ndim:
         low, high = _near(offsets[:, 0], sizes[:, 0], begin, wants, at)
     want, chunk = _ranges(low, high)
-    left = np.maximum(offsets[chunk], wants.offsets[want])
-    right = np.minimum(offsets[chunk] + sizes[chunk], wants.offsets[want] + wants.sizes[want])
-    meet = (left < right).all(axis=1)
-    want, chunk, left, right = want[meet], chunk[meet], left[meet], right[meet]
+    want, chunk, left, right = _overlaps(want, chunk, offsets, sizes, wants)
     if not ndim:
         zero = np.zeros(len(rows), dtype=np.int64)
         return _Met(rows, zero, zero + 1, chunk, wants.worker[want], wants.want[want])
@@ -232,14 +233,35 @@ def _meet(manifest: Manifest, wants: _Wants, span_bytes: int) -> _Met:
     row_bytes = sizes[:, 1:].prod(axis=1) * items[np.repeat(np.arange(len(used)), count)]
     step = np.maximum(1, span_bytes // np.maximum(1, row_bytes))
     spans = -(-sizes[:, 0] // step)
+    if (spans == 1).all():  # by far the most frequent, and very many numbers to divide
+        return _Met(rows, np.zeros_like(spans), sizes[:, 0], chunk, wants.worker[want], wants.want[want])
     of, number = _ranges(np.zeros_like(spans), spans)
     low_row = number * step[of]
     high_row = np.minimum(low_row + step[of], sizes[of, 0])
-    first = (left[:, 0] - offsets[chunk, 0]) // step[chunk]
-    last = -(-(right[:, 0] - offsets[chunk, 0]) // step[chunk])
+    first = (left - offsets[chunk, 0]) // step[chunk]
+    last = -(-(right - offsets[chunk, 0]) // step[chunk])
     pair, inside = _ranges(first, last)
     span = (np.cumsum(spans) - spans)[chunk[pair]] + inside
     return _Met(rows[of], low_row, high_row, span, wants.worker[want[pair]], wants.want[want[pair]])
+
+
+def _overlaps(want: Ints, chunk: Ints, offsets: Ints, sizes: Ints, wants: _Wants) -> tuple[Ints, Ints, Ints, Ints]:
+    """Those of these pairs that share an element, and where they do along the first axis.
+
+    Axis by axis, in columns: there may be millions of pairs.
+    """
+    first = last = np.zeros(0, dtype=np.int64)
+    meet = np.ones(len(want), dtype=np.bool_)
+    for axis in range(offsets.shape[1]):
+        begin, theirs = offsets[:, axis].copy(), wants.offsets[:, axis].copy()
+        left = np.maximum(begin[chunk], theirs[want])
+        right = np.minimum((begin + sizes[:, axis])[chunk], (theirs + wants.sizes[:, axis])[want])
+        meet &= left < right
+        if not axis:
+            first, last = left, right
+    if meet.all():  # also where there is no axis: scalars
+        return want, chunk, first, last
+    return want[meet], chunk[meet], first[meet], last[meet]
 
 
 def _near(start: Ints, size: Ints, begin: Ints, wants: _Wants, at: Ints) -> tuple[Ints, Ints]:
@@ -270,7 +292,5 @@ def _ranges(low: Ints, high: Ints) -> tuple[Ints, Ints]:
 def _places(manifest: Manifest, row: Ints, low: Ints, high: Ints) -> tuple[Ints, Ints, Ints]:
     """File, first byte and length of the rows [low, high) of each chunk."""
     table = manifest.table
-    sizes = [table.boxes[i][1] for i in row.tolist()]
-    rows_of = np.array([size[0] if size else 1 for size in sizes], dtype=np.int64)
-    width = table.size_bytes[row] // np.maximum(rows_of, 1)
+    width = table.size_bytes[row] // np.maximum(table.boxes.heights(row), 1)
     return table.file[row], table.start[row] + low * width, (high - low) * width

@@ -113,6 +113,11 @@ class Store:
         """
         return int(getattr(self._backend, "read_window_bytes", REMOTE_WINDOW_BYTES))
 
+    @property
+    def read_threads(self) -> int:
+        """How many threads best read at once; 1 where a backend does not say that it can serve several."""
+        return int(getattr(self._backend, "read_threads", 1))
+
     def read_parts(self, path: str, start: int, outs: Sequence[memoryview]) -> int:
         """As `read_into`, for one run of bytes that goes to several buffers, one after the other.
 

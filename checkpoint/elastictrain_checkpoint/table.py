@@ -74,6 +74,22 @@ class Boxes(Sequence[tuple[list[int], list[int]]]):
             return [self.columns.box_of(int(at)) for at in self.order[row]]
         return self.columns.box_of(int(self.order[row]))
 
+    def corners(self, rows: Ints, ndim: int) -> tuple[Ints, Ints]:
+        """Offsets and sizes of these rows, all of which have ``ndim`` dimensions. Shape [rows, ndim]."""
+        at, axes = self.order[rows], np.arange(ndim)
+        return (
+            self.columns.offsets[self.columns.offsets_bounds[at][:, None] + axes],
+            self.columns.sizes[self.columns.sizes_bounds[at][:, None] + axes],
+        )
+
+    def heights(self, rows: Ints) -> Ints:
+        """Size of the first dimension of each of these rows; 1 for a scalar."""
+        at = self.order[rows]
+        first, end = self.columns.sizes_bounds[at], self.columns.sizes_bounds[at + 1]
+        out = np.ones(len(at), dtype=np.int64)
+        out[first < end] = self.columns.sizes[first[first < end]]
+        return out
+
 
 @dataclass(frozen=True, eq=False)
 class ChunkTable:
@@ -101,7 +117,7 @@ class ChunkTable:
     flat_start: Ints
     flat_stop: Ints
     dense: np.ndarray[tuple[int], np.dtype[np.bool_]]
-    boxes: Sequence[tuple[list[int], list[int]]]
+    boxes: Boxes
 
     def __len__(self) -> int:
         return len(self.tensor)

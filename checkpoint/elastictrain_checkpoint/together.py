@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,23 @@ Exchange = Callable[[Sequence[Sequence[NDArray[Any]]], Sequence[int]], Sequence[
 gives what each worker has sent here, to be used before the next call; ``sizes[w]`` bytes are expected from ``w``. All
 workers call it equally often."""
 
+
+@runtime_checkable
+class Shares(Protocol):
+    """An exchange between workers that see each other's memory: what one has read the others take from where it lies,
+    and nothing is sent. See `elastictrain_checkpoint.host_exchange`.
+    """
+
+    def scratch(self, size_bytes: int) -> memoryview:
+        """This worker's memory for the coming turn. What it gave the last time others may still read."""
+
+    def turn(self) -> Sequence[memoryview]:
+        """All workers call it when they have filled their memory: gives everybody's, to be read until the next call."""
+
+
 ROUND_BYTES = 16 << 20
+SHARED_ROUND_BYTES = 4 << 20
+"""What all workers of a host read in a round stays in the processor's cache until the others have taken it."""
 _MESSAGE_BYTES = 1024
 _ELEMENTS: dict[int, np.dtype[Any]] = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8")}
 
@@ -69,7 +85,7 @@ def read_together(
     *,
     worker: int,
     exchange: Exchange,
-    round_bytes: int = ROUND_BYTES,
+    round_bytes: int | None = None,
 ) -> None:
     """Read this worker's spans, hand on what others want of them, and fill this worker's buffers.
 
@@ -81,8 +97,9 @@ def read_together(
         wants: what the plan was made for.
         outs: a writable C-contiguous buffer for each of this worker's wants, of exactly its bytes.
         worker: which of the workers this is.
-        exchange: see `Exchange`.
-        round_bytes: about what is read before it is exchanged.
+        exchange: see `Exchange`. One that `Shares` memory needs room for `most_shared_bytes` of the plan.
+        round_bytes: about what is read before it is exchanged; the same on every worker. `ROUND_BYTES` if not given, or
+            `SHARED_ROUND_BYTES` where memory is shared.
 
     Raises:
         CorruptData: somebody found damage; raised on every worker. Buffers may be partly filled.
@@ -91,20 +108,10 @@ def read_together(
     """
     job = _Job(reader, plan, wants, worker)
     targets = job.targets(outs)
-    error: CheckpointError | OSError | None = None
-    for spans in _rounds(plan, round_bytes):
-        sent: list[list[NDArray[Any]]] = [[] for _ in range(plan.workers)]
-        try:
-            job.read(spans[worker], targets, sent, damaged=error is not None)
-        except (CheckpointError, OSError) as found:
-            error = found
-            sent = [[] for _ in range(plan.workers)]
-            job.read(spans[worker], targets, sent, damaged=True)
-        sizes = [job.coming_bytes(mine) if owner != worker else 0 for owner, mine in enumerate(spans)]
-        came = exchange(sent, sizes)
-        for owner, mine in enumerate(spans):
-            if owner != worker:
-                job.place(mine, came[owner], targets)
+    if isinstance(exchange, Shares):
+        error = _in_shared_memory(job, plan, targets, exchange, round_bytes or SHARED_ROUND_BYTES)
+    else:
+        error = _by_sending(job, plan, targets, exchange, round_bytes or ROUND_BYTES)
     message = f"{error}".encode()[: _MESSAGE_BYTES - 1] if error else b""
     state = np.frombuffer((bytes([error is not None]) + message).ljust(_MESSAGE_BYTES), dtype=np.uint8)
     states = exchange([[state]] * plan.workers, [_MESSAGE_BYTES] * plan.workers)
@@ -114,6 +121,55 @@ def read_together(
         if found_there[0]:
             said = bytes(found_there[1:]).rstrip().decode(errors="replace")
             raise CorruptData(f"worker {owner} could not read its share: {said}")
+
+
+_Error = CheckpointError | OSError | None
+
+
+def _by_sending(job: _Job, plan: ReadPlan, targets: Sequence[_Target], exchange: Exchange, round_bytes: int) -> _Error:
+    """Round by round: read, hand on, place what comes. Gives what went wrong here; the others take part even so."""
+    error: _Error = None
+    for spans in _rounds(plan, round_bytes):
+        sent: list[list[NDArray[Any]]] = [[] for _ in range(plan.workers)]
+        mine = spans[job.worker]
+        scratch = job.room(mine)
+        try:
+            job.read(mine, scratch, targets, damaged=error is not None)
+        except (CheckpointError, OSError) as found:
+            error = found
+        job.hand_on(mine, scratch, targets, sent)
+        sizes = [job.coming_bytes(theirs) if owner != job.worker else 0 for owner, theirs in enumerate(spans)]
+        came = exchange(sent, sizes)
+        for owner, theirs in enumerate(spans):
+            if owner != job.worker:
+                job.place(theirs, came[owner], targets)
+    return error
+
+
+def _in_shared_memory(
+    job: _Job, plan: ReadPlan, targets: Sequence[_Target], exchange: Shares, round_bytes: int
+) -> _Error:
+    """As `_by_sending`, but everybody reads into memory that all see, and takes what it wants from there."""
+    error: _Error = None
+    for spans in _rounds(plan, round_bytes):
+        mine = spans[job.worker]
+        scratch = np.frombuffer(exchange.scratch(int(plan.size_bytes[mine.start : mine.stop].sum())), dtype=np.uint8)
+        try:
+            job.read(mine, scratch, targets, damaged=error is not None)
+        except (CheckpointError, OSError) as found:
+            error = found
+        job.hand_on(mine, scratch, targets, None)
+        for owner, theirs in enumerate(exchange.turn()):
+            if owner != job.worker:
+                job.take(spans[owner], theirs, targets)
+    return error
+
+
+def most_shared_bytes(plan: ReadPlan, round_bytes: int = SHARED_ROUND_BYTES) -> int:
+    """No worker needs more memory than this in one turn of an exchange that `Shares` memory."""
+    ends = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(plan.size_bytes)])
+    read = [int(ends[spans.stop] - ends[spans.start]) for mine in _rounds(plan, round_bytes) for spans in mine]
+    return max([plan.workers * _MESSAGE_BYTES, *read])
 
 
 def most_sent_bytes(plan: ReadPlan, round_bytes: int = ROUND_BYTES) -> int:
@@ -157,13 +213,13 @@ class _Job:
         self._reader = reader
         self._plan = plan
         self._wants = wants
-        self._worker = worker
+        self.worker = worker
         self._table = reader.manifest.table
         self._scratch = np.empty(0, dtype=np.uint8)
 
     def targets(self, outs: Sequence[Any]) -> list[_Target]:
         """The buffers of this worker's wants."""
-        mine = self._wants[self._worker]
+        mine = self._wants[self.worker]
         if len(outs) != len(mine):
             raise InvalidPiece(f"{len(outs)} buffers for {len(mine)} wants")
         made = []
@@ -180,41 +236,69 @@ class _Job:
             made.append(_Target(flat, np.frombuffer(flat, dtype=_ELEMENTS[item]).reshape(want.sizes)))
         return made
 
-    def read(
-        self, spans: range, targets: Sequence[_Target], sent: list[list[NDArray[Any]]], *, damaged: bool = False
-    ) -> None:
-        """Read spans, fill the targets that are here, and add what others want to ``sent``.
-
-        If ``damaged``, nothing is read: what is sent has its size and no meaning.
-        """
-        plan = self._plan
-        todo, reads = [], []
-        need = int(plan.size_bytes[spans.start : spans.stop].sum())
+    def room(self, spans: range) -> NDArray[np.uint8]:
+        """Memory of this worker's own for spans; used again by the next ones."""
+        need = int(self._plan.size_bytes[spans.start : spans.stop].sum())
         if len(self._scratch) < need:
             self._scratch = np.empty(need, dtype=np.uint8)
-        at = 0
-        for span in spans:
+        return self._scratch
+
+    def read(self, spans: range, scratch: NDArray[np.uint8], targets: Sequence[_Target], *, damaged: bool) -> None:
+        """Read this worker's spans to where they belong, or else into ``scratch``, each at its place among them.
+
+        If ``damaged``, nothing is read: what lies there has its size and no meaning.
+        """
+        plan, reads, at = self._plan, [], 0
+        for span in () if damaged else spans:
             size = int(plan.size_bytes[span])
             straight = self._straight(span, targets)
-            if straight is None:
-                here = self._scratch[at : at + size]
-                at += size
-                todo.append((span, here))
-            reads.append((int(plan.file[span]), int(plan.start[span]), here.data if straight is None else straight))
-        if not damaged:
-            self._reader.read_spans(reads)
-        for span, here in todo:
+            into = scratch[at : at + size].data if straight is None else straight
+            reads.append((int(plan.file[span]), int(plan.start[span]), into))
+            at += size
+        self._reader.read_spans(reads)
+
+    def hand_on(
+        self,
+        spans: range,
+        scratch: NDArray[np.uint8],
+        targets: Sequence[_Target],
+        sent: list[list[NDArray[Any]]] | None,
+    ) -> None:
+        """Fill the targets that are here from this worker's spans; add what others want to ``sent``, if it is given."""
+        plan, at = self._plan, 0
+        for span in spans:
+            size = int(plan.size_bytes[span])
+            here, at = scratch[at : at + size], at + size
+            if self._straight(span, targets) is not None:
+                continue
             box = self._span_box(span)
             source = here.view(_ELEMENTS[self._item(self._name(span))]).reshape(box[1])
             for number in range(int(plan.bounds[span]), int(plan.bounds[span + 1])):
+                worker = int(plan.worker[number])
+                if worker != self.worker and sent is None:
+                    continue
                 want, slab = self._slab(number, box)
                 part = source[_within(slab, box[0])]
-                worker = int(plan.worker[number])
-                if worker == self._worker:
-                    target = targets[int(plan.want[number])]
-                    target.box[_within(slab, want.offsets)] = part
-                else:
+                if worker == self.worker:
+                    targets[int(plan.want[number])].box[_within(slab, want.offsets)] = part
+                elif sent is not None:
                     sent[worker].append(part)
+
+    def take(self, spans: range, theirs: memoryview, targets: Sequence[_Target]) -> None:
+        """Fill the targets that are here from another worker's spans, which lie in its memory one after the other."""
+        plan = self._plan
+        if not spans:
+            return
+        starts = np.cumsum(plan.size_bytes[spans.start : spans.stop]) - plan.size_bytes[spans.start : spans.stop]
+        first, last = int(plan.bounds[spans.start]), int(plan.bounds[spans.stop])
+        for number in (np.flatnonzero(plan.worker[first:last] == self.worker) + first).tolist():
+            span = int(plan.span[number])
+            box = self._span_box(span)
+            want, slab = self._slab(number, box)
+            at = int(starts[span - spans.start])
+            here = np.frombuffer(theirs[at : at + int(plan.size_bytes[span])], dtype=np.uint8)
+            source = here.view(_ELEMENTS[self._item(self._name(span))]).reshape(box[1])
+            targets[int(plan.want[number])].box[_within(slab, want.offsets)] = source[_within(slab, box[0])]
 
     def coming_bytes(self, spans: range) -> int:
         """Bytes that the owner of these spans sends here."""
@@ -235,7 +319,7 @@ class _Job:
             return []
         first, last = int(plan.bounds[spans.start]), int(plan.bounds[spans.stop])
         out = []
-        for number in (np.flatnonzero(plan.worker[first:last] == self._worker) + first).tolist():
+        for number in (np.flatnonzero(plan.worker[first:last] == self.worker) + first).tolist():
             span = int(plan.span[number])
             want, slab = self._slab(number, self._span_box(span))
             out.append((want, slab, self._item(self._name(span)), int(plan.want[number])))
@@ -245,7 +329,7 @@ class _Job:
         """Where the whole span can be read to without a copy, if only this worker wants it and it lies in one run."""
         plan = self._plan
         number = int(plan.bounds[span])
-        if int(plan.bounds[span + 1]) != number + 1 or int(plan.worker[number]) != self._worker:
+        if int(plan.bounds[span + 1]) != number + 1 or int(plan.worker[number]) != self.worker:
             return None
         box = self._span_box(span)
         want, slab = self._slab(number, box)

@@ -224,9 +224,9 @@ def make_part(
     """The vote for a plan whose packs are written: the same as `PackWriter` gives for these pieces."""
     tensors: dict[str, PartTensor] = {}
     for number, piece in enumerate(plan.pieces):
-        record = tensors.setdefault(
-            piece.name, PartTensor(dtype=piece.dtype, shape=list(piece.shape), chunks=[], cells=[])
-        )
+        record = tensors.get(piece.name)
+        if record is None:
+            record = tensors[piece.name] = PartTensor(piece.dtype, list(piece.shape), [], [])
         found = hashes.of_piece(number)
         if found is not None:
             record.cells.append(found)

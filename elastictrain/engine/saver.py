@@ -131,7 +131,7 @@ class Saver:
         return Writing(self, handle, attempt, dict(owned.numbers))
 
     def before_apply(self) -> None:
-        """The state is about to change: copy what is not written yet. Never waits for storage."""
+        """The state is about to change: copy what is not written yet, up to a fifth of all; wait for what is beyond."""
         self._lazy.before_mutation()
 
     def give_up(self) -> list[int]:

@@ -38,9 +38,10 @@ def state_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     return {"model": model.state_dict(), "optim": optimizer.state_dict()}
 
 
-def test_steps_that_follow_at_once_are_not_in_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bounce_bytes", [None, 1 << 20])
+def test_steps_that_follow_at_once_are_not_in_it(tmp_path: Path, bounce_bytes: int | None) -> None:
     model, optimizer = trained()
-    saver = checkpoint.AsyncSaver(tmp_path)
+    saver = checkpoint.AsyncSaver(tmp_path, bounce_bytes=bounce_bytes)
     saver.attach(optimizer)
     for step in range(3):  # the pinned memory is used again
         expected = {name: value.cpu().clone() for name, value in model.state_dict().items()}
@@ -81,9 +82,10 @@ def test_a_device_and_a_host_resume_each_other(tmp_path: Path) -> None:
         assert torch.equal(value, other.state_dict()[name])
 
 
-def test_a_step_that_nobody_announced_fails_the_save(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bounce_bytes", [None, 1 << 20])
+def test_a_step_that_nobody_announced_fails_the_save(tmp_path: Path, bounce_bytes: int | None) -> None:
     model, optimizer = trained()
-    saver = checkpoint.AsyncSaver(tmp_path)
+    saver = checkpoint.AsyncSaver(tmp_path, bounce_bytes=bounce_bytes)
     busy = torch.ones(8192, 8192, device="cuda")
     for _ in range(200):  # the copy waits for what the device has to do first
         busy = busy @ busy

@@ -1,14 +1,22 @@
-"""From a device to the host: pinned memory that is made once, a stream of its own, and an event that says when.
+"""From a device to the host, on a stream of its own, beside what the device computes. There are two ways.
 
-The device copies while it computes. The host waits for nothing; what changes the state waits on the device itself, and
-only for the copy.
+`Staging` pins as much memory as the state has. The host waits for nothing: what changes the state waits on the device
+itself, and only for the copy. `Bounced` pins a few pages and brings the state through them into ordinary memory, in a
+thread; what changes the state waits on the host until all is through. The first stalls less, the second pins less.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
+
+from elastictrain_checkpoint.bounce import Chunk, chunks, pass_through
+from elastictrain_checkpoint.errors import SaveTimeout
+
+PAGE_BYTES = 16 << 20
 
 
 class Staging:
@@ -59,3 +67,141 @@ class Staging:
         """The event of the last `begin`: `synchronize` it before the copies are read."""
         assert self._copied is not None, "nothing was begun"
         return self._copied
+
+
+class Engine(Protocol):
+    """What copies from a device to pinned pages."""
+
+    def make_page(self, size_bytes: int) -> torch.Tensor:
+        """Memory that it can copy to by itself."""
+
+    def follow(self) -> None:
+        """What is begun from here on comes after all that was enqueued for the device until now."""
+
+    def begin(self, source: torch.Tensor, page: torch.Tensor) -> Any:
+        """Begin to copy bytes to the start of a page; gives what `wait` needs."""
+
+    def wait(self, token: Any) -> None:
+        """Return when that copy is done."""
+
+
+class CudaEngine:
+    """See `Engine`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def make_page(self, size_bytes: int) -> torch.Tensor:
+        return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def follow(self) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+
+    def begin(self, source: torch.Tensor, page: torch.Tensor) -> torch.cuda.Event:
+        with torch.cuda.stream(self._stream), torch.no_grad():
+            page[: source.numel()].copy_(source, non_blocking=True)
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(self._stream)
+        return done
+
+    def wait(self, token: torch.cuda.Event) -> None:
+        token.synchronize()
+
+
+class _Passing:
+    """A thread that brings tensors through the pages."""
+
+    def __init__(
+        self, engine: Engine, pages: Sequence[torch.Tensor], sources: list[torch.Tensor], outs: list[torch.Tensor]
+    ) -> None:
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(
+            target=self._run, args=(engine, pages, sources, outs), name="elastictrain-bounce", daemon=True
+        )
+        self._thread.start()
+
+    def _run(
+        self, engine: Engine, pages: Sequence[torch.Tensor], sources: list[torch.Tensor], outs: list[torch.Tensor]
+    ) -> None:
+        def begin(chunk: Chunk, page: torch.Tensor) -> Any:
+            return engine.begin(sources[chunk.source][chunk.start : chunk.stop], page)
+
+        def take_out(chunk: Chunk, page: torch.Tensor) -> None:
+            outs[chunk.source][chunk.start : chunk.stop].copy_(page[: chunk.stop - chunk.start])
+
+        try:
+            pass_through(pages, chunks([s.numel() for s in sources], pages[0].numel()), begin, engine.wait, take_out)
+        except BaseException as error:  # it is raised where somebody waits for the copies
+            self._error = error
+
+    def wait(self, deadline_s: float) -> None:
+        self._thread.join(deadline_s)
+        if self._thread.is_alive():
+            raise SaveTimeout(f"the state has not come from its device after {deadline_s:g} s")
+
+    def synchronize(self, deadline_s: float | None = None) -> None:
+        """Wait, and raise what went wrong."""
+        self._thread.join(deadline_s)
+        if self._error is not None:
+            raise self._error
+
+
+class Bounced:
+    """Copies of device tensors in ordinary memory, which is used again by every save, by way of a few pinned pages.
+
+    Args:
+        engine: copies from the device.
+        bounce_bytes: pinned in all, in two pages at least.
+        deadline_s: no call waits longer.
+
+    Raises:
+        ValueError: no room for two pages.
+
+    """
+
+    def __init__(self, engine: Engine, bounce_bytes: int, *, deadline_s: float) -> None:
+        if bounce_bytes < 2:
+            raise ValueError(f"bounce_bytes={bounce_bytes}: two pages are needed at least; pass 64 MiB, say")
+        size = min(PAGE_BYTES, bounce_bytes // 2)
+        self._engine, self._deadline_s = engine, deadline_s
+        self._pages = [engine.make_page(size) for _ in range(bounce_bytes // size)]
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._passing: _Passing | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Pinned pages, and the memory of the copies."""
+        return sum(one.nbytes for one in (*self._pages, *self._buffers.values()))
+
+    def begin(self, tensors: Mapping[str, torch.Tensor], *, fresh: bool) -> dict[str, torch.Tensor]:
+        """As `Staging.begin`. What an earlier call has begun is waited for: it needs the pages."""
+        self.order()
+        if fresh:
+            self._buffers = {}
+        sources, outs = [], []
+        for name, tensor in tensors.items():
+            buffer = self._buffers.get(name)
+            if buffer is None or buffer.dtype != tensor.dtype or buffer.shape != tensor.shape:
+                buffer = self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            if tensor.numel():
+                sources.append(tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8))
+                outs.append(buffer.reshape(-1).view(torch.uint8))
+        self._engine.follow()
+        self._passing = _Passing(self._engine, self._pages, sources, outs)
+        return {name: self._buffers[name] for name in tensors}
+
+    def order(self) -> None:
+        """Wait until what was begun is on the host; what went wrong is raised by `copied`.
+
+        Raises:
+            SaveTimeout: it takes too long.
+
+        """
+        if self._passing is not None:
+            self._passing.wait(self._deadline_s)
+
+    def copied(self) -> _Passing:
+        """What was begun last: `synchronize` it before the copies are read."""
+        assert self._passing is not None, "nothing was begun"
+        return self._passing

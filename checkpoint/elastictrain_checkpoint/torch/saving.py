@@ -23,13 +23,13 @@ from elastictrain_checkpoint.commit import commit, list_steps
 from elastictrain_checkpoint.dtypes import item_bytes, num_elements
 from elastictrain_checkpoint.errors import CheckpointError, InvalidPiece, StateChanged
 from elastictrain_checkpoint.handle import DEADLINE_S, SaveHandle, SaveState
-from elastictrain_checkpoint.lazy import LazySaver, WhenBusy
+from elastictrain_checkpoint.lazy import MAX_COPY, LazySaver, WhenBusy
 from elastictrain_checkpoint.manifest import Manifest
 from elastictrain_checkpoint.pack import Piece
 from elastictrain_checkpoint.part import Part
 from elastictrain_checkpoint.store import Store
 from elastictrain_checkpoint.torch import meeting
-from elastictrain_checkpoint.torch.device import Staging
+from elastictrain_checkpoint.torch.device import Bounced, CudaEngine, Staging
 from elastictrain_checkpoint.torch.outcome import TorchHandle
 from elastictrain_checkpoint.torch.sharded import Spread, agree, exchange, plan_shares, sharded_dim
 from elastictrain_checkpoint.torch.tree import Flat, as_buffer, describe, flatten, stored_facts
@@ -69,6 +69,10 @@ class AsyncSaver:
         group: every rank of it saves its share, and rank 0 commits. "world": the default group, if there is one. None:
             this process saves by itself.
         pool_bytes: memory for copies that is made at once; more is made when it is needed.
+        max_copy: how large a fraction of the state a save may copy when a change comes before all is written; beyond it
+            the change waits (see `LazySaver`). 1: never wait, and have memory for a second state.
+        bounce_bytes: pinned memory for state on devices, as `Bounced` has it: changes wait until all is on the host. If
+            not given, as much is pinned as the state has, and changes wait on the device only.
         deadline_s: no call waits longer, nor does rank 0 for the shares of others.
 
     """
@@ -79,16 +83,19 @@ class AsyncSaver:
         *,
         group: Group = "world",
         pool_bytes: int = 0,
+        max_copy: float = MAX_COPY,
+        bounce_bytes: int | None = None,
         deadline_s: float = DEADLINE_S,
     ) -> None:
         self.store = path if isinstance(path, Store) else Store(path)
         if group == "world":
             group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
         self._group = group if group is not None and dist.get_world_size(group) > 1 else None
-        self._lazy = LazySaver(self.store, pool_bytes=pool_bytes, deadline_s=deadline_s)
+        self._lazy = LazySaver(self.store, pool_bytes=pool_bytes, max_copy=max_copy, deadline_s=deadline_s)
         self._deadline_s = deadline_s
         self._last_step = -1
-        self._staging: Staging | None = None
+        self._staging: Staging | Bounced | None = None
+        self._bounce_bytes = bounce_bytes
         self._staged: _Taken | None = None
         self._hooks: weakref.WeakKeyDictionary[torch.optim.Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
         _savers.add(self)
@@ -164,7 +171,7 @@ class AsyncSaver:
             when_busy=when_busy,
         )
         if not lazy:
-            self._lazy.before_mutation()
+            self._lazy.before_mutation(max_copy=1.0)
         return TorchHandle(handle, self)
 
     def before_mutation(self) -> None:
@@ -243,12 +250,17 @@ class AsyncSaver:
             taken.kept.append(whole)
             taken.buffers[name] = as_buffer(whole)
         if on_device:
-            self._staging = self._staging or Staging(next(iter(on_device.values())).device)
+            self._staging = self._staging or self._new_staging(next(iter(on_device.values())).device)
             for name, buffer in self._staging.begin(on_device, fresh=fresh).items():
                 taken.buffers[name] = as_buffer(buffer)
             taken.own |= set(on_device)
             taken.staged, self._staged = True, taken
         return taken
+
+    def _new_staging(self, device: torch.device) -> Staging | Bounced:
+        if self._bounce_bytes is None:
+            return Staging(device)
+        return Bounced(CudaEngine(device), self._bounce_bytes, deadline_s=self._deadline_s)
 
     def _ready(self, taken: _Taken, step: int) -> Callable[[], None] | None:
         if not taken.staged or self._staging is None:

@@ -38,6 +38,26 @@ class Saving(RuleBasedStateMachine):
         event(f"copied: {bool(self.slots)}")
         self.memory = ["changed" if live else "saved" for live in self.live]
 
+    @rule(slots=st.integers(0, 6))
+    def announce(self, slots: int) -> None:
+        """What `before_mutation` does where the pool has too few slots: the last units are copied, and the update comes
+        when the writer has taken the others.
+        """
+        lent = self.lend(min(slots, self.ledger.live))
+        before = [unit for unit in range(len(self.memory)) if self.ledger.state(unit) is UnitState.LIVE]
+        moved = self.ledger.freeze(lent, partly=True)
+        assert [unit for unit, _ in moved] == before[len(before) - len(lent) :]
+        assert self.ledger.live == len(before) - len(lent)
+        for unit, slot in moved:
+            assert slot not in self.slots, "a slot that is in use was lent again"
+            self.slots[slot] = self.memory[unit]
+        event(f"announced, left to be written: {self.ledger.live > 0}")
+
+    @precondition(lambda self: not self.ledger.live)
+    @rule()
+    def change_when_nothing_is_left(self) -> None:
+        self.memory = ["changed" if live else "saved" for live in self.live]
+
     @rule()
     def take(self) -> None:
         taken = self.ledger.take()
@@ -68,7 +88,7 @@ class Saving(RuleBasedStateMachine):
             return
         before = [self.ledger.state(unit) for unit in range(len(self.memory))]
         with pytest.raises(ValueError, match=r"^\d+ units to copy, lent were slots \["):
-            self.ledger.freeze([100 + n for n in range(count)])
+            self.ledger.freeze([100 + n for n in range(count)], partly=more > 0)
         assert [self.ledger.state(unit) for unit in range(len(self.memory))] == before
 
     @invariant()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,11 +23,19 @@ from elastictrain_checkpoint import (
     reader,
 )
 from elastictrain_checkpoint import commit as commit_function
+from elastictrain_checkpoint.host_exchange import HostExchange
 from elastictrain_checkpoint.manifest import parse_manifest
 from elastictrain_checkpoint.pack import BoxData, write_pack
 from elastictrain_checkpoint.reshard import ReadPlan, Want, plan_reads
-from elastictrain_checkpoint.together import Exchange, most_sent_bytes, read_boxes, read_together
+from elastictrain_checkpoint.together import (
+    Exchange,
+    most_sent_bytes,
+    most_shared_bytes,
+    read_boxes,
+    read_together,
+)
 from tests.unit.checkpoint.build import State, flip, make_state, memory_store, save, sign
+from tests.unit.checkpoint.workers import Workers
 
 BLOCK = 4096
 SPAN = 3000
@@ -133,12 +140,11 @@ def test_every_wanted_element_is_delivered_once_and_every_span_read_once(
     assert plan.owned_bytes().sum() == plan.read_bytes
 
 
-class Threads:
-    """Workers as threads, and an exchange between them."""
+class Threads(Workers):
+    """Workers as threads, and an exchange between them that sends."""
 
     def __init__(self, workers: int) -> None:
-        self.workers = workers
-        self.barrier = threading.Barrier(workers, timeout=30)
+        super().__init__(workers)
         self.sent: list[list[bytes]] = [[] for _ in range(workers)]
         self.largest = 0
 
@@ -154,38 +160,27 @@ class Threads:
 
         return call
 
-    def run(self, work: Callable[[int], Any]) -> list[Any]:
-        found: list[Any] = [None] * self.workers
 
-        def one(worker: int) -> None:
-            try:
-                found[worker] = work(worker)
-            except BaseException as error:
-                found[worker] = error
-                if not isinstance(error, CorruptData):
-                    self.barrier.abort()
-
-        threads = [threading.Thread(target=one, args=(worker,)) for worker in range(self.workers)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return found
-
-
-def load_together(store: Store, manifest: Manifest, wants: list[list[Want]], **more: Any) -> tuple[list[Any], int, int]:
+def load_together(
+    store: Store, manifest: Manifest, wants: list[list[Want]], *, shared: bool = False, **more: Any
+) -> tuple[list[Any], int, int]:
+    """What each worker got, how many bytes all have read, and how many were planned."""
     plan = plan_reads(manifest, wants, span_bytes=SPAN)
     threads = Threads(len(wants))
     readers = [Reader(store, manifest) for _ in wants]
 
     def work(worker: int) -> list[bytes]:
         outs = [bytearray(size(manifest, want)) for want in wants[worker]]
-        exchange = threads.exchange(worker)
+        exchange: Any = threads.exchange(worker)
+        if shared:
+            exchange = HostExchange(worker, len(wants), threads.gather(worker), threads.barrier.wait)
+            exchange.make_room(most_shared_bytes(plan, **more))
         read_together(readers[worker], plan, wants, outs, worker=worker, exchange=exchange, **more)
         return [bytes(out) for out in outs]
 
     found = threads.run(work)
     assert threads.largest <= most_sent_bytes(plan, **more)
+    assert shared == (threads.largest == 0)
     return found, sum(reader.read_bytes for reader in readers), plan.read_bytes
 
 
@@ -194,14 +189,14 @@ def size(manifest: Manifest, want: Want) -> int:
 
 
 @settings(deadline=None, max_examples=60)
-@given(jobs(), st.sampled_from([1, 5_000, 1 << 30]))
+@given(jobs(), st.sampled_from([1, 5_000, 1 << 30]), st.booleans())
 def test_reading_together_gives_everybody_what_is_wanted(
-    job: tuple[State, list[float], list[list[Want]]], round_bytes: int
+    job: tuple[State, list[float], list[list[Want]]], round_bytes: int, shared: bool
 ) -> None:
     state, cuts, wants = job
     store = memory_store()
     manifest = save(store, state, cuts, pack_bytes=20_000)
-    found, read_bytes, planned = load_together(store, manifest, wants, round_bytes=round_bytes)
+    found, read_bytes, planned = load_together(store, manifest, wants, round_bytes=round_bytes, shared=shared)
     assert found == [[expected(state, want) for want in mine] for mine in wants]
     # Whole blocks are read: at most one more at each end of a run of spans, and runs end where something is unwanted.
     assert read_bytes <= manifest.size_bytes + len(wants) * 2 * BLOCK or round_bytes < planned
@@ -211,23 +206,24 @@ def test_reading_together_gives_everybody_what_is_wanted(
         assert [bytes(out) for out in outs] == [expected(state, want) for want in mine]
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(("rows", "columns"), [(4, 1), (1, 4)])
-def test_a_turned_layout_reads_every_stored_byte_once(rows: int, columns: int) -> None:
+def test_a_turned_layout_reads_every_stored_byte_once(rows: int, columns: int, shared: bool) -> None:
     """Shard(0) or Shard(1) of everything, saved by others: what N readers read together is what is stored."""
     state = make_state({f"t{i}": ("F32", (64, 96)) for i in range(20)})
     store = memory_store()
     manifest = save(store, state, (0.25, 0.5, 0.75))
     high, wide = 64 // rows, 96 // columns
     wants = [[Want(name, (high * (w % rows), wide * (w % columns)), (high, wide)) for name in state] for w in range(4)]
-    found, read_bytes, planned = load_together(store, manifest, wants)
+    found, read_bytes, planned = load_together(store, manifest, wants, shared=shared)
     assert found == [[expected(state, want) for want in mine] for mine in wants]
     assert planned == sum(len(raw) for _, _, raw in state.values())
     assert read_bytes <= manifest.size_bytes + 3 * BLOCK
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(0, 10**9), st.integers(1, 4))
-def test_damage_is_known_to_every_worker_and_nobody_waits(at: int, workers: int) -> None:
+@given(st.integers(0, 10**9), st.integers(1, 4), st.booleans())
+def test_damage_is_known_to_every_worker_and_nobody_waits(at: int, workers: int, shared: bool) -> None:
     state = make_state({"a": ("F32", (64, 96)), "b": ("U8", (5000,))})
     store = memory_store()
     manifest = save(store, state, ())
@@ -235,7 +231,7 @@ def test_damage_is_known_to_every_worker_and_nobody_waits(at: int, workers: int)
     at = begin + at % (manifest.files[0].size_bytes - begin)
     flip(store, manifest.paths[0], at)
     wants = [[Want("a", (0, 0), (64, 96)), Want("b", (0,), (5000,))]] * workers
-    found, _, _ = load_together(store, manifest, wants)
+    found, _, _ = load_together(store, manifest, wants, shared=shared)
     assert all(isinstance(error, CorruptData) for error in found), found
     block = f"block {at // BLOCK} "
     assert all(block in str(error) for error in found)

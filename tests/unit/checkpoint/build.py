@@ -6,11 +6,13 @@ import itertools
 import json
 import math
 import uuid
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import xxhash
+from fsspec.implementations.memory import MemoryFileSystem
 
 from elastictrain_checkpoint import (
     DIGEST_BLOCK_ELEMENTS,
@@ -38,8 +40,21 @@ SPECS: dict[str, tuple[str, tuple[int, ...]]] = {
 }
 
 
+MOST_STORES = 64
+_made: deque[str] = deque()
+
+
 def memory_store() -> Store:
-    return Store(f"memory://{uuid.uuid4().hex}")
+    """A store of its own. All of a process share one file system, and every look into it goes through all that is in
+    it: where very many are made, the oldest are emptied.
+    """
+    _made.append(uuid.uuid4().hex)
+    if len(_made) > MOST_STORES:
+        root = f"/{_made.popleft()}"
+        for path in [path for path in MemoryFileSystem.store if path.startswith(f"{root}/")]:
+            del MemoryFileSystem.store[path]
+        MemoryFileSystem.pseudo_dirs[:] = [path for path in MemoryFileSystem.pseudo_dirs if not path.startswith(root)]
+    return Store(f"memory://{_made[-1]}")
 
 
 def make_state(specs: Mapping[str, tuple[str, tuple[int, ...]]] = SPECS, seed: int = 0) -> State:

@@ -6,6 +6,7 @@ import datetime
 import json
 import math
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -177,7 +178,7 @@ def test_chunks_that_do_not_tile_are_refused_even_if_the_digest_is_whole() -> No
     [part] = votes(store, [piece(0, 10_000)])
     record = part.tensors["t"]
     [(file, start, _, _)] = record.chunks
-    lie = record.model_copy(update={"chunks": [(file, start, [0], [9_999])]})
+    lie = replace(record, chunks=[(file, start, [0], [9_999])])
     with pytest.raises(IncompleteCheckpoint, match=r"t: elements \[9999, 10000\) are in no chunk"):
         commit(store, step=1, attempt="a", generation=1, parts=[part.model_copy(update={"tensors": {"t": lie}})])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,41 +11,16 @@ import pytest
 
 from elastictrain_checkpoint import InvalidPiece
 from elastictrain_checkpoint.host_exchange import HostExchange
+from elastictrain_checkpoint.together import Shares
+from tests.unit.checkpoint.workers import Workers
 
 
-class Host:
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
-        self.meeting = threading.Barrier(workers, timeout=30)
-        self.values: list[Any] = [None] * workers
+class Host(Workers):
+    def run_with_exchange(self, work: Callable[[int, HostExchange], Any]) -> list[Any]:
+        def one(worker: int) -> Any:
+            return work(worker, HostExchange(worker, self.workers, self.gather(worker), self.barrier.wait))
 
-    def gather(self, worker: int) -> Callable[[Any], list[Any]]:
-        def call(value: Any) -> list[Any]:
-            self.values[worker] = value
-            self.meeting.wait()
-            found = list(self.values)
-            self.meeting.wait()
-            return found
-
-        return call
-
-    def run(self, work: Callable[[int, HostExchange], Any]) -> list[Any]:
-        found: list[Any] = [None] * self.workers
-
-        def one(worker: int) -> None:
-            exchange = HostExchange(worker, self.workers, self.gather(worker), self.meeting.wait)
-            try:
-                found[worker] = work(worker, exchange)
-            except Exception as error:
-                found[worker] = error
-                self.meeting.abort()
-
-        threads = [threading.Thread(target=one, args=(worker,)) for worker in range(self.workers)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return found
+        return self.run(one)
 
 
 def test_everybody_gets_what_each_has_sent_in_every_call() -> None:
@@ -61,7 +35,7 @@ def test_everybody_gets_what_each_has_sent_in_every_call() -> None:
         exchange.close()
         return got
 
-    found = Host(3).run(work)
+    found = Host(3).run_with_exchange(work)
     for worker, calls in enumerate(found):
         for call, came in enumerate(calls):
             for other, data in enumerate(came):
@@ -78,13 +52,13 @@ def test_what_does_not_fit_is_refused() -> None:
         exchange([[np.zeros(room, dtype=np.uint8)]], [room])
         exchange([[np.zeros(room + 1, dtype=np.uint8)]], [room + 1])
 
-    [error] = Host(1).run(work)
+    [error] = Host(1).run_with_exchange(work)
     assert isinstance(error, InvalidPiece)
     assert str(error) == "4097 bytes to exchange, room for 4096: call make_room first"
 
 
 def test_workers_that_ask_for_different_room_are_refused() -> None:
-    found = Host(2).run(lambda worker, exchange: exchange.make_room(10_000 * worker))
+    found = Host(2).run_with_exchange(lambda worker, exchange: exchange.make_room(10_000 * worker))
     assert any(str(error) == "workers share [4096, 12288] bytes, expected one size" for error in found)
 
 
@@ -98,5 +72,24 @@ def test_no_file_is_left_open(times: int) -> None:
             exchange([[], []], [0, 0])
         exchange.close()
 
-    assert Host(2).run(work) == [None, None]
+    assert Host(2).run_with_exchange(work) == [None, None]
     assert len([*Path("/proc/self/fd").iterdir()]) <= before
+
+
+def test_what_one_has_filled_the_others_see_until_the_next_turn() -> None:
+    def work(worker: int, exchange: HostExchange) -> list[list[bytes]]:
+        assert isinstance(exchange, Shares)
+        exchange.make_room(100)
+        seen = []
+        for turn in range(5):
+            mine = exchange.scratch(2 + worker)
+            mine[:] = bytes([turn, worker, 7, 7][: 2 + worker])
+            theirs = exchange.turn()
+            exchange.scratch(50)[:] = bytes(50)  # of the coming turn: what was given stays as it is
+            seen.append([bytes(data[: 2 + other]) for other, data in enumerate(theirs)])
+        with pytest.raises(InvalidPiece, match=r"^5000 bytes to share, room for 4096: call make_room first$"):
+            exchange.scratch(5000)
+        return seen
+
+    expected = [[bytes([turn, worker, 7, 7][: 2 + worker]) for worker in range(3)] for turn in range(5)]
+    assert Host(3).run_with_exchange(work) == [expected] * 3

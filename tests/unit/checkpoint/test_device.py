@@ -1,0 +1,132 @@
+"""Copies through pages, with an engine on the host that works as late as it may."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from elastictrain_checkpoint.errors import SaveTimeout
+from elastictrain_checkpoint.torch import device
+from elastictrain_checkpoint.torch.device import Bounced
+
+
+class LateEngine:
+    """A copy is done when it is waited for, and not before the gate is open."""
+
+    def __init__(self) -> None:
+        self.gate, self.fails, self.follows, self.pages = threading.Event(), 0, 0, 0
+        self.gate.set()
+
+    def make_page(self, size_bytes: int) -> Any:
+        self.pages += 1
+        return torch.zeros(size_bytes, dtype=torch.uint8)
+
+    def follow(self) -> None:
+        self.follows += 1
+
+    def begin(self, source: Any, page: Any) -> Any:
+        return source, page
+
+    def wait(self, token: Any) -> None:
+        assert self.gate.wait(30)
+        if self.fails:
+            self.fails -= 1
+            if not self.fails:
+                raise RuntimeError("the device is gone")
+        source, page = token
+        page[: source.numel()].copy_(source)
+
+
+def state() -> dict[str, Any]:
+    torch.manual_seed(0)
+    return {
+        "rows": torch.randn(50, 7),
+        "turned": torch.randn(6, 9).t(),
+        "half": torch.randn(100).bfloat16(),
+        "flag": torch.tensor(True),
+        "empty": torch.zeros(0, 3),
+        "conjugate": torch.randn(5, dtype=torch.complex64).conj(),
+    }
+
+
+@pytest.mark.parametrize("bounce_bytes", [2, 64, 1000, 1 << 20])
+def test_every_tensor_comes_through_whole(bounce_bytes: int) -> None:
+    engine = LateEngine()
+    bounced = Bounced(engine, bounce_bytes, deadline_s=30)
+    memory: dict[str, int] = {}
+    for turn in range(3):
+        tensors = {name: value + turn if value.is_floating_point() else value for name, value in state().items()}
+        found = bounced.begin(tensors, fresh=False)
+        bounced.copied().synchronize()
+        for name, value in tensors.items():
+            assert found[name].dtype == value.dtype
+            assert torch.equal(found[name], value), name
+        places = {name: value.data_ptr() for name, value in found.items()}
+        assert places == (memory or places), "the memory is used again"
+        memory = places
+    assert engine.follows == 3
+    assert engine.pages >= 2
+    held = sum(value.nbytes for value in state().values())
+    assert held < bounced.size_bytes <= held + bounce_bytes
+
+
+def test_pages_are_of_a_fixed_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "PAGE_BYTES", 100)
+    engine = LateEngine()
+    assert Bounced(engine, 1050, deadline_s=30).size_bytes == 1000
+    assert engine.pages == 10
+    with pytest.raises(ValueError, match=r"^bounce_bytes=1: two pages are needed at least"):
+        Bounced(engine, 1, deadline_s=30)
+
+
+def test_a_change_waits_until_all_is_through() -> None:
+    engine = LateEngine()
+    bounced = Bounced(engine, 64, deadline_s=30)
+    engine.gate.clear()
+    tensors = state()
+    expected = tensors["rows"].clone()
+    found = bounced.begin(tensors, fresh=False)
+    opened = threading.Timer(0.05, engine.gate.set)
+    opened.start()
+    bounced.order()
+    assert engine.gate.is_set()
+    tensors["rows"].zero_()
+    bounced.copied().synchronize()
+    assert torch.equal(found["rows"], expected)
+    opened.join()
+
+
+def test_memory_that_is_still_read_is_not_used_again() -> None:
+    bounced = Bounced(LateEngine(), 64, deadline_s=30)
+    first = bounced.begin(state(), fresh=False)
+    second = bounced.begin({name: value.clone().zero_() for name, value in state().items()}, fresh=True)
+    bounced.copied().synchronize()
+    assert torch.equal(first["rows"], state()["rows"])
+    assert not second["rows"].any()
+
+
+def test_an_error_is_raised_by_who_waits_for_the_copies() -> None:
+    engine = LateEngine()
+    bounced = Bounced(engine, 64, deadline_s=30)
+    engine.fails = 5
+    bounced.begin(state(), fresh=False)
+    bounced.order()
+    with pytest.raises(RuntimeError, match=r"^the device is gone$"):
+        bounced.copied().synchronize()
+    found = bounced.begin(state(), fresh=False)
+    bounced.copied().synchronize()
+    assert torch.equal(found["rows"], state()["rows"]), "the pages can be used again"
+
+
+def test_a_change_does_not_wait_for_ever() -> None:
+    engine = LateEngine()
+    bounced = Bounced(engine, 64, deadline_s=0.01)
+    engine.gate.clear()
+    bounced.begin(state(), fresh=False)
+    with pytest.raises(SaveTimeout, match=r"^the state has not come from its device after 0\.01 s$"):
+        bounced.order()
+    engine.gate.set()
+    bounced.copied().synchronize()
