@@ -112,7 +112,8 @@ class Best(Settings):
         if value in ("loss", "grad_norm") or value.removeprefix("evaluation.") not in ("", value):
             return value
         raise ValueError(
-            f"checkpoint.keep.best.metric={value!r}: expected loss, grad_norm, or evaluation.NAME for what the recipe's evaluate() gives"
+            f"checkpoint.keep.best.metric={value!r}: expected loss, grad_norm, or evaluation.NAME for what the recipe's"
+            " evaluate() gives"
         )
 
 
@@ -154,6 +155,12 @@ class Checkpoint(Settings):
         Annotated[PositiveInt, Tag("<number>")] | Annotated[Keep, Tag("<mapping>")], Discriminator(_number_or_mapping)
     ] = 3
     """How many stay, or which (`Keep`)."""
+    incremental: bool = False
+    """Refer to what is unchanged since the last checkpoint (frozen layers, rows of an embedding) instead of writing it
+    again. Off, since a pack that is damaged then damages every checkpoint that refers to it.
+    """
+    full_every: PositiveInt = 10
+    """With `incremental`: every so many checkpoints one is written in full."""
     at_end: bool = True
     storage_options: dict[str, Any] = Field(default_factory=dict)
 

@@ -117,6 +117,17 @@ class Base:
         return cls(manifest.step, referred, manifest.tensors, manifest.table, cells)
 
 
+def check_base(base: Base | Manifest, step: int) -> None:
+    """Whether it can be the base of a save of ``step``.
+
+    Raises:
+        InvalidPiece: it is not an earlier step.
+
+    """
+    if base.step >= step:
+        raise InvalidPiece(f"base is step {base.step}, expected one before step {step}")
+
+
 @dataclass(frozen=True)
 class Held:
     """What a writer holds of one tensor: a run that starts on the digest grid, and the hashes of its cells."""

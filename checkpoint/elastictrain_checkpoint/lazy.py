@@ -16,136 +16,27 @@ from typing import Any, Literal
 
 import numpy as np
 
-from elastictrain_checkpoint import hashing
-from elastictrain_checkpoint.errors import SaveTimeout, StateChanged
+from elastictrain_checkpoint.changes import Changes, plan_changes
 from elastictrain_checkpoint.handle import DEADLINE_S, SaveHandle, SaveState
 from elastictrain_checkpoint.hashing import block_sum
-from elastictrain_checkpoint.ledger import Ledger
+from elastictrain_checkpoint.incremental import Base, check_base
 from elastictrain_checkpoint.pack import DEFAULT_PACK_BYTES, Piece, record_of
 from elastictrain_checkpoint.part import Part, check_names
 from elastictrain_checkpoint.paths import step_folder
 from elastictrain_checkpoint.pool import Pool
 from elastictrain_checkpoint.rope import Rope, as_rope
+from elastictrain_checkpoint.running import MAX_COPY as MAX_COPY
+from elastictrain_checkpoint.running import MIN_COPY_BYTES as MIN_COPY_BYTES
+from elastictrain_checkpoint.running import Job, Superseded
+from elastictrain_checkpoint.running import copy_bytes as copy_bytes
 from elastictrain_checkpoint.store import Store
-from elastictrain_checkpoint.units import Bytes, CellHashes, Plan, PlannedPack, Unit, gather, make_part, plan_units
+from elastictrain_checkpoint.units import Bytes, CellHashes, PlannedPack, make_part, plan_units
 
 WhenBusy = Literal["wait", "skip", "supersede"]
-MAX_COPY = 0.2
-"""With what else a save needs (threads, a block in hand), less than a quarter of a state of 100 MB."""
-MIN_COPY_BYTES = 8 << 20
-
-
-class _Superseded(Exception):
-    pass
 
 
 def _always_intact() -> str:
     return ""
-
-
-class _Job:
-    """One save that runs. The lock stands between the writer taking a unit and the state being let go to change."""
-
-    def __init__(
-        self, handle: SaveHandle, pool: Pool, finish: Callable[[Part], Any] | None, intact: Callable[[], str]
-    ) -> None:
-        self.handle, self.pool, self.finish, self.intact = handle, pool, finish, intact
-        self.lock = threading.Condition(threading.Lock())
-        self.planned = threading.Event()
-        self.plan: Plan | None = None
-        self.ledger = Ledger([])
-        self.units: list[Unit] = []
-        self.cancelled = self.finishing = False
-        self.bounce: Bytes = np.empty(hashing.SUM_BLOCK_BYTES, dtype=np.uint8)
-
-    def start(self, plan: Plan) -> None:
-        with self.lock:
-            self.plan, self.units = plan, plan.units
-            self.ledger = Ledger([unit.live for unit in self.units])
-            self.handle.total_bytes = sum(pack.size_bytes for pack in plan.packs)
-        self.planned.set()
-
-    def take(self) -> tuple[int, memoryview]:
-        """The next unit's bytes, in memory that does not change with the state."""
-        with self.lock:
-            if self.cancelled:
-                raise _Superseded
-            taken = self.ledger.take()
-            assert taken is not None, "as many units are taken as were planned"
-            number, slot = taken
-            unit = self.units[number]
-            if slot is not None:
-                return number, self.pool.slot(slot).data[: unit.size]
-            gather(unit, self.bounce)
-            if unit.live and not self.ledger.live:
-                self.check()  # nothing has announced a change, so until here there may have been none
-                self.lock.notify_all()
-        return number, self.bounce.data[: unit.size]
-
-    def check(self) -> None:
-        changed = self.intact()
-        if changed:
-            raise StateChanged(
-                f"step {self.handle.step} was not saved: {changed} has changed while it was read. Call before_mutation "
-                "(or attach the optimizer) before every change, or save a copy"
-            )
-
-    def wrote(self, number: int) -> None:
-        with self.lock:
-            slot = self.ledger.wrote(number)
-            self.handle.written_bytes += self.units[number].size
-        if slot is not None:
-            self.pool.give_back([slot])
-
-    def freeze(self, deadline_s: float, max_copy: float) -> None:
-        """Copy what is still live: up to this fraction of the state. Wait until the writer has read what is beyond."""
-        if not self.planned.wait(deadline_s):
-            raise SaveTimeout(f"{self.handle._progress()}; it was not even planned after {deadline_s:g} s")
-        with self.lock:
-            if self.cancelled or not self.ledger.live:
-                return
-            try:
-                self.check()
-            except StateChanged as error:
-                self.cancelled = True
-                self.handle._end(SaveState.FAILED, error=error)
-                return
-            assert self.plan is not None
-            most_bytes = copy_bytes(self.plan.state_bytes, max_copy)
-            for number, slot in self.ledger.freeze(self.pool.lend(self.ledger.live, most_bytes), partly=True):
-                gather(self.units[number], self.pool.slot(slot))
-                self.handle.copied_bytes += self.units[number].size
-            if not self.lock.wait_for(lambda: self.cancelled or not self.ledger.live, deadline_s):
-                self.cancelled = True
-                error = SaveTimeout(
-                    f"{self.handle._progress()}; the state was to change, and no more than {max_copy:g} of it may be "
-                    f"copied (max_copy): waited {deadline_s:g} s until the rest is written"
-                )
-                self.handle._end(SaveState.FAILED, error=error)
-
-    def cancel(self) -> bool:
-        """Give the save up, unless its commit has begun."""
-        with self.lock:
-            if self.finishing:
-                return False
-            self.cancelled = True
-            self.lock.notify_all()
-        self.handle._end(SaveState.SUPERSEDED)
-        return True
-
-    def close(self) -> None:
-        """The thread is at its end: let go of the state and of the pool."""
-        with self.lock:
-            self.cancelled = True
-            self.pool.give_back(self.ledger.slots)
-            self.ledger, self.plan, self.units = Ledger([]), None, []
-            self.lock.notify_all()
-        self.planned.set()
-
-
-def copy_bytes(state_bytes: int, max_copy: float) -> int:
-    """How large the pool may grow for a state: small states may be copied whole."""
-    return max(int(state_bytes * max_copy), MIN_COPY_BYTES) if max_copy else 0
 
 
 class LazySaver:
@@ -178,7 +69,7 @@ class LazySaver:
         self.pool = Pool(pool_bytes)
         self.max_copy = max_copy
         self._store, self._pack_bytes, self._deadline_s = store, pack_bytes, deadline_s
-        self._jobs: list[_Job] = []
+        self._jobs: list[Job] = []
         self._failed: list[SaveHandle] = []
         self._arena: dict[tuple[str, int], list[Bytes]] = {}
 
@@ -196,6 +87,7 @@ class LazySaver:
         ready: Callable[[], None] | None = None,
         dropped: Callable[[BaseException | None], None] | None = None,
         when_busy: WhenBusy = "wait",
+        base: Callable[[], Base | None] | None = None,
     ) -> SaveHandle:
         """Begin a save; the buffers of the pieces may change only after a call of `before_mutation`.
 
@@ -213,6 +105,9 @@ class LazySaver:
             dropped: called in the background when the save has failed (with the error) or was superseded (None).
             when_busy: while an earlier save runs: wait for it, skip this one, or give the earlier one up (if its commit
                 has not begun, when it can be given up no more).
+            base: gives an earlier step, so that only what has changed since is written, as for `PackWriter`; called in
+                the background. All is written if it gives None, or if the state is about to change before it has
+                answered: no change waits for it.
 
         Raises:
             SaveFailed: an earlier save has failed and nobody has asked for its result. This one was not begun.
@@ -235,11 +130,11 @@ class LazySaver:
         copied, own = set(eager), set(stable)
         frozen = self._copied(pieces, copied)
         own_pieces = {number for number, piece in enumerate(pieces) if piece.name in copied | own}
-        job = _Job(handle, self.pool, finish, intact or _always_intact)
+        job = Job(handle, self.pool, finish, intact or _always_intact)
         self._jobs.append(job)
         threading.Thread(
             target=self._run,
-            args=(job, frozen, own_pieces, ready, dropped, (step, attempt, writer)),
+            args=(job, frozen, own_pieces, ready, dropped, base, (step, attempt, writer)),
             name="elastictrain-save",
             daemon=True,
         ).start()
@@ -337,11 +232,12 @@ class LazySaver:
 
     def _run(
         self,
-        job: _Job,
+        job: Job,
         pieces: list[Piece],
         own: set[int],
         ready: Callable[[], None] | None,
         dropped: Callable[[BaseException | None], None] | None,
+        base: Callable[[], Base | None] | None,
         names: tuple[int, str, str],
     ) -> None:
         told = dropped or (lambda _: None)
@@ -349,16 +245,23 @@ class LazySaver:
             job.start(plan_units(pieces, self._pack_bytes, own))
             if ready is not None:
                 ready()
-            part = self._write(job, *names)
+            earlier, changes = None if base is None else base(), None
+            if earlier is not None and job.plan_anew():
+                check_base(earlier, names[0])
+                changes = plan_changes(pieces, earlier, self._pack_bytes, own)
+                if len(own) < len(pieces):
+                    job.check()  # whoever announces a change waits until all is planned: there may have been none
+                job.start(changes.plan)
+            part = self._write(job, *names, changes)
             with job.lock:
                 if job.cancelled:
-                    raise _Superseded
+                    raise Superseded
                 job.finishing = True
             if job.finish is None:
                 job.handle._end(SaveState.WRITTEN, part)
             else:
                 job.handle._end(SaveState.COMMITTED, job.finish(part))
-        except _Superseded:
+        except Superseded:
             told(None)
             job.handle._end(SaveState.SUPERSEDED)
         except BaseException as error:  # whatever it is, it must reach the thread that trains
@@ -367,10 +270,10 @@ class LazySaver:
         finally:
             job.close()
 
-    def _write(self, job: _Job, step: int, attempt: str, writer: str) -> Part:
+    def _write(self, job: Job, step: int, attempt: str, writer: str, changes: Changes | None = None) -> Part:
         assert job.plan is not None
         plan = job.plan
-        hashes = CellHashes(plan.pieces)
+        hashes = CellHashes(plan.pieces) if changes is None else None
         folder = f"{step_folder(step)}/{attempt}"
         files = []
         for number, pack in enumerate(plan.packs):
@@ -378,14 +281,18 @@ class LazySaver:
             sums: list[int] = []
             size = self._store.create(path, _stream(job, pack, hashes, sums))
             files.append(record_of(path, size, pack.data_start, sums))
+        if changes is not None:
+            return changes.part(files, step=step, attempt=attempt, writer=writer)
+        assert hashes is not None
         return make_part(plan, files, hashes, step=step, attempt=attempt, writer=writer)
 
 
-def _stream(job: _Job, pack: PlannedPack, hashes: CellHashes, sums: list[int]) -> Iterator[memoryview]:
-    """The bytes of a pack, each unit summed and hashed from the bytes that are written."""
+def _stream(job: Job, pack: PlannedPack, hashes: CellHashes | None, sums: list[int]) -> Iterator[memoryview]:
+    """The bytes of a pack, each unit summed, and hashed unless it was before, from the bytes that are written."""
     for unit in pack.units:
         number, data = job.take()
         sums.append(block_sum(data))
-        hashes.add(unit, data)
+        if hashes is not None:
+            hashes.add(unit, data)
         yield data
         job.wrote(number)

@@ -29,7 +29,7 @@ from elastictrain_checkpoint.hashing import (
     to_base64,
     unpack_sums,
 )
-from elastictrain_checkpoint.incremental import Base, Held, split
+from elastictrain_checkpoint.incremental import Base, Held, check_base, split
 from elastictrain_checkpoint.manifest import Manifest
 from elastictrain_checkpoint.part import FileRecord, Part, PartTensor, check_names, check_tensor_names
 from elastictrain_checkpoint.paths import step_folder
@@ -246,8 +246,8 @@ class PackWriter:
         base: Base | Manifest | None = None,
     ) -> None:
         check_names(attempt=attempt, writer=writer)
-        if base is not None and base.step >= step:
-            raise InvalidPiece(f"base is step {base.step}, expected one before step {step}")
+        if base is not None:
+            check_base(base, step)
         self._base = Base.read(store, base) if isinstance(base, Manifest) else base
         self._store = store
         self._step = step

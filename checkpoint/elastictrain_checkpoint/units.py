@@ -84,27 +84,40 @@ def plan_units(pieces: Sequence[Piece], pack_bytes: int, stable: Container[int] 
         InvalidPiece: a piece that the format cannot hold, or pieces of one tensor that disagree.
 
     """
-    place: dict[int, tuple[int, int]] = {}
-    boxes: list[BoxData] = []
     facts: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for number, piece in enumerate(pieces):
+    for piece in pieces:
         seen = facts.setdefault(piece.name, (piece.dtype, tuple(piece.shape)))
         if seen != (piece.dtype, tuple(piece.shape)):
             raise InvalidPiece(
                 f"{piece.name}: pieces disagree, {seen[0]} {list(seen[1])} and {piece.dtype} {list(piece.shape)}"
             )
-        item = item_bytes(piece.dtype)
-        for box in cut_piece(piece):
-            step = strides(piece.shape)
-            place[id(box)] = number, sum(o * s for o, s in zip(box.box[0], step, strict=True)) * item
-            boxes.append(box)
+    boxes = [(number, box) for number, piece in enumerate(pieces) for box in cut_piece(piece)]
+    return plan_boxes(pieces, [boxes], pack_bytes, stable)
+
+
+def plan_boxes(
+    pieces: Sequence[Piece],
+    groups: Sequence[Sequence[tuple[int, BoxData]]],
+    pack_bytes: int,
+    stable: Container[int] = (),
+    *,
+    several: bool = False,
+) -> Plan:
+    """The same for boxes of the pieces, each with the number of its piece. No pack holds boxes of two groups.
+    `several`: as for `plan_packs`.
+    """
+    place: dict[int, tuple[int, int]] = {}
+    for number, box in (one for group in groups for one in group):
+        step, item = strides(pieces[number].shape), item_bytes(pieces[number].dtype)
+        place[id(box)] = number, sum(o * s for o, s in zip(box.box[0], step, strict=True)) * item
     packs: list[PlannedPack] = []
     first = 0
-    for planned in plan_packs(boxes, pack_bytes):
-        pack = _plan_pack(planned, place, first, stable)
-        first += len(pack.units)
-        packs.append(pack)
-    return Plan(list(pieces), packs, sum(rope_bytes(box.rope) for box in boxes))
+    for group in groups:
+        for planned in plan_packs([box for _, box in group], pack_bytes, several=several):
+            pack = _plan_pack(planned, place, first, stable)
+            first += len(pack.units)
+            packs.append(pack)
+    return Plan(list(pieces), packs, sum(rope_bytes(box.rope) for group in groups for _, box in group))
 
 
 def _plan_pack(

@@ -144,7 +144,8 @@ class CheckpointGivenUp:
     """`worker`, which publishes in `generation`, says at its seal: the checkpoint of `step`, begun in generation
     `begun_in`, does not exist, because that generation has ended. `travelled`: all shares of it were durable, only the
     manifest was missing. `instead`: the step that is stored in its place (the one that was sealed); None: the job went
-    back to an earlier step and stores `step` again when it gets there.
+    back to an earlier step and stores `step` again when it gets there. `why`: another reason than that a generation has
+    ended (then `begun_in` is `generation`): packs that this checkpoint refers to are gone.
     """
 
     now_s: float
@@ -154,6 +155,7 @@ class CheckpointGivenUp:
     begun_in: int
     travelled: bool
     instead: int | None
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)

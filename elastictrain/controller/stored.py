@@ -43,10 +43,15 @@ def on_given_up(core: Core, event: ev.CheckpointGivenUp, out: list[Command]) -> 
     ledger = core.ledger
     if event.generation != ledger.generation or ledger.sealed != ledger.generation:
         return False
-    incident = ledger.incident or ledger.settling
+    incident = None if event.why else ledger.incident or ledger.settling
     how = "its shares were durable, its manifest was not there" if event.travelled else "not all of it was written"
     ended = f"generation {event.begun_in} ended" if incident is None else incident.cause
-    data = {"step": event.step, "begun_in": event.begun_in, "why": f"{ended}; {how}", "stored_instead": event.instead}
+    data = {
+        "step": event.step,
+        "begun_in": event.begun_in,
+        "why": event.why or f"{ended}; {how}",
+        "stored_instead": event.instead,
+    }
     if ledger.given_up == data:
         return False
     ledger.given_up = data

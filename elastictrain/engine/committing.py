@@ -45,8 +45,8 @@ class Committer:
         """Whether a commit is under way."""
         return not self._idle.is_set()
 
-    def begin(self, step: int, work: Callable[[Store], None]) -> None:
-        """Do `work` in the background; no other may be under way."""
+    def begin(self, step: int, work: Callable[[Store], bool]) -> None:
+        """Do `work` in the background; no other may be under way. It says whether `step` is committed."""
         assert not self.is_busy, "commits follow one another"
         self._shut = threading.Event()
         self._idle.clear()
@@ -54,14 +54,14 @@ class Committer:
         self._thread = threading.Thread(target=self._run, args=arguments, name="elastictrain-commit", daemon=True)
         self._thread.start()
 
-    def _run(self, step: int, work: Callable[[Store], None], shut: threading.Event) -> None:
+    def _run(self, step: int, work: Callable[[Store], bool], shut: threading.Event) -> None:
         def go_on() -> None:
             if shut.is_set():
                 raise GivenUp
 
         try:
-            work(self._store.guarded(go_on))
-            self._committed.append(step)
+            if work(self._store.guarded(go_on)):
+                self._committed.append(step)
         except GivenUp:
             pass
         except BaseException as error:  # whatever it is, it must reach the thread that trains

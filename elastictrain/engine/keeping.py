@@ -50,7 +50,7 @@ class Keeper:
         self._session, self._plan, self._groups, self._owned = session, plan, groups, owned
         self._storing: Storing | None = None
         self._lost_step = self._handed = 0
-        self._is_committed = False
+        self._is_committed = self._is_baseless = False
         self._metrics: dict[str, Any] = {}
         self.known_step = plan.checkpointed_step
 
@@ -123,7 +123,9 @@ class Keeper:
         s.pulse.enter(Activity.STORE)
         self._metrics = metrics_of(s.committed.rows.get(step), evaluation)
         with s.pacing.storing(step):
-            writing = self._saver.begin(self._owned(), step=step, generation=self._plan.generation, worker=s.worker)
+            writing = self._saver.begin(
+                self._owned(), step=step, generation=self._plan.generation, worker=s.worker, known_step=self.known_step
+            )
         self._storing = Storing(step, writing)
 
     @property
@@ -178,7 +180,9 @@ class Keeper:
             Storing.shares(shares),
             committed=lambda path: s.emit(ev.CheckpointCommitted(0.0, generation, step, path)),
             removed=lambda steps: s.emit(ev.CheckpointsRemoved(0.0, generation, tuple(steps))),
+            baseless=lambda why: self._without_base(step, why),
             check=self._stay,
+            known_step=self.known_step,
             step=step,
             generation=generation,
             tree={"step": step, "seed": s.job.seed, "stages": s.stages, "data": s.data_fingerprint,
@@ -188,12 +192,23 @@ class Keeper:
         )  # fmt: skip
         s.pacing.stalled(time.perf_counter() - started)
 
+    def _without_base(self, step: int, why: str) -> None:
+        """In the background: what this checkpoint refers to is gone. It is given up; the next one finds no base there,
+        and is written in full.
+        """
+        s, generation = self._session, self._plan.generation
+        self._is_baseless = True
+        s.emit(ev.CheckpointGivenUp(0.0, generation, s.worker, step, generation, True, None, why))
+
     def heed(self) -> None:
         """What a commit beside training has failed with ends the run; that one has ended well is said in the next vote.
         Asked at every step.
         """
         if self._session.saver is not None:
             self._is_committed = self._handed in self._session.saver.committed()
+            if self._is_baseless:
+                self._is_baseless = False
+                self._session.pacing.given_up()
 
     def finish(self) -> None:
         """Wait for the commit that is under way: the generation ends in peace."""

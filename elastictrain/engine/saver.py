@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from elastictrain.engine.committing import Begun, Committer
@@ -14,14 +15,17 @@ from elastictrain.errors import ClusterError
 from elastictrain.job import Checkpoint, Keep
 from elastictrain_checkpoint import (
     AlreadyCommitted,
+    Base,
     CheckpointError,
     CorruptData,
+    IncompleteCheckpoint,
     Part,
     StaleGeneration,
     Store,
     commit,
     discard,
     list_steps,
+    load,
     prune,
 )
 from elastictrain_checkpoint.errors import SaveFailed
@@ -61,6 +65,49 @@ def policy_of(keep: int | Keep) -> Policy:
 
 STORE_DEADLINE_S = 600.0
 """As long as peers wait for one that stores."""
+
+
+INCREMENTS = "increments"
+"""In a manifest's info: so many checkpoints in a row, this one included, refer to earlier ones; 0: it stands alone."""
+
+
+class BaseLost(Exception):
+    """Packs of earlier steps that a save refers to are gone, removed by somebody else."""
+
+
+def refers(parts: Iterable[Part]) -> bool:
+    """Whether any of the shares refers to packs of earlier steps."""
+    return any(file.path.startswith("../") for part in parts for file in part.files)
+
+
+class Bases:
+    """What saves of one worker refer to: the last committed checkpoint, unless it is time for a full one."""
+
+    def __init__(self, store: Store, full_every: int) -> None:
+        self._store, self._full_every = store, full_every
+        self._known: tuple[bytes, Base] | None = None
+        self._increments = 0
+
+    def of(self, step: int) -> Base | None:
+        """The base that the checkpoint of `step` is. None: save in full, since it is time to, or since that checkpoint
+        cannot be one (it is gone, damaged, or was committed without what a base needs).
+        """
+        self._increments = 0
+        with suppress(OSError, CheckpointError):
+            manifest = load(self._store, step)
+            increments = manifest.info.get(INCREMENTS, 0)
+            if not isinstance(increments, int) or increments + 1 >= self._full_every:
+                return None
+            if self._known is None or self._known[0] != manifest.raw:
+                self._known = None
+                self._known = manifest.raw, Base.read(self._store, manifest)
+            self._increments = increments
+            return self._known[1]
+        return None
+
+    def increments(self, parts: Iterable[Part]) -> int:
+        """Of a checkpoint that is made of these shares, this worker's among them."""
+        return self._increments + 1 if refers(parts) else 0
 
 
 class ProbedStore(Store):
@@ -115,18 +162,25 @@ class Saver:
         self._store = open_store(settings)
         self._lazy = LazySaver(self._store if probe is None else ProbedStore(settings, probe))
         self._committer = Committer(self._store)
+        self._bases = Bases(self._store, settings.full_every) if settings.incremental else None
         self.begun: Begun | None = None
         """The newest checkpoint that this worker has begun to write."""
 
-    def begin(self, owned: Owned, *, step: int, generation: int, worker: int) -> Writing:
-        """Begin to write this worker's packs, in the background: call `before_apply` before the state changes."""
+    def begin(self, owned: Owned, *, step: int, generation: int, worker: int, known_step: int = 0) -> Writing:
+        """Begin to write this worker's packs, in the background: call `before_apply` before the state changes.
+        `known_step`: the newest checkpoint that is known to be committed; with `checkpoint.incremental` what is
+        unchanged since is referred to.
+        """
         # Every generation is an attempt of its own, so nothing is ever overwritten; the suffix keeps a worker apart
         # from itself when it writes the same step again after the job went back.
         writer = f"w{worker:04d}-{uuid.uuid4().hex[:6]}"
         attempt = attempt_of(generation)
+        base = None if self._bases is None else partial(self._bases.of, known_step)
         with self._storage(step):
             # Each name has pieces of one kind: a tensor lies on a device, or on the host.
-            handle = self._lazy.save(owned.pieces, step=step, attempt=attempt, writer=writer, stable=owned.copies)
+            handle = self._lazy.save(
+                owned.pieces, step=step, attempt=attempt, writer=writer, stable=owned.copies, base=base
+            )
         self.begun = Begun(step, attempt, generation)
         return Writing(self, handle, attempt, dict(owned.numbers))
 
@@ -168,19 +222,28 @@ class Saver:
         *,
         committed: Callable[[str], None],
         removed: Callable[[Sequence[int]], None],
+        baseless: Callable[[str], None],
+        known_step: int = 0,
         check: Callable[[], None],
         **facts: Any,
     ) -> None:
         """As `commit`, in the background; waits for the commit before it, if that is still under way. `committed` gets
-        the path as soon as the manifest is there, `removed` the steps that retention has let go of, if any; both are
-        called in the background. `check` is called while waiting, and may raise.
+        the path as soon as the manifest is there, `removed` the steps that retention has let go of, if any;
+        `baseless` why nothing was committed, where packs that the shares refer to are gone. All are called in the
+        background. `check` is called while waiting, and may raise. `known_step` stays: the save that begins next may
+        refer to it.
         """
         self.wait_for_commit(check)
 
-        def work(store: Store) -> None:
-            committed(self._create(store, shares, **facts))
-            if gone := self._prune(store, facts["step"], facts["generation"]):
+        def work(store: Store) -> bool:
+            try:
+                committed(self._create(store, shares, **facts))
+            except BaseLost as error:
+                baseless(str(error))
+                return False
+            if gone := self._prune(store, facts["step"], facts["generation"], known_step):
                 removed(gone)
+            return True
 
         self._committer.begin(facts["step"], work)
 
@@ -232,11 +295,17 @@ class Saver:
             "aliases": stored_aliases(aliases),
             "info": dict(info),
         }
+        if self._bases is not None:
+            facts |= {"cells": True, "info": facts["info"] | {INCREMENTS: self._bases.increments(facts["parts"])}}
         self._probe(step, "manifest")
         with self._storage(step):
             try:
                 manifest = commit(store, **facts)
             except StaleGeneration:
+                raise
+            except IncompleteCheckpoint as error:
+                if refers(facts["parts"]):
+                    raise BaseLost(str(error)) from error
                 raise
             except (AlreadyCommitted, CorruptData):
                 # The job went back before this step, so what is stored there is damaged or has not happened. The new
@@ -250,13 +319,14 @@ class Saver:
         """Where the checkpoint of a step is, for people and for the controller."""
         return f"{self._settings.path.rstrip('/')}/step-{step:08d}"
 
-    def _prune(self, store: Store, step: int, generation: int) -> list[int]:
+    def _prune(self, store: Store, step: int, generation: int, known_step: int = 0) -> list[int]:
         """Gives the steps that are gone. What cannot be cleaned away now is cleaned away next time."""
         keep = self._settings.keep
         with suppress(OSError, CheckpointError):
             # Nobody writes for an older generation any more: what it has left without a manifest is garbage.
             return prune(
                 store, keep=policy_of(keep), current=step,
+                protect=() if self._bases is None else {known_step},
                 verified=() if isinstance(keep, Keep) and keep.verify else {step},
                 abandoned=lambda attempt: (made := generation_of(attempt)) is not None and made < generation,
             ).removed  # fmt: skip

@@ -182,7 +182,7 @@ def given_up_words(data: Data) -> str:
     return _join(
         f"checkpoint of step {data['step']} given up",
         _fact(data, "why", ": {}"),
-        "; it is stored when the run comes there again" if instead is None else anew,
+        "; nothing is stored before the next one is due" if instead is None else anew,
     )
 
 

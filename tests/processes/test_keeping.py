@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from elastictrain.engine.resume import find_start
 from elastictrain.faults import kill
-from elastictrain_checkpoint import Store, list_steps, load
-from tests.support.plants import both, pins, storage_is_fast
+from elastictrain_checkpoint import Store, digest, list_steps, load, verify
+from tests.support.plants import base_vanishes, both, pins, storage_is_fast
 from tests.support.process_cluster import Run, byte_job, run_job
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
@@ -47,3 +48,91 @@ def test_the_best_by_what_is_evaluated(folder: Path, tmp_path: Path) -> None:
     store = Store(tmp_path / "ckpt")
     assert list_steps(store) == sorted({max(values, key=lambda step: values[step]), 8})
     assert load(store, 8).info["evaluation"] == {"logit": values[8]}
+
+
+# --- increments ---
+
+
+def increments(path: Path) -> dict[int, int]:
+    store = Store(path / "ckpt")
+    return {step: load(store, step).info["increments"] for step in list_steps(store)}
+
+
+def own_bytes(store: Store, step: int) -> int:
+    """What a step has written, without what it refers to."""
+    return sum(file.size_bytes for file in load(store, step).files if not file.path.startswith("../"))
+
+
+@pytest.fixture(scope="module")
+def frozen_reference(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Store]:
+    """One worker that stores everything in full, step by step."""
+    path = tmp_path_factory.mktemp("frozen")
+    run = run_job(byte_job(folder, workers=1, recipe=FROZEN, checkpoint=stored(path)), patch=storage_is_fast)
+    return run, Store(path / "ckpt")
+
+
+FROZEN = f"{Path(__file__).parents[1] / 'support' / 'recipes.py'}:Frozen"
+
+
+@pytest.mark.parametrize("worlds", [(1, 3), (3, 2), (2, 1)])
+def test_frozen_layers_are_written_once_and_any_world_goes_on_from_it(
+    folder: Path, tmp_path: Path, frozen_reference: tuple[Run, Store], worlds: tuple[int, int]
+) -> None:
+    reference, whole = frozen_reference
+    checkpoint = stored(tmp_path, every_steps=2, incremental=True)
+    first = byte_job(folder, workers=worlds[0], recipe=FROZEN, checkpoint=checkpoint, steps=4)
+    run_job(first, patch=storage_is_fast)
+    store = Store(tmp_path / "ckpt")
+    assert increments(tmp_path) == {2: 0, 4: 1}
+    assert own_bytes(store, 4) < own_bytes(store, 2) / 4, "the frozen layer is most of it"
+    then = byte_job(folder, workers=worlds[1], recipe=FROZEN, checkpoint=checkpoint)
+    start = find_start(then, resume=True)
+    run = run_job(then, restore=start.restore, base_generation=start.generation, patch=storage_is_fast)
+    assert run.digest == reference.digest
+    assert increments(tmp_path) == {2: 0, 4: 1, 6: 2, 8: 3}, "what the other world has written is referred to as well"
+    for step in list_steps(store):
+        assert verify(store, load(store, step)) == []
+        assert digest(store, load(store, step)) == load(whole, step).digest
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_world_that_changes_between_two_checkpoints_refers_to_the_one_before(
+    folder: Path, tmp_path: Path, frozen_reference: tuple[Run, Store], victim: int
+) -> None:
+    reference, whole = frozen_reference
+    checkpoint = stored(tmp_path, every_steps=2, incremental=True)
+    job = byte_job(folder, recipe=FROZEN, checkpoint=checkpoint)
+    run = run_job(job, [kill(victim, 4, "exchange")], patch=storage_is_fast)
+    assert run.digest == reference.digest
+    store = Store(tmp_path / "ckpt")
+    for step in list_steps(store):
+        assert verify(store, load(store, step)) == []
+        assert digest(store, load(store, step)) == load(whole, step).digest
+    full, *others = list_steps(store)
+    assert all(own_bytes(store, step) < own_bytes(store, full) / 4 for step in others)
+
+
+def test_a_full_one_comes_from_time_to_time_and_what_nobody_refers_to_goes(
+    folder: Path, tmp_path: Path, frozen_reference: tuple[Run, Store]
+) -> None:
+    checkpoint = stored(tmp_path, incremental=True, full_every=3, keep=1)
+    run = run_job(byte_job(folder, recipe=FROZEN, checkpoint=checkpoint), patch=storage_is_fast)
+    assert run.digest == frozen_reference[0].digest
+    store = Store(tmp_path / "ckpt")
+    assert increments(tmp_path)[8] == 1, "1, 4 and 7 are full"
+    assert digest(store, load(store, 8)) == load(store, 8).digest
+    packs = {path.parent.parent.name for path in (tmp_path / "ckpt").rglob("*.safetensors")}
+    assert packs == {"step-00000007", "step-00000008"}
+
+
+def test_a_base_that_somebody_removes_costs_one_checkpoint(
+    folder: Path, tmp_path: Path, frozen_reference: tuple[Run, Store]
+) -> None:
+    checkpoint = stored(tmp_path, every_steps=2, incremental=True)
+    run = run_job(byte_job(folder, recipe=FROZEN, checkpoint=checkpoint), patch=both(storage_is_fast, base_vanishes(4)))
+    assert run.digest == frozen_reference[0].digest
+    (lost,) = run.record.of("checkpoint_given_up")
+    assert (lost["step"], lost["stored_instead"]) == (4, None)
+    assert "step-00000002/" in lost["why"]
+    assert "missing" in lost["why"]
+    assert increments(tmp_path) == {6: 0, 8: 1}, "6 finds no base and is written in full"

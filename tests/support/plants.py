@@ -29,7 +29,7 @@ from elastictrain.engine import (
 from elastictrain.engine.probes import Probes
 from elastictrain.engine.verdict import Verdict
 from elastictrain.protocol import Row
-from elastictrain_checkpoint import pin, posix
+from elastictrain_checkpoint import discard, list_steps, pin, posix
 
 
 class Calls:
@@ -175,8 +175,8 @@ def peers_wait_for(victim: int, step: int) -> Callable[[int], None]:
 def _peers_wait_for(victim: int, at: int, worker: int) -> None:
     told, begin = orders(), keeping.Keeper.begin
 
-    def wait(self: keeping.Keeper, step: int) -> None:
-        begin(self, step)
+    def wait(self: keeping.Keeper, step: int, *rest: Any) -> None:
+        begin(self, step, *rest)
         owner = self._session
         if step == at and owner.generation == 1:
             told.wait(owner.is_parked)
@@ -225,6 +225,24 @@ def _pins(step: int, worker: int) -> None:
         return path
 
     saver.Saver._create = and_pin  # type: ignore[method-assign]
+
+
+def base_vanishes(step: int) -> Callable[[int], None]:
+    """Somebody removes all earlier checkpoints just before the one of `step` is committed."""
+    return partial(_base_vanishes, step)
+
+
+def _base_vanishes(step: int, worker: int) -> None:
+    del worker
+    create = saver.Saver._create
+
+    def without_base(self: saver.Saver, store: Any, shares: Any, **facts: Any) -> str:
+        if facts["step"] == step:
+            for earlier in list_steps(store):
+                discard(store, earlier)
+        return create(self, store, shares, **facts)
+
+    saver.Saver._create = without_base  # type: ignore[method-assign]
 
 
 def manifest_has_no_room(worker: int) -> None:

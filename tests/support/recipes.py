@@ -51,6 +51,19 @@ class Bytes(Recipe):
         return {"logit": float(model(tokens).float().sum())}
 
 
+class Frozen(Bytes):
+    """`Bytes` with a frozen layer that is most of the model."""
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        model.base = nn.Linear(1000, 1000).requires_grad_(requires_grad=False)
+        return model
+
+    def loss(self, model, batch):
+        total, weight = super().loss(model, batch)
+        return total + 0.0 * model.base.bias.sum(), weight
+
+
 class Unhurried(Bytes):
     """`Bytes` that takes its time until a file is there: so that a run lasts as long as what happens to it, without a
     bit that depends on it.

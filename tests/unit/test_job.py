@@ -24,8 +24,8 @@ WRONG = [
     (
         {"checkpoint": {"path": "c", "zzz": 3}},
         (
-            "job: unknown setting 'checkpoint.zzz'; known settings: at_end, every_steps, keep, max_loss, max_overhead, "
-            "path, storage_options"
+            "job: unknown setting 'checkpoint.zzz'; known settings: at_end, every_steps, full_every, incremental, "
+            "keep, max_loss, max_overhead, path, storage_options"
         ),
     ),
     (

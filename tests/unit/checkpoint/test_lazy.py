@@ -136,7 +136,7 @@ class Update(threading.Thread):
 @pytest.fixture
 def capped(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Scene]]:
     """Scenes in which even a small state is not copied whole: of 4 MiB, 1 MiB."""
-    monkeypatch.setattr(lazy, "MIN_COPY_BYTES", MB)
+    monkeypatch.setattr(running, "MIN_COPY_BYTES", MB)
     made: list[Scene] = []
 
     def make(**settings: Any) -> Scene:

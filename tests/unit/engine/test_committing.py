@@ -25,7 +25,8 @@ def begin_commit(saver: Saver, model: Any, step: int, generation: int, told: lis
     [owned] = pieces_of(model, [[(0, len(model.space.blocks))]])
     share = saver.begin(owned, step=step, generation=generation, worker=0).share()
     facts: dict[str, Any] = {"step": step, "generation": generation, "tree": {}, "info": {}}
-    saver.begin_commit([share], committed=told.append, check=STAY, aliases=model.space.aliases, **facts)
+    told_of = {"committed": told.append, "removed": lambda _: None, "baseless": told.append, "check": STAY}
+    saver.begin_commit([share], **told_of, aliases=model.space.aliases, **facts)
 
 
 class Gate:
@@ -103,9 +104,9 @@ def test_what_is_given_up_ends_with_the_call_that_it_is_in(
     share = writing.share()
     assert saver.begun == Begun(2, "g000001", 1)
     gate = Gate(monkeypatch, verb)
-    saver.begin_commit(
-        [share], committed=told.append, check=STAY, step=2, generation=1, tree={}, info={}, aliases=model.space.aliases
-    )
+    facts: dict[str, Any] = {"step": 2, "generation": 1, "tree": {}, "info": {}, "aliases": model.space.aliases}
+    told_of = {"committed": told.append, "removed": told.append, "baseless": told.append, "check": STAY}
+    saver.begin_commit([share], **told_of, **facts)
     saver.travelled(2)
     assert saver.begun == Begun(2, "g000001", 1, travelled=True)
     assert gate.reached.wait(60)
@@ -133,7 +134,7 @@ def test_another_attempt_at_the_step_is_not_the_one_that_was_begun(tmp_path: Pat
 def test_who_waits_hears_that_its_generation_is_over(tmp_path: Path) -> None:
     store = Store(tmp_path)
     committer, go_on = Committer(store), threading.Event()
-    committer.begin(2, lambda _: (go_on.wait(60), None)[1])
+    committer.begin(2, lambda _: go_on.wait(60))
 
     def over() -> None:
         raise KeyError("parked")

@@ -106,7 +106,7 @@ SAID: list[tuple[str, dict[str, Any], str]] = [
     (
         "checkpoint_given_up",
         {"step": 4, "begun_in": 1, "why": "all died", "stored_instead": None},
-        "checkpoint of step 4 given up: all died; it is stored when the run comes there again",
+        "checkpoint of step 4 given up: all died; nothing is stored before the next one is due",
     ),
     (
         "checkpoint_dropped",
