@@ -45,8 +45,7 @@ class Changes:
             if piece.name not in tensors:
                 tensors[piece.name] = PartTensor(dtype=piece.dtype, shape=list(piece.shape), chunks=[], cells=[])
             record = tensors[piece.name]
-            if hashes:
-                record.cells.append((piece.start // DIGEST_BLOCK_ELEMENTS, to_base64(hashes)))
+            record.cells.append((piece.start // DIGEST_BLOCK_ELEMENTS, to_base64(hashes)))
             for ref in found.references:
                 record.chunks.extend(_moved(chunk, place) for chunk in ref.boxes(piece.shape, item_bytes(piece.dtype)))
         for number, pack in enumerate(self.plan.packs, len(self.used)):

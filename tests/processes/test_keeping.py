@@ -10,7 +10,7 @@ import pytest
 from elastictrain.engine.resume import find_start
 from elastictrain.faults import kill
 from elastictrain_checkpoint import Store, digest, list_steps, load, verify
-from tests.support.plants import base_vanishes, both, pins, storage_is_fast
+from tests.support.plants import base_vanishes, both, commits_are_fast, pins, storage_is_fast
 from tests.support.process_cluster import Run, byte_job, run_job
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
@@ -67,7 +67,7 @@ def own_bytes(store: Store, step: int) -> int:
 def frozen_reference(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Store]:
     """One worker that stores everything in full, step by step."""
     path = tmp_path_factory.mktemp("frozen")
-    run = run_job(byte_job(folder, workers=1, recipe=FROZEN, checkpoint=stored(path)), patch=storage_is_fast)
+    run = run_job(byte_job(folder, workers=1, recipe=FROZEN, checkpoint=stored(path)), patch=commits_are_fast)
     return run, Store(path / "ckpt")
 
 
@@ -81,13 +81,13 @@ def test_frozen_layers_are_written_once_and_any_world_goes_on_from_it(
     reference, whole = frozen_reference
     checkpoint = stored(tmp_path, every_steps=2, incremental=True)
     first = byte_job(folder, workers=worlds[0], recipe=FROZEN, checkpoint=checkpoint, steps=4)
-    run_job(first, patch=storage_is_fast)
+    run_job(first, patch=commits_are_fast)
     store = Store(tmp_path / "ckpt")
     assert increments(tmp_path) == {2: 0, 4: 1}
     assert own_bytes(store, 4) < own_bytes(store, 2) / 4, "the frozen layer is most of it"
     then = byte_job(folder, workers=worlds[1], recipe=FROZEN, checkpoint=checkpoint)
     start = find_start(then, resume=True)
-    run = run_job(then, restore=start.restore, base_generation=start.generation, patch=storage_is_fast)
+    run = run_job(then, restore=start.restore, base_generation=start.generation, patch=commits_are_fast)
     assert run.digest == reference.digest
     assert increments(tmp_path) == {2: 0, 4: 1, 6: 2, 8: 3}, "what the other world has written is referred to as well"
     for step in list_steps(store):
@@ -102,7 +102,7 @@ def test_a_world_that_changes_between_two_checkpoints_refers_to_the_one_before(
     reference, whole = frozen_reference
     checkpoint = stored(tmp_path, every_steps=2, incremental=True)
     job = byte_job(folder, recipe=FROZEN, checkpoint=checkpoint)
-    run = run_job(job, [kill(victim, 4, "exchange")], patch=storage_is_fast)
+    run = run_job(job, [kill(victim, 4, "exchange")], patch=commits_are_fast)
     assert run.digest == reference.digest
     store = Store(tmp_path / "ckpt")
     for step in list_steps(store):
@@ -115,21 +115,24 @@ def test_a_world_that_changes_between_two_checkpoints_refers_to_the_one_before(
 def test_a_full_one_comes_from_time_to_time_and_what_nobody_refers_to_goes(
     folder: Path, tmp_path: Path, frozen_reference: tuple[Run, Store]
 ) -> None:
-    checkpoint = stored(tmp_path, incremental=True, full_every=3, keep=1)
-    run = run_job(byte_job(folder, recipe=FROZEN, checkpoint=checkpoint), patch=storage_is_fast)
+    checkpoint = stored(tmp_path, every_steps=2, incremental=True, full_every=3, keep=1)
+    run = run_job(byte_job(folder, recipe=FROZEN, checkpoint=checkpoint), patch=commits_are_fast)
     assert run.digest == frozen_reference[0].digest
     store = Store(tmp_path / "ckpt")
-    assert increments(tmp_path)[8] == 1, "1, 4 and 7 are full"
-    assert digest(store, load(store, 8)) == load(store, 8).digest
+    # 2 and 8 are full; 6 stays until whoever may refer to it is committed, and 2 because 6 needs all of it.
+    assert increments(tmp_path) == {2: 0, 6: 2, 8: 0}
+    assert all(digest(store, load(store, step)) == load(store, step).digest for step in (2, 6, 8))
     packs = {path.parent.parent.name for path in (tmp_path / "ckpt").rglob("*.safetensors")}
-    assert packs == {"step-00000007", "step-00000008"}
+    assert packs == {"step-00000002", "step-00000006", "step-00000008"}, "4 has nothing that 6 refers to"
 
 
 def test_a_base_that_somebody_removes_costs_one_checkpoint(
     folder: Path, tmp_path: Path, frozen_reference: tuple[Run, Store]
 ) -> None:
     checkpoint = stored(tmp_path, every_steps=2, incremental=True)
-    run = run_job(byte_job(folder, recipe=FROZEN, checkpoint=checkpoint), patch=both(storage_is_fast, base_vanishes(4)))
+    run = run_job(
+        byte_job(folder, recipe=FROZEN, checkpoint=checkpoint), patch=both(commits_are_fast, base_vanishes(4))
+    )
     assert run.digest == frozen_reference[0].digest
     (lost,) = run.record.of("checkpoint_given_up")
     assert (lost["step"], lost["stored_instead"]) == (4, None)

@@ -144,6 +144,19 @@ def storage_is_fast(worker: int) -> None:
     saver.Writing.done = property(lambda writing: writing.handle._ended.wait(60))  # type: ignore[method-assign, assignment]
 
 
+def commits_are_fast(worker: int) -> None:
+    """What is written is committed before the next vote, and everybody knows of it: the next save finds its base."""
+    storage_is_fast(worker)
+    heed = keeping.Keeper.heed
+
+    def after_the_commit(self: keeping.Keeper) -> None:
+        if self._session.saver is not None:
+            assert self._session.saver._committer._idle.wait(60)
+        heed(self)
+
+    keeping.Keeper.heed = after_the_commit  # type: ignore[method-assign]
+
+
 def storage_waits(step: int, until: int) -> Callable[[int], None]:
     """The packs of checkpoint `step` are not taken by the storage before the worker has applied step `until`."""
     return partial(_storage_waits, step, until)
