@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,13 +122,41 @@ class FormPlan:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A stretch of a run with one number of lanes: the data order starts anew at `from_step`, with a seed of its own.
+    """A stretch of a run whose data come in one order. It is recorded in every manifest from then on.
 
-    A job that is resumed with another number of lanes (or lane batch size) gets a new stage, recorded in every manifest
-    from then on.
+    A job that is resumed with another number of lanes (or lane batch size) gets a new stage, whose order starts anew at
+    `from_step`, with a seed of its own. One from which samples have been taken out (`elastictrain data skip`) gets a
+    stage that goes on in the order of stage `continues`: the step after `from_step` is step `at` of that order.
+    `jumps`: steps `[a, b)` of the order that are passed over; `holes`: (block, start, stop, at) of samples that are not
+    used from step `at` of the order on; `skips`: how many of the run's requests to skip something are in these.
     """
 
     index: int = 0
     from_step: int = 0
     lanes: int = 0
     lane_batch_size: int = 0
+    continues: int | None = None
+    at: int = 0
+    jumps: tuple[tuple[int, int], ...] = ()
+    holes: tuple[tuple[int, int, int, int], ...] = ()
+    skips: int = 0
+
+    @property
+    def order(self) -> int:
+        """The stage with which the order began; its seed is that of the order."""
+        return self.index if self.continues is None else self.continues
+
+    def position(self, step: int) -> int:
+        """The step of the order whose samples step `step` of the run uses."""
+        position = self.at + max(0, step - 1 - self.from_step)
+        for first, end in sorted(self.jumps):
+            position += end - first if position >= first else 0
+        return position
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Stage:
+        """Read a stage back from JSON, where tuples are lists."""
+        known = {name: record[name] for name in cls.__slots__ if name in record}
+        for name in ("jumps", "holes"):
+            known[name] = tuple(tuple(int(n) for n in item) for item in known.get(name, ()))
+        return cls(**known)

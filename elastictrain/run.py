@@ -9,6 +9,7 @@ import secrets
 import threading
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from elastictrain_actors.journal_file import begin_anew
 from elastictrain_actors.reach import write_address
 
 if TYPE_CHECKING:
+    from elastictrain.data.stages import Skip
     from elastictrain.engine.resume import Start
 
 Faults = Sequence[Fault]
@@ -61,7 +63,7 @@ def run(
         check_gpus(job)
         from elastictrain.engine.resume import find_start  # imports torch, like `inspect`
 
-        start = find_start(job, resume=resuming, step=resume_step)
+        start = find_start(job, resume=resuming, step=resume_step, skips=_skips(job) if resuming else ())
         folder = _open_run_directory(job, facts.parameters, start)
         order = RunOrder(
             job=job,
@@ -129,7 +131,19 @@ def _open_run_directory(job: Job, parameters: int, start: Start) -> Path:
             folder.event("run_started", facts)
         for kind, data in start.notes:
             folder.event(kind, data)
+        folder.write_data([asdict(stage) for stage in start.stages], start.data)
     return folder.path.absolute()
+
+
+def _skips(job: Job) -> list[Skip]:
+    """What `elastictrain data skip` was asked for, for the run that is to go on."""
+    try:
+        folder = RunDirectory.open(job.run_dir if job.run_dir is not None else latest_of(job.name))
+    except ConfigError:  # said where the directory is opened to be written to
+        return []
+    from elastictrain.data.stages import Skip
+
+    return [Skip.of(record) for record in folder.read_skips()]
 
 
 def _follow(order: RunOrder, watcher: Observer) -> Outcome:

@@ -5,20 +5,27 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Self
 
 import numpy as np
 import torch
 
+from elastictrain.data.ids import lane_hash
 from elastictrain.data.reader import LaneReader
 from elastictrain.errors import DataError
 
 Place = tuple[int, int]
 """(step, lane)"""
 
-Tensors = dict[str, torch.Tensor]
+
+class Tensors(dict[str, torch.Tensor]):
+    """A batch's tensors by name; `samples_hash`: of its lane and the ids of its samples (see `data.ids`)."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], samples_hash: int) -> None:
+        super().__init__(tensors)
+        self.samples_hash = samples_hash
 
 
 class Feeder:
@@ -88,7 +95,8 @@ class Feeder:
             result = self._read(place)
         if isinstance(result, Exception):
             raise result
-        return {name: tensor.to(self._device, non_blocking=True) for name, tensor in result.items()}
+        moved = {name: tensor.to(self._device, non_blocking=True) for name, tensor in result.items()}
+        return Tensors(moved, result.samples_hash)
 
     def close(self) -> None:
         """Stop the thread and wait for it; may be called twice. The reader stays open."""
@@ -110,11 +118,11 @@ class Feeder:
         self.close()
 
     def _read(self, place: Place) -> Tensors:
-        arrays = self._reader.batch(*place)
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        batch = self._reader.batch(*place)
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
         if self._device.type == "cuda":  # a copy from pinned memory runs beside the computation
             tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        return tensors
+        return Tensors(tensors, lane_hash(place[1], batch.ids))
 
     def _read_ahead(self) -> None:
         while True:

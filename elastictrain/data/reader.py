@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from elastictrain.data.ids import SampleIds, sample_ids
 from elastictrain.data.order import Window
 from elastictrain.data.source import Arrays, Source
 from elastictrain.errors import DataError
@@ -18,10 +19,19 @@ _MAX_DECODED_BLOCKS = 2
 """Blocks kept besides the windows: neighbouring lanes meet inside one, and small sources have few."""
 
 
+class Batch(dict[str, npt.NDArray[Any]]):
+    """A batch's arrays by name; `ids`: the ids of its samples (see `data.ids`), in the order of its rows."""
+
+    def __init__(self, arrays: Arrays, ids: SampleIds) -> None:
+        super().__init__(arrays)
+        self.ids = ids
+
+
 @dataclass
 class _Loaded:
     key: tuple[int, int]  # (epoch, number of the window)
     arrays: Arrays  # [samples of the window, …], already in their final order
+    ids: SampleIds  # of the same samples, moved by the same permutation
     last_use: int
 
 
@@ -43,23 +53,26 @@ class LaneReader:
         self._closed = False
         self.blocks_decoded = 0  # how often a block was read, for tests and for tuning
 
-    def batch(self, step: int, lane: int) -> Arrays:
+    def batch(self, step: int, lane: int) -> Batch:
         """Return batch `step` of `lane`, arrays that belong to the caller.
 
         Token mode: {"tokens": int64 [lane_batch_size, sequence_length + 1]}. Table mode: every column as
-        [lane_batch_size, …] in its own dtype. Raises DataError (see `Source.read_block`), IndexError for a
-        lane or step that does not exist.
+        [lane_batch_size, …] in its own dtype. Its ids have come the same way as the rows. Raises
+        DataError (see `Source.read_block`), IndexError for a lane or step that does not exist.
         """
         with self._lock:
             if self._closed:
                 raise RuntimeError("the LaneReader is closed")
             self._calls += 1
             parts: list[Arrays] = []
+            ids: list[SampleIds] = []
             for window, start, stop in self.source.spans(step, lane):
-                arrays = self._load(window)
-                parts.append({name: array[start:stop] for name, array in arrays.items()})
+                loaded = self._load(window)
+                parts.append({name: array[start:stop] for name, array in loaded.arrays.items()})
+                ids.append(loaded.ids[start:stop])
             self._forget_idle_lanes()
-        return self.source.finish(step, {name: _join([part[name] for part in parts], name) for name in parts[0]})
+        batch = {name: _join([part[name] for part in parts], name) for name in parts[0]}
+        return Batch(self.source.finish(step, batch), np.concatenate(ids))
 
     def close(self) -> None:
         """Close all files and drop what is decoded; may be called twice."""
@@ -69,25 +82,26 @@ class LaneReader:
             self._blocks.clear()
             self.source.close()
 
-    def _load(self, window: Window) -> Arrays:
+    def _load(self, window: Window) -> _Loaded:
         key = (window.epoch, window.number)
         place = (window.lane, window.source)
         loaded = self._windows.get(place)
         if loaded is None or loaded.key != key:
             self._windows.pop(place, None)  # its memory goes before the next window comes
-            loaded = _Loaded(key, self._assemble(window), self._calls)
+            loaded = _Loaded(key, *self._assemble(window), self._calls)
             self._windows[place] = loaded
         loaded.last_use = self._calls
-        return loaded.arrays
+        return loaded
 
-    def _assemble(self, window: Window) -> Arrays:
-        pieces = []
+    def _assemble(self, window: Window) -> tuple[Arrays, SampleIds]:
+        pieces, ids = [], []
         for piece in window.pieces:
             block = self._decoded(piece.block)
             pieces.append({name: array[piece.start : piece.stop] for name, array in block.items()})
+            ids.append(sample_ids(piece.block, np.arange(piece.start, piece.stop)))
         order = window.permutation()
         joined = {name: _join([piece[name] for piece in pieces], name) for name in pieces[0]}
-        return {name: array[order] for name, array in joined.items()}
+        return {name: array[order] for name, array in joined.items()}, np.concatenate(ids)[order]
 
     def _decoded(self, block: int) -> Arrays:
         arrays = self._blocks.pop(block, None)

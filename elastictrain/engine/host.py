@@ -17,11 +17,11 @@ from itertools import pairwise
 
 import torch
 
-from elastictrain.data import LaneReader, Source, open_source
+from elastictrain.data import LaneReader
 from elastictrain.data.feeder import Feeder
+from elastictrain.data.stages import first_stage, open_stage, stage_of
 from elastictrain.engine.collective import Rendezvous
 from elastictrain.engine.numerics import apply_numerics
-from elastictrain.engine.one_lane import lane_seed
 from elastictrain.engine.outbox import Outbox
 from elastictrain.engine.probes import Probes
 from elastictrain.engine.session import Session
@@ -34,32 +34,36 @@ from elastictrain.pulse import Pulse
 
 
 class StageFeeder:
-    """Batches of one stage, asked for by the run's steps."""
+    """Batches of a run's stages, asked for by its steps. Sources of stages before the last one are opened when a run
+    that goes back to a checkpoint of theirs asks for them.
+    """
 
-    def __init__(self, feeder: Feeder, from_step: int) -> None:
-        self._feeder, self._from_step = feeder, from_step
+    def __init__(self, stages: Sequence[Stage], open_feeder: Callable[[Stage], Feeder], feeder_of_last: Feeder) -> None:
+        self._stages, self._open = tuple(stages), open_feeder
+        self._feeders = {self._stages[-1]: feeder_of_last}
 
     def batch(self, step: int, lane: int) -> Mapping[str, torch.Tensor]:
-        return self._feeder.batch(self._position(step), lane)
+        stage = self._stage(step)
+        return self._feeder(stage).batch(stage.position(step), lane)
 
     def expect(self, upcoming: Iterable[tuple[int, int]]) -> None:
         """Say which (step, lane) come next, so that they are read ahead."""
-        self._feeder.expect([(self._position(step), lane) for step, lane in upcoming])
+        places: dict[Stage, list[tuple[int, int]]] = {stage: [] for stage in self._feeders}
+        for step, lane in upcoming:
+            stage = self._stage(step)
+            places.setdefault(stage, []).append((stage.position(step), lane))
+        for stage, mine in places.items():
+            self._feeder(stage).expect(mine)
 
-    def _position(self, step: int) -> int:
-        """Step 1 of a run is position 0 of its first stage."""
-        return max(0, step - 1 - self._from_step)
+    def _stage(self, step: int) -> Stage:
+        """That of the step; the last one where its number of lanes is not that of the job any more."""
+        stage, last = stage_of(self._stages, step), self._stages[-1]
+        return stage if (stage.lanes, stage.lane_batch_size) == (last.lanes, last.lane_batch_size) else last
 
-
-def first_stage(job: Job) -> Stage:
-    """The stage that a new run starts with."""
-    return Stage(0, 0, job.lanes, job.lane_batch_size)
-
-
-def open_stage(job: Job, stage: Stage) -> Source:
-    """The job's data in the order of a stage; later stages have seeds of their own, so that they repeat nothing."""
-    seed = job.seed if stage.index == 0 else lane_seed(job.seed, 0, stage.index)
-    return open_source(job.data, seed=seed, lanes=job.lanes, lane_batch_size=job.lane_batch_size)
+    def _feeder(self, stage: Stage) -> Feeder:
+        if stage not in self._feeders:
+            self._feeders[stage] = self._open(stage)
+        return self._feeders[stage]
 
 
 class WorkerHost:
@@ -96,7 +100,11 @@ class WorkerHost:
         model = build(self.job, device)
         marks.append(("model_s", time.perf_counter()))
         source = open_stage(self.job, self.stages[-1])
-        feeder = StageFeeder(Feeder(LaneReader(source), device), self.stages[-1].from_step)
+        feeder = StageFeeder(
+            self.stages,
+            lambda stage: Feeder(LaneReader(open_stage(self.job, stage)), device),
+            Feeder(LaneReader(source), device),
+        )
         marks.append(("data_s", time.perf_counter()))
         session = Session(
             self.job,

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from elastictrain.data.seeds import lane_seed
 from elastictrain.engine.flat import FlatModel
 from elastictrain.engine.integrity import LaneSum
 from elastictrain.engine.lanes import LaneTree
@@ -24,14 +25,6 @@ class Batches(Protocol):
     def batch(self, step: int, lane: int) -> Mapping[str, torch.Tensor]: ...
 
 
-def lane_seed(seed: int, step: int, lane: int) -> int:
-    """One 63-bit seed per (job seed, step, lane): splitmix64 finaliser (Steele et al. 2014) over the three."""
-    value = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + lane * 0x94D049BB133111EB) & (2**64 - 1)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        value = ((value ^ (value >> shift)) * factor) & (2**64 - 1)
-    return (value ^ (value >> 31)) >> 1
-
-
 def seed_everything(seed: int) -> None:
     """Torch's, Python's and NumPy's global generators: a recipe may use any of them."""
     if torch.accelerator.is_available():
@@ -44,11 +37,14 @@ def seed_everything(seed: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class LaneResult:
-    """`total`, `weight`: the loss sum and its weight. `tokens`: that the lane has learned from."""
+    """`total`, `weight`: the loss sum and its weight. `tokens`: that the lane has learned from. `samples_hash`: of the
+    ids of its samples (`data.ids`), 0 where the batches have none.
+    """
 
     total: float
     weight: float
     tokens: int
+    samples_hash: int
 
 
 class OneLane:
@@ -94,7 +90,7 @@ class OneLane:
         self._tree.end(self._flat.after_lane(first))
         tokens = batch.get("tokens")
         learned = tokens.shape[0] * (tokens.shape[1] - 1) if tokens is not None and tokens.dim() == 2 else 0
-        return LaneResult(total, weight, learned)
+        return LaneResult(total, weight, learned, getattr(batch, "samples_hash", 0))
 
     def sum(self, step: int, lane: int) -> int:
         """Compute a lane only for the sum of its gradient: nothing of it stays."""

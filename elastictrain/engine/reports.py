@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from elastictrain.data.ids import show_hash
 from elastictrain.engine.saver import Writing
 from elastictrain.engine.vote import Tally
 from elastictrain.engine.worker_model import hook
@@ -56,6 +57,7 @@ def step_row(job: Job, recipe: Any, tally: Tally, seconds: Mapping[str, float], 
         "lr_factor": float(hook(recipe, "schedule")(tally.step)),
         "tokens": tally.tokens,
         "samples": job.lanes * job.lane_batch_size,
+        "samples_hash": show_hash(tally.samples_hash),
         "step_s": seconds.get("step_s", 0.0),
         "world": world,
         "phases": {name: round(value, 6) for name, value in seconds.items() if name != "step_s"},

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from elastictrain.data import fingerprint_difference
-from elastictrain.engine.host import first_stage, open_stage
+from elastictrain.data.stages import Skip, first_stage, open_stage, with_lanes, with_skips
 from elastictrain.engine.saving import open_store
 from elastictrain.errors import CheckpointMismatch, ConfigError, CorruptCheckpoint, DataError
 from elastictrain.job import Job
@@ -22,7 +22,7 @@ _ABOUT_ORDER = ("lanes", "lane_batch_size", "seed")
 class Start:
     """`restore`: the state to begin with. `checkpoints`: the whole ones that are known, ascending. `stages`: of the
     data order, the last one in force. `notes`: lines for events.jsonl. `generation`: the newest that has
-    committed here.
+    committed here. `data`: the fingerprint of the data.
     """
 
     restore: Restore
@@ -31,10 +31,11 @@ class Start:
     notes: tuple[tuple[str, dict[str, Any]], ...] = ()
     resumed: bool = False
     generation: int = 0
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
-def find_start(job: Job, *, resume: bool, step: int | None = None) -> Start:
-    """Decide where the run starts, and check that its data can be read.
+def find_start(job: Job, *, resume: bool, step: int | None = None, skips: Sequence[Skip] = ()) -> Start:
+    """Decide where the run starts, and check that its data can be read. `skips`: what `data skip` was asked for so far.
 
     A new run refuses a checkpoint folder that holds another run's checkpoints. A resumed one takes the newest (or
     `step`), verifies every byte of it, and refuses when it is damaged (naming what, and which older one is good), when
@@ -45,8 +46,7 @@ def find_start(job: Job, *, resume: bool, step: int | None = None) -> Start:
             raise ConfigError(
                 "--resume: the job has no checkpoint setting, so there is nothing to go on from; set checkpoint.path"
             )
-        open_stage(job, first_stage(job)).close()
-        return Start(Restore(0, None), (), (first_stage(job),))
+        return _anew(job)
     store = open_store(job.checkpoint)
     steps = sorted(list_steps(store))
     if not resume:
@@ -55,12 +55,11 @@ def find_start(job: Job, *, resume: bool, step: int | None = None) -> Start:
                 f"checkpoint.path={job.checkpoint.path!r} already holds checkpoints (steps {_some(steps)}); go on with "
                 "them (--resume), or set checkpoint.path to an empty folder"
             )
-        open_stage(job, first_stage(job)).close()
-        return Start(Restore(0, None), (), (first_stage(job),))
+        return _anew(job)
     manifest = _chosen(store, job, steps, step)
     _verify(store, manifest, steps)
-    stages, notes = _stages(job, manifest)
-    _check_data(job, manifest, stages[-1])
+    stages, notes = _stages(job, manifest, skips)
+    data = _check_data(job, manifest, stages[-1])
     later = [s for s in steps if s > manifest.step]
     if later:
         notes.append(("given_up", {"step": manifest.step, "steps": later}))
@@ -73,7 +72,14 @@ def find_start(job: Job, *, resume: bool, step: int | None = None) -> Start:
         tuple(notes),
         resumed=True,
         generation=_newest_generation(store, steps),
+        data=data,
     )
+
+
+def _anew(job: Job) -> Start:
+    source = open_stage(job, first_stage(job))
+    source.close()
+    return Start(Restore(0, None), (), (first_stage(job),), data=source.fingerprint)
 
 
 def _some(steps: list[int]) -> str:
@@ -133,8 +139,12 @@ def _is_sound(store: Store, step: int) -> bool:
         return False
 
 
-def _stages(job: Job, manifest: Manifest) -> tuple[tuple[Stage, ...], list[tuple[str, dict[str, Any]]]]:
-    """The stages so far; a new one when the number of lanes or the lane batch size has changed."""
+def _stages(
+    job: Job, manifest: Manifest, skips: Sequence[Skip]
+) -> tuple[tuple[Stage, ...], list[tuple[str, dict[str, Any]]]]:
+    """The stages so far; a new one when the number of lanes or the lane batch size has changed, or when samples that
+    the checkpoint does not know of are to be skipped.
+    """
     tree: Mapping[str, Any] = manifest.tree or {}
     if "stages" not in tree:
         raise CheckpointMismatch(
@@ -145,17 +155,23 @@ def _stages(job: Job, manifest: Manifest) -> tuple[tuple[Stage, ...], list[tuple
             f"seed={job.seed}, but checkpoint step {manifest.step} was made with seed={tree.get('seed')}; set seed to "
             "that"
         )
-    stages = tuple(Stage(**stage) for stage in tree["stages"])
-    last = stages[-1]
-    if (last.lanes, last.lane_batch_size) == (job.lanes, job.lane_batch_size):
-        return stages, []
-    new = Stage(last.index + 1, manifest.step, job.lanes, job.lane_batch_size)
-    said = {"stage": new.index, "step": manifest.step, "lanes_before": last.lanes, "lanes": job.lanes,
-            "lane_batch_size_before": last.lane_batch_size, "lane_batch_size": job.lane_batch_size}  # fmt: skip
-    return (*stages, new), [("stage", said)]
+    before = tuple(Stage.of(stage) for stage in tree["stages"])
+    stages = with_lanes(before, job.lanes, job.lane_batch_size, manifest.step)
+    notes: list[tuple[str, dict[str, Any]]] = []
+    if stages != before:
+        last, new = before[-1], stages[-1]
+        notes.append(("stage", {"stage": new.index, "step": manifest.step, "lanes_before": last.lanes,
+                                "lanes": job.lanes, "lane_batch_size_before": last.lane_batch_size,
+                                "lane_batch_size": job.lane_batch_size}))  # fmt: skip
+    taken = stages[-1].skips
+    stages = with_skips(stages, skips, manifest.step)
+    if stages[-1].skips != taken:
+        said = {"stage": stages[-1].index, "step": manifest.step, "what": [skip.words for skip in skips[taken:]]}
+        notes.append(("data_skipped", said | {"jumps": stages[-1].jumps, "holes": stages[-1].holes}))
+    return stages, notes
 
 
-def _check_data(job: Job, manifest: Manifest, stage: Stage) -> None:
+def _check_data(job: Job, manifest: Manifest, stage: Stage) -> Mapping[str, Any]:
     source = open_stage(job, stage)
     try:
         changes = fingerprint_difference(manifest.tree.get("data", {}), source.fingerprint, ignoring=_ABOUT_ORDER)
@@ -167,3 +183,4 @@ def _check_data(job: Job, manifest: Manifest, stage: Stage) -> None:
             f"the data have changed since checkpoint step {manifest.step}:\n  {shown}\n"
             "put the data back, or start a new run (another checkpoint.path)"
         )
+    return source.fingerprint

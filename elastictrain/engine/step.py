@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from elastictrain.data.ids import step_hash
 from elastictrain.engine.collective import GroupSet, Peer
 from elastictrain.engine.flat import FlatModel
 from elastictrain.engine.guard import Guard
@@ -37,7 +38,7 @@ SLICES = 4
 class Pending:
     """A step that this worker has computed and exchanged but not applied: the redo-log entry (R1). `reduced`: for every
     held shard its reduced gradient, fp32, one flat run over the shard's active span. `lane_sum`: of the gradient of the
-    lane that is computed twice in this step, if this worker is one of the two.
+    lane that is computed twice in this step, if this worker is one of the two. `samples_hash`: of its lanes' samples.
     """
 
     step: int
@@ -46,6 +47,7 @@ class Pending:
     lanes: list[tuple[float, float]] = field(default_factory=list)
     tokens: int = 0
     lane_sum: int = 0
+    samples_hash: int = 0
 
 
 class StepRunner:
@@ -225,6 +227,7 @@ class StepRunner:
         result = self.lane.run(step, lane, first=first, merge=merge, shown=shown)
         pending.lanes.append((result.total, result.weight))
         pending.tokens += result.tokens
+        pending.samples_hash = step_hash((pending.samples_hash, result.samples_hash))
         if shown is not None:
             pending.lane_sum = shown.total(result.total, result.weight)
         if first:
@@ -258,6 +261,7 @@ class StepRunner:
                 norms=root_sums(nodes, self._squares(pending)),
                 largest=self.flat.largest_counters(),
                 claims=claims,
+                samples_hash=pending.samples_hash,
             )
             self.probe("vote")
             return b"".join(self.groups.all_gather_equal(self.vote_format.encode(ballot)))

@@ -26,14 +26,15 @@ FLAG_STORING = 8
 """This worker still writes its share of a checkpoint."""
 FLAG_COMMITTED = 16
 """The checkpoint whose shares have travelled last is committed (only whoever publishes says so)."""
-_HEADER = 6  # generation, step, flags, plan, counter hash, tokens
+_HEADER = 7  # generation, step, flags, plan, counter hash, tokens, hash of the samples
 
 
 @dataclass(frozen=True, slots=True)
 class Ballot:
     """One worker's part. `lanes`: (loss sum, weight) of each of its lanes, ascending; `norms`: sums of squares (fp64)
     of the reduced gradient over its roots of the block tree; `counter_hash`: of its integer buffers after this step;
-    `claims`: sums of its state and of its reduced gradients, where the format has room for them.
+    `claims`: sums of its state and of its reduced gradients, where the format has room for them; `samples_hash`: of
+    the sample ids of its lanes, unsigned 64 bits, of which all workers' sum modulo 2**64 is the step's.
     """
 
     generation: int
@@ -46,12 +47,14 @@ class Ballot:
     norms: tuple[float, ...]
     largest: tuple[int, ...] = ()
     claims: Claims | None = None
+    samples_hash: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Tally:
     """What a complete vote says. Losses and weights in lane order; `norm` is of the weighted-sum gradient (not yet
-    divided by the weight); `flags` is the union, `plan` the newest that everybody has seen.
+    divided by the weight); `flags` is the union, `plan` the newest that everybody has seen; `samples_hash` is of the
+    step's sample ids, whoever had which lane.
     """
 
     step: int
@@ -63,6 +66,7 @@ class Tally:
     tokens: int
     counters_agree: bool
     largest: tuple[int, ...]
+    samples_hash: int = 0
 
     @property
     def weight(self) -> float:
@@ -116,6 +120,7 @@ class VoteFormat:
             ballot.plan,
             ballot.counter_hash,
             ballot.tokens,
+            _signed(ballot.samples_hash),
         )
         whole_numbers[_HEADER:] = ballot.largest
         floats = np.zeros(self._floats, dtype=np.float64)
@@ -174,7 +179,13 @@ class VoteFormat:
             tokens=sum(int(h[5]) for h in heads),
             counters_agree=len({int(h[4]) for h in heads}) == 1,
             largest=tuple(int(n) for n in np.max([h[_HEADER:] for h in heads], axis=0)) if self.largest else (),
+            samples_hash=sum(int(h[6]) for h in heads) % (1 << 64),
         )
+
+
+def _signed(value: int) -> int:
+    """The number of the same 64 bits with a sign: whole numbers of a payload have one."""
+    return value - (1 << 64) if value >= 1 << 63 else value
 
 
 def root_sums(nodes: Sequence[Node], squares: Mapping[int, float]) -> tuple[float, ...]:

@@ -15,7 +15,9 @@ RATE_STEPS = 20
 class MetricsRow(BaseModel):
     """What is known of a step after it has been published. Times in seconds.
 
-    `tokens`, `samples`: of this step alone, over all lanes. `step_s`: from commit to commit. `phases`: see PHASE_KEYS.
+    `tokens`, `samples`: of this step alone, over all lanes; `samples_hash`: of the ids of these samples, the same
+    whoever had which lane (`elastictrain data audit` computes it again). `step_s`: from commit to commit. `phases`:
+    see PHASE_KEYS.
     `loss` and `grad_norm` are None when they were not finite. `skipped`: why the step changed nothing, or None.
     """
 
@@ -28,6 +30,7 @@ class MetricsRow(BaseModel):
     learning_rate: float | None = None
     tokens: int = 0
     samples: int = 0
+    samples_hash: str | None = None
     step_s: float | None = None
     world: int = 0
     phases: dict[str, float | None] = Field(default_factory=dict)

@@ -1,16 +1,17 @@
 """The run directory: everything a run leaves behind for people.
 
-`job.yaml` (the job as it ran), `events.jsonl`, `metrics.jsonl`, `status.json`, `summary.json`, `loss.png`, `lock`.
+`job.yaml` (the job as it ran), `events.jsonl`, `metrics.jsonl`, `status.json`, `summary.json`, `loss.png`, `lock`;
+`data.json` (the stages of the data order and the fingerprint of the data), `skips.json` (what is to be taken out).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from elastictrain.errors import ClusterError, ConfigError
 from elastictrain.job import Job, dump_job
@@ -21,6 +22,7 @@ from elastictrain.observe.metrics import MetricsRow, history, parse_rows
 from elastictrain.observe.status import Status
 
 RUNS = Path("runs")
+T = TypeVar("T")
 
 
 class RunDirectory:
@@ -119,6 +121,31 @@ class RunDirectory:
     def write_summary(self, summary_json: str) -> None:
         replace_file(self.path / "summary.json", summary_json + "\n")
 
+    def write_data(self, stages: Sequence[Mapping[str, Any]], fingerprint: Mapping[str, Any]) -> None:
+        """Replace data.json: the stages of the data order, the last one in force, and what the data are."""
+        record = {"version": 1, "stages": [dict(stage) for stage in stages], "fingerprint": dict(fingerprint)}
+        replace_file(self.path / "data.json", json.dumps(record) + "\n")
+
+    def read_data(self) -> dict[str, Any] | None:
+        """`{"stages": […], "fingerprint": {…}}`; None when it was not written yet. Raises ClusterError for a file that
+        cannot be read.
+        """
+        return self._read_json("data.json", dict)
+
+    def read_skips(self) -> list[dict[str, Any]]:
+        """What `elastictrain data skip` was asked for, in order. Raises as `read_data`."""
+        return self._read_json("skips.json", list) or []
+
+    def add_skip(self, skip: Mapping[str, Any]) -> int:
+        """Append to skips.json; returns how many there are. Raises ConfigError while the run is being written to."""
+        self._take(make=False)
+        try:
+            skips = [*self.read_skips(), dict(skip)]
+            replace_file(self.path / "skips.json", json.dumps(skips, indent=2) + "\n")
+        finally:
+            self.close()
+        return len(skips)
+
     def events(self) -> list[Event]:
         return parse_events(read_lines(self.path / "events.jsonl"))
 
@@ -186,6 +213,16 @@ class RunDirectory:
         if writer is None:
             raise ConfigError(f"run directory {self.path} is open for reading only; use RunDirectory.resume to write")
         return writer
+
+    def _read_json(self, name: str, kind: type[T]) -> T | None:
+        text = self._read_text(name)
+        try:
+            found = None if text is None else json.loads(text)
+        except ValueError as error:
+            raise ClusterError(f"{self.path / name}: not JSON ({error}); put it back, or remove it") from error
+        if found is not None and not isinstance(found, kind):
+            raise ClusterError(f"{self.path / name}: expected a JSON {kind.__name__}, got {type(found).__name__}")
+        return found
 
     def _read_text(self, name: str) -> str | None:
         try:

@@ -272,6 +272,10 @@ SENTENCES: dict[str, Callable[[Data], str]] = {
     "run_started": _started,
     "run_resumed": lambda data: _join("run resumed", _fact(data, "step", " at step {}"), _world(data)),
     "stage": _stage,
+    "data_skipped": lambda data: (
+        _join("taken out of the data", _fact(data, "step", " after step {}"))
+        + f": {'; '.join(map(str, data.get('what', ()))) or 'nothing'}"
+    ),
     "worker_started": _worker("is starting"),
     "worker_ready": lambda data: _join(f"{_who(data)} is ready", _node(data)),
     "worker_prepared": lambda data: _join(f"{_who(data)} is prepared", _node(data), _prepared(data)),

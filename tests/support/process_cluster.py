@@ -25,7 +25,7 @@ from elastictrain.engine.host import WorkerHost, start_error
 from elastictrain.engine.worker_model import inspect
 from elastictrain.faults import kills_for
 from elastictrain.job import Job
-from elastictrain.protocol import FormPlan, Ready, Restore
+from elastictrain.protocol import FormPlan, Ready, Restore, Stage
 from elastictrain_actors.driver import Driver, Outcome
 from elastictrain_actors.spec import machine_spec
 
@@ -38,7 +38,13 @@ RAY_STEPS = 250
 
 
 def worker_main(
-    pipe: connection.Connection, job: Job, worker: int, faults: Sequence[Any], patch: Any, cuda_devices: int
+    pipe: connection.Connection,
+    job: Job,
+    worker: int,
+    faults: Sequence[Any],
+    patch: Any,
+    cuda_devices: int,
+    stages: Sequence[Stage] = (),
 ) -> None:
     """A worker process: commands come in, messages go out."""
     os.environ["OMP_NUM_THREADS"] = str(job.numerics.threads)
@@ -46,7 +52,7 @@ def worker_main(
         os.environ["CUDA_VISIBLE_DEVICES"] = str(worker % cuda_devices)
     if patch is not None:
         patch(worker)
-    host = WorkerHost(job, worker, host="127.0.0.1", faults=faults)
+    host = WorkerHost(job, worker, host="127.0.0.1", faults=faults, stages=stages)
     sending = threading.Lock()
 
     def send(message: object) -> None:
@@ -87,6 +93,7 @@ class ProcessEffects:
 
     def __init__(self, job: Job, faults: Sequence[Any] = (), patch: Any = None, cuda_devices: int = 1) -> None:
         self.job, self.faults, self.patch, self.cuda_devices = job, faults, patch, cuda_devices
+        self.stages: Sequence[Stage] = ()
         self.all_ready_first = False
         self.die_together: tuple[int, ...] = ()
         self._held_back: list[ev.WorkerReady] = []
@@ -114,7 +121,15 @@ class ProcessEffects:
 
     def _start(self, worker: int) -> None:
         ours, theirs = _context.Pipe()
-        arguments = (theirs, self.job, worker, kills_for(self.faults, worker), self.patch, self.cuda_devices)
+        arguments = (
+            theirs,
+            self.job,
+            worker,
+            kills_for(self.faults, worker),
+            self.patch,
+            self.cuda_devices,
+            self.stages,
+        )
         process = _context.Process(target=worker_main, args=arguments, daemon=True)
         process.start()
         theirs.close()
@@ -247,6 +262,7 @@ def run_job(
     cuda_devices: int = 1,
     all_ready_first: bool = False,
     die_together: tuple[int, ...] = (),
+    stages: Sequence[Stage] = (),
     on_row: Callable[[Driver, Mapping[str, Any]], None] | None = None,
     on_event: Callable[[Driver, str], None] | None = None,
     **spec: Any,
@@ -256,7 +272,7 @@ def run_job(
     """
     machine = Machine(replace(machine_spec(job, inspect(job)), **spec))
     effects = ProcessEffects(job, faults, patch, cuda_devices)
-    effects.all_ready_first, effects.die_together = all_ready_first, die_together
+    effects.all_ready_first, effects.die_together, effects.stages = all_ready_first, die_together, stages
     record, journal = MemoryRecord(), MemoryJournal()
     try:
         driver = Driver(machine, effects, record, journal, script=faults)

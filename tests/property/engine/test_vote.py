@@ -45,6 +45,7 @@ def ballots(layout: Layout, active: int, squares: dict[int, float], lanes: list[
                 lanes=tuple(lanes[i] for i in layout.lanes[rank]),
                 norms=root_sums(norm_roots(layout, worker, active), {b: squares[b] for b in mine}),
                 largest=(rank, -5 * rank),
+                samples_hash=(1 << 64) - 1 - rank,
             )
         )
     return found
@@ -70,6 +71,7 @@ def test_round_trip_for_any_layout_and_the_same_norm_bits_for_all_of_them(data: 
     assert tally.tokens == sum(100 + r for r in range(layout.world_size))
     assert tally.counters_agree
     assert tally.largest == (layout.world_size - 1, 0)
+    assert tally.samples_hash == sum((1 << 64) - 1 - rank for rank in range(layout.world_size)) % (1 << 64)
     leaves = {Node(b, b + 1): value for b, value in squares.items()}
     assert tally.norm == math.sqrt(finish(leaves, lambda a, b: a + b, whole(active)))
 
@@ -171,6 +173,6 @@ def test_the_norm_is_that_of_torch_and_clips_as_torch_does(data: st.DataObject) 
 def test_a_payload_is_a_plain_run_of_eight_byte_numbers() -> None:
     form, plain = vote()
     raw = form.encode(plain[1])
-    assert struct.unpack("<8q", raw[:64]) == (3, 8, 2, 8, 2**63 - 1, 101, 1, -5)
+    assert struct.unpack("<9q", raw[:72]) == (3, 8, 2, 8, 2**63 - 1, 101, -2, 1, -5)
     # one lane of at most two, then the norms: blocks 1, and 2 with 3
-    assert struct.unpack("<6d", raw[64:]) == (5.0, 6.0, 0.0, 0.0, 4.0, 11.0)
+    assert struct.unpack("<6d", raw[72:]) == (5.0, 6.0, 0.0, 0.0, 4.0, 11.0)

@@ -14,6 +14,8 @@ import torch
 
 from elastictrain.data import LaneReader, open_source
 from elastictrain.data.feeder import Feeder, Place
+from elastictrain.data.ids import sample_ids
+from elastictrain.data.reader import Batch
 from elastictrain.errors import DataError
 from elastictrain.job import Data
 
@@ -27,7 +29,7 @@ class FakeReader:
         self.broken: set[Place] = set()
         self.progress = threading.Condition()
 
-    def batch(self, step: int, lane: int) -> dict[str, np.ndarray[Any, Any]]:
+    def batch(self, step: int, lane: int) -> Batch:
         with self.progress:
             self.reads.append((step, lane))
             self.progress.notify_all()
@@ -35,7 +37,7 @@ class FakeReader:
             assert self.gates[step, lane].wait(30)
         if (step, lane) in self.broken:
             raise DataError(f"broken at {step}, {lane}")
-        return {"x": np.asarray([step, lane])}
+        return Batch({"x": np.asarray([step, lane])}, sample_ids([step], [lane]))
 
     def wait_for_reads(self, count: int) -> None:
         with self.progress:

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from elastictrain.engine.host import first_stage, open_stage
+from elastictrain.data.stages import Skip, first_stage, open_stage
 from elastictrain.engine.resume import find_start
 from elastictrain.engine.saver import Saver
 from elastictrain.engine.saving import owned_state
 from elastictrain.errors import ConfigError, CorruptCheckpoint
 from elastictrain.job import Job
 from elastictrain.layout import Shard
-from elastictrain.protocol import Restore
+from elastictrain.protocol import Restore, Stage
 from tests.unit.engine.worlds import NetRecipe, make_job, started
 
 
@@ -105,3 +105,15 @@ def test_a_damaged_newest_one_offers_the_older_one(job: Job) -> None:
 def test_a_new_run_leaves_the_checkpoints_of_another_alone(job: Job) -> None:
     with pytest.raises(ConfigError, match=r"already holds checkpoints \(steps 2, 4, 6\); go on with them \(--resume\)"):
         find_start(job, resume=False)
+
+
+def test_what_is_to_be_skipped_becomes_a_stage_from_the_checkpoint_on(job: Job) -> None:
+    skips = [Skip("steps 6 to 7", 5, 7, order=0), Skip("a row", 3, 4, block=1)]
+    start = find_start(job, resume=True, step=4, skips=skips)
+    assert start.stages[-1] == Stage(1, 4, 2, 2, continues=0, at=4, jumps=((5, 7),), holes=((1, 3, 4, 4),), skips=2)
+    kind, said = start.notes[0]
+    assert (kind, said["step"], said["what"]) == ("data_skipped", 4, ["steps 6 to 7", "a row"])
+    assert start.data["hash"] == find_start(job, resume=True).data["hash"], "what is skipped is no change of the data"
+    both = find_start(job.model_copy(update={"lanes": 3}), resume=True, step=4, skips=skips)
+    assert [(stage.index, stage.order, stage.skips) for stage in both.stages] == [(0, 0, 0), (1, 1, 0), (2, 1, 2)]
+    assert both.stages[-1].jumps == (), "they were steps of an order that is not in force any more"

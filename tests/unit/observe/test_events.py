@@ -53,6 +53,11 @@ SAID: list[tuple[str, dict[str, Any], str]] = [
         {"stage": 1, "step": 6, "lanes_before": 4, "lanes": 8, "lane_batch_size_before": 1, "lane_batch_size": 2},
         "a new stage of the data order after step 6: lanes 4 → 8, samples per lane 1 → 2",
     ),
+    (
+        "data_skipped",
+        {"stage": 1, "step": 100, "what": ["steps 118 to 317", "a.parquet, row group 3"]},
+        "taken out of the data after step 100: steps 118 to 317; a.parquet, row group 3",
+    ),
     ("start_failed", {"worker": 2, "error": "no module x", "attempts": 1}, "worker 2 could not start: no module x"),
     ("start_paused", {"after_s": 30, "error": "e"}, "no new workers for now, next try in 30 s: e"),
     ("worker_lost", {"worker": 1, "cause": "killed by signal 9"}, "worker 1 is lost: killed by signal 9"),

@@ -1,0 +1,180 @@
+"""Which samples a run used, computed again from its order and compared with what its workers recorded.
+
+Workers record with every step a hash of the ids of the samples that they were really given: the ids travel with the
+rows, through every cut and permutation of the reader. The audit computes the same ids from the order alone. It reads no
+data but, for the words of a place, a row group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from elastictrain.data.holes import samples_of_run
+from elastictrain.data.ids import SampleIds, lane_hash, running_hash, sample_ids, show_hash, split_ids, step_hash
+from elastictrain.data.stages import stage_of
+from elastictrain.protocol import Stage
+
+if TYPE_CHECKING:
+    from elastictrain.data.locate import SampleLocation
+    from elastictrain.data.order import Window
+    from elastictrain.data.source import Source
+
+
+@dataclass(frozen=True, slots=True)
+class AuditedStep:
+    """`recorded`: by the workers, None where the run wrote none; `computed`: from the order, both in hexadecimal.
+    `repeated`: samples of the step that the same epoch had used before.
+    """
+
+    step: int
+    stage: int
+    epoch: int
+    samples: int
+    recorded: str | None
+    computed: str
+    repeated: int
+
+    @property
+    def agrees(self) -> bool:
+        """False when workers used other samples than the order says, or some a second time."""
+        return self.recorded in (None, self.computed) and not self.repeated
+
+
+@dataclass(slots=True)
+class Verdict:
+    """The sum of an audit. `running` and `running_recorded` are the running hashes after the last step, hexadecimal;
+    `running_recorded` is None when a step has no record.
+    """
+
+    steps: int = 0
+    samples: int = 0
+    unrecorded: int = 0
+    differing: list[int] = field(default_factory=list)
+    repeated: int = 0
+    running: str = show_hash(0)
+    running_recorded: str | None = show_hash(0)
+
+    @property
+    def agrees(self) -> bool:
+        return not self.differing and not self.repeated
+
+    def add(self, found: AuditedStep) -> None:
+        """Take a step in; they must come ascending."""
+        self.steps += 1
+        self.samples += found.samples
+        self.repeated += found.repeated
+        self.unrecorded += found.recorded is None
+        if found.recorded is not None and found.recorded != found.computed:
+            self.differing.append(found.step)
+        self.running = _running(self.running, found.step, found.computed)
+        before = self.running_recorded
+        known = before is not None and found.recorded is not None
+        self.running_recorded = _running(str(before), found.step, str(found.recorded)) if known else None
+
+
+def _running(before: str, step: int, of_step: str) -> str:
+    return show_hash(running_hash(int(before, 16), step, int(of_step, 16)))
+
+
+class Auditor:
+    """Computes the samples of a run's steps. `open_source`: the data in the order of a stage; opened once for each."""
+
+    def __init__(self, stages: Sequence[Stage], open_source: Callable[[Stage], Source]) -> None:
+        self._stages, self._open = tuple(stages), open_source
+        self._sources: dict[Stage, Source] = {}
+        self._windows: dict[tuple[int, int], tuple[Window, SampleIds]] = {}  # by (lane, source of a mixture)
+        self._used: dict[tuple[int, int, int], dict[int, npt.NDArray[np.bool_]]] = {}
+
+    def source(self, step: int) -> tuple[Source, Stage]:
+        """Return the data of a step of the run, and its stage."""
+        stage = stage_of(self._stages, step)
+        if stage not in self._sources:
+            self._windows.clear()
+            self._sources[stage] = self._open(stage)
+        return self._sources[stage], stage
+
+    def runs(self, step: int, lane: int) -> Iterator[tuple[Window, SampleIds]]:
+        """Yield the ids of the samples of a lane's batch, in order, each run with its window."""
+        source, stage = self.source(step)
+        for window, start, stop in source.spans(stage.position(step), lane):
+            place = (lane, window.source)
+            if self._windows.get(place, (None,))[0] != window:
+                self._windows[place] = (window, sample_ids(*samples_of_run(window, 0, window.stop - window.start)))
+            yield window, self._windows[place][1][start:stop]
+
+    def ids(self, step: int, lane: int) -> SampleIds:
+        """Return the ids of the samples of a lane's batch, in order."""
+        return np.concatenate([ids for _, ids in self.runs(step, lane)])
+
+    def hash_of(self, step: int) -> int:
+        """Return the hash of a step's samples, as workers record it."""
+        lanes = self.source(step)[0].lanes
+        return step_hash(lane_hash(lane, self.ids(step, lane)) for lane in range(lanes))
+
+    def locations(self, step: int, lane: int) -> list[SampleLocation]:
+        """Say where every sample of a lane's batch lies, in the batch's order."""
+        source, _ = self.source(step)
+        found = []
+        for window, ids in self.runs(step, lane):
+            blocks, rows = split_ids(ids)
+            found += [source.location(int(b), int(r), window.epoch) for b, r in zip(blocks, rows, strict=True)]
+        return found
+
+    def audit(self, recorded: Iterable[tuple[int, str | None]]) -> Iterator[AuditedStep]:
+        """Compare the steps of a run, ascending, with what its workers `recorded` of each."""
+        for step, hash_of_step in recorded:
+            source, stage = self.source(step)
+            hashes, samples, repeated, epoch = [], 0, 0, 0
+            for lane in range(source.lanes):
+                runs = list(self.runs(step, lane))
+                ids = np.concatenate([part for _, part in runs])
+                hashes.append(lane_hash(lane, ids))
+                samples += len(ids)
+                repeated += sum(self._use(stage, window, part) for window, part in runs)
+                epoch = runs[0][0].epoch
+            yield AuditedStep(step, stage.index, epoch, samples, hash_of_step, show_hash(step_hash(hashes)), repeated)
+
+    def _use(self, stage: Stage, window: Window, ids: SampleIds) -> int:
+        """Mark samples as used in an epoch; return how many were so already."""
+        key = (stage.order, window.source, window.epoch)
+        if key not in self._used:  # lanes are in two epochs at most
+            self._used = {k: v for k, v in self._used.items() if k[:2] != key[:2] or k[2] >= window.epoch - 1}
+        used = self._used.setdefault(key, {})
+        repeated = 0
+        blocks, rows = split_ids(ids)
+        for block in np.unique(blocks).tolist():
+            mine = rows[blocks == block]
+            marks = used.get(block, np.zeros(0, dtype=bool))
+            if len(marks) <= int(mine.max()):
+                marks = np.concatenate([marks, np.zeros(int(mine.max()) + 1, dtype=bool)])
+            repeated += int(marks[mine].sum()) + len(mine) - len(np.unique(mine))
+            marks[mine] = True
+            used[block] = marks
+        return repeated
+
+    def close(self) -> None:
+        """Close all files."""
+        for source in self._sources.values():
+            source.close()
+
+
+def describe_location(location: SampleLocation, rows_of: Callable[..., tuple[int, int]] | None = None) -> str:
+    """Say in words where a sample lies. `rows_of`: finds the documents of a packed part (it reads the row group)."""
+    parts = []
+    for part in location.parts:
+        words = [f"{part.file}, row group {part.row_group}"]
+        rows = part.rows or (rows_of(part) if rows_of is not None else None)
+        if rows is not None:
+            words.append(f"row {rows[0]}" if rows[1] - rows[0] == 1 else f"rows {rows[0]} to {rows[1] - 1}")
+        if part.tokens is not None:
+            words.append(f"tokens {part.tokens[0]} to {part.tokens[1] - 1}")
+        parts.append(", ".join(words))
+    if location.filler_tokens:
+        parts.append(f"{location.filler_tokens} tokens of filler")
+    name = f"{location.source}: " if location.source else ""
+    return name + "; ".join(parts)

@@ -1,0 +1,370 @@
+"""Commands about the data of a run or a job: what it used, where a sample comes from, what is to be left out."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from elastictrain.errors import ConfigError, DataError
+from elastictrain.terminal import AsJson, Commands, Run
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+
+    from elastictrain.data.audit import AuditedStep, Auditor
+    from elastictrain.data.index import Progress
+    from elastictrain.data.source import Source
+    from elastictrain.data.stages import Skip
+    from elastictrain.job import Job
+    from elastictrain.observe import RunDirectory
+    from elastictrain.protocol import Stage
+
+app = typer.Typer(
+    name="data",
+    cls=Commands,
+    help="Look at the data of a job, and at what a run has used of them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Steps = Annotated[
+    str | None, typer.Option("--steps", metavar="A:B", help="Steps A up to, but not including, B; or one step A.")
+]
+RunOrJob = Annotated[str, typer.Argument(metavar="RUN", help="A run (path, name, latest), or a JOB.yaml.")]
+
+
+@app.command()
+def audit(
+    run: Run,
+    steps: Steps = None,
+    samples: Annotated[bool, typer.Option("--samples", help="Show file, row group, row and tokens of each.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compute again which samples each committed step used, and compare with what the workers recorded."""
+    from elastictrain.data.audit import Verdict
+    from elastictrain.observe import find_run
+
+    found = find_run(run)
+    rows = found.metrics()
+    if not rows:
+        raise ConfigError(f"RUN {str(found.path)!r}: nothing to audit: no step has been published yet")
+    chosen = _range(steps, rows[0].step, rows[-1].step + 1)
+    recorded = [(row.step, row.samples_hash) for row in rows if chosen[0] <= row.step < chosen[1]]
+    verdict = Verdict()
+    with _auditor(found) as auditor, _bars(quiet=as_json) as bars:
+        task = bars.add_task("computing samples", total=len(recorded)) if bars else None
+        for at in auditor.audit(recorded):
+            verdict.add(at)
+            if bars and task is not None:
+                bars.advance(task)
+            if as_json:
+                places = {"lanes": _places(auditor, at.step)} if samples else {}
+                typer.echo(json.dumps(asdict(at) | {"agrees": at.agrees} | places))
+            elif samples:
+                _print_places(auditor, at)
+        if as_json:
+            typer.echo(json.dumps({"verdict": asdict(verdict) | {"agrees": verdict.agrees}}))
+    if not as_json:
+        _print_verdict(verdict, recorded)
+    if not verdict.agrees:
+        raise DataError(
+            f"RUN {str(found.path)!r}: steps {_some(verdict.differing)} used other samples than the order says, "
+            f"{verdict.repeated} sample(s) were used twice in an epoch"
+        )
+
+
+@app.command()
+def explain(
+    run: RunOrJob,
+    step: Annotated[int, typer.Option("--step", min=1, help="A step of the run, past or to come.")],
+    lane: Annotated[int | None, typer.Option("--lane", min=0, help="One lane; default all.")] = None,
+    rows: Annotated[bool, typer.Option("--rows", help="Read the row groups and name the documents, too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say where the samples of a step come from: file, row group, rows, tokens."""
+    with _auditor_of(run) as auditor:
+        source, stage = auditor.source(step)
+        if lane is not None and lane >= source.lanes:
+            raise ConfigError(f"--lane {lane}: the step has lanes 0 to {source.lanes - 1}")
+        lanes = range(source.lanes) if lane is None else [lane]
+        if as_json:
+            typer.echo(json.dumps({"step": step, "stage": stage.index, "order_step": stage.position(step),
+                                   "lanes": {str(one): _lane(auditor, step, one, rows) for one in lanes}}))  # fmt: skip
+            return
+        typer.echo(f"step {step}: step {stage.position(step)} of the order of stage {stage.index}")
+        for one in lanes:
+            _print_lane(auditor, step, one, rows)
+
+
+@app.command()
+def skip(
+    run: Run,
+    steps: Annotated[
+        str | None, typer.Option("--steps", metavar="A:B", help="Pass over what steps A up to, not including, B use.")
+    ] = None,
+    lane: Annotated[int | None, typer.Option("--lane", min=0, help="With one step: only this lane's samples.")] = None,
+    file: Annotated[str | None, typer.Option("--file", help="A file of the data, as `data explain` names it.")] = None,
+    row_group: Annotated[int | None, typer.Option("--row-group", min=0, help="Its row group, from 0.")] = None,
+    rows: Annotated[
+        str | None, typer.Option("--rows", metavar="A:B", help="Its rows A up to, not including, B; default all.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Leave samples out of the rest of a run that stands still; holds from where it is taken up (run --resume)."""
+    from elastictrain.observe import find_run
+
+    found = find_run(run)
+    job, stages, _ = _record(found)
+    if job.checkpoint is None:
+        raise ConfigError(f"RUN {str(found.path)!r} stores no checkpoints (checkpoint.path), so it cannot be taken up")
+    if (steps is None) == (file is None) or (file is None) != (row_group is None) or (lane is not None and not steps):
+        raise ConfigError(
+            "say what to skip: --steps A:B, --steps A --lane L, or --file NAME --row-group N [--rows A:B]"
+        )
+    if file is None and rows is not None:
+        raise ConfigError("--rows needs --file and --row-group")
+    if steps is not None:
+        wanted = _skip_steps(found, stages, _range(steps, 1, 1 << 62), lane)
+    else:
+        wanted = _skip_rows(
+            job, stages[-1], str(file), int(row_group or 0), None if rows is None else _range(rows, 0, 0)
+        )
+    _try_out(job, stages, wanted)
+    for one in wanted:
+        found.add_skip(asdict(one))
+    hint = _hint(found, _range(steps, 1, 1 << 62)[0]) if steps is not None and lane is None else ""
+    words = list(dict.fromkeys(one.words for one in wanted))
+    if as_json:
+        typer.echo(json.dumps({"skips": [asdict(one) for one in wanted], "words": words}))
+    else:
+        typer.echo(
+            f"will be left out: {'; '.join(words)}. It holds from where the run is taken up (run --resume){hint}"
+        )
+
+
+def _skip_steps(found: RunDirectory, stages: tuple[Stage, ...], steps: tuple[int, int], lane: int | None) -> list[Skip]:
+    from elastictrain.data.ids import split_ids
+    from elastictrain.data.stages import Skip, stage_of
+
+    first, end = steps
+    words = f"steps {first} to {end - 1}" if end - first > 1 else f"step {first}"
+    if lane is None:
+        stage = stage_of(stages, first)
+        if stage_of(stages, end - 1) != stage:
+            raise ConfigError(
+                f"--steps {first}:{end}: a new stage begins in between; skip what is before and after apart"
+            )
+        start, stop = stage.position(first), stage.position(end - 1) + 1
+        return [Skip(words, start, stop, order=stage.order)]
+    if end - first != 1:
+        raise ConfigError(f"--lane {lane}: expected one step, as --steps {first}; got {words}")
+    with _auditor(found) as auditor:
+        lanes = auditor.source(first)[0].lanes
+        if lane >= lanes:
+            raise ConfigError(f"--lane {lane}: the step has lanes 0 to {lanes - 1}")
+        blocks, rows = split_ids(auditor.ids(first, lane))
+    return [
+        Skip(f"{words}, lane {lane}", row, row + 1, block=block)
+        for block, row in sorted(zip(blocks.tolist(), rows.tolist(), strict=True))
+    ]
+
+
+def _skip_rows(job: Job, stage: Stage, file: str, row_group: int, rows: tuple[int, int] | None) -> list[Skip]:
+    from elastictrain.data.places import find_block, samples_with
+    from elastictrain.data.stages import Skip
+
+    words = f"{file}, row group {row_group}" + ("" if rows is None else f", rows {rows[0]} to {rows[1] - 1}")
+    with _opened(job, stage) as source:
+        found = samples_with(source, find_block(source, file, row_group), rows)
+    return [Skip(words, start, stop, block=block) for block, start, stop in found]
+
+
+def _try_out(job: Job, stages: tuple[Stage, ...], wanted: list[Skip]) -> None:
+    """Raise DataError now, and not when the run is taken up, where too little would be left."""
+    from elastictrain.data.stages import with_skips
+
+    last = stages[-1]
+    padded = [wanted[0]] * last.skips + wanted  # those that the stages know already are not looked at
+    with _opened(job, with_skips(stages, padded, last.from_step)[-1]):
+        pass
+
+
+def _hint(found: RunDirectory, first: int) -> str:
+    rows = found.metrics()
+    if not rows or rows[-1].step < first:
+        return ""
+    stored = [int(event.data["step"]) for event in found.events() if event.kind == "checkpoint"]
+    before = [step for step in stored if step < first]
+    newest = f", such as --resume-step {before[-1]}" if before else "; it has stored none"
+    return f". Step {first} has been trained already: to pass over it, go on from a checkpoint before it{newest}"
+
+
+def _range(text: str | None, low: int, high: int) -> tuple[int, int]:
+    """Read `A:B` or `A`; an open end is `low` or `high`."""
+    if text is None:
+        return low, high
+    match = re.fullmatch(r"(\d*):(\d*)|(\d+)", text.strip())
+    if match is None:
+        raise ConfigError(f"{text!r}: expected A:B (from A up to, not including, B), or a single number")
+    if match[3] is not None:
+        return int(match[3]), int(match[3]) + 1
+    first, end = int(match[1] or low), int(match[2] or high)
+    if first >= end:
+        raise ConfigError(f"{text!r}: expected A:B with A below B")
+    return first, end
+
+
+def _record(found: RunDirectory) -> tuple[Job, tuple[Stage, ...], dict[str, Any] | None]:
+    """The job of a run, its stages, and the fingerprint of its data (None where the run has written none)."""
+    from elastictrain.data.stages import first_stage
+    from elastictrain.job import load_job
+    from elastictrain.protocol import Stage
+
+    job, record = load_job(found.path / "job.yaml"), found.read_data()
+    if record is None:
+        return job, (first_stage(job),), None
+    return job, tuple(Stage.of(stage) for stage in record["stages"]), record["fingerprint"]
+
+
+@contextmanager
+def _auditor_of(run: str) -> Iterator[Auditor]:
+    path = Path(run)
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        from elastictrain.observe import find_run
+
+        with _auditor(find_run(run)) as auditor:
+            yield auditor
+        return
+    from elastictrain.data.audit import Auditor
+    from elastictrain.data.stages import first_stage, open_stage
+    from elastictrain.job import load_job
+
+    job = load_job(path)
+    with _bars(quiet=False) as bars:
+        auditor = Auditor([first_stage(job)], lambda stage: open_stage(job, stage, _telling(bars)))
+        try:
+            auditor.source(1)
+        finally:
+            if bars:
+                bars.stop()
+        yield auditor
+    auditor.close()
+
+
+@contextmanager
+def _auditor(found: RunDirectory) -> Iterator[Auditor]:
+    """An auditor of a run. Raises DataError when the data are not those that the run used."""
+    from elastictrain.data import fingerprint_difference
+    from elastictrain.data.audit import Auditor
+    from elastictrain.data.stages import open_stage
+
+    job, stages, fingerprint = _record(found)
+
+    def opened(stage: Stage) -> Source:
+        source = open_stage(job, stage)
+        changes = [] if fingerprint is None else fingerprint_difference(
+            fingerprint, source.fingerprint, ignoring=("lanes", "lane_batch_size")
+        )  # fmt: skip
+        if changes:
+            source.close()
+            raise DataError("the data are not those that the run has used:\n  " + "\n  ".join(changes[:10]))
+        return source
+
+    auditor = Auditor(stages, opened)
+    try:
+        yield auditor
+    finally:
+        auditor.close()
+
+
+@contextmanager
+def _opened(job: Job, stage: Stage) -> Iterator[Source]:
+    from elastictrain.data.stages import open_stage
+
+    source = open_stage(job, stage)
+    try:
+        yield source
+    finally:
+        source.close()
+
+
+@contextmanager
+def _bars(*, quiet: bool) -> Iterator[Bars | None]:
+    """Progress bars on standard error, if that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        yield bars
+
+
+def _telling(bars: Bars | None) -> Progress | None:
+    """What `open_source` reports, as a bar for each thing that it does."""
+    if bars is None:
+        return None
+    tasks: dict[str, Any] = {}
+
+    def tell(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            tasks[what] = bars.add_task(what, total=total)
+        bars.update(tasks[what], completed=done, total=total)
+
+    return tell
+
+
+def _places(auditor: Auditor, step: int) -> dict[str, Any]:
+    lanes = auditor.source(step)[0].lanes
+    return {str(lane): _lane(auditor, step, lane, rows=False) for lane in range(lanes)}
+
+
+def _lane(auditor: Auditor, step: int, lane: int, rows: bool) -> list[dict[str, Any]]:
+    source, _ = auditor.source(step)
+    found = []
+    for place in auditor.locations(step, lane):
+        record = asdict(place)
+        if rows:
+            for part, entry in zip(place.parts, record["parts"], strict=True):
+                entry["rows"] = source.rows_of(part)
+        found.append(record)
+    return found
+
+
+def _print_lane(auditor: Auditor, step: int, lane: int, rows: bool) -> None:
+    from elastictrain.data.audit import describe_location
+
+    source, _ = auditor.source(step)
+    for number, place in enumerate(auditor.locations(step, lane)):
+        where = describe_location(place, source.rows_of if rows else None)
+        typer.echo(f"  lane {lane}, sample {number}: epoch {place.epoch}, {where}")
+
+
+def _print_places(auditor: Auditor, at: AuditedStep) -> None:
+    typer.echo(f"step {at.step}: {at.samples} samples, {'agrees' if at.agrees else 'DIFFERS'}")
+    for lane in range(auditor.source(at.step)[0].lanes):
+        _print_lane(auditor, at.step, lane, rows=False)
+
+
+def _print_verdict(verdict: Any, recorded: list[tuple[int, str | None]]) -> None:
+    first, last = recorded[0][0], recorded[-1][0]
+    typer.echo(f"steps {first} to {last}: {verdict.samples} samples, {verdict.repeated} of them twice in an epoch")
+    agree = verdict.steps - len(verdict.differing) - verdict.unrecorded
+    typer.echo(f"recorded and computed agree at {agree} of {verdict.steps} steps", nl=False)
+    typer.echo(f"; {verdict.unrecorded} have no record" if verdict.unrecorded else "")
+    typer.echo(f"running hash of the sample ids after step {last}: {verdict.running}")
+
+
+def _some(steps: Iterable[int]) -> str:
+    listed = list(steps)
+    return ", ".join(map(str, listed[:5])) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "") or "none"
