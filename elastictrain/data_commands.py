@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from elastictrain.data_inspect import bars, inspect, telling
 from elastictrain.errors import ConfigError, DataError
 from elastictrain.terminal import AsJson, Commands, Run
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as Bars
-
     from elastictrain.data.audit import AuditedStep, Auditor
-    from elastictrain.data.index import Progress
     from elastictrain.data.source import Source
     from elastictrain.data.stages import Skip
     from elastictrain.job import Job
@@ -34,6 +32,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(inspect)
 Steps = Annotated[
     str | None, typer.Option("--steps", metavar="A:B", help="Steps A up to, but not including, B; or one step A.")
 ]
@@ -58,12 +57,12 @@ def audit(
     chosen = _range(steps, rows[0].step, rows[-1].step + 1)
     recorded = [(row.step, row.samples_hash) for row in rows if chosen[0] <= row.step < chosen[1]]
     verdict = Verdict()
-    with _auditor(found) as auditor, _bars(quiet=as_json) as bars:
-        task = bars.add_task("computing samples", total=len(recorded)) if bars else None
+    with _auditor(found) as auditor, bars(quiet=as_json) as shown:
+        task = shown.add_task("computing samples", total=len(recorded)) if shown else None
         for at in auditor.audit(recorded):
             verdict.add(at)
-            if bars and task is not None:
-                bars.advance(task)
+            if shown and task is not None:
+                shown.advance(task)
             if as_json:
                 places = {"lanes": _places(auditor, at.step)} if samples else {}
                 typer.echo(json.dumps(asdict(at) | {"agrees": at.agrees} | places))
@@ -230,7 +229,7 @@ def _record(found: RunDirectory) -> tuple[Job, tuple[Stage, ...], dict[str, Any]
     job, record = load_job(found.path / "job.yaml"), found.read_data()
     if record is None:
         return job, (first_stage(job),), None
-    return job, tuple(Stage.of(stage) for stage in record["stages"]), record["fingerprint"]
+    return job, tuple(Stage.from_json(stage) for stage in record["stages"]), record["fingerprint"]
 
 
 @contextmanager
@@ -247,13 +246,13 @@ def _auditor_of(run: str) -> Iterator[Auditor]:
     from elastictrain.job import load_job
 
     job = load_job(path)
-    with _bars(quiet=False) as bars:
-        auditor = Auditor([first_stage(job)], lambda stage: open_stage(job, stage, _telling(bars)))
+    with bars(quiet=False) as shown:
+        auditor = Auditor([first_stage(job)], lambda stage: open_stage(job, stage, telling(shown)))
         try:
             auditor.source(1)
         finally:
-            if bars:
-                bars.stop()
+            if shown:
+                shown.stop()
         yield auditor
     auditor.close()
 
@@ -293,35 +292,6 @@ def _opened(job: Job, stage: Stage) -> Iterator[Source]:
         yield source
     finally:
         source.close()
-
-
-@contextmanager
-def _bars(*, quiet: bool) -> Iterator[Bars | None]:
-    """Progress bars on standard error, if that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
-        yield bars
-
-
-def _telling(bars: Bars | None) -> Progress | None:
-    """What `open_source` reports, as a bar for each thing that it does."""
-    if bars is None:
-        return None
-    tasks: dict[str, Any] = {}
-
-    def tell(what: str, done: int, total: int) -> None:
-        if what not in tasks:
-            tasks[what] = bars.add_task(what, total=total)
-        bars.update(tasks[what], completed=done, total=total)
-
-    return tell
 
 
 def _places(auditor: Auditor, step: int) -> dict[str, Any]:

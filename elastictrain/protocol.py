@@ -126,7 +126,7 @@ class Stage:
 
     A job that is resumed with another number of lanes (or lane batch size) gets a new stage, whose order starts anew at
     `from_step`, with a seed of its own. One from which samples have been taken out (`elastictrain data skip`) gets a
-    stage that goes on in the order of stage `continues`: the step after `from_step` is step `at` of that order.
+    stage that `continues` the order that began with stage `begun`: the step after `from_step` is step `at` of it.
     `jumps`: steps `[a, b)` of the order that are passed over; `holes`: (block, start, stop, at) of samples that are not
     used from step `at` of the order on; `skips`: how many of the run's requests to skip something are in these.
     """
@@ -135,7 +135,8 @@ class Stage:
     from_step: int = 0
     lanes: int = 0
     lane_batch_size: int = 0
-    continues: int | None = None
+    continues: bool = False
+    begun: int | None = None
     at: int = 0
     jumps: tuple[tuple[int, int], ...] = ()
     holes: tuple[tuple[int, int, int, int], ...] = ()
@@ -144,7 +145,7 @@ class Stage:
     @property
     def order(self) -> int:
         """The stage with which the order began; its seed is that of the order."""
-        return self.index if self.continues is None else self.continues
+        return self.index if self.begun is None else self.begun
 
     def position(self, step: int) -> int:
         """The step of the order whose samples step `step` of the run uses."""
@@ -154,7 +155,7 @@ class Stage:
         return position
 
     @classmethod
-    def of(cls, record: Mapping[str, Any]) -> Stage:
+    def from_json(cls, record: Mapping[str, Any]) -> Stage:
         """Read a stage back from JSON, where tuples are lists."""
         known = {name: record[name] for name in cls.__slots__ if name in record}
         for name in ("jumps", "holes"):

@@ -96,7 +96,7 @@ def with_skips(stages: Sequence[Stage], skips: Sequence[Skip], step: int) -> tup
         elif skip.order == last.order and skip.stop > at:
             jumps.append((max(skip.start, at), skip.stop))
     begun = replace(
-        last, index=last.index + 1, from_step=step, continues=last.order, at=at, jumps=_joined(jumps),
+        last, index=last.index + 1, from_step=step, continues=True, begun=last.order, at=at, jumps=_joined(jumps),
         holes=tuple(holes), skips=len(skips),
     )  # fmt: skip
     return (*stages, begun)

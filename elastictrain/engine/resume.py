@@ -155,7 +155,7 @@ def _stages(
             f"seed={job.seed}, but checkpoint step {manifest.step} was made with seed={tree.get('seed')}; set seed to "
             "that"
         )
-    before = tuple(Stage.of(stage) for stage in tree["stages"])
+    before = tuple(Stage.from_json(stage) for stage in tree["stages"])
     stages = with_lanes(before, job.lanes, job.lane_batch_size, manifest.step)
     notes: list[tuple[str, dict[str, Any]]] = []
     if stages != before:

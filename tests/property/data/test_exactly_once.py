@@ -133,7 +133,7 @@ def test_the_audit_sees_a_wrong_sample(tmp_path: Path, bug: str) -> None:
 def test_the_audit_sees_a_sample_that_comes_twice_in_an_epoch(tmp_path: Path) -> None:
     """Stages that overlap, as nothing of ours makes them: the order goes on two steps too early."""
     job = table_job(tmp_path / "data")
-    stages = (FIRST, Stage(1, 10, LANES, SIZE, continues=0, at=8))
+    stages = (FIRST, Stage(1, 10, LANES, SIZE, continues=True, begun=0, at=8))
     auditor = Auditor(stages, lambda stage: open_stage(job, stage))
     found = list(auditor.audit([(step, None) for step in range(1, 15)]))
     assert [step.step for step in found if step.repeated] == [11, 12]

@@ -34,7 +34,9 @@ def test_what_has_been_trained_is_not_passed_over_again() -> None:
 
 def test_a_new_number_of_lanes_begins_an_order_and_keeps_the_holes() -> None:
     stages = with_skips((FIRST,), [Skip("", 2, 5, block=7), Skip("", 4, 9, order=0)], 3)
-    assert stages[-1] == Stage(1, 3, 4, 2, continues=0, at=3, jumps=((4, 9),), holes=((7, 2, 5, 3),), skips=2)
+    assert stages[-1] == Stage(
+        1, 3, 4, 2, continues=True, begun=0, at=3, jumps=((4, 9),), holes=((7, 2, 5, 3),), skips=2
+    )
     stages = with_lanes(stages, 8, 2, 10)
     assert stages[-1] == Stage(2, 10, 8, 2, holes=((7, 2, 5, 0),), skips=2)
     assert positions(stages, 10, 13) == [(0, 14), (2, 0), (2, 1)]
@@ -52,8 +54,8 @@ def test_nothing_new_is_no_stage() -> None:
 
 def test_stages_come_back_from_json_also_those_of_before() -> None:
     stages = with_skips((FIRST,), [Skip("a", 2, 5, block=7), Skip("b", 4, 9, order=0)], 3)
-    assert tuple(Stage.of(json.loads(json.dumps(asdict(stage)))) for stage in stages) == stages
-    assert Stage.of({"index": 1, "from_step": 6, "lanes": 3, "lane_batch_size": 2}) == Stage(1, 6, 3, 2)
+    assert tuple(Stage.from_json(json.loads(json.dumps(asdict(stage)))) for stage in stages) == stages
+    assert Stage.from_json({"index": 1, "from_step": 6, "lanes": 3, "lane_batch_size": 2}) == Stage(1, 6, 3, 2)
     assert Skip.of(json.loads(json.dumps(asdict(Skip("a", 1, 2, block=3))))) == Skip("a", 1, 2, block=3)
 
 

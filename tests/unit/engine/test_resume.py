@@ -110,7 +110,9 @@ def test_a_new_run_leaves_the_checkpoints_of_another_alone(job: Job) -> None:
 def test_what_is_to_be_skipped_becomes_a_stage_from_the_checkpoint_on(job: Job) -> None:
     skips = [Skip("steps 6 to 7", 5, 7, order=0), Skip("a row", 3, 4, block=1)]
     start = find_start(job, resume=True, step=4, skips=skips)
-    assert start.stages[-1] == Stage(1, 4, 2, 2, continues=0, at=4, jumps=((5, 7),), holes=((1, 3, 4, 4),), skips=2)
+    assert start.stages[-1] == Stage(
+        1, 4, 2, 2, continues=True, begun=0, at=4, jumps=((5, 7),), holes=((1, 3, 4, 4),), skips=2
+    )
     kind, said = start.notes[0]
     assert (kind, said["step"], said["what"]) == ("data_skipped", 4, ["steps 6 to 7", "a row"])
     assert start.data["hash"] == find_start(job, resume=True).data["hash"], "what is skipped is no change of the data"
