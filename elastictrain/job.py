@@ -42,6 +42,10 @@ class Data(Settings):
     window_row_groups: PositiveInt = 2
     rows_per_block: PositiveInt = 1024
     """JSONL has no row groups: lines per block."""
+    prefetch_bytes: PositiveInt = 64 << 20
+    """Batches that a worker has read ahead take at most this much memory."""
+    warm_cache_bytes: Annotated[int, BeforeValidator(not_a_switch), Field(ge=0)] = 0
+    """Disk that decoded, tokenised and packed data may take (in the cache folder); 0: none is kept."""
     storage_options: dict[str, Any] = Field(default_factory=dict)
 
     @property

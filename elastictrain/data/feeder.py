@@ -13,19 +13,36 @@ import numpy as np
 import torch
 
 from elastictrain.data.ids import lane_hash
+from elastictrain.data.meter import Meter, waited_for
 from elastictrain.data.reader import LaneReader
 from elastictrain.errors import DataError
 
 Place = tuple[int, int]
 """(step, lane)"""
 
+PREFETCH_BYTES = 64 << 20
+
 
 class Tensors(dict[str, torch.Tensor]):
-    """A batch's tensors by name; `samples_hash`: of its lane and the ids of its samples (see `data.ids`)."""
+    """A batch's tensors by name.
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], samples_hash: int) -> None:
+    `samples_hash`: of its lane and the ids of its samples (see `data.ids`). `waited`: seconds that whoever got it had
+    to wait for it, by stage of `data.meter`. `copied`: on CUDA, when its copy is complete.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        samples_hash: int,
+        waited: Mapping[str, float] | None = None,
+        copied: torch.cuda.Event | None = None,
+    ) -> None:
         super().__init__(tensors)
-        self.samples_hash = samples_hash
+        self.samples_hash, self.waited, self.copied = samples_hash, dict(waited or {}), copied
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.values())
 
 
 class Feeder:
@@ -33,19 +50,30 @@ class Feeder:
 
     Reading ahead changes when a batch is read and never what is in it. A batch that nobody expected is read by
     the caller. An error in the thread is raised by the `batch` call that wanted its result, and by no other.
+    On CUDA a batch is copied from pinned memory on a stream of its own, beside the computation.
     """
 
     def __init__(
-        self, reader: LaneReader, device: torch.device | str = "cpu", *, depth: int = 4, deadline_s: float = 600.0
+        self,
+        reader: LaneReader,
+        device: torch.device | str = "cpu",
+        *,
+        budget_bytes: int = PREFETCH_BYTES,
+        deadline_s: float = 600.0,
     ) -> None:
-        """Start the thread. `depth`: batches that may lie ready; `deadline_s`: longest wait for one batch."""
-        if depth < 1:
-            raise ValueError(f"depth is {depth}; expected at least 1")
+        """Start the thread. `budget_bytes`: what batches that lie ready may take, on the device; one may always lie
+        ready, whatever its size. `deadline_s`: longest wait for one batch.
+        """
+        if budget_bytes < 1:
+            raise ValueError(f"budget_bytes is {budget_bytes}; expected at least 1")
         self._reader, self._device = reader, torch.device(device)
-        self._depth, self._deadline_s = depth, deadline_s
+        self._budget_bytes, self._deadline_s = budget_bytes, deadline_s
+        self.meter: Meter = getattr(reader, "meter", None) or Meter()
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._changed = threading.Condition()
         self._wanted: deque[Place] = deque()
         self._ready: dict[Place, Tensors | Exception] = {}
+        self._ready_bytes = self._usual_bytes = 0
         self._in_flight: Place | None = None
         self._keep_in_flight = True
         self._closed = False
@@ -58,10 +86,10 @@ class Feeder:
         When lanes move, only the work done ahead for places that are no longer named is thrown away.
         """
         with self._changed:
-            places = list(dict.fromkeys(upcoming))
-            named = set(places)
-            self._ready = {place: result for place, result in self._ready.items() if place in named}
-            self._keep_in_flight = self._in_flight in named
+            places = dict.fromkeys(upcoming)
+            for place in [place for place in self._ready if place not in places]:
+                self._take(place)
+            self._keep_in_flight = self._in_flight in places
             self._wanted = deque(
                 place
                 for place in places
@@ -75,7 +103,8 @@ class Feeder:
         Raises what `LaneReader.batch` raises, and DataError if reading takes longer than the deadline.
         """
         place = (step, lane)
-        deadline = time.monotonic() + self._deadline_s
+        begun_s, before = time.monotonic(), self.meter.read()
+        deadline = begun_s + self._deadline_s
         with self._changed:
             if self._closed:
                 raise RuntimeError("the Feeder is closed")
@@ -87,7 +116,7 @@ class Feeder:
                         "Look at the storage behind data.path"
                     )
                 self._changed.wait(remaining)
-            result = self._ready.pop(place, None)
+            result = self._take(place)
             if result is None and place in self._wanted:
                 self._wanted.remove(place)  # asked for out of turn: no need to wait for those before it
             self._changed.notify_all()
@@ -95,8 +124,13 @@ class Feeder:
             result = self._read(place)
         if isinstance(result, Exception):
             raise result
-        moved = {name: tensor.to(self._device, non_blocking=True) for name, tensor in result.items()}
-        return Tensors(moved, result.samples_hash)
+        if result.copied is not None:  # what computes waits for the copy; the host does not
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(result.copied)
+            for tensor in result.values():
+                tensor.record_stream(current)
+        result.waited = waited_for(before, self.meter.read(), time.monotonic() - begun_s)
+        return result
 
     def close(self) -> None:
         """Stop the thread and wait for it; may be called twice. The reader stays open."""
@@ -104,6 +138,7 @@ class Feeder:
             self._closed = True
             self._wanted.clear()
             self._ready.clear()
+            self._ready_bytes = 0
             self._changed.notify_all()
         self._thread.join(self._deadline_s)
         if self._thread.is_alive():
@@ -117,17 +152,32 @@ class Feeder:
     ) -> None:
         self.close()
 
+    def _take(self, place: Place) -> Tensors | Exception | None:
+        result = self._ready.pop(place, None)
+        self._ready_bytes -= result.bytes if isinstance(result, Tensors) else 0
+        return result
+
     def _read(self, place: Place) -> Tensors:
         batch = self._reader.batch(*place)
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
-        if self._device.type == "cuda":  # a copy from pinned memory runs beside the computation
-            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        return Tensors(tensors, lane_hash(place[1], batch.ids))
+        copied = None
+        if self._stream is not None:
+            with self.meter.stage("copy"), torch.cuda.stream(self._stream):
+                pinned = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+                # Torch's allocator does not give pinned memory out again before the copy from it is complete.
+                tensors = {name: tensor.to(self._device, non_blocking=True) for name, tensor in pinned.items()}
+                copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                copied.record(self._stream)
+        return Tensors(tensors, lane_hash(place[1], batch.ids), copied=copied)
+
+    def _is_full(self) -> bool:
+        """Whether one more batch, of the size of the last, would take the batches that lie ready over the budget."""
+        return bool(self._ready) and self._ready_bytes + self._usual_bytes > self._budget_bytes
 
     def _read_ahead(self) -> None:
         while True:
             with self._changed:
-                while not self._closed and (not self._wanted or len(self._ready) >= self._depth):
+                while not self._closed and (not self._wanted or self._is_full()):
                     self._changed.wait()  # ended by expect, batch or close; nothing of the run hangs on it
                 if self._closed:
                     return
@@ -139,7 +189,10 @@ class Feeder:
             except Exception as error:
                 result = error
             with self._changed:
+                size = result.bytes if isinstance(result, Tensors) else 0
+                self._usual_bytes = size or self._usual_bytes
                 if self._keep_in_flight and not self._closed:
                     self._ready[place] = result
+                    self._ready_bytes += size
                 self._in_flight = None
                 self._changed.notify_all()

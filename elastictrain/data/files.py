@@ -11,6 +11,7 @@ from typing import Any
 
 import fsspec
 
+from elastictrain.data.meter import TimedFile
 from elastictrain.errors import DataError
 
 SUFFIXES = {"parquet": (".parquet", ".pq"), "jsonl": (".jsonl", ".ndjson", ".json")}
@@ -51,7 +52,7 @@ class FileSet:
                 "Data must not be written to while a run reads them: restore the file, or write to a new data.path"
             )
         handle.seek(0)
-        return handle
+        return TimedFile(handle)
 
 
 def find_files(path: str | Sequence[str], kind: str, storage_options: dict[str, Any] | None = None) -> FileSet:

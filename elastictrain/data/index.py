@@ -24,6 +24,7 @@ import pyarrow as pa
 import xxhash
 
 from elastictrain.data.columns import Schema
+from elastictrain.data.meter import timed
 from elastictrain.data.packing import TokenArray, tail_of_block
 from elastictrain.data.tokenizers import Tokenizer
 
@@ -86,7 +87,8 @@ class TokenIndex:
 def encode_block(source: BlockFormat, block: int, text_column: str, tokenizer: Tokenizer) -> tuple[TokenArray, int]:
     """Return a block's tokens and its number of null documents (which count as empty ones)."""
     column = read_texts(source, block, text_column)
-    return tokenizer.encode(column), column.null_count
+    with timed("tokenise"):
+        return tokenizer.encode(column), column.null_count
 
 
 def read_texts(source: BlockFormat, block: int, text_column: str) -> pa.ChunkedArray:

@@ -143,7 +143,8 @@ def inspect_data(
     )  # fmt: skip
     blocks, _ = _open_blocks(spec, files, None, progress)
     try:
-        texts, samples = None, ()
+        texts: Texts | None = None
+        samples: tuple[str, ...] = ()
         if column is not None:
             texts, samples = _read_texts(
                 blocks, column, load_tokenizer(tokenizer, storage_options), everything, progress
@@ -222,7 +223,8 @@ def _read_texts(
     rows = blocks.blocks.rows
     filled = np.flatnonzero(rows)
     chosen = filled if everything else np.sort(filled[permutation(derive_key("inspect"), len(filled))[:BLOCKS_READ]])
-    lengths, samples, nulls, begun_s = [np.zeros(0, dtype=np.int64)], [], 0, time.perf_counter()
+    lengths, nulls, begun_s = [np.zeros(0, dtype=np.int64)], 0, time.perf_counter()
+    samples: list[str] = []
     for done, block in enumerate(chosen.tolist(), start=1):
         documents = read_texts(blocks, block, column)
         _, starts = tokenizer.encode_with_offsets(documents)

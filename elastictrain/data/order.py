@@ -130,6 +130,7 @@ class LaneOrder:
         self.dropped_per_epoch = self.samples - self.samples_per_lane * lanes
         self._filled: Int64Array = np.flatnonzero(self.block_rows).astype(np.int64)
         self._streams: dict[int, _Stream] = {}
+        self._last: dict[int, Window] = {}
 
     def _stream(self, epoch: int) -> _Stream:
         stream = self._streams.get(epoch)
@@ -151,6 +152,9 @@ class LaneOrder:
                 f"epoch {epoch}, lane {lane}, position {position}: expected epoch >= 0, "
                 f"lane < {self.lanes}, position < {self.samples_per_lane}"
             )
+        last = self._last.get(lane)  # most often the next batch lies in the same window
+        if last is not None and last.epoch == epoch and last.start <= position < last.stop:
+            return last
         stream = self._stream(epoch)
         segment_start = lane * self.samples_per_lane
         segment_stop = segment_start + self.samples_per_lane
@@ -170,7 +174,9 @@ class LaneOrder:
             if int(stream.starts[i]) < stop
         )
         key = derive_key("window", self.seed, epoch, lane, number) if self.shuffle else None
-        return Window(epoch, lane, number, start - segment_start, stop - segment_start, pieces, key)
+        window = Window(epoch, lane, number, start - segment_start, stop - segment_start, pieces, key)
+        self._last[lane] = window
+        return window
 
     def locate_step(self, step: int) -> tuple[int, int]:
         """Return (epoch, first position in every lane) of `step`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from elastictrain.data.ids import SampleIds, sample_ids
-from elastictrain.data.order import Window
+from elastictrain.data.meter import Meter
+from elastictrain.data.order import Int64Array, Window
 from elastictrain.data.source import Arrays, Source
+from elastictrain.data.warm import WarmCache, cache_root
 from elastictrain.errors import DataError
 
 _MAX_DECODED_BLOCKS = 2
@@ -27,28 +30,79 @@ class Batch(dict[str, npt.NDArray[Any]]):
         self.ids = ids
 
 
-@dataclass
+class _Block:
+    """A decoded block; windows share it, and it goes with the last of them."""
+
+    __slots__ = ("__weakref__", "arrays", "number")
+
+    def __init__(self, number: int, arrays: Arrays) -> None:
+        self.number, self.arrays = number, arrays
+
+
 class _Loaded:
-    key: tuple[int, int]  # (epoch, number of the window)
-    arrays: Arrays  # [samples of the window, …], already in their final order
-    ids: SampleIds  # of the same samples, moved by the same permutation
-    last_use: int
+    """A lane's window: its blocks, and where in them each of its places lies."""
+
+    def __init__(self, window: Window, blocks: list[_Block]) -> None:
+        self.key = (window.epoch, window.number)
+        self._pieces = list(zip(window.pieces, blocks, strict=True))
+        self._numbers: Int64Array = window.permutation()
+        lengths = [piece.stop - piece.start for piece in window.pieces]
+        self._edges: Int64Array = np.cumsum([0, *lengths], dtype=np.int64)
+        for name in blocks[0].arrays:
+            _check_shapes([block.arrays[name] for block in blocks], name)
+
+    def rows(self, start: int, stop: int) -> tuple[Arrays, SampleIds]:
+        """Return the rows at the window's places `[start, stop)`, as new arrays, and their ids."""
+        numbers = self._numbers[start:stop]
+        which = np.searchsorted(self._edges, numbers, side="right") - 1
+        arrays: Arrays = {}
+        ids = np.empty(len(numbers), dtype=np.uint64)
+        for at, (piece, block) in enumerate(self._pieces):
+            mine = np.flatnonzero(which == at)
+            if not len(mine):
+                continue
+            rows = numbers[mine] - self._edges[at] + piece.start
+            ids[mine] = sample_ids(block.number, rows)
+            for name, array in block.arrays.items():
+                if len(mine) == len(numbers):
+                    arrays[name] = array[rows]
+                    continue
+                if name not in arrays:
+                    arrays[name] = np.empty((len(numbers), *array.shape[1:]), dtype=array.dtype)
+                arrays[name][mine] = array[rows]
+        return arrays, ids
+
+
+@dataclass(frozen=True, slots=True)
+class ReaderFacts:
+    """What a reader has done: blocks that were decoded, and taken from the warm cache."""
+
+    decoded: int
+    warm: int
 
 
 class LaneReader:
     """Batches of any lane at any step; the same bits for every caller, in any order of calls. Thread-safe.
 
-    A lane keeps its current window decoded and permuted, so that a batch is a copy of consecutive rows. Memory:
-    one window (at most `window_row_groups` blocks, less where lanes share blocks) per lane in use, and
-    `_MAX_DECODED_BLOCKS` blocks. A lane that has not been asked for during two rounds of all lanes has moved to
-    another worker and is forgotten.
+    A lane holds the blocks of its current window, and a batch is gathered from them. Memory: the blocks of one window
+    (`window_row_groups`, and one more where a window is cut within one) for each lane in use, lanes that meet in a
+    block sharing it, and `_MAX_DECODED_BLOCKS` blocks. A lane that has not been asked for during two rounds of all
+    lanes has moved to another worker and is forgotten. Blocks in the warm cache (`data.warm_cache_bytes`) are mapped
+    and take no memory of their own.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, *, warm: WarmCache | None = None) -> None:
+        """`warm`: by default a cache of the size that the job's data setting says, if it says any."""
         self.source = source
+        limit_bytes = getattr(source.spec, "warm_cache_bytes", 0)
+        if warm is None and limit_bytes:
+            warm = WarmCache(cache_root(), source.fingerprint, limit_bytes)
+        self.warm, self.meter = warm, Meter()
         self._lock = threading.Lock()
         self._windows: dict[tuple[int, int], _Loaded] = {}  # by (lane, source of a mixture)
-        self._blocks: OrderedDict[int, Arrays] = OrderedDict()
+        self._living: weakref.WeakValueDictionary[int, _Block] = weakref.WeakValueDictionary()
+        self._recent: OrderedDict[int, _Block] = OrderedDict()
+        self._last_use: OrderedDict[int, int] = OrderedDict()  # by lane, the one that was longest idle first
         self._calls = 0
         self._closed = False
         self.blocks_decoded = 0  # how often a block was read, for tests and for tuning
@@ -60,27 +114,26 @@ class LaneReader:
         [lane_batch_size, …] in its own dtype. Its ids have come the same way as the rows. Raises
         DataError (see `Source.read_block`), IndexError for a lane or step that does not exist.
         """
-        with self._lock:
+        with self._lock, self.meter.stage("pack"):
             if self._closed:
                 raise RuntimeError("the LaneReader is closed")
             self._calls += 1
-            parts: list[Arrays] = []
-            ids: list[SampleIds] = []
-            for window, start, stop in self.source.spans(step, lane):
-                loaded = self._load(window)
-                parts.append({name: array[start:stop] for name, array in loaded.arrays.items()})
-                ids.append(loaded.ids[start:stop])
-            self._forget_idle_lanes()
-        batch = {name: _join([part[name] for part in parts], name) for name in parts[0]}
-        return Batch(self.source.finish(step, batch), np.concatenate(ids))
+            parts = [self._load(window).rows(start, stop) for window, start, stop in self.source.spans(step, lane)]
+            self._forget_idle_lanes(lane)
+            batch = {name: _join([arrays[name] for arrays, _ in parts], name) for name in parts[0][0]}
+            return Batch(self.source.finish(step, batch), np.concatenate([ids for _, ids in parts]))
 
     def close(self) -> None:
         """Close all files and drop what is decoded; may be called twice."""
         with self._lock:
             self._closed = True
             self._windows.clear()
-            self._blocks.clear()
+            self._recent.clear()
             self.source.close()
+
+    @property
+    def facts(self) -> ReaderFacts:
+        return ReaderFacts(self.blocks_decoded, self.warm.hits if self.warm else 0)
 
     def _load(self, window: Window) -> _Loaded:
         key = (window.epoch, window.number)
@@ -88,46 +141,57 @@ class LaneReader:
         loaded = self._windows.get(place)
         if loaded is None or loaded.key != key:
             self._windows.pop(place, None)  # its memory goes before the next window comes
-            loaded = _Loaded(key, *self._assemble(window), self._calls)
+            loaded = _Loaded(window, [self._block(piece.block) for piece in window.pieces])
             self._windows[place] = loaded
-        loaded.last_use = self._calls
         return loaded
 
-    def _assemble(self, window: Window) -> tuple[Arrays, SampleIds]:
-        pieces, ids = [], []
-        for piece in window.pieces:
-            block = self._decoded(piece.block)
-            pieces.append({name: array[piece.start : piece.stop] for name, array in block.items()})
-            ids.append(sample_ids(piece.block, np.arange(piece.start, piece.stop)))
-        order = window.permutation()
-        joined = {name: _join([piece[name] for piece in pieces], name) for name in pieces[0]}
-        return {name: array[order] for name, array in joined.items()}, np.concatenate(ids)[order]
+    def _block(self, number: int) -> _Block:
+        block = self._living.get(number)
+        if block is None:
+            while len(self._recent) >= _MAX_DECODED_BLOCKS:
+                self._recent.popitem(last=False)
+            block = _Block(number, self._read(number))
+            self._living[number] = block
+        self._recent[number] = block
+        self._recent.move_to_end(number)
+        while len(self._recent) > _MAX_DECODED_BLOCKS:
+            self._recent.popitem(last=False)
+        return block
 
-    def _decoded(self, block: int) -> Arrays:
-        arrays = self._blocks.pop(block, None)
-        if arrays is None:
-            while len(self._blocks) >= _MAX_DECODED_BLOCKS:
-                self._blocks.popitem(last=False)
-            arrays = self.source.read_block(block)
-            self.blocks_decoded += 1
-        self._blocks[block] = arrays
+    def _read(self, number: int) -> Arrays:
+        if self.warm is not None:
+            with self.meter.stage("store"):
+                arrays = self.warm.load(number)
+            if arrays is not None:
+                return arrays
+        with self.meter.stage("decode"):
+            arrays = self.source.read_block(number)
+        self.blocks_decoded += 1
+        if self.warm is not None:
+            with self.meter.stage("store"):
+                self.warm.store(number, arrays)
         return arrays
 
-    def _forget_idle_lanes(self) -> None:
-        used: dict[int, int] = {}  # a lane is in use if any of its windows is: a rare source waits for its turn
-        for (lane, _), loaded in self._windows.items():
-            used[lane] = max(used.get(lane, 0), loaded.last_use)
-        horizon = self._calls - 2 * self.source.lanes
-        for place in [place for place in self._windows if used[place[0]] < horizon]:
-            del self._windows[place]
+    def _forget_idle_lanes(self, used: int) -> None:
+        """Of a lane in use every window is kept: a rare source of a mixture waits for its turn."""
+        self._last_use[used] = self._calls
+        self._last_use.move_to_end(used)
+        while (idle := next(iter(self._last_use.items())))[1] < self._calls - 2 * self.source.lanes:
+            del self._last_use[idle[0]]
+            for place in [place for place in self._windows if place[0] == idle[0]]:
+                del self._windows[place]
 
 
-def _join(parts: list[npt.NDArray[Any]], name: str) -> npt.NDArray[Any]:
-    """Join rows of several blocks into a new array."""
+def _check_shapes(parts: list[npt.NDArray[Any]], name: str) -> None:
     shapes = sorted({part.shape[1:] for part in parts})
     if len(shapes) > 1:
         raise DataError(
             f"column {name!r}: rows of different shapes {shapes} in two row groups. Expected lists of equal "
             "length in all files. Pad them before, or leave the column out of data.columns"
         )
-    return np.concatenate(parts)
+
+
+def _join(parts: list[npt.NDArray[Any]], name: str) -> npt.NDArray[Any]:
+    """Join rows of several windows."""
+    _check_shapes(parts, name)
+    return np.concatenate(parts) if len(parts) > 1 else parts[0]

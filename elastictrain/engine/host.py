@@ -17,7 +17,7 @@ from itertools import pairwise
 
 import torch
 
-from elastictrain.data import LaneReader
+from elastictrain.data import LaneReader, Source
 from elastictrain.data.feeder import Feeder
 from elastictrain.data.stages import first_stage, open_stage, stage_of
 from elastictrain.engine.collective import Rendezvous
@@ -102,8 +102,8 @@ class WorkerHost:
         source = open_stage(self.job, self.stages[-1])
         feeder = StageFeeder(
             self.stages,
-            lambda stage: Feeder(LaneReader(open_stage(self.job, stage)), device),
-            Feeder(LaneReader(source), device),
+            lambda stage: self._feeder(open_stage(self.job, stage), device),
+            self._feeder(source, device),
         )
         marks.append(("data_s", time.perf_counter()))
         session = Session(
@@ -134,6 +134,9 @@ class WorkerHost:
             store=self.store,
             prepared_s={name: at - before for (_, before), (name, at) in pairwise(marks)},
         )
+
+    def _feeder(self, source: Source, device: torch.device) -> Feeder:
+        return Feeder(LaneReader(source), device, budget_bytes=self.job.data.prefetch_bytes)
 
     @property
     def store(self) -> str:

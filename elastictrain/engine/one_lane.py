@@ -38,13 +38,15 @@ def seed_everything(seed: int) -> None:
 @dataclass(frozen=True, slots=True)
 class LaneResult:
     """`total`, `weight`: the loss sum and its weight. `tokens`: that the lane has learned from. `samples_hash`: of the
-    ids of its samples (`data.ids`), 0 where the batches have none.
+    ids of its samples (`data.ids`), 0 where the batches have none. `waited`: seconds that they were waited for, by
+    stage of feeding (`data.meter`).
     """
 
     total: float
     weight: float
     tokens: int
     samples_hash: int
+    waited: Mapping[str, float]
 
 
 class OneLane:
@@ -90,7 +92,7 @@ class OneLane:
         self._tree.end(self._flat.after_lane(first))
         tokens = batch.get("tokens")
         learned = tokens.shape[0] * (tokens.shape[1] - 1) if tokens is not None and tokens.dim() == 2 else 0
-        return LaneResult(total, weight, learned, getattr(batch, "samples_hash", 0))
+        return LaneResult(total, weight, learned, getattr(batch, "samples_hash", 0), getattr(batch, "waited", {}))
 
     def sum(self, step: int, lane: int) -> int:
         """Compute a lane only for the sum of its gradient: nothing of it stays."""

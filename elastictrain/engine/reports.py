@@ -46,7 +46,14 @@ class Storing:
         return [json.loads(raw) for raw in extras]
 
 
-def step_row(job: Job, recipe: Any, tally: Tally, seconds: Mapping[str, float], world: int) -> dict[str, Any]:
+def step_row(
+    job: Job,
+    recipe: Any,
+    tally: Tally,
+    seconds: Mapping[str, float],
+    world: int,
+    data_wait: Mapping[str, float],
+) -> dict[str, Any]:
     """One line of metrics.jsonl, without the generation. Floats that are not finite become None: JSON has none."""
     loss = tally.loss
     skipped = not tally.is_finite
@@ -61,5 +68,6 @@ def step_row(job: Job, recipe: Any, tally: Tally, seconds: Mapping[str, float], 
         "step_s": seconds.get("step_s", 0.0),
         "world": world,
         "phases": {name: round(value, 6) for name, value in seconds.items() if name != "step_s"},
+        "data_wait": {stage: round(value, 6) for stage, value in data_wait.items()},
         **({"skipped": list(tally.bad_lanes)} if skipped else {}),
     }

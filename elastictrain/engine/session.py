@@ -191,10 +191,15 @@ class Session:
             doubt=self.doubt,
         )
 
-    def row_of(self, tally: Tally, seconds: Mapping[str, float] | None = None) -> dict[str, Any]:
+    def row_of(
+        self,
+        tally: Tally,
+        seconds: Mapping[str, float] | None = None,
+        data_wait: Mapping[str, float] | None = None,
+    ) -> dict[str, Any]:
         """The metrics row of a step that was applied under the layout in force."""
         world = self.layout.world_size if self.layout is not None else 0
-        return step_row(self.job, self.model.recipe, tally, seconds or {}, world)
+        return step_row(self.job, self.model.recipe, tally, seconds or {}, world, data_wait or {})
 
     # --- the training thread ---
 

@@ -83,6 +83,7 @@ class StepRunner:
         checks = guard is not None or job.integrity.recompute_every is not None
         self.vote_format = VoteFormat(layout, flat.space.active_blocks, flat.largest_size, claims=checks)
         self.seconds: dict[str, float] = {}
+        self.data_wait: dict[str, float] = {}  # of the step's seconds: waited for batches, by stage of feeding
         self._spare = SpareBuffers(flat.device)
         self._owned = [s for s in layout.owned(worker) if self._span(s)[0] < self._span(s)[1]]
         self._mirrored = [s for s in layout.mirrored(worker) if self._span(s)[0] < self._span(s)[1]]
@@ -94,7 +95,7 @@ class StepRunner:
 
     def run(self, step: int) -> Pending:
         """Compute this worker's lanes, exchange, mirror. Afterwards the host knows that all data is here (R2)."""
-        self.seconds = {}
+        self.seconds, self.data_wait = {}, {}
         self.tree.reset()
         pending = Pending(step, self.layout.generation)
         check = self.lane_check(step)
@@ -227,6 +228,8 @@ class StepRunner:
         result = self.lane.run(step, lane, first=first, merge=merge, shown=shown)
         pending.lanes.append((result.total, result.weight))
         pending.tokens += result.tokens
+        for stage, seconds in result.waited.items():
+            self.data_wait[stage] = self.data_wait.get(stage, 0.0) + seconds
         pending.samples_hash = step_hash((pending.samples_hash, result.samples_hash))
         if shown is not None:
             pending.lane_sum = shown.total(result.total, result.weight)

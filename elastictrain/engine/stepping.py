@@ -24,6 +24,9 @@ from elastictrain.signs import Activity
 if TYPE_CHECKING:
     from elastictrain.engine.session import Session
 
+AHEAD_STEPS = 32
+"""Steps whose batches are named to the feeder; how many of them it has ready follows from its bytes."""
+
 
 class Stepping:
     """The steps of one generation, from its seal to its end."""
@@ -34,6 +37,7 @@ class Stepping:
         self.layout = plan.layout
         self.first_step = True
         self.lane_plan = 0
+        self.expected: tuple[tuple[int, ...], int] = ((), 0)  # lanes, and the step up to which they are expected
         self.runner = self._runner()
         self.keeper = Keeper(session, plan, groups, self._owned)
 
@@ -112,7 +116,7 @@ class Stepping:
                 s.model.held.keep_only(self.layout.held(s.worker))
             s.guard.forget()
             tally = apply_step(s, pending, vote, self.runner.vote_format, self.plan.generation)
-            s.committed.remember(s.row_of(tally, self.runner.seconds))
+            s.committed.remember(s.row_of(tally, self.runner.seconds, self.runner.data_wait))
         self._sum_up(s.guard.applied)
         self.runner.gather()
         s.probes.flips(s, self.step, "gathered")
@@ -127,7 +131,7 @@ class Stepping:
             s._longest_s = max(s._longest_s, self.runner.seconds["step_s"])
             s.pacing.stepped(self.runner.seconds["step_s"])
         self.first_step = False
-        s.committed.remember(s.row_of(tally, self.runner.seconds))
+        s.committed.remember(s.row_of(tally, self.runner.seconds, self.runner.data_wait))
         self._commit_checkpoint(*stored)
         self._switch_lanes(tally.plan)
         return tally
@@ -158,10 +162,17 @@ class Stepping:
     def _expect(self, step: int) -> None:
         expect = getattr(self.session.batches, "expect", None)
         if expect is not None:
-            mine = [(t, lane) for t in (step, step + 1) for lane in self.layout.lanes_of(self.session.worker)]
-            checks = [(t, self.runner.lane_check(t)) for t in (step, step + 1)]
-            mine = [(t, c.lane) for t, c in checks if c is not None and c.checker == self.session.worker] + mine
-            expect([(t, lane) for t, lane in mine if t <= self.job.steps])
+            lanes = tuple(self.layout.lanes_of(self.session.worker))
+            if self.expected[0] == lanes and step + AHEAD_STEPS // 2 <= self.expected[1]:
+                return
+            places = []
+            for t in range(step, min(step + AHEAD_STEPS, self.job.steps + 1)):
+                check = self.runner.lane_check(t)
+                if check is not None and check.checker == self.session.worker:
+                    places.append((t, check.lane))
+                places += [(t, lane) for lane in lanes]
+            expect(places)
+            self.expected = (lanes, step + AHEAD_STEPS)
 
     def _switch_lanes(self, plan: int) -> None:
         """`plan` is the oldest of the newest plans that the votes have seen, so everybody has it."""

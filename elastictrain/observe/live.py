@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from elastictrain.observe.events import Event, recovery_seconds
-from elastictrain.observe.metrics import RATE_STEPS, MetricsRow, tokens_per_s
+from elastictrain.observe.metrics import RATE_STEPS, MetricsRow, data_wait, tokens_per_s
 from elastictrain.observe.sentences import count, describe, given_up_words
 from elastictrain.observe.status import Status
 
@@ -235,6 +235,9 @@ def _figures(status: Status, rows: Sequence[MetricsRow]) -> Table:
     table.add_row("loss", Text.assemble((f"{number(loss):<10}", "bold"), (sparkline(losses), "blue")))
     rate = tokens_per_s(rows[-RATE_STEPS:]) or status.tokens_per_s
     table.add_row("tokens/s", f"{rate:,.0f}" if rate else "–")
+    waited = data_wait(rows[-RATE_STEPS:])
+    if waited is not None:
+        table.add_row("data wait", data_wait_words(*waited))
     table.add_row(
         "world", f"{count(status.world, 'worker')}, generation {status.generation}, {count(status.spares, 'spare')}"
     )
@@ -260,6 +263,15 @@ def _figures(status: Status, rows: Sequence[MetricsRow]) -> Table:
     if status.error:
         table.add_row("error", Text(status.error, style="red"))
     return table
+
+
+def data_wait_words(share: float, causes: Mapping[str, float]) -> str:
+    """How much of the steps goes by waiting for data, and for which part of feeding them."""
+    total = sum(causes.values())
+    words = f"{share:.1%} of the step"
+    if share < 0.01 or not total:
+        return words
+    return words + ": " + ", ".join(f"{cause} {part / total:.0%}" for cause, part in list(causes.items())[:3])
 
 
 def exposure_words(status: Status) -> str:

@@ -18,6 +18,8 @@ class MetricsRow(BaseModel):
     `tokens`, `samples`: of this step alone, over all lanes; `samples_hash`: of the ids of these samples, the same
     whoever had which lane (`elastictrain data audit` computes it again). `step_s`: from commit to commit. `phases`:
     see PHASE_KEYS.
+    `data_wait`: of the publisher's compute, waited for its batches, by what held them up (store, decode, tokenise,
+    pack, copy, other).
     `loss` and `grad_norm` are None when they were not finite. `skipped`: why the step changed nothing, or None.
     """
 
@@ -34,6 +36,7 @@ class MetricsRow(BaseModel):
     step_s: float | None = None
     world: int = 0
     phases: dict[str, float | None] = Field(default_factory=dict)
+    data_wait: dict[str, float | None] = Field(default_factory=dict)
     evaluation: dict[str, float | None] | None = None
     skipped: Any = None
 
@@ -68,3 +71,18 @@ def tokens_per_s(rows: Iterable[MetricsRow]) -> float | None:
     timed = [(row.tokens, row.step_s) for row in rows if row.tokens and row.step_s]
     seconds = sum(step_s for _, step_s in timed)
     return sum(tokens for tokens, _ in timed) / seconds if seconds else None
+
+
+def data_wait(rows: Iterable[MetricsRow]) -> tuple[float, dict[str, float]] | None:
+    """Share of the steps' seconds that was waited for data, and its seconds by cause, largest first; None where no row
+    says it.
+    """
+    told = [(row.data_wait, row.step_s) for row in rows if row.step_s and "data_wait" in row.model_fields_set]
+    if not told:
+        return None
+    causes: dict[str, float] = {}
+    for waited, _ in told:
+        for cause, seconds in waited.items():
+            causes[cause] = causes.get(cause, 0.0) + (seconds or 0.0)
+    ordered = dict(sorted(causes.items(), key=lambda item: -item[1]))
+    return sum(causes.values()) / sum(step_s for _, step_s in told), ordered

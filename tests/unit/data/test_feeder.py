@@ -15,9 +15,12 @@ import torch
 from elastictrain.data import LaneReader, open_source
 from elastictrain.data.feeder import Feeder, Place
 from elastictrain.data.ids import sample_ids
+from elastictrain.data.meter import Meter, timed
 from elastictrain.data.reader import Batch
 from elastictrain.errors import DataError
 from elastictrain.job import Data
+
+BATCH_BYTES = 16  # of the fake's: two int64
 
 
 class FakeReader:
@@ -71,9 +74,9 @@ def test_bits_are_the_same_with_and_without_reading_ahead(tmp_path: Path) -> Non
     assert got == expected
 
 
-def test_expected_batches_are_read_once_in_order_and_no_more_than_depth() -> None:
+def test_expected_batches_are_read_once_in_order_and_no_more_than_the_budget() -> None:
     reader = FakeReader()
-    with feeder_of(reader, depth=3) as feeder:
+    with feeder_of(reader, budget_bytes=3 * BATCH_BYTES) as feeder:
         feeder.expect([(0, lane) for lane in range(8)])
         reader.wait_for_reads(3)
         assert reader.reads == [(0, 0), (0, 1), (0, 2)]
@@ -84,7 +87,7 @@ def test_expected_batches_are_read_once_in_order_and_no_more_than_depth() -> Non
 
 def test_only_the_work_of_moved_lanes_is_thrown_away() -> None:
     reader = FakeReader()
-    with feeder_of(reader, depth=4) as feeder:
+    with feeder_of(reader, budget_bytes=4 * BATCH_BYTES) as feeder:
         feeder.expect([(5, 0), (5, 1), (5, 2), (5, 3)])
         reader.wait_for_reads(4)
         assert feeder.batch(5, 3)["x"].tolist() == [5, 3]  # the fourth is read: all four lay ready or were taken
@@ -158,6 +161,52 @@ def test_close_joins_and_may_be_called_twice() -> None:
         feeder.batch(0, 0)
 
 
-def test_depth_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="depth is 0"):
-        feeder_of(FakeReader(), depth=0)
+def test_the_budget_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="budget_bytes is 0"):
+        feeder_of(FakeReader(), budget_bytes=0)
+
+
+def test_one_batch_lies_ready_whatever_its_size_and_no_second() -> None:
+    reader = FakeReader()
+    with feeder_of(reader, budget_bytes=1) as feeder:
+        feeder.expect([(0, lane) for lane in range(4)])
+        for lane in range(4):
+            reader.wait_for_reads(lane + 1)
+            assert len(reader.reads) == lane + 1
+            assert feeder.batch(0, lane)["x"].tolist() == [0, lane]
+
+
+def test_bytes_that_are_thrown_away_make_room_again() -> None:
+    reader = FakeReader()
+    with feeder_of(reader, budget_bytes=2 * BATCH_BYTES) as feeder:
+        feeder.expect([(0, 0), (0, 1), (0, 2)])
+        reader.wait_for_reads(2)
+        feeder.expect([(0, 1), (0, 5), (0, 6)])
+        reader.wait_for_reads(3)
+        assert reader.reads[:3] == [(0, 0), (0, 1), (0, 5)]
+        assert feeder.batch(0, 1)["x"].tolist() == [0, 1]
+        reader.wait_for_reads(4)
+        assert reader.reads[3:] == [(0, 6)]
+
+
+def test_the_wait_for_a_batch_is_told_by_stage() -> None:
+    class Slow(FakeReader):
+        def __init__(self) -> None:
+            super().__init__()
+            self.now = 0.0
+            self.meter = Meter(lambda: self.now)
+
+        def batch(self, step: int, lane: int) -> Batch:
+            with self.meter.stage("decode"):
+                self.now += 3.0
+                with timed("store"):
+                    self.now += 1.0
+            return super().batch(step, lane)
+
+    reader = Slow()
+    with feeder_of(reader) as feeder:
+        waited = feeder.batch(0, 0).waited  # nobody expected it: all of it is waited for
+        assert waited["decode"] == pytest.approx(3 * waited["store"])
+        feeder.expect([(0, 1)])
+        reader.wait_for_reads(2)
+        assert set(feeder.batch(0, 1).waited) <= {"other"}, "it was read before anybody waited"

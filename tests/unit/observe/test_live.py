@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from elastictrain.observe.events import make_event
-from elastictrain.observe.live import BARS, LiveView, ViewConsole, picture, recovery_words, sparkline
-from elastictrain.observe.metrics import MetricsRow
+from elastictrain.observe.live import BARS, LiveView, ViewConsole, data_wait_words, picture, recovery_words, sparkline
+from elastictrain.observe.metrics import MetricsRow, data_wait
 from elastictrain.observe.status import Status
 
 NOW = datetime(2026, 11, 22, 10, 0, 0, tzinfo=UTC)
@@ -202,3 +202,15 @@ def test_sparkline_shape() -> None:
 def test_recovery_words_leave_out_what_is_not_known() -> None:
     assert recovery_words({}) == "unknown cause"
     assert recovery_words(RECOVERY | {"restored_from": "/c"}) == "signal 9, 0.31 s, 1 step redone, restored from /c"
+
+
+def test_waiting_for_data_is_shown_with_its_causes() -> None:
+    rows = [
+        MetricsRow(step=step, step_s=1.0, data_wait={"decode": 0.15, "store": 0.05, "other": 0.0}) for step in (1, 2)
+    ]
+    share, causes = data_wait(rows) or (0.0, {})
+    assert (share, list(causes)) == (pytest.approx(0.2), ["decode", "store", "other"])
+    assert data_wait_words(share, causes) == "20.0% of the step: decode 75%, store 25%, other 0%"
+    assert data_wait_words(0.004, {"pack": 0.004}) == "0.4% of the step"
+    assert data_wait_words(0.0, {}) == "0.0% of the step"
+    assert data_wait([MetricsRow(step=1, step_s=1.0)]) is None, "a run of before, whose rows do not say it"

@@ -1,0 +1,106 @@
+"""Where the time of feeding goes: reading bytes from the store, decoding, tokenising, packing, copying to the device.
+
+A thread that works for a meter says what it is at with `stage`; what lies deeper (a tokenizer, a file) says it with
+`timed`, which reaches the meter of its thread, or none. A stage inside another one stops the outer one's clock, so no
+second is counted twice. Who waits for the thread takes the clocks before and after: what they have gone on by between
+is what was waited for.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+STAGES = ("store", "decode", "tokenise", "pack", "copy")
+OTHER = "other"
+"""Waited for nothing that a stage says: the interpreter's lock, a thread that had no processor."""
+
+_thread = threading.local()
+
+
+class Meter:
+    """Clocks of the stages, in seconds. Any thread may be in a stage, and any may read."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock, self._lock = clock, threading.Lock()
+        self._seconds = dict.fromkeys(STAGES, 0.0)
+        self._active: dict[int, tuple[str, float]] = {}  # by thread: the innermost stage, and since when it counts
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Within it this thread's time counts for `name`, and `timed` of this thread reaches this meter."""
+        before = getattr(_thread, "meter", None)
+        _thread.meter = self
+        outer = self._turn(name)
+        try:
+            yield
+        finally:
+            self._turn(outer)
+            _thread.meter = before
+
+    def read(self) -> dict[str, float]:
+        """Return the seconds of every stage until now."""
+        with self._lock:
+            seconds, now = dict(self._seconds), self._clock()
+            for name, since in self._active.values():
+                seconds[name] += now - since
+        return seconds
+
+    def _turn(self, name: str | None) -> str | None:
+        """Let this thread be in another stage, or (None) in none; returns the one that it was in."""
+        me = threading.get_ident()
+        with self._lock:
+            now = self._clock()
+            before, since = self._active.pop(me, (None, now))
+            if before is not None:
+                self._seconds[before] += now - since
+            if name is not None:
+                self._active[me] = (name, now)
+        return before
+
+
+@contextmanager
+def timed(name: str) -> Iterator[None]:
+    """Count the body's time for stage `name` of the meter that this thread works for, if it works for one."""
+    meter: Meter | None = getattr(_thread, "meter", None)
+    if meter is None:
+        yield
+        return
+    with meter.stage(name):
+        yield
+
+
+def waited_for(before: Mapping[str, float], after: Mapping[str, float], waited_s: float) -> dict[str, float]:
+    """Say what `waited_s` seconds of waiting were for, from the clocks before and after; pure. Stages that got nothing
+    are left out, and the parts sum up to `waited_s`.
+    """
+    gone = {name: max(0.0, after[name] - before.get(name, 0.0)) for name in after}
+    total = sum(gone.values())
+    factor = min(1.0, waited_s / total) if total > 0 else 0.0
+    parts = {name: seconds * factor for name, seconds in gone.items()}
+    parts[OTHER] = max(0.0, waited_s - sum(parts.values()))
+    return {name: seconds for name, seconds in parts.items() if seconds > 0}
+
+
+class TimedFile:
+    """A file whose reads count for the stage "store"."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    def read(self, *size: int) -> Any:
+        with timed("store"):
+            return self._handle.read(*size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._handle, name)
+
+    def __enter__(self) -> TimedFile:
+        self._handle.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._handle.__exit__(*error)

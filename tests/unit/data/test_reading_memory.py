@@ -1,0 +1,48 @@
+"""What a reader keeps: blocks are shared by the lanes that meet in them, and go when the last of these has passed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from elastictrain.data import LaneReader, open_source
+from elastictrain.job import Data
+
+LANES = 6
+
+
+def reader_of(folder: Path, groups: int = 12) -> LaneReader:
+    pq.write_table(pa.table({"n": np.arange(groups * 20)}), folder / "a.parquet", row_group_size=20)
+    spec = Data(kind="parquet", path=str(folder / "a.parquet"))
+    return LaneReader(open_source(spec, seed=3, lanes=LANES, lane_batch_size=2))
+
+
+def test_lanes_that_meet_in_a_block_share_it(tmp_path: Path) -> None:
+    reader = reader_of(tmp_path, groups=3)  # two lanes in every block
+    for lane in range(LANES):
+        reader.batch(0, lane)
+    assert reader.blocks_decoded == 3
+    assert len(reader._living) == 3
+
+
+def test_an_epoch_decodes_each_block_once_for_each_window_that_it_is_in(tmp_path: Path) -> None:
+    reader = reader_of(tmp_path)
+    for step in range(reader.source.steps_per_epoch):
+        for lane in range(LANES):
+            reader.batch(step, lane)
+    assert 12 <= reader.blocks_decoded <= 12 + LANES
+
+
+def test_no_more_blocks_live_than_windows_need(tmp_path: Path) -> None:
+    reader = reader_of(tmp_path, groups=40)
+    most = 0
+    for step in range(20 * reader.source.steps_per_epoch):
+        for lane in range(LANES):
+            reader.batch(step, lane)
+        most = max(most, len(reader._living))
+    assert most <= 2 * LANES + 2, "two row groups for each lane, and two that were used last"
+    reader.close()
+    assert not reader._living
