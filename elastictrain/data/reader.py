@@ -18,6 +18,7 @@ from elastictrain.data.source import Arrays, Source
 from elastictrain.data.warm import WarmCache, cache_root
 from elastictrain.errors import DataError
 
+_GATHER_BYTES = 1 << 18
 _MAX_DECODED_BLOCKS = 2
 """Blocks kept besides the windows: neighbouring lanes meet inside one, and small sources have few."""
 
@@ -40,37 +41,51 @@ class _Block:
 
 
 class _Loaded:
-    """A lane's window: its blocks, and where in them each of its places lies."""
+    """A lane's window: its blocks, and where in them each of its places lies.
+
+    Rows are gathered for several batches at once, as many as stay in a processor's cache: a gather of few rows costs
+    more in calls than in copying. Of what was gathered every row is handed out once, so a batch may be a view of it.
+    """
 
     def __init__(self, window: Window, blocks: list[_Block]) -> None:
         self.key = (window.epoch, window.number)
-        self._pieces = list(zip(window.pieces, blocks, strict=True))
-        self._numbers: Int64Array = window.permutation()
-        lengths = [piece.stop - piece.start for piece in window.pieces]
-        self._edges: Int64Array = np.cumsum([0, *lengths], dtype=np.int64)
+        numbers = window.permutation()
+        edges = np.cumsum([0, *(piece.stop - piece.start for piece in window.pieces)], dtype=np.int64)
+        shifts = np.asarray([piece.start for piece in window.pieces]) - edges[:-1]
+        self._blocks = blocks
+        self._which = (np.searchsorted(edges, numbers, side="right") - 1).astype(np.int32)
+        self._rows: Int64Array = numbers + shifts[self._which]
+        self._ids = sample_ids(np.asarray([piece.block for piece in window.pieces])[self._which], self._rows)
         for name in blocks[0].arrays:
             _check_shapes([block.arrays[name] for block in blocks], name)
+        row_bytes = sum(array[:1].nbytes for array in blocks[0].arrays.values())
+        self._at_once = max(1, _GATHER_BYTES // max(1, row_bytes))
+        self._gathered: tuple[int, int, Arrays] = (0, 0, {})
 
     def rows(self, start: int, stop: int) -> tuple[Arrays, SampleIds]:
-        """Return the rows at the window's places `[start, stop)`, as new arrays, and their ids."""
-        numbers = self._numbers[start:stop]
-        which = np.searchsorted(self._edges, numbers, side="right") - 1
+        """Return the rows at the window's places `[start, stop)`, which are the caller's, and their ids."""
+        first, end, arrays = self._gathered
+        if not (first <= start and stop <= end):
+            first = start
+            end = min(len(self._rows), start + max(1, self._at_once // (stop - start)) * (stop - start))
+            arrays = self._gather(first, end)
+        # From here on these rows belong to the caller: who asks for them again gets them from the blocks.
+        self._gathered = (stop, end, {name: array[stop - first :] for name, array in arrays.items()})
+        return {name: array[start - first : stop - first] for name, array in arrays.items()}, self._ids[start:stop]
+
+    def _gather(self, start: int, stop: int) -> Arrays:
+        which, rows = self._which[start:stop], self._rows[start:stop]
         arrays: Arrays = {}
-        ids = np.empty(len(numbers), dtype=np.uint64)
-        for at, (piece, block) in enumerate(self._pieces):
+        for at, block in enumerate(self._blocks):
             mine = np.flatnonzero(which == at)
-            if not len(mine):
-                continue
-            rows = numbers[mine] - self._edges[at] + piece.start
-            ids[mine] = sample_ids(block.number, rows)
-            for name, array in block.arrays.items():
-                if len(mine) == len(numbers):
+            for name, array in block.arrays.items() if len(mine) else ():
+                if len(mine) == len(rows):
                     arrays[name] = array[rows]
                     continue
                 if name not in arrays:
-                    arrays[name] = np.empty((len(numbers), *array.shape[1:]), dtype=array.dtype)
-                arrays[name][mine] = array[rows]
-        return arrays, ids
+                    arrays[name] = np.empty((len(rows), *array.shape[1:]), dtype=array.dtype)
+                arrays[name][mine] = array[rows[mine]]
+        return arrays
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,3 +46,14 @@ def test_no_more_blocks_live_than_windows_need(tmp_path: Path) -> None:
     assert most <= 2 * LANES + 2, "two row groups for each lane, and two that were used last"
     reader.close()
     assert not reader._living
+
+
+def test_a_batch_belongs_to_the_caller_also_when_rows_of_several_were_gathered(tmp_path: Path) -> None:
+    reader, fresh = reader_of(tmp_path), reader_of(tmp_path)
+    for step in range(2 * reader.source.steps_per_epoch):
+        for lane in (0, 3):
+            expected = fresh.batch(step, lane)["n"].copy()
+            for _ in range(2):  # asked for a second time, it is as it was
+                batch = reader.batch(step, lane)["n"]
+                np.testing.assert_array_equal(batch, expected)
+                batch[:] = -1
