@@ -40,6 +40,9 @@ ALL = {
     "checkpoint_reshard": ["checkpoints/reshard.py"],
     "checkpoint_planning": ["checkpoints/planning.py"],
     "checkpoint_gpu": ["checkpoints/gpu.py"],
+    "data_throughput": ["data/tokens_per_s.py", "--ray"],
+    "data_position": ["data/position.py"],
+    "data_steady": ["data/steady.py"],
 }
 BEGIN, END = "<!-- figures: written by run_all.py -->", "<!-- end of figures -->"
 
