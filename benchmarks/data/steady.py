@@ -35,8 +35,8 @@ def epochs_of(folder: Path, *, warm: bool) -> list[float]:
         for epoch in range(EPOCHS):
             peak = 0.0
             for step in range(epoch * steps, (epoch + 1) * steps):
-                if step % 8 == 0:
-                    feeder.expect([(t, lane) for t in range(step, step + 32) for lane in range(LANES)])
+                if step % 64 == 0:
+                    feeder.expect([(t, lane) for t in range(step, step + 128) for lane in range(LANES)])
                 for lane in range(LANES):
                     feeder.batch(step, lane)
                 if step % 16 == 0:
@@ -81,8 +81,8 @@ def waited(folder: Path, step_s: float) -> tuple[float, dict[str, float]]:
     with Feeder(reader) as feeder:
         begun_s = time.perf_counter()
         for step in range(steps):
-            if step % 8 == 0:
-                feeder.expect([(t, lane) for t in range(step, min(step + 32, steps)) for lane in range(LANES)])
+            if step % 64 == 0:
+                feeder.expect([(t, lane) for t in range(step, min(step + 128, steps)) for lane in range(LANES)])
             for lane in range(LANES):
                 for cause, seconds in feeder.batch(step, lane).waited.items():
                     causes[cause] = causes.get(cause, 0.0) + seconds

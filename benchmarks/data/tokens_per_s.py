@@ -1,5 +1,4 @@
-"""Tokens/s of shuffled, packed batches: against bare reading of row groups, torch's DataLoader, Ray Data and, if it is
-installed, mosaicml-streaming.
+"""Tokens/s of shuffled, packed batches: against bare reading of row groups, torch's DataLoader and Ray Data.
 
 Two cases. "text": documents are tokenised (bytes), packed to 1024 tokens and shuffled; one thread each for us and for
 the bare `read_row_group` loop, which only decodes. "table": rows of 1025 int32 tokens, which are only shuffled; the
@@ -10,6 +9,7 @@ the samples of an epoch, page cache warm, interleaved; ratios are medians over r
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import sys
 import time
@@ -140,29 +140,6 @@ def ray_data(folder: Path) -> int:
     return sum(batch["tokens"].numel() for batch in batches)
 
 
-def mosaic(folder: Path, place: Path) -> Callable[[], int] | None:
-    """A side that reads the same rows as MDS shards; None where the package is not installed."""
-    try:
-        from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
-    except ImportError:
-        return None
-    out = place / "mds"
-    with MDSWriter(out=str(out), columns={"tokens": f"ndarray:int32:{LENGTH + 1}"}) as writer:
-        for path in sorted(folder.iterdir()):
-            for row in np.asarray(pq.read_table(path).column("tokens").combine_chunks().flatten()).reshape(
-                -1, LENGTH + 1
-            ):
-                writer.write({"tokens": row})
-
-    def run() -> int:
-        data = StreamingDataset(local=str(out), shuffle=True, batch_size=LANES * SIZE)
-        return sum(
-            batch["tokens"].numel() for batch in StreamingDataLoader(data, batch_size=LANES * SIZE, num_workers=2)
-        )
-
-    return run
-
-
 def timed(name: str, side: Callable[[], int], seconds: dict[str, list[float]], tokens: dict[str, int]) -> None:
     gc.collect()
     begun_s = time.perf_counter()
@@ -184,6 +161,7 @@ def main() -> None:
     common.prepare_data()
     torch.set_num_threads(1)
     results = common.Results("data_throughput", "Data: tokens/s of shuffled, packed batches", options)
+    with_ray = options.ray and importlib.util.find_spec("pandas") is not None  # Ray Data does not import without it
     rounds, megabytes = (3, 48) if options.quick else (ROUNDS, MEGABYTES)
     with common.scratch("data") as place:
         os.environ["XDG_CACHE_HOME"] = str(place / "cache")
@@ -197,16 +175,13 @@ def main() -> None:
             }
             if case == "table":
                 sides["torch DataLoader, 2 workers"] = lambda folder=folder: data_loader(folder)
-                if options.ray:
+                if with_ray:
                     sides["Ray Data, local shuffle"] = lambda folder=folder: ray_data(folder)
-                peer = mosaic(folder, place)
-                if peer is not None:
-                    sides["mosaicml-streaming, 2 workers"] = peer
             ours(folder, warm=True)  # fills the warm cache
             measure(results, case, sides, rounds)
     results.notes.append("The bare loop's tokens are those that our epoch hands out of the same files.")
-    if not options.ray:
-        results.notes.append("Ray Data was left out (--ray).")
+    if not with_ray:
+        results.notes.append("Ray Data was left out: it needs --ray, and pandas.")
     results.write()
 
 
@@ -228,7 +203,6 @@ def measure(results: common.Results, case: str, sides: dict[str, Callable[[], in
         ("Feeder", "bare read_row_group", "packed and shuffled tokens/s against a bare read_row_group loop", 0.90),
         ("LaneReader, warm cache", "bare read_row_group", "from the warm cache against a bare Parquet loop", 5.0),
         ("Feeder", "torch DataLoader, 2 workers", "tokens/s against torch DataLoader", 5.0),
-        ("Feeder", "mosaicml-streaming, 2 workers", "tokens/s against mosaicml-streaming", 5.0),
         ("Feeder", "Ray Data, local shuffle", "tokens/s against Ray Data with local shuffle", 3.0),
     ]
     for one, other, words, target in figures:

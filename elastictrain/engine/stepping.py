@@ -24,7 +24,7 @@ from elastictrain.signs import Activity
 if TYPE_CHECKING:
     from elastictrain.engine.session import Session
 
-AHEAD_STEPS = 32
+AHEAD_STEPS = 128
 """Steps whose batches are named to the feeder; how many of them it has ready follows from its bytes."""
 
 
