@@ -40,7 +40,7 @@ ALL = {
     "checkpoint_reshard": ["checkpoints/reshard.py"],
     "checkpoint_planning": ["checkpoints/planning.py"],
     "checkpoint_gpu": ["checkpoints/gpu.py"],
-    "data_throughput": ["data/tokens_per_s.py", "--ray"],
+    "data_throughput": ["data/tokens_per_s.py"],
     "data_position": ["data/position.py"],
     "data_steady": ["data/steady.py"],
 }

@@ -1,4 +1,4 @@
-"""Tokens/s of shuffled, packed batches: against bare reading of row groups, torch's DataLoader and Ray Data.
+"""Tokens/s of shuffled, packed batches: against bare reading of row groups, torch's DataLoader.
 
 Two cases. "text": documents are tokenised (bytes), packed to 1024 tokens and shuffled; one thread each for us and for
 the bare `read_row_group` loop, which only decodes. "table": rows of 1025 int32 tokens, which are only shuffled; the
@@ -9,7 +9,6 @@ the samples of an epoch, page cache warm, interleaved; ratios are medians over r
 from __future__ import annotations
 
 import gc
-import importlib.util
 import os
 import sys
 import time
@@ -130,16 +129,6 @@ def data_loader(folder: Path) -> int:
     return sum(batch.numel() for batch in loader)
 
 
-def ray_data(folder: Path) -> int:
-    import ray.data
-
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    batches = ray.data.read_parquet(str(folder)).iter_torch_batches(
-        batch_size=LANES * SIZE, local_shuffle_buffer_size=16 * LANES * SIZE, local_shuffle_seed=1
-    )
-    return sum(batch["tokens"].numel() for batch in batches)
-
-
 def timed(name: str, side: Callable[[], int], seconds: dict[str, list[float]], tokens: dict[str, int]) -> None:
     gc.collect()
     begun_s = time.perf_counter()
@@ -156,12 +145,11 @@ def ratio(speeds: dict[str, list[float]], one: str, other: str) -> list[float]:
 
 
 def main() -> None:
-    options = common.arguments(__doc__, lambda p: p.add_argument("--ray", action="store_true", help="Ray Data as well"))
+    options = common.arguments(__doc__)
     warnings.simplefilter("ignore")
     common.prepare_data()
     torch.set_num_threads(1)
     results = common.Results("data_throughput", "Data: tokens/s of shuffled, packed batches", options)
-    with_ray = options.ray and importlib.util.find_spec("pandas") is not None  # Ray Data does not import without it
     rounds, megabytes = (3, 48) if options.quick else (ROUNDS, MEGABYTES)
     with common.scratch("data") as place:
         os.environ["XDG_CACHE_HOME"] = str(place / "cache")
@@ -175,13 +163,9 @@ def main() -> None:
             }
             if case == "table":
                 sides["torch DataLoader, 2 workers"] = lambda folder=folder: data_loader(folder)
-                if with_ray:
-                    sides["Ray Data, local shuffle"] = lambda folder=folder: ray_data(folder)
             ours(folder, warm=True)  # fills the warm cache
             measure(results, case, sides, rounds)
     results.notes.append("The bare loop's tokens are those that our epoch hands out of the same files.")
-    if not with_ray:
-        results.notes.append("Ray Data was left out: it needs --ray, and pandas.")
     results.write()
 
 
@@ -203,7 +187,6 @@ def measure(results: common.Results, case: str, sides: dict[str, Callable[[], in
         ("Feeder", "bare read_row_group", "packed and shuffled tokens/s against a bare read_row_group loop", 0.90),
         ("LaneReader, warm cache", "bare read_row_group", "from the warm cache against a bare Parquet loop", 5.0),
         ("Feeder", "torch DataLoader, 2 workers", "tokens/s against torch DataLoader", 5.0),
-        ("Feeder", "Ray Data, local shuffle", "tokens/s against Ray Data with local shuffle", 3.0),
     ]
     for one, other, words, target in figures:
         if other in sides:
