@@ -108,8 +108,9 @@ def read_together(
     """
     job = _Job(reader, plan, wants, worker)
     targets = job.targets(outs)
-    if isinstance(exchange, Shares):
-        error = _in_shared_memory(job, plan, targets, exchange, round_bytes or SHARED_ROUND_BYTES)
+    shared: Any = exchange
+    if isinstance(shared, Shares):
+        error = _in_shared_memory(job, plan, targets, shared, round_bytes or SHARED_ROUND_BYTES)
     else:
         error = _by_sending(job, plan, targets, exchange, round_bytes or ROUND_BYTES)
     message = f"{error}".encode()[: _MESSAGE_BYTES - 1] if error else b""
