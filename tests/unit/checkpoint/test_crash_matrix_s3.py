@@ -13,7 +13,6 @@ import pytest
 
 pytest.importorskip("s3fs")
 pytest.importorskip("moto")
-pytestmark = pytest.mark.timeout(600)
 
 from elastictrain_checkpoint import Store
 from tests.unit.checkpoint.test_crash_matrix import CASES as EVERY_CASE
@@ -28,6 +27,7 @@ from tests.unit.checkpoint.test_crash_matrix import (
     prepared,
 )
 
+pytestmark = pytest.mark.timeout(600)
 CASES = [(protocol, way) for protocol, way in EVERY_CASE if protocol != "pin" and (protocol, way) != ("prune", "fails")]
 """The others differ in nothing that is S3's."""
 
