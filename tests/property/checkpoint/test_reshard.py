@@ -122,7 +122,10 @@ def test_every_wanted_element_is_delivered_once_and_every_span_read_once(
     delivered = {(w, i): np.zeros(state[x.name][1], np.int64) for w, m in enumerate(wants) for i, x in enumerate(m)}
     for span, worker, want in zip(plan.span.tolist(), plan.worker.tolist(), plan.want.tolist(), strict=True):
         name, part = places[span]
-        assert name == wants[worker][want].name
+        box = wants[worker][want]
+        assert name == box.name
+        for taken, begin, size in zip(part, box.offsets, box.sizes, strict=True):
+            assert max(taken.start, begin) < min(taken.stop, begin + size), "a delivery of nothing"
         delivered[worker, want][part] += 1
     for (worker, number), count in delivered.items():
         want = wants[worker][number]
