@@ -269,6 +269,21 @@ def test_boxes_whose_ends_do_not_ascend_are_all_found(data: st.DataObject) -> No
     assert found == [[expected(state, want) for want in mine] for mine in wants]
 
 
+def test_boxes_that_only_touch_are_not_read() -> None:
+    store = memory_store()
+    state = {"t": ("I32", (4, 6), np.arange(24, dtype=np.int32).tobytes())}
+    document = json.loads(save(store, state, step=1).raw)
+    [[file, start, _, _]] = document["tensors"]["t"]["chunks"]
+    halves = [((0, 0), (2, 2)), ((0, 2), (2, 4)), ((2, 0), (2, 6))]
+    at = [start, start + 16, start + 48]
+    document["tensors"]["t"]["chunks"] = [[file, a, list(o), list(s)] for a, (o, s) in zip(at, halves, strict=True)]
+    manifest = parse_manifest(sign(document))
+    for box in halves:
+        plan = plan_reads(manifest, [[Want("t", *box)]])
+        assert plan.start.tolist() == [at[halves.index(box)]]
+        assert len(plan.span) == 1
+
+
 def test_wrong_wants_are_refused() -> None:
     store = memory_store()
     manifest = save(store, make_state({"a": ("F32", (4, 5))}), aliases={"tied": "a"})
