@@ -85,10 +85,16 @@ class TokenIndex:
 
 def encode_block(source: BlockFormat, block: int, text_column: str, tokenizer: Tokenizer) -> tuple[TokenArray, int]:
     """Return a block's tokens and its number of null documents (which count as empty ones)."""
+    column = read_texts(source, block, text_column)
+    return tokenizer.encode(column), column.null_count
+
+
+def read_texts(source: BlockFormat, block: int, text_column: str) -> pa.ChunkedArray:
+    """Return a block's documents as strings or bytes."""
     column = source.read(block).column(text_column)
     if pa.types.is_dictionary(column.type):
         column = pa.chunked_array([chunk.dictionary_decode() for chunk in column.chunks], column.type.value_type)
-    return tokenizer.encode(column), column.null_count
+    return column
 
 
 def checksum_of(array: npt.NDArray[Any] | bytes) -> int:

@@ -72,7 +72,8 @@ class Piece:
 class Window:
     """Positions `[start, stop)` of a lane's segment in one epoch: `pieces` in a row, then permuted by `key`.
 
-    `key` is None when the source is not shuffled.
+    `key` is None when the source is not shuffled. `source` tells the sources of a mixture apart: each has windows
+    of its own in every lane.
     """
 
     epoch: int
@@ -82,6 +83,7 @@ class Window:
     stop: int
     pieces: tuple[Piece, ...]
     key: int | None
+    source: int = 0
 
     def permutation(self) -> Int64Array:
         """Position `start + i` holds the sample number `permutation()[i]` of the joined pieces."""

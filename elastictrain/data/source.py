@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,11 +20,20 @@ from elastictrain.data.index import (
     encode_block,
     index_tokens,
     load_cached,
+    read_texts,
     store_cached,
 )
 from elastictrain.data.jsonl_format import JsonLines
-from elastictrain.data.order import ORDER_VERSION, LaneOrder
-from elastictrain.data.packing import PACKING_VERSION, Tails, pack_tails, rows_of_block, rows_per_block
+from elastictrain.data.locate import Part, SampleLocation, TailMap
+from elastictrain.data.order import ORDER_VERSION, LaneOrder, Window
+from elastictrain.data.packing import (
+    PACKING_VERSION,
+    TAIL_BLOCK_ROWS,
+    Tails,
+    pack_tails,
+    rows_of_block,
+    rows_per_block,
+)
 from elastictrain.data.parquet_format import ParquetFiles
 from elastictrain.data.tokenizers import Tokenizer, load_tokenizer
 from elastictrain.errors import DataError
@@ -56,11 +66,16 @@ class Source:
         self.spec, self.order = spec, order
         self._files, self._blocks = files, blocks
         self._tokenizer, self._token_index, self._tails = tokenizer, token_index, tails
+        self._tail_map: TailMap | None = None
         self.fingerprint: dict[str, Any] = self._make_fingerprint()
 
     @property
     def steps_per_epoch(self) -> int:
         return self.order.steps_per_epoch
+
+    @property
+    def lanes(self) -> int:
+        return self.order.lanes
 
     @property
     def vocabulary_size(self) -> int | None:
@@ -116,6 +131,54 @@ class Source:
                 "be written to while a run reads them: restore the file, or write to a new data.path"
             )
         return {TOKENS: rows_of_block(tokens, int(self.spec.sequence_length or 0))}
+
+    def spans(self, step: int, lane: int) -> Iterator[tuple[Window, int, int]]:
+        """Yield the windows that batch `step` of `lane` touches, each with its `[start, stop)` in the window."""
+        return self.order.spans(step, lane)
+
+    def finish(self, step: int, batch: Arrays) -> Arrays:
+        """Turn the gathered rows of a batch, arrays of its own, into what a recipe gets."""
+        del step
+        if self._tokenizer is not None:  # embeddings and losses expect int64; windows stay narrow
+            batch[TOKENS] = batch[TOKENS].astype(np.int64)
+        return batch
+
+    def locate(self, step: int, lane: int) -> list[SampleLocation]:
+        """Say where every sample of batch `step` of `lane` lies, in the batch's order. Reads no data."""
+        epoch, _ = self.order.locate_step(step)
+        blocks, rows = self.order.samples_of(step, lane)
+        return [self.location(int(b), int(r), epoch) for b, r in zip(blocks, rows, strict=True)]
+
+    def location(self, block: int, row: int, epoch: int = 0) -> SampleLocation:
+        """Say where sample `row` of `block` lies. Reads no data."""
+        own = len(self._blocks.blocks)
+        if self._token_index is None:
+            return SampleLocation("", epoch, block, row, (self._part(block, (row, row + 1), None),))
+        width = int(self.spec.sequence_length or 0) + 1
+        if block < own:
+            return SampleLocation("", epoch, block, row, (self._part(block, None, (row * width, (row + 1) * width)),))
+        if self._tail_map is None:
+            self._tail_map = TailMap.of(self._token_index.tokens, width - 1)
+        first = ((block - own) * TAIL_BLOCK_ROWS + row) * width
+        parts = tuple(
+            self._part(b, None, (start, stop)) for b, start, stop in self._tail_map.pieces(first, first + width)
+        )
+        filler = width - sum(part.tokens[1] - part.tokens[0] for part in parts if part.tokens)
+        return SampleLocation("", epoch, block, row, parts, filler)
+
+    def _part(self, block: int, rows: tuple[int, int] | None, tokens: tuple[int, int] | None) -> Part:
+        table = self._blocks.blocks
+        return Part(self._files.files[int(table.file[block])].name, int(table.number[block]), block, rows, tokens)
+
+    def rows_of(self, part: Part) -> tuple[int, int]:
+        """Return the rows `[first, end)` of its row group that a part comes from; a packed one is read for it."""
+        if part.rows is not None or part.tokens is None or self._tokenizer is None:
+            assert part.rows is not None
+            return part.rows
+        texts = read_texts(self._blocks, part.block, str(self.spec.text_column))
+        _, starts = self._tokenizer.encode_with_offsets(texts)
+        first, last = np.searchsorted(starts, (part.tokens[0], part.tokens[1] - 1), side="right") - 1
+        return int(first), int(last) + 1
 
     def where(self, block: int, row: int) -> str:
         """Say where a sample comes from."""
