@@ -7,15 +7,55 @@ number, is the only state.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from elastictrain.data.fingerprint import fingerprint_difference
+from elastictrain.data.index import Progress
+from elastictrain.data.mixed import MixedSource, open_mixture
+from elastictrain.data.mixture import Segment
 from elastictrain.data.reader import LaneReader
 from elastictrain.data.source import Source, open_source
-from elastictrain.job import Data
+from elastictrain.data_settings import Data, Mixture
 
-__all__ = ["LaneReader", "Source", "fingerprint_difference", "jsonl", "open_source", "parquet"]
+__all__ = [
+    "LaneReader",
+    "MixedSource",
+    "Segment",
+    "Source",
+    "fingerprint_difference",
+    "jsonl",
+    "mixture",
+    "open_data",
+    "open_mixture",
+    "open_source",
+    "parquet",
+]
+
+
+def open_data(
+    spec: Data | Mixture,
+    *,
+    seed: int,
+    lanes: int,
+    lane_batch_size: int,
+    segments: Sequence[Segment] = (),
+    progress: Progress | None = None,
+) -> Source | MixedSource:
+    """Open whatever `Job.data` holds; `segments` belong to a mixture. Raises DataError, as `open_source`."""
+    if isinstance(spec, Mixture):
+        return open_mixture(
+            spec, seed=seed, lanes=lanes, lane_batch_size=lane_batch_size, segments=segments, progress=progress
+        )
+    return open_source(spec, seed=seed, lanes=lanes, lane_batch_size=lane_batch_size, progress=progress)
+
+
+def mixture(sources: Mapping[str, Data], **settings: Any) -> Mixture:
+    """`Job.data` from several sources by name.
+
+    `settings`: `weights`, `epochs` or `temperature`, `sequence_length`, `stages`. Raises ConfigError.
+    """
+    return Mixture(sources=dict(sources), **settings)
 
 
 def parquet(path: str | Sequence[str], **settings: Any) -> Data:

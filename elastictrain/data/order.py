@@ -182,7 +182,17 @@ class LaneOrder:
     def spans(self, step: int, lane: int) -> Iterator[tuple[Window, int, int]]:
         """Yield the windows that batch `step` of `lane` touches, each with its `[start, stop)` in the window."""
         epoch, position = self.locate_step(step)
-        stop = position + self.lane_batch_size
+        return self._spans(epoch, position, position + self.lane_batch_size, lane)
+
+    def spans_at(self, start: int, stop: int, lane: int) -> Iterator[tuple[Window, int, int]]:
+        """As `spans`, for the positions `[start, stop)` of a lane counted through all epochs."""
+        while start < stop:
+            epoch, position = divmod(start, self.samples_per_lane)
+            count = min(stop - start, self.samples_per_lane - position)
+            yield from self._spans(epoch, position, position + count, lane)
+            start += count
+
+    def _spans(self, epoch: int, position: int, stop: int, lane: int) -> Iterator[tuple[Window, int, int]]:
         while position < stop:
             window = self.window_at(epoch, lane, position)
             end = min(stop, window.stop)

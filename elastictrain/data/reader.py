@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from elastictrain.data.mixed import MixedSource
 from elastictrain.data.order import Window
 from elastictrain.data.source import Arrays, Source
 from elastictrain.errors import DataError
@@ -34,7 +35,7 @@ class LaneReader:
     another worker and is forgotten.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source | MixedSource) -> None:
         self.source = source
         self._lock = threading.Lock()
         self._windows: dict[tuple[int, int], _Loaded] = {}  # by (lane, source of a mixture)
@@ -46,7 +47,8 @@ class LaneReader:
     def batch(self, step: int, lane: int) -> Arrays:
         """Return batch `step` of `lane`, arrays that belong to the caller.
 
-        Token mode: {"tokens": int64 [lane_batch_size, sequence_length + 1]}. Table mode: every column as
+        Token mode: {"tokens": int64 [lane_batch_size, sequence_length + 1]}; a mixture's stage with shorter sequences
+        has as many more of them. Table mode: every column as
         [lane_batch_size, …] in its own dtype. Raises DataError (see `Source.read_block`), IndexError for a
         lane or step that does not exist.
         """
@@ -59,7 +61,8 @@ class LaneReader:
                 arrays = self._load(window)
                 parts.append({name: array[start:stop] for name, array in arrays.items()})
             self._forget_idle_lanes()
-        return self.source.finish(step, {name: _join([part[name] for part in parts], name) for name in parts[0]})
+        joined = {name: _join([part[name] for part in parts], name) for name in parts[0]}
+        return self.source.finish(step, lane, joined)
 
     def close(self) -> None:
         """Close all files and drop what is decoded; may be called twice."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from elastictrain.data.columns import stack
+from elastictrain.data.columns import Schema, stack
 from elastictrain.data.files import FileSet, find_files
 from elastictrain.data.fingerprint import seal_fingerprint
 from elastictrain.data.index import (
@@ -39,7 +39,7 @@ from elastictrain.data.tokenizers import Tokenizer, load_tokenizer
 from elastictrain.errors import DataError
 
 if TYPE_CHECKING:
-    from elastictrain.job import Data
+    from elastictrain.data_settings import Data
 
 Arrays = dict[str, npt.NDArray[Any]]
 TOKENS = "tokens"
@@ -72,6 +72,20 @@ class Source:
     @property
     def steps_per_epoch(self) -> int:
         return self.order.steps_per_epoch
+
+    @property
+    def samples(self) -> int:
+        return self.order.samples
+
+    @property
+    def columns(self) -> Schema:
+        """Name and type of the columns that are read."""
+        return self._blocks.schema
+
+    @property
+    def tokenizer_fingerprint(self) -> str | None:
+        """Says which tokens a text becomes; None in table mode."""
+        return self._tokenizer.fingerprint if self._tokenizer else None
 
     @property
     def lanes(self) -> int:
@@ -136,9 +150,9 @@ class Source:
         """Yield the windows that batch `step` of `lane` touches, each with its `[start, stop)` in the window."""
         return self.order.spans(step, lane)
 
-    def finish(self, step: int, batch: Arrays) -> Arrays:
+    def finish(self, step: int, lane: int, batch: Arrays) -> Arrays:
         """Turn the gathered rows of a batch, arrays of its own, into what a recipe gets."""
-        del step
+        del step, lane
         if self._tokenizer is not None:  # embeddings and losses expect int64; windows stay narrow
             batch[TOKENS] = batch[TOKENS].astype(np.int64)
         return batch
@@ -226,6 +240,18 @@ class Source:
             "order_version": ORDER_VERSION,
         }
         return seal_fingerprint(content_of_source, files)
+
+
+def cut_rows(batch: Arrays, length: int) -> Arrays:
+    """Cut packed rows, {"tokens": [rows, S + 1]}, into rows of `length` targets each; `length` divides S.
+
+    Neighbours share a token, the last target of the one and the first input of the other: so the shorter rows hold
+    the same pairs of input and target as the long one.
+    """
+    tokens = batch[TOKENS]
+    pieces = (tokens.shape[1] - 1) // length
+    places = np.arange(pieces)[:, None] * length + np.arange(length + 1)
+    return {**batch, TOKENS: tokens[:, places].reshape(-1, length + 1)}
 
 
 def open_source(spec: Data, *, seed: int, lanes: int, lane_batch_size: int, progress: Progress | None = None) -> Source:
