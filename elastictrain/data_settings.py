@@ -16,7 +16,8 @@ Amount = Annotated[float, BeforeValidator(a_number), Field(ge=0)]
 class Data(Settings):
     """Where samples come from. `path`: a file, folder or glob (or a list of them), local or any fsspec URL."""
 
-    kind: Literal["parquet", "jsonl"]
+    kind: Literal["parquet", "jsonl", "arrow", "csv", "webdataset", "text", "huggingface"]
+    """The format. `huggingface`: the folder of a dataset that was saved with `Dataset.save_to_disk`."""
     path: str | tuple[str, ...]
     text_column: str | None = None
     """The column to tokenise and pack. None: table mode, every column of `columns` is an array of the batch."""
@@ -25,10 +26,28 @@ class Data(Settings):
     """`bytes`, or the path of a Hugging Face `tokenizers` JSON file."""
     sequence_length: PositiveInt | None = None
     """Tokens per packed sequence; needed with `text_column`."""
-    shuffle: Literal["window", "none"] = "window"
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """Join documents and cut the rows out of that, or put whole documents (cut only where longer than a row) together
+    so that little is filler; the batch then says which token is of which document."""
+    document_ids: bool = False
+    """Give `document_ids`, `position_ids` and `loss_mask` with joined documents too."""
+    shuffle: Literal["window", "none", "strict"] = "window"
+    """`window`: row groups in a permuted order, shuffled within `window_row_groups` of them per lane. `none`: every
+    lane reads its part of the files in order. `strict`: a step is the next samples of the files, dealt to the lanes.
+    """
+    ragged: Literal["drop", "repeat"] = "drop"
+    """What fills no whole step at the end of an epoch is left out, or filled up with the epoch's first samples."""
     window_row_groups: PositiveInt = 2
     rows_per_block: PositiveInt = 1024
-    """JSONL has no row groups: lines per block."""
+    """JSONL, CSV, text and WebDataset have no row groups: lines, records or samples per block."""
+    document: Literal["line", "file"] = "line"
+    """What a document of kind `text` is."""
+    on_corrupt: Literal["stop", "skip"] = "stop"
+    """Files and row groups that cannot be read: stop, or leave them out and say so. With `skip` everything is read once
+    when the run opens its data; what breaks later is an error all the same.
+    """
+    max_document_bytes: PositiveInt = 256 << 20
+    """A longer text is an error: tokenising it takes many times its size in memory."""
     storage_options: dict[str, Any] = Field(default_factory=dict)
 
     @property
@@ -44,7 +63,8 @@ class Data(Settings):
     @property
     def packing_of_rows(self) -> str:
         """How rows come about, in words; "" for a table."""
-        return "" if self.text_column is None else f"sequence_length {self.sequence_length}"
+        ids = ", document_ids" if self.document_ids else ""
+        return "" if self.text_column is None else f"{self.packing}, sequence_length {self.sequence_length}{ids}"
 
     @property
     def is_remote(self) -> bool:
@@ -61,6 +81,12 @@ class Data(Settings):
     def _modes(self) -> Self:
         if (self.text_column is None) != (self.sequence_length is None):
             raise ValueError("data.text_column and data.sequence_length belong together: set both or neither")
+        if self.kind == "text" and self.text_column != "text":
+            raise ValueError("data.kind: text has one column, called text; set data.text_column: text")
+        if self.text_column is None and (self.packing != "concatenate" or self.document_ids):
+            raise ValueError(
+                "data.packing and data.document_ids are about text; set data.text_column, or leave them out"
+            )
         return self
 
 

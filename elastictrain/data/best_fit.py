@@ -106,6 +106,13 @@ def lay_out(pieces: Pieces, width: int, *, keep_tail: bool) -> Layout:
     return Layout(kept.take(order), row[order], begins - row_begins, len(first), pieces.take(np.flatnonzero(in_tail)))
 
 
+def lay_out_tails(lengths: Int64Array, width: int) -> Layout:
+    """Pack the joined tails of all blocks, whose pieces have these lengths; `document` is the number of the piece."""
+    starts = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=starts[1:])
+    return lay_out(cut_documents(starts, width), width, keep_tail=False)
+
+
 def gather(tokens: TokenArray, pieces: Pieces) -> TokenArray:
     """Return the tokens of the pieces, joined; shape [sum of lengths]."""
     return tokens[_ranges(pieces.start, pieces.length)]
@@ -140,15 +147,19 @@ def _ranges(start: Int64Array, length: Int64Array) -> Int64Array:
     return np.arange(total, dtype=np.int64) + np.repeat(start - (ends - length), length)
 
 
-def ids_of_joined(starts: Int64Array, total: int, width: int) -> npt.NDArray[np.uint16 | np.int32]:
+def ids_of_joined(starts: Int64Array, total: int, width: int, tokens: int) -> npt.NDArray[np.uint16 | np.int32]:
     """Return the number of the document in its row, from 1 on, of joined documents that are cut into rows.
 
-    `starts`: [documents + 1]; tokens from `starts[-1]` to `total` (a multiple of `width`) are filler. [rows, width].
+    `starts`: where documents begin; `total`, a multiple of `width`: how many places the rows have; those from
+    `tokens` on are filler. Shape [total / width, width].
     """
     place = np.arange(total, dtype=np.int64)
     document = np.searchsorted(starts, place, side="right").reshape(-1, width)
     numbered = document - document[:, :1] + 1
-    return np.where(document == len(starts), 0, numbered).astype(id_dtype(width))
+    ids: npt.NDArray[np.uint16 | np.int32] = np.where(place.reshape(-1, width) >= tokens, 0, numbered).astype(
+        id_dtype(width)
+    )
+    return ids
 
 
 def positions_and_mask(ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
@@ -161,4 +172,4 @@ def positions_and_mask(ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
     positions = columns - np.maximum.accumulate(np.where(begins, columns, 0), axis=1)
     mask = (ids[:, :-1] == ids[:, 1:]) & (ids[:, :-1] > 0)
-    return positions[:, :-1], mask
+    return np.asarray(positions[:, :-1]), mask

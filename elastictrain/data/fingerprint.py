@@ -34,6 +34,9 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
+_UNSAID = {"ragged": "drop", "document": "line", "holes": 0}
+"""What it means that a fingerprint does not name a setting."""
+
 _SENTENCES = {
     "kind": "the format was {old} and is now {new} (data.kind)",
     "text_column": "the text column was {old} and is now {new} (data.text_column)",
@@ -43,6 +46,9 @@ _SENTENCES = {
     "lanes": "the number of lanes was {old} and is now {new} (lanes)",
     "lane_batch_size": "the samples per lane and step were {old} and are now {new} (lane_batch_size)",
     "shuffle": "the order was {old} and is now {new} (data.shuffle)",
+    "document": "a document was a {old} and is now a {new} (data.document)",
+    "holes": "{old} corrupt blocks or files were left out and now are {new} (data.on_corrupt)",
+    "ragged": "the end of an epoch that fills no step was {old} and is now {new} (data.ragged)",
     "window_row_groups": "the shuffle window was {old} row groups and is now {new} (data.window_row_groups)",
     "rows_per_block": "the lines per block were {old} and are now {new} (data.rows_per_block)",
     "order_version": "the order of an epoch was version {old} and is now {new} (another version of elastictrain)",
@@ -67,7 +73,7 @@ def fingerprint_difference(
     if all(old.get(key) == new.get(key) for key in {*old, *new} - {"hash", "files"}):
         return []
     sentences = [
-        sentence.format(old=_show(old.get(key)), new=_show(new.get(key)))
+        sentence.format(old=_show(old.get(key, _UNSAID.get(key))), new=_show(new.get(key, _UNSAID.get(key))))
         for key, sentence in _SENTENCES.items()
         if old.get(key) != new.get(key)
     ]

@@ -20,7 +20,8 @@ from elastictrain.data.mixture import (
     weights_from_temperature,
 )
 from elastictrain.data.order import Piece, Window, derive_key
-from elastictrain.data.source import Arrays, Source, cut_rows, open_source
+from elastictrain.data.packed import finish_rows
+from elastictrain.data.source import Arrays, Source, open_source
 from elastictrain.errors import DataError
 
 if TYPE_CHECKING:
@@ -83,9 +84,11 @@ class MixedSource:
 
     def finish(self, step: int, lane: int, batch: Arrays) -> Arrays:
         """Turn the gathered rows of a batch into what a recipe gets; rows are cut to the stage's length."""
-        batch = next(iter(self.sources.values())).finish(step, lane, batch)
+        del lane
+        if self.vocabulary_size is None:
+            return batch
         length = self.schedule.segments[self.schedule.segment_at(step)].sequence_length
-        return batch if length in (None, self.spec.sequence_length) else cut_rows(batch, int(length or 0))
+        return finish_rows(batch, None if length == self.spec.sequence_length else length)
 
     def locate(self, step: int, lane: int) -> list[SampleLocation]:
         """Say where every sample of batch `step` of `lane` lies, in the batch's order. Reads no data.

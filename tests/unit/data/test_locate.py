@@ -33,7 +33,7 @@ def rebuilt(source: Source, folder: Path, step: int, lane: int) -> list[list[int
 
 def test_packed_samples_lie_where_locate_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "TAIL_BLOCK_ROWS", 2)
-    monkeypatch.setattr("elastictrain.data.source.TAIL_BLOCK_ROWS", 2)
+    monkeypatch.setattr("elastictrain.data.packed.TAIL_BLOCK_ROWS", 2)
     folder = write_texts(tmp_path / "data", "parquet")
     source = text_source(folder, lanes=2, lane_batch_size=2)
     reader = LaneReader(source)

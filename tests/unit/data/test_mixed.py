@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from elastictrain.data import LaneReader, MixedSource, Segment, fingerprint_difference, open_data, open_mixture
-from elastictrain.data.source import cut_rows
+from elastictrain.data.packed import finish_rows
 from elastictrain.errors import ConfigError, DataError
 from elastictrain.job import Data, Mixture, dump_job, parse_job
 from tests.unit.data.test_source import text_source, write_texts
@@ -133,7 +133,7 @@ def test_a_curriculum_cuts_the_same_rows_shorter(tmp_path: Path) -> None:
 
 
 def test_rows_share_the_token_at_their_border() -> None:
-    cut = cut_rows({"tokens": np.arange(14).reshape(2, 7)}, 3)["tokens"]
+    cut = finish_rows({"tokens": np.arange(14).reshape(2, 7)}, 3)["tokens"]
     assert cut.tolist() == [[0, 1, 2, 3], [3, 4, 5, 6], [7, 8, 9, 10], [10, 11, 12, 13]]
 
 
