@@ -144,7 +144,8 @@ def _ranges(start: Int64Array, length: Int64Array) -> Int64Array:
     """Return `start[0], start[0]+1, …` for every range, joined."""
     ends = np.cumsum(length)
     total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total, dtype=np.int64) + np.repeat(start - (ends - length), length)
+    places: Int64Array = np.arange(total, dtype=np.int64) + np.repeat(start - (ends - length), length)
+    return places
 
 
 def ids_of_joined(starts: Int64Array, total: int, width: int, tokens: int) -> npt.NDArray[np.uint16 | np.int32]:
@@ -156,10 +157,8 @@ def ids_of_joined(starts: Int64Array, total: int, width: int, tokens: int) -> np
     place = np.arange(total, dtype=np.int64)
     document = np.searchsorted(starts, place, side="right").reshape(-1, width)
     numbered = document - document[:, :1] + 1
-    ids: npt.NDArray[np.uint16 | np.int32] = np.where(place.reshape(-1, width) >= tokens, 0, numbered).astype(
-        id_dtype(width)
-    )
-    return ids
+    numbered[place.reshape(-1, width) >= tokens] = 0
+    return numbered.astype(id_dtype(width))
 
 
 def positions_and_mask(ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:

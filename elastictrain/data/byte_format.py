@@ -38,10 +38,12 @@ class ByteBlocks:
         columns: tuple[str, ...] | None,
         rows_per_block: int,
         on_corrupt: str = "stop",
+        max_document_bytes: int = MAX_BLOCK_BYTES,
     ) -> None:
         self._files = files
         self._text_column, self._columns = text_column, columns
         self._rows_per_block, self._on_corrupt = rows_per_block, on_corrupt
+        self._max_document_bytes = max_document_bytes
         self._arrow_schema = pa.schema([(text_column, pa.string())]) if text_column else None
         self.schema = as_pairs(self._arrow_schema) if self._arrow_schema else ()
         self.blocks = BlockTable.of([])

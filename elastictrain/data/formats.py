@@ -73,6 +73,7 @@ def open_blocks(
             columns=spec.columns,
             rows_per_block=spec.rows_per_block,
             on_corrupt=spec.on_corrupt,
+            max_document_bytes=spec.max_document_bytes,
         )
     if tokenizer is None and spec.kind == "parquet" and spec.on_corrupt == "stop" and len(files.files) <= _FEW_FILES:
         blocks.index(progress)  # a few footers are read as fast as the cache

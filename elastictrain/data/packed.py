@@ -91,8 +91,9 @@ class PackedText:
     def _check(self, block: int, tokens: TokenArray) -> None:
         if checksum_of(tokens) != int(self._index.checksum[block]):
             raise DataError(
-                f"{self._blocks.where(block)}: its text is not what was there when the run opened it. Data must not "
-                "be written to while a run reads them: restore the file, or write to a new data.path"
+                f"{self._blocks.where(block)}: its text is not what was there when the run opened it, or the tokenizer "
+                f"gives other tokens than then ({self._tokenizer.name}). Data must not be written to while a run reads "
+                "them: restore the file or the tokenizer's version, or write to a new data.path"
             )
 
     def _pieces_of_best_fit(self, block: int, row: int) -> list[Piece]:

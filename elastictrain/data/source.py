@@ -235,9 +235,14 @@ def open_source(spec: Data, *, seed: int, lanes: int, lane_batch_size: int, prog
     rows: npt.NDArray[np.int64] = blocks.blocks.rows
     tails = None
     if not rows.sum():
+        corrupt = (
+            f". {len(blocks.holes)} corrupt block(s) or file(s) were left out: {blocks.holes[0].why}"
+            if blocks.holes
+            else ""
+        )
         raise DataError(
             f"data.path: no rows in {len(files.files)} file(s), the first being {files.files[0].path}. "
-            "Expected at least lanes x lane_batch_size samples"
+            f"Expected at least lanes x lane_batch_size samples{corrupt}"
         )
     if token_index is not None and tokenizer is not None:
         tails = pack_all_tails(spec, token_index, tokenizer.end_of_document)

@@ -48,6 +48,12 @@ class TextFiles(TextLines):
         """The whole file."""
         with self._files.open(number) as handle:
             size = int(handle.seek(0, 2))
+        if size > self._max_document_bytes:
+            raise DataError(
+                f"{self._files.files[number].path}: has {size} bytes, more than data.max_document_bytes="
+                f"{self._max_document_bytes}. Cut the file, raise the limit if there is memory for it, or set "
+                "data.document: line"
+            )
         return [(0, size)] if size else []
 
     def parse(self, content: bytes, number: int, start: int, schema: pa.Schema | None) -> pa.Table:
