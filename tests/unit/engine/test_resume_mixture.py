@@ -12,7 +12,8 @@ import pytest
 from elastictrain.data import LaneReader, MixedSource
 from elastictrain.engine.host import open_stage, order_begins
 from elastictrain.engine.resume import find_start
-from elastictrain.engine.saving import Saver, owned_state
+from elastictrain.engine.saver import Saver
+from elastictrain.engine.saving import owned_state
 from elastictrain.errors import DataError
 from elastictrain.job import Job, Mixture
 from elastictrain.layout import Shard
