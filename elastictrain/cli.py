@@ -169,10 +169,15 @@ def validate(job_file: JobFile) -> None:
 
     recipe = load_recipe(job.recipe, job.recipe_args)
     typer.echo(f"recipe    {type(recipe).__module__}:{type(recipe).__qualname__}")
-    from elastictrain.data import open_source
+    from elastictrain.data import MixedSource, open_data
 
-    source = open_source(job.data, seed=job.seed, lanes=job.lanes, lane_batch_size=job.lane_batch_size)
-    typer.echo(f"data      {source.order.samples} samples, {source.order.steps_per_epoch} steps an epoch")
+    source = open_data(job.data, seed=job.seed, lanes=job.lanes, lane_batch_size=job.lane_batch_size)
+    if not isinstance(source, MixedSource):
+        typer.echo(f"data      {source.order.samples} samples, {source.order.steps_per_epoch} steps an epoch")
+        return
+    for segment in source.describe()["segments"]:
+        shares = ", ".join(f"{share:.1%} {name}" for name, share in segment["shares"].items())
+        typer.echo(f"data      {source.samples} samples; from step {segment['from_step']} on: {shares}")
 
 
 @app.command()

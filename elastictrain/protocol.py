@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from elastictrain.layout import Layout, Move
@@ -121,13 +122,30 @@ class FormPlan:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A stretch of a run with one number of lanes: the data order starts anew at `from_step`, with a seed of its own.
+    """A stretch of a run with one number of lanes and one plan of its mixture.
 
-    A job that is resumed with another number of lanes (or lane batch size) gets a new stage, recorded in every manifest
-    from then on.
+    A job that is resumed with another number of lanes (or lane batch size), or another mixture, gets a new stage,
+    recorded in every manifest from then on. With other lanes the data order starts anew at `from_step`, with a seed of
+    its own; with another mixture it `continues`, and every source goes on where it was.
     """
 
     index: int = 0
     from_step: int = 0
     lanes: int = 0
     lane_batch_size: int = 0
+    continues: bool = False
+    mixture: tuple[Mapping[str, Any], ...] | None = None
+    """The plan of a mixture, as `data.mixture.Segment.as_json` writes it; steps are those of the run."""
+
+    def as_json(self) -> dict[str, Any]:
+        """What a manifest keeps; only mixtures have more than four numbers."""
+        shown = asdict(self)
+        return (
+            shown if self.mixture is not None else {k: v for k, v in shown.items() if k != "mixture" and v is not False}
+        )
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Stage:
+        """The stage that `as_json` wrote."""
+        mixture = stored.get("mixture")
+        return cls(**{**stored, "mixture": None if mixture is None else tuple(dict(one) for one in mixture)})

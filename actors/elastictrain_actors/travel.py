@@ -61,10 +61,7 @@ def absolute(path: str, base: Path | None = None) -> str:
 
 
 def absolute_paths(job: Job) -> Job:
-    data = job.data
-    path = absolute(data.path) if isinstance(data.path, str) else tuple(absolute(one) for one in data.path)
-    tokenizer = data.tokenizer if data.tokenizer == "bytes" else absolute(data.tokenizer)
-    changes: dict[str, Any] = {"data": data.model_copy(update={"path": path, "tokenizer": tokenizer})}
+    changes: dict[str, Any] = {"data": job.data.relocated(absolute)}
     if job.run_dir is not None:
         changes["run_dir"] = absolute(job.run_dir)
     if job.checkpoint is not None:

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from elastictrain.data.mixed import MixedSource
 from elastictrain.data.order import Window
-from elastictrain.data.source import TOKENS, Arrays, Source
+from elastictrain.data.source import Arrays, Source
 from elastictrain.errors import DataError
 
 _MAX_DECODED_BLOCKS = 2
@@ -34,10 +35,10 @@ class LaneReader:
     another worker and is forgotten.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source | MixedSource) -> None:
         self.source = source
         self._lock = threading.Lock()
-        self._windows: dict[int, _Loaded] = {}
+        self._windows: dict[tuple[int, int], _Loaded] = {}  # by (lane, source of a mixture)
         self._blocks: OrderedDict[int, Arrays] = OrderedDict()
         self._calls = 0
         self._closed = False
@@ -46,7 +47,8 @@ class LaneReader:
     def batch(self, step: int, lane: int) -> Arrays:
         """Return batch `step` of `lane`, arrays that belong to the caller.
 
-        Token mode: {"tokens": int64 [lane_batch_size, sequence_length + 1]}. Table mode: every column as
+        Token mode: {"tokens": int64 [lane_batch_size, sequence_length + 1]}; a mixture's stage with shorter sequences
+        has as many more of them. Table mode: every column as
         [lane_batch_size, …] in its own dtype. Raises DataError (see `Source.read_block`), IndexError for a
         lane or step that does not exist.
         """
@@ -55,14 +57,12 @@ class LaneReader:
                 raise RuntimeError("the LaneReader is closed")
             self._calls += 1
             parts: list[Arrays] = []
-            for window, start, stop in self.source.order.spans(step, lane):
+            for window, start, stop in self.source.spans(step, lane):
                 arrays = self._load(window)
                 parts.append({name: array[start:stop] for name, array in arrays.items()})
             self._forget_idle_lanes()
-        batch = {name: _join([part[name] for part in parts], name) for name in parts[0]}
-        if self.source.vocabulary_size is not None:  # embeddings and losses expect int64; windows stay narrow
-            batch[TOKENS] = batch[TOKENS].astype(np.int64)
-        return batch
+        joined = {name: _join([part[name] for part in parts], name) for name in parts[0]}
+        return self.source.finish(step, lane, joined)
 
     def close(self) -> None:
         """Close all files and drop what is decoded; may be called twice."""
@@ -74,11 +74,12 @@ class LaneReader:
 
     def _load(self, window: Window) -> Arrays:
         key = (window.epoch, window.number)
-        loaded = self._windows.get(window.lane)
+        place = (window.lane, window.source)
+        loaded = self._windows.get(place)
         if loaded is None or loaded.key != key:
-            self._windows.pop(window.lane, None)  # its memory goes before the next window comes
+            self._windows.pop(place, None)  # its memory goes before the next window comes
             loaded = _Loaded(key, self._assemble(window), self._calls)
-            self._windows[window.lane] = loaded
+            self._windows[place] = loaded
         loaded.last_use = self._calls
         return loaded.arrays
 
@@ -102,9 +103,12 @@ class LaneReader:
         return arrays
 
     def _forget_idle_lanes(self) -> None:
-        horizon = self._calls - 2 * self.source.order.lanes
-        for lane in [lane for lane, loaded in self._windows.items() if loaded.last_use < horizon]:
-            del self._windows[lane]
+        used: dict[int, int] = {}  # a lane is in use if any of its windows is: a rare source waits for its turn
+        for (lane, _), loaded in self._windows.items():
+            used[lane] = max(used.get(lane, 0), loaded.last_use)
+        horizon = self._calls - 2 * self.source.lanes
+        for place in [place for place in self._windows if used[place[0]] < horizon]:
+            del self._windows[place]
 
 
 def _join(parts: list[npt.NDArray[Any]], name: str) -> npt.NDArray[Any]:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import fsspec
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -32,6 +33,9 @@ class Tokenizer(Protocol):
     def encode(self, documents: pa.ChunkedArray) -> TokenArray:
         """Return the tokens of all documents in order; shape [tokens]."""
 
+    def encode_with_offsets(self, documents: pa.ChunkedArray) -> tuple[TokenArray, npt.NDArray[np.int64]]:
+        """Return `encode`'s tokens, and where every document begins; shape [documents + 1], the last is the end."""
+
 
 class BytesTokenizer:
     """UTF-8 bytes as tokens 0 … 255, the end of a document as 256; one pass over Arrow's buffers."""
@@ -43,21 +47,26 @@ class BytesTokenizer:
 
     def encode(self, documents: pa.ChunkedArray) -> TokenArray:
         """Return uint16 tokens; see the class."""
+        return self.encode_with_offsets(documents)[0]
+
+    def encode_with_offsets(self, documents: pa.ChunkedArray) -> tuple[TokenArray, npt.NDArray[np.int64]]:
+        """See `Tokenizer`."""
         column = pc.fill_null(documents.cast(pa.large_binary()), b"").combine_chunks()
         if isinstance(column, pa.ChunkedArray):  # an empty chunked array stays chunked in some versions
             column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], pa.large_binary())
         count = len(column)
         if count == 0:
-            return np.zeros(0, dtype=np.uint16)
+            return np.zeros(0, dtype=np.uint16), np.zeros(1, dtype=np.int64)
         _, offsets_buffer, data_buffer = column.buffers()
         offsets = np.frombuffer(offsets_buffer, dtype=np.int64)[column.offset : column.offset + count + 1]
         first, last = int(offsets[0]), int(offsets[-1])
         data = np.frombuffer(data_buffer, dtype=np.uint8)[first:last] if last > first else np.zeros(0, np.uint8)
         tokens = np.full(len(data) + count, self.end_of_document, dtype=np.uint16)
         is_byte = np.ones(len(tokens), dtype=bool)
-        is_byte[offsets[1:] - first + np.arange(count)] = False
+        starts = offsets - first + np.arange(count + 1)  # of the documents, an end of document after each
+        is_byte[starts[1:] - 1] = False
         tokens[is_byte] = data
-        return tokens
+        return tokens, starts
 
 
 class HuggingFaceTokenizer:
@@ -95,11 +104,17 @@ class HuggingFaceTokenizer:
 
     def encode(self, documents: pa.ChunkedArray) -> TokenArray:
         """Return int32 tokens; see the class."""
+        return self.encode_with_offsets(documents)[0]
+
+    def encode_with_offsets(self, documents: pa.ChunkedArray) -> tuple[TokenArray, npt.NDArray[np.int64]]:
+        """See `Tokenizer`."""
         texts = [text or "" for text in documents.to_pylist()]
         encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         end = np.asarray([self.end_of_document], dtype=np.int32)
         parts = [part for e in encodings for part in (np.asarray(e.ids, dtype=np.int32), end)]
-        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
+        starts = np.zeros(len(texts) + 1, dtype=np.int64)
+        np.cumsum([len(e.ids) + 1 for e in encodings], out=starts[1:])
+        return (np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)), starts
 
 
 def _read_tokenizer_file(path: str, storage_options: dict[str, Any]) -> bytes:

@@ -12,13 +12,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from itertools import pairwise
 
 import torch
 
-from elastictrain.data import LaneReader, Source, open_source
+from elastictrain.data import LaneReader, MixedSource, Segment, Source, open_data
 from elastictrain.data.feeder import Feeder
+from elastictrain.data.mixture import join_plans
 from elastictrain.engine.collective import Rendezvous
 from elastictrain.engine.numerics import apply_numerics
 from elastictrain.engine.one_lane import lane_seed
@@ -47,7 +47,7 @@ class StageFeeder:
         self._feeder.expect([(self._position(step), lane) for step, lane in upcoming])
 
     def _position(self, step: int) -> int:
-        """Step 1 of a run is position 0 of its first stage."""
+        """Step 1 of a run is position 0 of its first stage; one that continues counts from where its order began."""
         return max(0, step - 1 - self._from_step)
 
 
@@ -56,10 +56,23 @@ def first_stage(job: Job) -> Stage:
     return Stage(0, 0, job.lanes, job.lane_batch_size)
 
 
-def open_stage(job: Job, stage: Stage) -> Source:
-    """The job's data in the order of a stage; later stages have seeds of their own, so that they repeat nothing."""
-    seed = job.seed if stage.index == 0 else lane_seed(job.seed, 0, stage.index)
-    return open_source(job.data, seed=seed, lanes=job.lanes, lane_batch_size=job.lane_batch_size)
+def open_stage(job: Job, stage: Stage, before: Sequence[Stage] = ()) -> Source | MixedSource:
+    """The job's data in the order of a stage, which follows on `before`.
+
+    A stage has a seed of its own, unless it `continues` the order of the one before.
+    """
+    first = order_begins([*before, stage])
+    seed = job.seed if first.index == 0 else lane_seed(job.seed, 0, first.index)
+    segments = join_plans(
+        [(one.from_step, [Segment.from_json(shown) for shown in one.mixture or ()])
+         for one in [*before, stage] if one.index >= first.index and one.mixture]
+    )  # fmt: skip
+    return open_data(job.data, seed=seed, lanes=job.lanes, lane_batch_size=job.lane_batch_size, segments=segments)
+
+
+def order_begins(stages: Sequence[Stage]) -> Stage:
+    """The stage whose order the last one goes on with."""
+    return next((stage for stage in reversed(stages) if not stage.continues), stages[0])
 
 
 class WorkerHost:
@@ -95,8 +108,8 @@ class WorkerHost:
         device = apply_numerics(self.job.numerics)
         model = build(self.job, device)
         marks.append(("model_s", time.perf_counter()))
-        source = open_stage(self.job, self.stages[-1])
-        feeder = StageFeeder(Feeder(LaneReader(source), device), self.stages[-1].from_step)
+        source = open_stage(self.job, self.stages[-1], self.stages[:-1])
+        feeder = StageFeeder(Feeder(LaneReader(source), device), order_begins(self.stages).from_step)
         marks.append(("data_s", time.perf_counter()))
         session = Session(
             self.job,
@@ -108,7 +121,7 @@ class WorkerHost:
             emit=self.outbox.put,
             probes=self._probes,
             data_fingerprint=source.fingerprint,
-            stages=[asdict(stage) for stage in self.stages],
+            stages=[stage.as_json() for stage in self.stages],
             pulse=self.pulse,
         )
         session.rehearse()

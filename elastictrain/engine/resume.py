@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from elastictrain.data import fingerprint_difference
+from elastictrain.data import MixedSource, Source, fingerprint_difference
 from elastictrain.engine.host import first_stage, open_stage
 from elastictrain.engine.saving import open_store
 from elastictrain.errors import CheckpointMismatch, ConfigError, CorruptCheckpoint, DataError
@@ -45,8 +45,7 @@ def find_start(job: Job, *, resume: bool, step: int | None = None) -> Start:
             raise ConfigError(
                 "--resume: the job has no checkpoint setting, so there is nothing to go on from; set checkpoint.path"
             )
-        open_stage(job, first_stage(job)).close()
-        return Start(Restore(0, None), (), (first_stage(job),))
+        return Start(Restore(0, None), (), (_checked_first_stage(job),))
     store = open_store(job.checkpoint)
     steps = sorted(list_steps(store))
     if not resume:
@@ -55,12 +54,12 @@ def find_start(job: Job, *, resume: bool, step: int | None = None) -> Start:
                 f"checkpoint.path={job.checkpoint.path!r} already holds checkpoints (steps {_some(steps)}); go on with "
                 "them (--resume), or set checkpoint.path to an empty folder"
             )
-        open_stage(job, first_stage(job)).close()
-        return Start(Restore(0, None), (), (first_stage(job),))
+        return Start(Restore(0, None), (), (_checked_first_stage(job),))
     manifest = _chosen(store, job, steps, step)
     _verify(store, manifest, steps)
     stages, notes = _stages(job, manifest)
-    _check_data(job, manifest, stages[-1])
+    stages, changed = _check_data(job, manifest, stages)
+    notes += changed
     later = [s for s in steps if s > manifest.step]
     if later:
         notes.append(("given_up", {"step": manifest.step, "steps": later}))
@@ -74,6 +73,21 @@ def find_start(job: Job, *, resume: bool, step: int | None = None) -> Start:
         resumed=True,
         generation=_newest_generation(store, steps),
     )
+
+
+def _checked_first_stage(job: Job) -> Stage:
+    """The first stage of a run whose data can be read."""
+    stage = first_stage(job)
+    source = open_stage(job, stage)
+    source.close()
+    return _with_plan(stage, source)
+
+
+def _with_plan(stage: Stage, source: Source | MixedSource) -> Stage:
+    """The stage with the mixture's plan in integers: from now on it, and not the settings, says what is read."""
+    if not isinstance(source, MixedSource):
+        return stage
+    return replace(stage, mixture=tuple(segment.as_json() for segment in source.plan))
 
 
 def _some(steps: list[int]) -> str:
@@ -145,7 +159,7 @@ def _stages(job: Job, manifest: Manifest) -> tuple[tuple[Stage, ...], list[tuple
             f"seed={job.seed}, but checkpoint step {manifest.step} was made with seed={tree.get('seed')}; set seed to "
             "that"
         )
-    stages = tuple(Stage(**stage) for stage in tree["stages"])
+    stages = tuple(Stage.from_json(stage) for stage in tree["stages"])
     last = stages[-1]
     if (last.lanes, last.lane_batch_size) == (job.lanes, job.lane_batch_size):
         return stages, []
@@ -155,8 +169,14 @@ def _stages(job: Job, manifest: Manifest) -> tuple[tuple[Stage, ...], list[tuple
     return (*stages, new), [("stage", said)]
 
 
-def _check_data(job: Job, manifest: Manifest, stage: Stage) -> None:
-    source = open_stage(job, stage)
+def _check_data(
+    job: Job, manifest: Manifest, stages: tuple[Stage, ...]
+) -> tuple[tuple[Stage, ...], list[tuple[str, dict[str, Any]]]]:
+    """The stages, the last one with its mixture's plan; another plan than the recorded one is a stage that continues.
+
+    Raises DataError when a source that was there before has changed.
+    """
+    source = open_stage(job, stages[-1], stages[:-1])
     try:
         changes = fingerprint_difference(manifest.tree.get("data", {}), source.fingerprint, ignoring=_ABOUT_ORDER)
     finally:
@@ -167,3 +187,12 @@ def _check_data(job: Job, manifest: Manifest, stage: Stage) -> None:
             f"the data have changed since checkpoint step {manifest.step}:\n  {shown}\n"
             "put the data back, or start a new run (another checkpoint.path)"
         )
+    last = stages[-1]
+    planned = _with_plan(last, source)
+    if last.mixture is None:  # no mixture, or a stage that is new because of its lanes
+        return (*stages[:-1], planned), []
+    if planned.mixture == last.mixture:
+        return stages, []
+    new = replace(planned, index=last.index + 1, from_step=manifest.step, continues=True)
+    said = {"stage": new.index, "step": manifest.step, "mixture_before": last.mixture, "mixture": new.mixture}
+    return (*stages, new), [("stage", said)]

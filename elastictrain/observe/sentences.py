@@ -87,6 +87,8 @@ def _stage(data: Data) -> str:
         for key, name in (("lanes", "lanes"), ("lane_batch_size", "samples per lane"))
         if key in data and data.get(key + "_before") != data[key]
     ]
+    if data.get("mixture"):
+        changes.append("another mixture; every source goes on where it was")
     return _join("a new stage of the data order", _fact(data, "step", " after step {}"), _why(data)) + (
         f": {', '.join(changes)}" if changes else ""
     )
