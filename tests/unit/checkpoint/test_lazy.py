@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elastictrain_checkpoint import InvalidPiece, Part, Piece, Reader, Store, commit, lazy, list_steps, newest
+from elastictrain_checkpoint import InvalidPiece, Part, Piece, Reader, Store, commit, lazy, list_steps, newest, running
 from elastictrain_checkpoint.errors import SaveDropped, SaveFailed, SaveTimeout
 from elastictrain_checkpoint.handle import SaveState
 from elastictrain_checkpoint.lazy import LazySaver
