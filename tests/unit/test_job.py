@@ -71,8 +71,10 @@ WRONG = [
     ),
     (
         {"data": {"kind": "orc", "path": "x"}},
-        "job: data.kind: Input should be 'parquet', 'jsonl', 'arrow', 'csv', 'webdataset', 'text' or 'huggingface' "
-        "(got 'orc')",
+        (
+            "job: data.kind: Input should be 'parquet', 'jsonl', 'arrow', 'csv', 'webdataset', 'text' or 'huggingface' "
+            "(got 'orc')"
+        ),
     ),
     (
         {"data": {"kind": "jsonl", "path": 3}},
