@@ -65,11 +65,14 @@ def test_best_fit_cuts_only_what_is_longer_than_a_row(folder: Path) -> None:
     assert Counter(t for piece in pieces for t in piece) == Counter(tokens_of(list(TEXTS)))
 
 
+@pytest.mark.parametrize("length", [40, 150])  # 150: a tail of several documents
 @pytest.mark.parametrize("mode", [{"packing": "best_fit"}, {"document_ids": True}])
-def test_rows_lie_where_locate_says(folder: Path, mode: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_lie_where_locate_says(
+    folder: Path, mode: dict[str, Any], length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(packing, "TAIL_BLOCK_ROWS", 2)
     monkeypatch.setattr("elastictrain.data.packed.TAIL_BLOCK_ROWS", 2)
-    source = text_source(folder, sequence_length=40, lanes=2, lane_batch_size=2, **mode)
+    source = text_source(folder, sequence_length=length, lanes=2, lane_batch_size=1, **mode)
     reader = LaneReader(source)
     for step in range(source.steps_per_epoch):
         for lane in range(2):
