@@ -106,7 +106,7 @@ def _by_model(job: Job, model: Transformer, cluster: Cluster) -> tuple[Found, Fo
 
 
 def _by_recipe(job: Job, cluster: Cluster) -> Found:
-    from elastictrain.data import open_source
+    from elastictrain.data import open_data
     from elastictrain.data.reader import LaneReader
     from elastictrain.engine.describe import describe
     from elastictrain.errors import CapacityError
@@ -114,7 +114,7 @@ def _by_recipe(job: Job, cluster: Cluster) -> Found:
     from elastictrain.planner.plan import Found
     from elastictrain.planner.workload import found_of, plan_workload
 
-    source = open_source(job.data, seed=job.seed, lanes=job.lanes, lane_batch_size=job.lane_batch_size)
+    source = open_data(job.data, seed=job.seed, lanes=job.lanes, lane_batch_size=job.lane_batch_size)
     reader = LaneReader(source)
     try:
         work = describe(job, reader.batch(1, 0))
