@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from elastictrain import steer
+from elastictrain import plan_command, steer
 from elastictrain.terminal import AsJson, Commands, JobFile, Run, end_with
 
 if TYPE_CHECKING:
@@ -144,6 +144,7 @@ def events(
 
 
 steer.register(app)
+plan_command.register(app)
 
 
 @app.command()
