@@ -20,6 +20,7 @@ from elastictrain.controller.nodes import NodeFacts, is_going
 from elastictrain.controller.phases import Finishing, Forming, Gathering, Parking, Phase, Running
 from elastictrain.controller.policies import even_layout, refuse_drain, refuse_resize, shortfall
 from elastictrain.controller.recovery import less_trusting
+from elastictrain.protocol import ReadBytes, Restore
 
 
 def heard(core: Core, generation: int, worker: int) -> bool:
@@ -165,6 +166,8 @@ def on_failed(core: Core, event: ev.WorkerFailed, out: list[Command]) -> bool:
     state = core.state
     if not heard(core, event.generation, event.worker):
         return False
+    if event.kind == "restore" and _is_refused(core, event, out):
+        return True
     if isinstance(state, Gathering):  # all have parked; only that a checkpoint is corrupt is worth knowing now
         return event.kind == "restore" and _drop_checkpoint(core, event, out)
     if event.kind == "user":
@@ -203,6 +206,18 @@ def condemn(
     if facts.role is Role.STARTING:
         ledger.start_failures, ledger.start_error = ledger.start_failures + 1, reason
     core.doom(worker, reason, out)
+
+
+def _is_refused(core: Core, event: ev.WorkerFailed, out: list[Command]) -> bool:
+    """End the run if the user has asked for this very checkpoint: which other one to take is not ours to say."""
+    ledger = core.ledger
+    restore = None if ledger.plan is None else ledger.plan.restore
+    if restore is None or not restore.insist or ledger.sealed == ledger.generation:
+        return False
+    kind, _, words = event.error.rpartition("CorruptCheckpoint: ")
+    where = f"checkpoint step {restore.step} ({restore.checkpoint})"
+    core.fail(f"CorruptCheckpoint: {where} is damaged and refused: {kind}{words}", out)
+    return True
 
 
 def _drop_checkpoint(core: Core, event: ev.WorkerFailed, out: list[Command]) -> bool:
@@ -263,8 +278,16 @@ def on_sealed(core: Core, event: ev.Sealed, out: list[Command]) -> bool:
         return False
     core.mark_sealed(event.now_s)
     if isinstance(state, Forming):
+        if event.read is not None and plan.restore is not None and event.worker not in state.sealed:
+            _announce_restored(plan.restore, event.read, out)
         state.sealed.add(event.worker)
     return True
+
+
+def _announce_restored(restore: Restore, read: ReadBytes, out: list[Command]) -> None:
+    data = {"step": restore.step, "path": restore.checkpoint, "stored_bytes": read.stored}
+    by_worker = {str(worker): size for worker, size in read.by_worker}
+    out.append(Announce("restored", data | {"read_bytes": sum(by_worker.values()), "read_by_worker": by_worker}))
 
 
 def on_progress(core: Core, event: ev.Progress, out: list[Command]) -> bool:

@@ -37,8 +37,9 @@ def find_start(job: Job, *, resume: bool, step: int | None = None) -> Start:
     """Decide where the run starts, and check that its data can be read.
 
     A new run refuses a checkpoint folder that holds another run's checkpoints. A resumed one takes the newest (or
-    `step`), verifies every byte of it, and refuses when it is damaged (naming what, and which older one is good), when
-    the data have changed, or when it belongs to another job. Raises UserError or CorruptCheckpoint.
+    `step`), and refuses when it is not whole (naming what, and which older one is), when the data have changed, or when
+    it belongs to another job. Bytes are checked by the workers, as they restore: reading all of them here first would
+    read them twice, by one process alone (see `older_offer`). Raises UserError or CorruptCheckpoint.
     """
     if job.checkpoint is None:
         if resume:
@@ -58,7 +59,6 @@ def find_start(job: Job, *, resume: bool, step: int | None = None) -> Start:
         open_stage(job, first_stage(job)).close()
         return Start(Restore(0, None), (), (first_stage(job),))
     manifest = _chosen(store, job, steps, step)
-    _verify(store, manifest, steps)
     stages, notes = _stages(job, manifest)
     _check_data(job, manifest, stages[-1])
     later = [s for s in steps if s > manifest.step]
@@ -67,7 +67,7 @@ def find_start(job: Job, *, resume: bool, step: int | None = None) -> Start:
     path = f"{job.checkpoint.path.rstrip('/')}/step-{manifest.step:08d}"
     known = tuple((s, path.rpartition("/")[0] + f"/step-{s:08d}") for s in steps if s <= manifest.step)
     return Start(
-        Restore(manifest.step, path),
+        Restore(manifest.step, path, insist=True),
         known,
         stages,
         tuple(notes),
@@ -103,18 +103,19 @@ def _chosen(store: Store, job: Job, steps: list[int], step: int | None) -> Manif
     return found
 
 
-def _verify(store: Store, manifest: Manifest, steps: list[int]) -> None:
-    problems = verify(store, manifest)
-    if not problems:
-        return
-    older = next((s for s in reversed(steps) if s < manifest.step and _is_sound(store, s)), None)
-    offer = (
+def older_offer(job: Job, step: int) -> str:
+    """What to do when the workers find `step` damaged: the newest older one every byte of which is right, in words."""
+    assert job.checkpoint is not None, "it was restored from there"
+    store = open_store(job.checkpoint)
+    try:
+        older = next((s for s in sorted(list_steps(store), reverse=True) if s < step and _is_sound(store, s)), None)
+    except OSError as error:
+        return f"whether an older one is whole could not be found out: {error}"
+    return (
         f"take the older step {older} with --resume-step {older}"
         if older is not None
         else "there is no older one that is whole"
     )
-    shown = "; ".join(problem.message for problem in problems[:3])
-    raise CorruptCheckpoint(f"checkpoint step {manifest.step} in {store.url} is damaged and refused: {shown}; {offer}")
 
 
 def _newest_generation(store: Store, steps: list[int]) -> int:

@@ -171,6 +171,16 @@ def _dropped(data: Data) -> str:
     ) + _why(data)
 
 
+def _restored(data: Data) -> str:
+    stored, read = data.get("stored_bytes"), data.get("read_bytes")
+    by = data.get("read_by_worker") or {}
+    return _join(
+        f"checkpoint of step {data['step']} restored",
+        f": {read / 1e6:.1f} MB read of {stored / 1e6:.1f} MB stored" if stored and read is not None else "",
+        f", by {count(len(by), 'worker')}" if by else "",
+    )
+
+
 def _checkpoint(data: Data) -> str:
     return _join(f"checkpoint of step {data['step']} committed", _fact(data, "path", " at {}"))
 
@@ -317,6 +327,7 @@ SENTENCES: dict[str, Callable[[Data], str]] = {
     "checkpoint": _checkpoint,
     "checkpoint_dropped": _dropped,
     "checkpoint_given_up": given_up_words,
+    "restored": _restored,
     "given_up": lambda data: (
         f"checkpoints of steps {', '.join(map(str, data['steps']))} are of a history that is given up by going on from "
         f"step {data['step']}; they go with the first new checkpoint"
