@@ -219,6 +219,15 @@ def test_once_it_is_sealed_the_newest_is_taken_as_ever() -> None:
     assert dropped["next_path"] == "c4"
 
 
+def test_what_is_sealed_was_not_damaged() -> None:
+    scene = Scene(begin=False)
+    scene.send(ev.Begun(0.0, Restore(6, "c6", insist=True), ((6, "c6"),)))
+    scene.ready(0, 1, 2)
+    scene.seal()
+    (end,) = every(cm.EndRun, scene.send(ev.WorkerFailed(1.0, 1, 1, "restore", "CorruptCheckpoint: pack-0")))
+    assert (end.error or "").startswith("InternalError in worker 1")
+
+
 def test_what_a_restore_has_read_is_announced_once() -> None:
     scene = Scene(restore=Restore(6, "c6"))
     scene.ready(0, 1, 2)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from elastictrain.engine.restoring import Company, open_together, restore, unreadable
+from elastictrain.engine.restoring import Company, Slots, open_together, restore, unreadable
 from elastictrain.engine.worker_model import WorkerModel
 from elastictrain.errors import CheckpointMismatch, ClusterError, CorruptCheckpoint
 from elastictrain.job import Checkpoint
@@ -118,6 +118,17 @@ def test_numbers_of_the_optimizer_come_with_the_manifest(tmp_path: Path) -> None
     model = trained(job)
     for other, _ in restored(save(model, tmp_path), job, [range(13), range(13)]):
         assert differing(state_of(model), state_of(other)) == []
+
+
+def test_an_average_that_nobody_keeps_is_not_read(tmp_path: Path) -> None:
+    settings = stored(tmp_path)
+    tensors = open_together(settings, 2, None).tensors
+    names = {}
+    for recipe in (Averaged(), NetRecipe()):
+        model = started(make_job(recipe, lanes=2, block_elements=4096))
+        names[type(recipe)] = {slot.name for slot in Slots(model.flat, model.held, tensors).of(range(BLOCKS))}
+    assert names[Averaged] == set(tensors) - {"model/out.weight"}
+    assert names[NetRecipe] == {name for name in names[Averaged] if not name.startswith("ema/")}
 
 
 def test_what_does_not_fit_is_said_by_everybody(tmp_path: Path) -> None:
