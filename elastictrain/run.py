@@ -62,6 +62,7 @@ def run(
         from elastictrain.engine.resume import find_start, older_offer  # imports torch, like `inspect`
 
         start = find_start(job, resume=resuming, step=resume_step)
+        job = job.model_copy(update={"start_from": start.start_from})
         folder = _open_run_directory(job, facts.parameters, start)
         order = RunOrder(
             job=job,

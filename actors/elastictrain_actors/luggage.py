@@ -29,6 +29,9 @@ def relative_paths(job: Job, faults: str | Path | None = None) -> dict[str, list
         "recipe": [str(recipe)] if recipe is not None else [],
         "data.path": data,
         "data.tokenizer": [] if job.data.tokenizer == "bytes" else [job.data.tokenizer],
+        "start_from.mapping": [job.start_from.mapping]
+        if job.start_from is not None and isinstance(job.start_from.mapping, str)
+        else [],
         "faults": [str(faults)] if faults is not None else [],
     }
     return {

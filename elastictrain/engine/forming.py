@@ -14,7 +14,7 @@ import torch
 
 from elastictrain.agreement import differences
 from elastictrain.controller import events as ev
-from elastictrain.engine import restoring, saving
+from elastictrain.engine import restoring, saving, starting
 from elastictrain.engine.collective import GATHER_DEADLINE_S, GroupSet, Peer
 from elastictrain.engine.commit import apply_step
 from elastictrain.engine.inquest import check_claims, claims_from_json, claims_to_json
@@ -231,14 +231,19 @@ def _restore(session: Session, plan: FormPlan, groups: GroupSet) -> Reader | Non
         done.rows.clear()
         held.keep_only(())
         held.hold(plan.layout.held(session.worker))
-        if plan.restore.checkpoint is None and session.pristine and model.flat.dtype == torch.float32:
+        fresh = session.pristine and session.job.start_from is None
+        if plan.restore.checkpoint is None and fresh and model.flat.dtype == torch.float32:
             pass  # just built, and masters are views: the values are there
         elif plan.restore.checkpoint is None:
             initial = build_initial(model.recipe, session.job.seed)
             model.flat.read_initial(initial)
             held.start_from(initial)
     # Without the lock: peers are waited for. What is held here counts for nobody before the seal.
-    reader = _load(session, plan, groups) if plan.restore.checkpoint is not None else None
+    reader: Reader | None = None
+    if plan.restore.checkpoint is not None:
+        reader = _load(session, plan, groups)
+    else:
+        _begin(session, plan, groups)
     with session.apply_lock:
         session.check()
         done.step = plan.step
@@ -247,24 +252,39 @@ def _restore(session: Session, plan: FormPlan, groups: GroupSet) -> Reader | Non
     return reader
 
 
-def _load(session: Session, plan: FormPlan, groups: GroupSet) -> Reader:
-    job, step = session.job, plan.step
-    if job.checkpoint is None:
-        raise InternalError(f"told to restore step {step}, but the job has no checkpoint setting")
+def _begin(session: Session, plan: FormPlan, groups: GroupSet) -> None:
+    """The start of a run that begins with the weights of another one."""
+    settings = session.job.start_from
+    if settings is None:
+        return
+    session.pristine = False
+    company = _company(session, plan, groups)
+    model = session.model
+    starting.begin(model.flat, model.held, settings, plan.layout, plan.first_known, company, session.worker)
+
+
+def _company(session: Session, plan: FormPlan, groups: GroupSet) -> restoring.Company | None:
+    """Those who restore together; None for one who is alone."""
 
     def beat() -> None:
         session.check()
-        session.probes.at(step + 1, "restore")
+        session.probes.at(plan.step + 1, "restore")
 
     def meeting(waits: bool) -> None:
         session.pulse.enter(Activity.MEET if waits else Activity.FORM)
 
-    company = None
-    if groups.world > 1:
-        held = [plan.layout.held(worker) for worker in plan.layout.workers]
-        company = restoring.Company(groups, held, beat, meeting)
-    else:
+    if groups.world == 1:
         beat()
+        return None
+    workers = plan.layout.workers
+    return restoring.Company(groups, workers, [plan.layout.held(worker) for worker in workers], beat, meeting)
+
+
+def _load(session: Session, plan: FormPlan, groups: GroupSet) -> Reader:
+    job, step = session.job, plan.step
+    if job.checkpoint is None:
+        raise InternalError(f"told to restore step {step}, but the job has no checkpoint setting")
+    company = _company(session, plan, groups)
     reader = restoring.open_together(job.checkpoint, step, company)
     stored = reader.tree.get("numerics", {})
     problems = differences(stored, session.numerics, f"worker {session.worker}") if stored else []

@@ -36,12 +36,13 @@ _SIZE_BYTES = 8
 class Company:
     """Those who restore together, seen from one of them.
 
-    `held`: the blocks that each member is to hold, in the order of their ranks. `beat`: called before every exchange;
-    raises when the generation is over. `meeting`: called with True when this worker begins to wait for its peers, and
-    with False when it goes on.
+    `workers`: in the order of their ranks. `held`: the blocks that each of them is to hold. `beat`: called before every
+    exchange; raises when the generation is over. `meeting`: called with True when this worker begins to wait for its
+    peers, and with False when it goes on.
     """
 
     groups: GroupSet
+    workers: Sequence[int]
     held: Sequence[Collection[int]]
     beat: Callable[[], None]
     meeting: Callable[[bool], None]
@@ -60,6 +61,14 @@ class Company:
         came[self.rank] = out[self.rank]
         self._swap(_peers(out, self.rank), _peers(came, self.rank))
         return [as_buffer(tensor) for tensor in came]
+
+    def agree(self, said: bytes) -> list[bytes]:
+        """What everybody says, in the order of the ranks; all say equally many bytes."""
+        self.beat()
+        self.meeting(True)
+        found = self.groups.all_gather_equal(said)
+        self.meeting(False)
+        return found
 
     def from_first(self, make: Callable[[], bytes]) -> bytes:
         """What the first member's `make` gives, on every member; its CorruptCheckpoint or ClusterError is all's."""
@@ -224,7 +233,8 @@ def _optimizer_names(stored: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def _numbers_of(block: Block, numbers: Mapping[str, Any]) -> dict[str, Any]:
+def numbers_of(block: Block, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """What the optimizer keeps for a block outside of tensors."""
     prefix = f"optim/{block.entry.name}/"
     if block.entry.kind != "param":
         return {}
@@ -249,7 +259,7 @@ def restore(flat: FlatModel, held: HeldState, reader: Reader, company: Company |
         )
     held.optimizer.state.clear()
     slots = Slots(flat, held, reader.tensors).of(held.masters)
-    values = [_destination(held, slot, TYPES[reader.tensors[slot.name][0]]) for slot in slots]
+    values = [destination(held, slot, TYPES[reader.tensors[slot.name][0]]) for slot in slots]
     try:
         if company is None:
             reader.read_many(
@@ -262,7 +272,7 @@ def restore(flat: FlatModel, held: HeldState, reader: Reader, company: Company |
     _take_up(flat, held, reader.tree.get("numbers", {}), slots, values)
 
 
-def _destination(held: HeldState, slot: Slot, dtype: torch.dtype) -> torch.Tensor:
+def destination(held: HeldState, slot: Slot, dtype: torch.dtype) -> torch.Tensor:
     """Where a slot's values are read to: where they belong, if bytes can be put there as they are stored."""
     there = None
     if slot.number is not None and slot.key in ("master", "ema"):
@@ -300,5 +310,5 @@ def _take_up(
         else:
             found[slot.number][slot.key] = held.placed(slot.key, value)
     for number, one in found.items():
-        held.load(number, one | _numbers_of(flat.space.blocks[number], numbers))
+        held.load(number, one | numbers_of(flat.space.blocks[number], numbers))
         flat.publish(number, held.masters[number])

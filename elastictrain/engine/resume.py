@@ -9,9 +9,11 @@ from typing import Any
 
 from elastictrain.data import fingerprint_difference
 from elastictrain.engine.host import first_stage, open_stage
+from elastictrain.engine.origins import pin
 from elastictrain.engine.saving import open_store
 from elastictrain.errors import CheckpointMismatch, ConfigError, CorruptCheckpoint, DataError
 from elastictrain.job import Job
+from elastictrain.origin import StartFrom
 from elastictrain.protocol import Restore, Stage
 from elastictrain_checkpoint import CheckpointError, Manifest, Skipped, Store, list_steps, load, newest, verify
 
@@ -31,6 +33,7 @@ class Start:
     notes: tuple[tuple[str, dict[str, Any]], ...] = ()
     resumed: bool = False
     generation: int = 0
+    start_from: StartFrom | None = None
 
 
 def find_start(job: Job, *, resume: bool, step: int | None = None) -> Start:
@@ -46,8 +49,7 @@ def find_start(job: Job, *, resume: bool, step: int | None = None) -> Start:
             raise ConfigError(
                 "--resume: the job has no checkpoint setting, so there is nothing to go on from; set checkpoint.path"
             )
-        open_stage(job, first_stage(job)).close()
-        return Start(Restore(0, None), (), (first_stage(job),))
+        return _new(job)
     store = open_store(job.checkpoint)
     steps = sorted(list_steps(store))
     if not resume:
@@ -56,10 +58,10 @@ def find_start(job: Job, *, resume: bool, step: int | None = None) -> Start:
                 f"checkpoint.path={job.checkpoint.path!r} already holds checkpoints (steps {_some(steps)}); go on with "
                 "them (--resume), or set checkpoint.path to an empty folder"
             )
-        open_stage(job, first_stage(job)).close()
-        return Start(Restore(0, None), (), (first_stage(job),))
+        return _new(job)
     manifest = _chosen(store, job, steps, step)
     stages, notes = _stages(job, manifest)
+    origin = _recorded_origin(job, manifest)
     _check_data(job, manifest, stages[-1])
     later = [s for s in steps if s > manifest.step]
     if later:
@@ -73,7 +75,35 @@ def find_start(job: Job, *, resume: bool, step: int | None = None) -> Start:
         tuple(notes),
         resumed=True,
         generation=_newest_generation(store, steps),
+        start_from=origin,
     )
+
+
+def _new(job: Job) -> Start:
+    """A run from its first step."""
+    open_stage(job, first_stage(job)).close()
+    if job.start_from is None:
+        return Start(Restore(0, None), (), (first_stage(job),))
+    pinned = pin(job)
+    notes = (("started_from", pinned.said),)
+    return Start(Restore(0, None), (), (first_stage(job),), notes, start_from=pinned.settings)
+
+
+def _recorded_origin(job: Job, manifest: Manifest) -> StartFrom | None:
+    """What the run has begun with: should it go back to its start, it begins with the same again."""
+    recorded = (manifest.tree or {}).get("start_from")
+    if recorded is None:
+        problems = ["the run was started with the recipe's initial values"] if job.start_from is not None else []
+    else:
+        problems = job.start_from.differences(recorded) if job.start_from is not None else []
+    if problems:
+        shown = "\n  ".join(problems)
+        raise CheckpointMismatch(
+            f"start_from is not what the run of checkpoint step {manifest.step} has begun with:\n  {shown}\n"
+            "leave start_from out to go on, or start a new run (another checkpoint.path)"
+        )
+    options = {} if job.start_from is None else {"storage_options": job.start_from.storage_options}
+    return None if recorded is None else StartFrom.model_validate(recorded | options)
 
 
 def _some(steps: list[int]) -> str:

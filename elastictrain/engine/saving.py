@@ -30,11 +30,11 @@ from elastictrain_checkpoint import (
     load,
 )
 
-_NAMES = {
+NAMES = {
     torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-TYPES = {name: dtype for dtype, name in _NAMES.items()}
+TYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
 def as_buffer(tensor: torch.Tensor) -> memoryview:
@@ -43,10 +43,15 @@ def as_buffer(tensor: torch.Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
+def weight_name(kind: str, name: str) -> str:
+    """Under which a parameter or floating buffer of this kind is stored."""
+    return f"{'buffer' if kind == 'buffer' else 'model'}/{name}"
+
+
 def stored_name(block: Block, key: str) -> str:
     name = block.entry.name
     if key == "master":
-        return f"{'buffer' if block.entry.kind == 'buffer' else 'model'}/{name}"
+        return weight_name(block.entry.kind, name)
     return f"ema/{name}" if key == "ema" else f"optim/{name}/{key.removeprefix('optim/')}"
 
 
@@ -66,7 +71,7 @@ class Owned:
         their piece: a pack holds one box of a tensor at most, so a piece for every block would be a file for every
         block.
         """
-        dtype = _NAMES[value.dtype]
+        dtype = NAMES[value.dtype]
         stop, buffers = self._ends.get((name, dtype), (-1, []))
         if stop != start:
             buffers = []

@@ -171,6 +171,18 @@ def _dropped(data: Data) -> str:
     ) + _why(data)
 
 
+def _started_from(data: Data) -> str:
+    kept, skipped = data.get("kept") or (), data.get("skipped") or ()
+    return _join(
+        "begins with the weights of",
+        _fact(data, "checkpoint", " {}"),
+        _fact(data, "step", ", step {}"),
+        _fact(data, "tensors", ": {} tensors"),
+        f", {len(kept)} kept as the recipe made them" if kept else "",
+        f", {len(skipped)} not taken" if skipped else "",
+    )
+
+
 def _restored(data: Data) -> str:
     stored, read = data.get("stored_bytes"), data.get("read_bytes")
     by = data.get("read_by_worker") or {}
@@ -328,6 +340,7 @@ SENTENCES: dict[str, Callable[[Data], str]] = {
     "checkpoint_dropped": _dropped,
     "checkpoint_given_up": given_up_words,
     "restored": _restored,
+    "started_from": _started_from,
     "given_up": lambda data: (
         f"checkpoints of steps {', '.join(map(str, data['steps']))} are of a history that is given up by going on from "
         f"step {data['step']}; they go with the first new checkpoint"

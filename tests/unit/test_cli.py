@@ -123,6 +123,26 @@ def test_run_hands_its_options_on(fake: FakeRun, folder: Path) -> None:
     assert fake.asked["faults"] == ()
 
 
+@pytest.mark.parametrize(
+    ("place", "checkpoint", "step"),
+    [("hf", "hf", None), ("s3://b/runs@40", "s3://b/runs", 40), ("who@home", "who@home", None)],
+)
+def test_run_begins_with_other_weights(
+    fake: FakeRun, folder: Path, place: str, checkpoint: str, step: int | None
+) -> None:
+    assert call("run", "job.yaml", "--start-from", place).exit_code == 0
+    found = fake.asked["job"].start_from
+    assert (found.checkpoint, found.step, found.strict) == (checkpoint, step, True)
+    text = (folder / "job.yaml").read_text()
+    (folder / "job.yaml").write_text(
+        f"{text}\nstart_from: {{checkpoint: old, step: 7, strict: false, mapping: m.json}}\n"
+    )
+    assert call("run", "job.yaml", "--start-from", place).exit_code == 0
+    found = fake.asked["job"].start_from
+    assert (found.checkpoint, found.step) == (checkpoint, step), "the step is of the other place"
+    assert (found.strict, found.mapping) == (False, "m.json")
+
+
 def test_more_workers_than_lanes_is_said(fake: FakeRun) -> None:
     result = call("run", "job.yaml", "--workers", "9")
     assert result.exit_code == 2

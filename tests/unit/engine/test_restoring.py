@@ -37,7 +37,7 @@ def together(split: list[Any], work: Callable[[Company], Any]) -> list[Any]:
     found: list[Any] = [None] * world
 
     def member(rank: int) -> None:
-        company = Company(Mail(rank, boxes), split, lambda: None, lambda _: None)  # type: ignore[arg-type]
+        company = Company(Mail(rank, boxes), range(world), split, lambda: None, lambda _: None)  # type: ignore[arg-type]
         try:
             found[rank] = work(company)
         except Exception as error:
