@@ -178,6 +178,12 @@ def validate(job_file: JobFile) -> None:
 
     source = open_source(job.data, seed=job.seed, lanes=job.lanes, lane_batch_size=job.lane_batch_size)
     typer.echo(f"data      {source.order.samples} samples, {source.order.steps_per_epoch} steps an epoch")
+    if job.start_from is not None:
+        from elastictrain.engine.origins import pin
+
+        said = pin(job).said
+        step = "" if said["step"] is None else f", step {said['step']}"
+        typer.echo(f"weights   {said['tensors']} tensors of {said['checkpoint']}{step}")
 
 
 @app.command()

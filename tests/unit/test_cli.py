@@ -10,7 +10,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from elastictrain.cli import app
@@ -328,6 +330,24 @@ def test_validate(folder: Path) -> None:
     result = call("validate", "job.yaml")
     assert result.exit_code == 2
     assert result.stderr == "recipe='ok_recipe.py:Q': ok_recipe.py has no 'Q'; it defines R\n"
+
+
+def test_validate_looks_at_the_weights_to_begin_with(folder: Path) -> None:
+    (folder / "line.py").write_text(
+        "from torch import nn, optim\n\n\nclass R:\n    def model(self):\n        return nn.Linear(2, 3)\n\n"
+        "    def optimizer(self, p):\n        return optim.SGD(p, lr=1)\n\n    def loss(self, m, b): ...\n"
+    )
+    (folder / "rows.jsonl").write_text("".join(f'{{"x": {i}}}\n' for i in range(40)))
+    job = JOB.replace("mod:Class", "line.py:R").replace("path: x", "path: rows.jsonl, columns: [x]")
+    (folder / "job.yaml").write_text(job + "\nstart_from: {checkpoint: w.safetensors}\n")
+    save_file({"weight": np.zeros((3, 2), np.float32), "bias": np.zeros(3, np.float32)}, folder / "w.safetensors")
+    result = call("validate", "job.yaml")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.endswith("weights   2 tensors of w.safetensors\n")
+    save_file({"weight": np.zeros((3, 2), np.float32), "bias": np.zeros(4, np.float32)}, folder / "w.safetensors")
+    result = call("validate", "job.yaml")
+    assert result.exit_code == 2
+    assert "model/bias has shape [3] in the model and [4] in the checkpoint" in result.stderr
 
 
 def test_ckpt_is_the_checkpoint_library(folder: Path) -> None:
