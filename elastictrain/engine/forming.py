@@ -231,8 +231,7 @@ def _restore(session: Session, plan: FormPlan, groups: GroupSet) -> Reader | Non
         done.rows.clear()
         held.keep_only(())
         held.hold(plan.layout.held(session.worker))
-        fresh = session.pristine and session.job.start_from is None
-        if plan.restore.checkpoint is None and fresh and model.flat.dtype == torch.float32:
+        if plan.restore.checkpoint is None and session.pristine and model.flat.dtype == torch.float32:
             pass  # just built, and masters are views: the values are there
         elif plan.restore.checkpoint is None:
             initial = build_initial(model.recipe, session.job.seed)

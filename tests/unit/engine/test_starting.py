@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from elastictrain.engine import starting
 from elastictrain.engine.origins import fit, open_origin, pin
 from elastictrain.engine.restoring import Company
 from elastictrain.engine.starting import begin
@@ -252,6 +254,20 @@ def test_damage_is_met_by_one_and_known_to_all(weights: Any) -> None:
     with pytest.raises(ClusterError, match=r"start_from.checkpoint=.* cannot be read: .*its hash differs") as error:
         begun(new_job(checkpoint=path, optimizer=True))
     assert type(error.value) is ClusterError, "there is no older one to go back to"
+
+
+def test_what_fails_in_the_first_of_many_rounds_is_not_forgotten(weights: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(starting, "ROUND_BYTES", 1)
+    once, read_flat = threading.Lock(), Reader.read_flat
+
+    def fails_once(*args: Any) -> Any:
+        if once.acquire(blocking=False):
+            raise OSError("the network is down")
+        return read_flat(*args)
+
+    monkeypatch.setattr(Reader, "read_flat", fails_once)
+    with pytest.raises(ClusterError, match="the network is down"):
+        begun(new_job(checkpoint=weights[1]))
 
 
 def test_one_that_is_gone_is_known_to_all(weights: Any) -> None:
