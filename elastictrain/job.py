@@ -27,6 +27,7 @@ from elastictrain.data_settings import Data as Data
 from elastictrain.data_settings import Mixture as Mixture
 from elastictrain.data_settings import MixtureStage as MixtureStage
 from elastictrain.errors import ConfigError
+from elastictrain.origin import StartFrom
 from elastictrain.settings import Duration, PositiveInt, Settings, a_number, explain, kind, not_a_switch, short
 
 
@@ -208,6 +209,8 @@ class Job(Settings):
     """Call the recipe's `evaluate` at every commit whose step is a multiple of this, and at the last one."""
     workers: Workers = Workers()
     checkpoint: Checkpoint | None = None
+    start_from: StartFrom | None = None
+    """Weights to begin with, of any checkpoint that can be read. Default: the recipe's initial values."""
     numerics: Numerics = Numerics()
     integrity: Integrity = Integrity()
     gradients: Literal["sum", "hand_over"] = "sum"

@@ -84,12 +84,24 @@ class Restore:
     """Where a generation takes its state from when it does not come from live holders.
 
     `step` 0 with `checkpoint` None is the recipe's initial state. `discard_newer`: what was stored after `step` is not
-    to be trusted and is removed, so that nobody goes on from it.
+    to be trusted and is removed, so that nobody goes on from it. `insist`: the user has asked for this one, so the run
+    ends if it is damaged, instead of taking an older one.
     """
 
     step: int
     checkpoint: str | None
     discard_newer: bool = False
+    insist: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ReadBytes:
+    """What a generation has read of the checkpoint that it restores. `stored`: the bytes of all its packs. `by_worker`:
+    (worker, bytes that it has read from storage).
+    """
+
+    stored: int
+    by_worker: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)

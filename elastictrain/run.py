@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elastictrain import errors
-from elastictrain.errors import ConfigError, ElasticTrainError, RecipeError
+from elastictrain.errors import ConfigError, CorruptCheckpoint, ElasticTrainError, RecipeError
 from elastictrain.faults import Add, Fault, KillController, LoseNode, OwnFault
 from elastictrain.job import Job
 from elastictrain.observe import Blind, Observer, RunDirectory, Summary
@@ -59,9 +59,10 @@ def run(
     resuming = resume or resume_step is not None
     with sheltered(), connected(job, address, lambda: inspect(job)) as (job, environment, facts):
         check_gpus(job)
-        from elastictrain.engine.resume import find_start  # imports torch, like `inspect`
+        from elastictrain.engine.resume import find_start, older_offer  # imports torch, like `inspect`
 
         start = find_start(job, resume=resuming, step=resume_step)
+        job = job.model_copy(update={"start_from": start.start_from})
         folder = _open_run_directory(job, facts.parameters, start)
         order = RunOrder(
             job=job,
@@ -80,7 +81,10 @@ def run(
         outcome = _follow(order, watcher)
     summary = complete(RunDirectory.open(folder))
     if outcome.outcome == "failed":
-        raise error_of(outcome.error or "unknown")
+        error = error_of(outcome.error or "unknown")
+        if start.restore.insist and isinstance(error, CorruptCheckpoint):
+            error = CorruptCheckpoint(f"{error}; {older_offer(job, start.restore.step)}")
+        raise error
     return summary
 
 

@@ -28,6 +28,9 @@ def relative_paths(job: Job, faults: str | Path | None = None) -> dict[str, list
         "recipe": [str(recipe)] if recipe is not None else [],
         "data.path": list(job.data.paths),
         "data.tokenizer": list(job.data.tokenizer_paths),
+        "start_from.mapping": [job.start_from.mapping]
+        if job.start_from is not None and isinstance(job.start_from.mapping, str)
+        else [],
         "faults": [str(faults)] if faults is not None else [],
     }
     return {

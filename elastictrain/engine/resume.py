@@ -9,9 +9,11 @@ from typing import Any
 
 from elastictrain.data import MixedSource, Source, fingerprint_difference
 from elastictrain.engine.host import first_stage, open_stage
+from elastictrain.engine.origins import pin
 from elastictrain.engine.saving import open_store
 from elastictrain.errors import CheckpointMismatch, ConfigError, CorruptCheckpoint, DataError
 from elastictrain.job import Job
+from elastictrain.origin import StartFrom
 from elastictrain.protocol import Restore, Stage
 from elastictrain_checkpoint import CheckpointError, Manifest, Skipped, Store, list_steps, load, newest, verify
 
@@ -31,21 +33,23 @@ class Start:
     notes: tuple[tuple[str, dict[str, Any]], ...] = ()
     resumed: bool = False
     generation: int = 0
+    start_from: StartFrom | None = None
 
 
 def find_start(job: Job, *, resume: bool, step: int | None = None) -> Start:
     """Decide where the run starts, and check that its data can be read.
 
     A new run refuses a checkpoint folder that holds another run's checkpoints. A resumed one takes the newest (or
-    `step`), verifies every byte of it, and refuses when it is damaged (naming what, and which older one is good), when
-    the data have changed, or when it belongs to another job. Raises UserError or CorruptCheckpoint.
+    `step`), and refuses when it is not whole (naming what, and which older one is), when the data have changed, or when
+    it belongs to another job. Bytes are checked by the workers, as they restore: reading all of them here first would
+    read them twice, by one process alone (see `older_offer`). Raises UserError or CorruptCheckpoint.
     """
     if job.checkpoint is None:
         if resume:
             raise ConfigError(
                 "--resume: the job has no checkpoint setting, so there is nothing to go on from; set checkpoint.path"
             )
-        return Start(Restore(0, None), (), (_checked_first_stage(job),))
+        return _new(job)
     store = open_store(job.checkpoint)
     steps = sorted(list_steps(store))
     if not resume:
@@ -54,10 +58,10 @@ def find_start(job: Job, *, resume: bool, step: int | None = None) -> Start:
                 f"checkpoint.path={job.checkpoint.path!r} already holds checkpoints (steps {_some(steps)}); go on with "
                 "them (--resume), or set checkpoint.path to an empty folder"
             )
-        return Start(Restore(0, None), (), (_checked_first_stage(job),))
+        return _new(job)
     manifest = _chosen(store, job, steps, step)
-    _verify(store, manifest, steps)
     stages, notes = _stages(job, manifest)
+    origin = _recorded_origin(job, manifest)
     stages, changed = _check_data(job, manifest, stages)
     notes += changed
     later = [s for s in steps if s > manifest.step]
@@ -66,12 +70,13 @@ def find_start(job: Job, *, resume: bool, step: int | None = None) -> Start:
     path = f"{job.checkpoint.path.rstrip('/')}/step-{manifest.step:08d}"
     known = tuple((s, path.rpartition("/")[0] + f"/step-{s:08d}") for s in steps if s <= manifest.step)
     return Start(
-        Restore(manifest.step, path),
+        Restore(manifest.step, path, insist=True),
         known,
         stages,
         tuple(notes),
         resumed=True,
         generation=_newest_generation(store, steps),
+        start_from=origin,
     )
 
 
@@ -88,6 +93,33 @@ def _with_plan(stage: Stage, source: Source | MixedSource) -> Stage:
     if not isinstance(source, MixedSource):
         return stage
     return replace(stage, mixture=tuple(segment.as_json() for segment in source.plan))
+
+
+def _new(job: Job) -> Start:
+    """A run from its first step."""
+    stage = _checked_first_stage(job)
+    if job.start_from is None:
+        return Start(Restore(0, None), (), (stage,))
+    pinned = pin(job)
+    notes = (("started_from", pinned.said),)
+    return Start(Restore(0, None), (), (stage,), notes, start_from=pinned.settings)
+
+
+def _recorded_origin(job: Job, manifest: Manifest) -> StartFrom | None:
+    """What the run has begun with: should it go back to its start, it begins with the same again."""
+    recorded = (manifest.tree or {}).get("start_from")
+    if recorded is None:
+        problems = ["the run was started with the recipe's initial values"] if job.start_from is not None else []
+    else:
+        problems = job.start_from.differences(recorded) if job.start_from is not None else []
+    if problems:
+        shown = "\n  ".join(problems)
+        raise CheckpointMismatch(
+            f"start_from is not what the run of checkpoint step {manifest.step} has begun with:\n  {shown}\n"
+            "leave start_from out to go on, or start a new run (another checkpoint.path)"
+        )
+    options = {} if job.start_from is None else {"storage_options": job.start_from.storage_options}
+    return None if recorded is None else StartFrom.model_validate(recorded | options)
 
 
 def _some(steps: list[int]) -> str:
@@ -117,18 +149,19 @@ def _chosen(store: Store, job: Job, steps: list[int], step: int | None) -> Manif
     return found
 
 
-def _verify(store: Store, manifest: Manifest, steps: list[int]) -> None:
-    problems = verify(store, manifest)
-    if not problems:
-        return
-    older = next((s for s in reversed(steps) if s < manifest.step and _is_sound(store, s)), None)
-    offer = (
+def older_offer(job: Job, step: int) -> str:
+    """What to do when the workers find `step` damaged: the newest older one every byte of which is right, in words."""
+    assert job.checkpoint is not None, "it was restored from there"
+    store = open_store(job.checkpoint)
+    try:
+        older = next((s for s in sorted(list_steps(store), reverse=True) if s < step and _is_sound(store, s)), None)
+    except OSError as error:
+        return f"whether an older one is whole could not be found out: {error}"
+    return (
         f"take the older step {older} with --resume-step {older}"
         if older is not None
         else "there is no older one that is whole"
     )
-    shown = "; ".join(problem.message for problem in problems[:3])
-    raise CorruptCheckpoint(f"checkpoint step {manifest.step} in {store.url} is damaged and refused: {shown}; {offer}")
 
 
 def _newest_generation(store: Store, steps: list[int]) -> int:

@@ -173,6 +173,28 @@ def _dropped(data: Data) -> str:
     ) + _why(data)
 
 
+def _started_from(data: Data) -> str:
+    kept, skipped = data.get("kept") or (), data.get("skipped") or ()
+    return _join(
+        "begins with the weights of",
+        _fact(data, "checkpoint", " {}"),
+        _fact(data, "step", ", step {}"),
+        _fact(data, "tensors", ": {} tensors"),
+        f", {len(kept)} kept as the recipe made them" if kept else "",
+        f", {len(skipped)} not taken" if skipped else "",
+    )
+
+
+def _restored(data: Data) -> str:
+    stored, read = data.get("stored_bytes"), data.get("read_bytes")
+    by = data.get("read_by_worker") or {}
+    return _join(
+        f"checkpoint of step {data['step']} restored",
+        f": {read / 1e6:.1f} MB read of {stored / 1e6:.1f} MB stored" if stored and read is not None else "",
+        f", by {count(len(by), 'worker')}" if by else "",
+    )
+
+
 def _checkpoint(data: Data) -> str:
     return _join(f"checkpoint of step {data['step']} committed", _fact(data, "path", " at {}"))
 
@@ -319,6 +341,8 @@ SENTENCES: dict[str, Callable[[Data], str]] = {
     "checkpoint": _checkpoint,
     "checkpoint_dropped": _dropped,
     "checkpoint_given_up": given_up_words,
+    "restored": _restored,
+    "started_from": _started_from,
     "given_up": lambda data: (
         f"checkpoints of steps {', '.join(map(str, data['steps']))} are of a history that is given up by going on from "
         f"step {data['step']}; they go with the first new checkpoint"
