@@ -56,8 +56,8 @@ def load_model(path: Path) -> Transformer:
     from pydantic import TypeAdapter, ValidationError
 
     from elastictrain.errors import ConfigError
-    from elastictrain.job import nearest
     from elastictrain.planner.model import Transformer, gated_width
+    from elastictrain.settings import nearest
 
     if not path.is_file():
         raise ConfigError(f"model file {path}: no such file; expected YAML with layers, hidden, heads, sequence, vocab")

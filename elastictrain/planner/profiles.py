@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from elastictrain.errors import ConfigError
-from elastictrain.job import PositiveInt, explain, nearest, not_a_switch
+from elastictrain.settings import PositiveInt, explain, nearest, not_a_switch
 
 Dtype = Literal["f32", "bf16"]
 Positive = Annotated[float, BeforeValidator(not_a_switch), Field(gt=0)]
