@@ -35,6 +35,7 @@ ALL = {
     "goodput": ["goodput.py"],
     "false_alarms": ["false_alarms.py"],
     "simulate": ["simulate.py"],
+    "planner": ["planner.py"],
     "checkpoint_stall": ["checkpoints/stall.py"],
     "checkpoint_throughput": ["checkpoints/throughput.py"],
     "checkpoint_reshard": ["checkpoints/reshard.py"],

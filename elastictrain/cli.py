@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from elastictrain import data_commands, steer
+from elastictrain import data_commands, plan_command, steer
 from elastictrain.terminal import AsJson, Commands, JobFile, Run, end_with
 
 if TYPE_CHECKING:
@@ -43,6 +43,10 @@ def run(
     resume_step: Annotated[
         int | None, typer.Option(min=1, help="Go on from the checkpoint of this step instead of the newest.")
     ] = None,
+    start_from: Annotated[
+        str | None,
+        typer.Option(metavar="PLACE[@STEP]", help="Begin with the weights of this checkpoint, of any known format."),
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Start with this many workers.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Train to this step instead of the job's.")] = None,
     address: Annotated[
@@ -56,7 +60,8 @@ def run(
     from elastictrain.observe import Blind
     from elastictrain.observe.live import LiveView, ViewConsole
 
-    job = _job(job_file, workers=workers, steps=steps, run_dir=run_dir, resume=resume or resume_step is not None)
+    resumes = resume or resume_step is not None
+    job = _job(job_file, workers=workers, steps=steps, run_dir=run_dir, resume=resumes, start_from=start_from)
     script = load_faults(faults) if faults is not None else ()
     # With --json standard output belongs to programs; people look at standard error.
     observer: Observer = Blind() if quiet else LiveView(ViewConsole(stderr=as_json), come_back=True)
@@ -144,6 +149,7 @@ def events(
 
 
 steer.register(app)
+plan_command.register(app)
 app.add_typer(data_commands.app, name="data")
 
 
@@ -170,10 +176,21 @@ def validate(job_file: JobFile) -> None:
 
     recipe = load_recipe(job.recipe, job.recipe_args)
     typer.echo(f"recipe    {type(recipe).__module__}:{type(recipe).__qualname__}")
-    from elastictrain.data import open_source
+    from elastictrain.data import MixedSource, open_data
 
-    source = open_source(job.data, seed=job.seed, lanes=job.lanes, lane_batch_size=job.lane_batch_size)
-    typer.echo(f"data      {source.order.samples} samples, {source.order.steps_per_epoch} steps an epoch")
+    source = open_data(job.data, seed=job.seed, lanes=job.lanes, lane_batch_size=job.lane_batch_size)
+    if not isinstance(source, MixedSource):
+        typer.echo(f"data      {source.order.samples} samples, {source.order.steps_per_epoch} steps an epoch")
+    else:
+        for segment in source.describe()["segments"]:
+            shares = ", ".join(f"{share:.1%} {name}" for name, share in segment["shares"].items())
+            typer.echo(f"data      {source.samples} samples; from step {segment['from_step']} on: {shares}")
+    if job.start_from is not None:
+        from elastictrain.engine.origins import pin
+
+        said = pin(job).said
+        step = "" if said["step"] is None else f", step {said['step']}"
+        typer.echo(f"weights   {said['tensors']} tensors of {said['checkpoint']}{step}")
 
 
 @app.command()
@@ -221,7 +238,9 @@ def ckpt(ctx: typer.Context) -> None:
     checkpoint_app(args=list(ctx.args) or ["--help"], prog_name="elastictrain ckpt")
 
 
-def _job(path: Path, *, workers: int | None, steps: int | None, run_dir: Path | None, resume: bool) -> Job:
+def _job(
+    path: Path, *, workers: int | None, steps: int | None, run_dir: Path | None, resume: bool, start_from: str | None
+) -> Job:
     """The job with the command line's settings in place of the file's."""
     from elastictrain.job import load_job
     from elastictrain.observe.rundir import latest_of
@@ -232,6 +251,11 @@ def _job(path: Path, *, workers: int | None, steps: int | None, run_dir: Path | 
     job = load_job(path, **overrides)
     if resume and job.run_dir is None:
         overrides["run_dir"] = str(latest_of(job.name))
+    if start_from is not None:
+        place, at, digits = start_from.rpartition("@")
+        where = {"checkpoint": place, "step": int(digits)} if at and digits.isdecimal() else {"checkpoint": start_from}
+        settings = {} if job.start_from is None else job.start_from.model_dump(exclude={"step", "fingerprint"})
+        overrides["start_from"] = settings | where
     if workers is not None:
         now = job.workers
         bounds = {"start": workers, "min": min(now.min, workers), "max": max(now.max, workers)}

@@ -18,6 +18,7 @@ from elastictrain.terminal import AsJson, Commands, Run
 
 if TYPE_CHECKING:
     from elastictrain.data.audit import AuditedStep, Auditor
+    from elastictrain.data.mixed import MixedSource
     from elastictrain.data.source import Source
     from elastictrain.data.stages import Skip
     from elastictrain.job import Job
@@ -117,6 +118,7 @@ def skip(
     as_json: AsJson = False,
 ) -> None:
     """Leave samples out of the rest of a run that stands still; holds from where it is taken up (run --resume)."""
+    from elastictrain.data_settings import Mixture
     from elastictrain.observe import find_run
 
     found = find_run(run)
@@ -129,12 +131,15 @@ def skip(
         )
     if file is None and rows is not None:
         raise ConfigError("--rows needs --file and --row-group")
+    if isinstance(job.data, Mixture) and (file is not None or lane is not None):
+        raise ConfigError(
+            "the data are a mixture, of which only whole steps can be skipped (--steps A:B), or a file left out by "
+            "another path in data.sources; single samples cannot"
+        )
     if steps is not None:
         wanted = _skip_steps(found, stages, _range(steps, 1, 1 << 62), lane)
     else:
-        wanted = _skip_rows(
-            job, stages[-1], str(file), int(row_group or 0), None if rows is None else _range(rows, 0, 0)
-        )
+        wanted = _skip_rows(job, stages, str(file), int(row_group or 0), None if rows is None else _range(rows, 0, 0))
     _try_out(job, stages, wanted)
     for one in wanted:
         found.add_skip(asdict(one))
@@ -175,12 +180,16 @@ def _skip_steps(found: RunDirectory, stages: tuple[Stage, ...], steps: tuple[int
     ]
 
 
-def _skip_rows(job: Job, stage: Stage, file: str, row_group: int, rows: tuple[int, int] | None) -> list[Skip]:
+def _skip_rows(
+    job: Job, stages: tuple[Stage, ...], file: str, row_group: int, rows: tuple[int, int] | None
+) -> list[Skip]:
+    from elastictrain.data.mixed import MixedSource
     from elastictrain.data.places import find_block, samples_with
     from elastictrain.data.stages import Skip
 
     words = f"{file}, row group {row_group}" + ("" if rows is None else f", rows {rows[0]} to {rows[1] - 1}")
-    with _opened(job, stage) as source:
+    with _opened(job, stages) as source:
+        assert not isinstance(source, MixedSource), "refused before"
         found = samples_with(source, find_block(source, file, row_group), rows)
     return [Skip(words, start, stop, block=block) for block, start, stop in found]
 
@@ -191,7 +200,7 @@ def _try_out(job: Job, stages: tuple[Stage, ...], wanted: list[Skip]) -> None:
 
     last = stages[-1]
     padded = [wanted[0]] * last.skips + wanted  # those that the stages know already are not looked at
-    with _opened(job, with_skips(stages, padded, last.from_step)[-1]):
+    with _opened(job, with_skips(stages, padded, last.from_step)):
         pass
 
 
@@ -247,7 +256,7 @@ def _auditor_of(run: str) -> Iterator[Auditor]:
 
     job = load_job(path)
     with bars(quiet=False) as shown:
-        auditor = Auditor([first_stage(job)], lambda stage: open_stage(job, stage, telling(shown)))
+        auditor = Auditor([first_stage(job)], lambda stage: open_stage(job, stage, progress=telling(shown)))
         try:
             auditor.source(1)
         finally:
@@ -266,8 +275,8 @@ def _auditor(found: RunDirectory) -> Iterator[Auditor]:
 
     job, stages, fingerprint = _record(found)
 
-    def opened(stage: Stage) -> Source:
-        source = open_stage(job, stage)
+    def opened(stage: Stage) -> Source | MixedSource:
+        source = open_stage(job, stage, [one for one in stages if one.index < stage.index])
         changes = [] if fingerprint is None else fingerprint_difference(
             fingerprint, source.fingerprint, ignoring=("lanes", "lane_batch_size")
         )  # fmt: skip
@@ -284,10 +293,10 @@ def _auditor(found: RunDirectory) -> Iterator[Auditor]:
 
 
 @contextmanager
-def _opened(job: Job, stage: Stage) -> Iterator[Source]:
+def _opened(job: Job, stages: tuple[Stage, ...]) -> Iterator[Source | MixedSource]:
     from elastictrain.data.stages import open_stage
 
-    source = open_stage(job, stage)
+    source = open_stage(job, stages[-1], stages[:-1])
     try:
         yield source
     finally:
@@ -307,6 +316,8 @@ def _lane(auditor: Auditor, step: int, lane: int, rows: bool) -> list[dict[str, 
         if rows:
             for part, entry in zip(place.parts, record["parts"], strict=True):
                 entry["rows"] = source.rows_of(part)
+        for entry in record["parts"]:
+            del entry["source"]  # that of the sample
         found.append(record)
     return found
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from elastictrain.errors import ConfigError
 from elastictrain.terminal import AsJson
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from elastictrain.data.index import Progress
     from elastictrain.data.inspection import Estimate, Inspection
+    from elastictrain.data_settings import Data
     from elastictrain.job import Job
 
 _BAR_COLUMNS = 40
@@ -31,6 +33,9 @@ def inspect(
     kind: Annotated[str | None, typer.Option("--kind", help="Format; default: what the names say.")] = None,
     text_column: Annotated[str | None, typer.Option("--text-column", help="Default: text, content, …")] = None,
     tokenizer: Annotated[str, typer.Option("--tokenizer", help="bytes, or a Hugging Face tokenizers file.")] = "bytes",
+    name: Annotated[
+        str | None, typer.Option("--source", help="Of a job with a mixture: the source to look at.")
+    ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Read every row group, not a sample of 32.")] = False,
     tokens_per_s: Annotated[
         float | None, typer.Option("--tokens-per-s", min=0.001, help="Speed of training, for the estimate of time.")
@@ -42,17 +47,19 @@ def inspect(
     from elastictrain.data.inspection import advice, estimate, inspect_data
 
     job = _job_of(source)
+    data = _data_of(job, name)
+    whole = data is not None and job is not None and data is job.data
     with bars(quiet=as_json) as shown:
         found = inspect_data(
-            job.data.path if job else source,
-            kind=job.data.kind if job else kind,
-            text_column=(job.data.text_column if job else None) or text_column,
-            tokenizer=job.data.tokenizer if job else tokenizer,
-            storage_options=job.data.storage_options if job else None,
+            data.path if data else source,
+            kind=data.kind if data else kind,
+            text_column=(data.text_column if data else None) or text_column,
+            tokenizer=data.tokenizer if data else tokenizer,
+            storage_options=data.storage_options if data else None,
             everything=everything,
             progress=telling(shown),
         )
-    told = estimate(found, job, tokens_per_s) if job else None
+    told = estimate(found, job, tokens_per_s) if job and whole else None  # of a mixture it depends on the shares
     picture = None
     if out is not None and found.texts is not None:
         from elastictrain.observe.lengths_plot import plot_lengths
@@ -78,6 +85,21 @@ def _job_of(source: str) -> Job | None:
     from elastictrain.job import load_job
 
     return load_job(path)
+
+
+def _data_of(job: Job | None, name: str | None) -> Data | None:
+    """What to look at of a job: its data, or one source of its mixture."""
+    from elastictrain.data_settings import Mixture
+
+    data = None if job is None else job.data
+    if not isinstance(data, Mixture):
+        if name is not None:
+            raise ConfigError(f"--source {name}: only a job with a mixture (data.sources) has sources by name")
+        return data
+    if name not in data.sources:
+        got = "" if name is None else f", not {name}"
+        raise ConfigError(f"the data are a mixture; look at one of it: --source {' or '.join(data.sources)}{got}")
+    return data.sources[name]
 
 
 def _print(found: Inspection, told: Estimate | None, said: list[str]) -> None:

@@ -23,6 +23,7 @@ Phase = Literal[
     "apply",
     "gather",
     "form",
+    "restore",
     "seal",
     "store",
     "stored",
@@ -42,10 +43,11 @@ class _Fault(BaseModel):
 
 
 class _InPhase(_Fault):
-    """In the middle of `phase` of `step`. Phases "form" and "seal": while the worker enters the generation whose first
-    step that is. Phases of storing the checkpoint of `step`, beside training: "store" (in the middle of a pack),
-    "stored" (its first pack is durable, the others do not know it), and on the worker that publishes "manifest" (all
-    shares are durable, there is no manifest) and "committed" (the manifest is there, nobody has heard of it).
+    """In the middle of `phase` of `step`. Phases "form", "restore" (its share of a checkpoint) and "seal": while the
+    worker enters the generation whose first step that is. Phases of storing the checkpoint of `step`, beside training:
+    "store" (in the middle of a pack), "stored" (its first pack is durable, the others do not know it), and on the
+    worker that publishes "manifest" (all shares are durable, there is no manifest) and "committed" (the manifest is
+    there, nobody has heard of it).
     """
 
     worker: WorkerNumber

@@ -22,43 +22,13 @@ from pydantic import (
     model_validator,
 )
 
+from elastictrain.data_settings import AnyData
+from elastictrain.data_settings import Data as Data
+from elastictrain.data_settings import Mixture as Mixture
+from elastictrain.data_settings import MixtureStage as MixtureStage
 from elastictrain.errors import ConfigError
+from elastictrain.origin import StartFrom
 from elastictrain.settings import Duration, PositiveInt, Settings, a_number, explain, kind, not_a_switch, short
-
-
-class Data(Settings):
-    """Where samples come from. `path`: a file, folder or glob (or a list of them), local or any fsspec URL."""
-
-    kind: Literal["parquet", "jsonl"]
-    path: str | tuple[str, ...]
-    text_column: str | None = None
-    """The column to tokenise and pack. None: table mode, every column of `columns` is an array of the batch."""
-    columns: tuple[str, ...] | None = None
-    tokenizer: str = "bytes"
-    """`bytes`, or the path of a Hugging Face `tokenizers` JSON file."""
-    sequence_length: PositiveInt | None = None
-    """Tokens per packed sequence; needed with `text_column`."""
-    shuffle: Literal["window", "none"] = "window"
-    window_row_groups: PositiveInt = 2
-    rows_per_block: PositiveInt = 1024
-    """JSONL has no row groups: lines per block."""
-    prefetch_bytes: PositiveInt = 64 << 20
-    """Batches that a worker has read ahead take at most this much memory."""
-    warm_cache_bytes: Annotated[int, BeforeValidator(not_a_switch), Field(ge=0)] = 0
-    """Disk that decoded, tokenised and packed data may take (in the cache folder); 0: none is kept."""
-    storage_options: dict[str, Any] = Field(default_factory=dict)
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether any of it is read over a network."""
-        places = (self.path,) if isinstance(self.path, str) else self.path
-        return any("://" in place and not place.startswith("file://") for place in places)
-
-    @model_validator(mode="after")
-    def _modes(self) -> Self:
-        if (self.text_column is None) != (self.sequence_length is None):
-            raise ValueError("data.text_column and data.sequence_length belong together: set both or neither")
-        return self
 
 
 class Workers(Settings):
@@ -223,7 +193,7 @@ class Job(Settings):
     """An object with `model()`, `optimizer(params)` and `loss(model, batch)`, or "module:Class" / "file.py:Class"."""
     recipe_args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the recipe class, when `recipe` is given by name."""
-    data: Data
+    data: AnyData
     lanes: PositiveInt = 8
     """L: micro-batch slots of a step. Fixed for the life of the job; 4 to 8 lanes per worker are a good choice."""
     lane_batch_size: PositiveInt = 1
@@ -239,6 +209,8 @@ class Job(Settings):
     """Call the recipe's `evaluate` at every commit whose step is a multiple of this, and at the last one."""
     workers: Workers = Workers()
     checkpoint: Checkpoint | None = None
+    start_from: StartFrom | None = None
+    """Weights to begin with, of any checkpoint that can be read. Default: the recipe's initial values."""
     numerics: Numerics = Numerics()
     integrity: Integrity = Integrity()
     gradients: Literal["sum", "hand_over"] = "sum"

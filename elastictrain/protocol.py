@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from elastictrain.layout import Layout, Move
@@ -84,12 +84,24 @@ class Restore:
     """Where a generation takes its state from when it does not come from live holders.
 
     `step` 0 with `checkpoint` None is the recipe's initial state. `discard_newer`: what was stored after `step` is not
-    to be trusted and is removed, so that nobody goes on from it.
+    to be trusted and is removed, so that nobody goes on from it. `insist`: the user has asked for this one, so the run
+    ends if it is damaged, instead of taking an older one.
     """
 
     step: int
     checkpoint: str | None
     discard_newer: bool = False
+    insist: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ReadBytes:
+    """What a generation has read of the checkpoint that it restores. `stored`: the bytes of all its packs. `by_worker`:
+    (worker, bytes that it has read from storage).
+    """
+
+    stored: int
+    by_worker: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +137,8 @@ class Stage:
     """A stretch of a run whose data come in one order. It is recorded in every manifest from then on.
 
     A job that is resumed with another number of lanes (or lane batch size) gets a new stage, whose order starts anew at
-    `from_step`, with a seed of its own. One from which samples have been taken out (`elastictrain data skip`) gets a
-    stage that `continues` the order that began with stage `begun`: the step after `from_step` is step `at` of it.
+    `from_step`, with a seed of its own. With another mixture, or with samples taken out (`elastictrain data skip`), the
+    stage `continues` the order that began with stage `begun`: the step after `from_step` is step `at` of it.
     `jumps`: steps `[a, b)` of the order that are passed over; `holes`: (block, start, stop, at) of samples that are not
     used from step `at` of the order on; `skips`: how many of the run's requests to skip something are in these.
     """
@@ -141,6 +153,8 @@ class Stage:
     jumps: tuple[tuple[int, int], ...] = ()
     holes: tuple[tuple[int, int, int, int], ...] = ()
     skips: int = 0
+    mixture: tuple[Mapping[str, Any], ...] | None = None
+    """The plan of a mixture, as `data.mixture.Segment.as_json` writes it; steps are those of the run."""
 
     @property
     def order(self) -> int:
@@ -154,10 +168,17 @@ class Stage:
             position += end - first if position >= first else 0
         return position
 
+    def as_json(self) -> dict[str, Any]:
+        """What a manifest keeps: four numbers, and whatever else says something."""
+        always = ("index", "from_step", "lanes", "lane_batch_size")
+        values = {one.name: (getattr(self, one.name), one.default) for one in fields(self)}
+        return {name: value for name, (value, usual) in values.items() if name in always or value != usual}
+
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Stage:
         """Read a stage back from JSON, where tuples are lists."""
         known = {name: record[name] for name in cls.__slots__ if name in record}
         for name in ("jumps", "holes"):
             known[name] = tuple(tuple(int(n) for n in item) for item in known.get(name, ()))
-        return cls(**known)
+        mixture = known.get("mixture")
+        return cls(**{**known, "mixture": None if mixture is None else tuple(dict(one) for one in mixture)})

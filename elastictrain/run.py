@@ -9,13 +9,12 @@ import secrets
 import threading
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elastictrain import errors
-from elastictrain.errors import ConfigError, ElasticTrainError, RecipeError
+from elastictrain.errors import ConfigError, CorruptCheckpoint, ElasticTrainError, RecipeError
 from elastictrain.faults import Add, Fault, KillController, LoseNode, OwnFault
 from elastictrain.job import Job
 from elastictrain.observe import Blind, Observer, RunDirectory, Summary
@@ -61,9 +60,10 @@ def run(
     resuming = resume or resume_step is not None
     with sheltered(), connected(job, address, lambda: inspect(job)) as (job, environment, facts):
         check_gpus(job)
-        from elastictrain.engine.resume import find_start  # imports torch, like `inspect`
+        from elastictrain.engine.resume import find_start, older_offer  # imports torch, like `inspect`
 
         start = find_start(job, resume=resuming, step=resume_step, skips=_skips(job) if resuming else ())
+        job = job.model_copy(update={"start_from": start.start_from})
         folder = _open_run_directory(job, facts.parameters, start)
         order = RunOrder(
             job=job,
@@ -82,7 +82,10 @@ def run(
         outcome = _follow(order, watcher)
     summary = complete(RunDirectory.open(folder))
     if outcome.outcome == "failed":
-        raise error_of(outcome.error or "unknown")
+        error = error_of(outcome.error or "unknown")
+        if start.restore.insist and isinstance(error, CorruptCheckpoint):
+            error = CorruptCheckpoint(f"{error}; {older_offer(job, start.restore.step)}")
+        raise error
     return summary
 
 
@@ -131,7 +134,7 @@ def _open_run_directory(job: Job, parameters: int, start: Start) -> Path:
             folder.event("run_started", facts)
         for kind, data in start.notes:
             folder.event(kind, data)
-        folder.write_data([asdict(stage) for stage in start.stages], start.data)
+        folder.write_data([stage.as_json() for stage in start.stages], start.data)
     return folder.path.absolute()
 
 

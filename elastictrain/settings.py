@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -79,9 +79,10 @@ def explain(error: ValidationError, model: type[BaseModel], where: str = "job") 
     lines: dict[str, None] = {}
     for problem in error.errors():
         parts = tuple(part for part in problem["loc"] if not _UNION_TAG.match(str(part)))
+        branch = tuple(part for part in problem["loc"] if not _TYPE_TAG.match(str(part)))
         path = ".".join(str(part) for part in parts)
         if problem["type"] == "extra_forbidden":
-            text = f"unknown setting {path!r}{nearest(str(parts[-1]), _keys_at(model, parts[:-1]))}"
+            text = f"unknown setting {path!r}{nearest(str(parts[-1]), _keys_at(model, branch[:-1]))}"
         elif problem["type"] == "missing":
             text = f"setting {path!r} is missing"
         elif problem["type"] == "value_error":  # ours: names the setting and what was got
@@ -93,6 +94,7 @@ def explain(error: ValidationError, model: type[BaseModel], where: str = "job") 
     return "\n".join(lines)
 
 
+_TYPE_TAG = re.compile(r"^(str|tuple\[.*\])$")
 _UNION_TAG = re.compile(r"^(str|tuple\[.*\]|<.*>)$")
 """pydantic names the branch of a union in an error's place; the user wrote only the setting."""
 
@@ -127,13 +129,16 @@ def kinds_in(annotation: Any) -> Iterator[type[Any]]:
 
 
 def _keys_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """The settings that there are at a place; `<Name>` in it says which class of a union was meant."""
     current: type[BaseModel] = model
-    for part in loc:
-        field = current.model_fields.get(str(part))
-        if field is None:
+    parts = [str(part) for part in loc]
+    while parts:
+        field = current.model_fields.get(parts.pop(0))
+        nested = [kind for kind in kinds_in(field.annotation) if issubclass(kind, BaseModel)] if field else []
+        if field is None or not nested:
             return []
-        nested = [kind for kind in kinds_in(field.annotation) if issubclass(kind, BaseModel)]
-        if not nested:
-            return []
-        current = nested[0]
+        tag = parts.pop(0) if parts and parts[0].startswith("<") else ""
+        if parts and get_origin(field.annotation) in (dict, tuple):
+            parts.pop(0)  # the key of an entry
+        current = next((one for one in nested if f"<{one.__name__}>" == tag), nested[0])
     return list(current.model_fields)

@@ -23,12 +23,14 @@ class Luggage:
 
 def relative_paths(job: Job, faults: str | Path | None = None) -> dict[str, list[str]]:
     """What the job reads by relative path, by setting. URLs and absolute paths must be reachable on the cluster."""
-    data = [job.data.path] if isinstance(job.data.path, str) else list(job.data.path)
     recipe = split_reference(job.recipe)[0] if isinstance(job.recipe, str) else None
     named = {
         "recipe": [str(recipe)] if recipe is not None else [],
-        "data.path": data,
-        "data.tokenizer": [] if job.data.tokenizer == "bytes" else [job.data.tokenizer],
+        "data.path": list(job.data.paths),
+        "data.tokenizer": list(job.data.tokenizer_paths),
+        "start_from.mapping": [job.start_from.mapping]
+        if job.start_from is not None and isinstance(job.start_from.mapping, str)
+        else [],
         "faults": [str(faults)] if faults is not None else [],
     }
     return {

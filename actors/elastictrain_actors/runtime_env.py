@@ -266,6 +266,5 @@ def _packed(base: Path, roots: list[Path], users: Mapping[str, Any], job: Job) -
 
 
 def _places(job: Job) -> list[Path]:
-    paths = [job.data.path] if isinstance(job.data.path, str) else list(job.data.path)
-    places = [*paths, job.run_dir, job.checkpoint.path if job.checkpoint else None]
+    places = [*job.data.paths, job.run_dir, job.checkpoint.path if job.checkpoint else None]
     return [Path(place) for place in places if place is not None and "://" not in place]

@@ -14,6 +14,7 @@ from typing import Any
 import ray.cloudpickle
 
 from elastictrain.job import Job
+from elastictrain.origin import StartFrom
 
 HOME_VARIABLE = "ELASTICTRAIN_HOME"
 
@@ -61,14 +62,13 @@ def absolute(path: str, base: Path | None = None) -> str:
 
 
 def absolute_paths(job: Job) -> Job:
-    data = job.data
-    path = absolute(data.path) if isinstance(data.path, str) else tuple(absolute(one) for one in data.path)
-    tokenizer = data.tokenizer if data.tokenizer == "bytes" else absolute(data.tokenizer)
-    changes: dict[str, Any] = {"data": data.model_copy(update={"path": path, "tokenizer": tokenizer})}
+    changes: dict[str, Any] = {"data": job.data.relocated(absolute)}
     if job.run_dir is not None:
         changes["run_dir"] = absolute(job.run_dir)
     if job.checkpoint is not None:
         changes["checkpoint"] = job.checkpoint.model_copy(update={"path": absolute(job.checkpoint.path)})
+    if job.start_from is not None:
+        changes["start_from"] = _origin_below(job.start_from, None)
     return job.model_copy(update=changes)
 
 
@@ -79,7 +79,14 @@ def paths_in_job(job: Job, within: Mapping[str, Any]) -> Job:
     changes: dict[str, Any] = {"run_dir": absolute(job.run_dir or f"runs/{job.name}-{submission}", home)}
     if job.checkpoint is not None:
         changes["checkpoint"] = job.checkpoint.model_copy(update={"path": absolute(job.checkpoint.path, home)})
+    if job.start_from is not None:
+        changes["start_from"] = _origin_below(job.start_from, home)
     return job.model_copy(update=changes)
+
+
+def _origin_below(origin: StartFrom, base: Path | None) -> StartFrom:
+    """Of another run: it lies where checkpoints lie. Rules are read here, by whoever starts the run."""
+    return origin.model_copy(update={"checkpoint": absolute(origin.checkpoint, base)})
 
 
 def register_recipe(job: Job, ours: Sequence[Path]) -> list[str]:

@@ -1,10 +1,10 @@
 """A background save with a base: read, hash, and then write only what has changed. Decides; the writing is `lazy`'s.
 
 The hashes of all cells must be known before the first pack begins: the header of a pack says what is in it. So live
-memory is read once to hash it, and what has changed a second time to write it. An update of the state that comes meanwhile
-waits for the hashes (memory is read at memory speed; storage plays no part), and then copies, as ever, only what is still
-to be written: of a save with little to write that is little. One that comes even before the base has been read from its
-store finds the plan of a full save, and such a save it becomes.
+memory is read once to hash it, and what has changed a second time to write it. An update of the state that comes
+meanwhile waits for the hashes (memory is read at memory speed; storage plays no part), and then copies, as ever, only
+what is still to be written: of a save with little to write that is little. One that comes even before the base has been
+read from its store finds the plan of a full save, and such a save it becomes.
 """
 
 from __future__ import annotations

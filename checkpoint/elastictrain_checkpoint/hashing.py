@@ -32,6 +32,7 @@ SUM_BLOCK_BYTES = 1 << 20
 DIGEST_ALGORITHM = f"sha256/xxh3-128/{DIGEST_BLOCK_ELEMENTS}"
 
 Sums = NDArray[np.uint64]
+_cell_hash = xxhash.xxh3_128_digest
 
 
 def cells(num: int) -> int:
@@ -158,7 +159,7 @@ def reblock(runs: Iterable[Run], sums: list[int]) -> Iterator[memoryview]:
         view, length = run.view, len(run.view)
         if filled + length < SUM_BLOCK_BYTES and length <= run.cell_bytes:  # one cell of a small tensor, in one block
             if length:
-                run.cells.append(xxhash.xxh3_128_digest(view))
+                run.cells.append(_cell_hash(view))
                 rest[filled : filled + length] = view
                 filled += length
             continue

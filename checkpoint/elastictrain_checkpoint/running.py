@@ -117,11 +117,11 @@ class Job:
             self.handle.copied_bytes += self.units[number].size
         if not self.lock.wait_for(lambda: self.cancelled or not self.ledger.live, deadline_s):
             self.cancelled = True
-            error = SaveTimeout(
+            late = SaveTimeout(
                 f"{self.handle._progress()}; the state was to change, and no more than {max_copy:g} of it may be "
                 f"copied (max_copy): waited {deadline_s:g} s until the rest is written"
             )
-            self.handle._end(SaveState.FAILED, error=error)
+            self.handle._end(SaveState.FAILED, error=late)
 
     def cancel(self) -> bool:
         """Give the save up, unless its commit has begun."""

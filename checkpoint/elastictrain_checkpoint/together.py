@@ -44,6 +44,8 @@ ROUND_BYTES = 16 << 20
 SHARED_ROUND_BYTES = 4 << 20
 """What all workers of a host read in a round stays in the processor's cache until the others have taken it."""
 _MESSAGE_BYTES = 1024
+_SOUND, _DAMAGED, _FAILED = range(3)
+"""What a worker says at the end of its share."""
 _ELEMENTS: dict[int, np.dtype[Any]] = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8")}
 
 
@@ -103,24 +105,28 @@ def read_together(
 
     Raises:
         CorruptData: somebody found damage; raised on every worker. Buffers may be partly filled.
+        OSError: somebody's storage failed, which says nothing of what is stored; raised on every worker too.
         InvalidPiece: a buffer does not fit; raised before anything is exchanged.
 
     """
     job = _Job(reader, plan, wants, worker)
     targets = job.targets(outs)
-    if isinstance(exchange, Shares):
-        error = _in_shared_memory(job, plan, targets, exchange, round_bytes or SHARED_ROUND_BYTES)
+    shared: Any = exchange
+    if isinstance(shared, Shares):
+        error = _in_shared_memory(job, plan, targets, shared, round_bytes or SHARED_ROUND_BYTES)
     else:
         error = _by_sending(job, plan, targets, exchange, round_bytes or ROUND_BYTES)
     message = f"{error}".encode()[: _MESSAGE_BYTES - 1] if error else b""
-    state = np.frombuffer((bytes([error is not None]) + message).ljust(_MESSAGE_BYTES), dtype=np.uint8)
+    found_here = _SOUND if error is None else _FAILED if isinstance(error, OSError) else _DAMAGED
+    state = np.frombuffer((bytes([found_here]) + message).ljust(_MESSAGE_BYTES), dtype=np.uint8)
     states = exchange([[state]] * plan.workers, [_MESSAGE_BYTES] * plan.workers)
     if error:
         raise error
     for owner, found_there in enumerate(states):
-        if found_there[0]:
+        if found_there[0] != _SOUND:
             said = bytes(found_there[1:]).rstrip().decode(errors="replace")
-            raise CorruptData(f"worker {owner} could not read its share: {said}")
+            kind = OSError if found_there[0] == _FAILED else CorruptData
+            raise kind(f"worker {owner} could not read its share: {said}")
 
 
 _Error = CheckpointError | OSError | None

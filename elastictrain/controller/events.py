@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from elastictrain.protocol import Doubt, ParkReport, Ready, Restore, Row
+from elastictrain.protocol import Doubt, ParkReport, ReadBytes, Ready, Restore, Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +103,15 @@ class WorkerParked:
 
 @dataclass(frozen=True, slots=True)
 class Sealed:
-    """A worker has seen the seal of `generation` at commit `step` and starts stepping."""
+    """A worker has seen the seal of `generation` at commit `step` and starts stepping. `read`: of a generation that has
+    restored a checkpoint, what it has read; one member says so for all.
+    """
 
     now_s: float
     generation: int
     worker: int
     step: int
+    read: ReadBytes | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,6 @@ member of this one, is not heard and changes nothing at all.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from elastictrain.controller import events as ev
 from elastictrain.controller import limits
 from elastictrain.controller.budgets import error_line
@@ -20,6 +18,7 @@ from elastictrain.controller.nodes import NodeFacts, is_going
 from elastictrain.controller.phases import Finishing, Forming, Gathering, Parking, Phase, Running
 from elastictrain.controller.policies import even_layout, refuse_drain, refuse_resize, shortfall
 from elastictrain.controller.recovery import less_trusting
+from elastictrain.controller.restores import announce_restored, drop_checkpoint, is_refused
 
 
 def heard(core: Core, generation: int, worker: int) -> bool:
@@ -165,8 +164,10 @@ def on_failed(core: Core, event: ev.WorkerFailed, out: list[Command]) -> bool:
     state = core.state
     if not heard(core, event.generation, event.worker):
         return False
+    if event.kind == "restore" and is_refused(core, event, out):
+        return True
     if isinstance(state, Gathering):  # all have parked; only that a checkpoint is corrupt is worth knowing now
-        return event.kind == "restore" and _drop_checkpoint(core, event, out)
+        return event.kind == "restore" and drop_checkpoint(core, event, out)
     if event.kind == "user":
         core.fail(event.error, out)
     elif event.kind in ("torn", "corrupt"):  # R7: between vote and end of apply; its state is neither step
@@ -176,7 +177,7 @@ def on_failed(core: Core, event: ev.WorkerFailed, out: list[Command]) -> bool:
         if not isinstance(state, Finishing):
             core.begin_parking(event.now_s, f"{words}: {event.error}", event.worker, out)
             core.saw(event.now_s, f"worker {event.worker}", f"{words}: {error_line(event.error)}")
-    elif event.kind == "restore" and _drop_checkpoint(core, event, out):
+    elif event.kind == "restore" and drop_checkpoint(core, event, out):
         core.begin_parking(event.now_s, f"a checkpoint could not be restored: {event.error}", None, out)
     else:
         core.fail(f"InternalError in worker {event.worker} ({event.kind}): {event.error}", out)
@@ -203,22 +204,6 @@ def condemn(
     if facts.role is Role.STARTING:
         ledger.start_failures, ledger.start_error = ledger.start_failures + 1, reason
     core.doom(worker, reason, out)
-
-
-def _drop_checkpoint(core: Core, event: ev.WorkerFailed, out: list[Command]) -> bool:
-    """Take the checkpoint of the live plan off the list. False: that plan does not restore one."""
-    ledger = core.ledger
-    restore = None if ledger.plan is None else ledger.plan.restore
-    if restore is None or restore.checkpoint is None or ledger.sealed == ledger.generation:
-        return False
-    if ledger.checkpoints.get(restore.step) == restore.checkpoint:  # the first of its members to say so
-        del ledger.checkpoints[restore.step]
-        ledger.restore = replace(ledger.newest_restore(), discard_newer=restore.discard_newer)
-        ledger.published_step = ledger.shown_step = ledger.restore.step
-        data = {"step": restore.step, "path": restore.checkpoint, "error": event.error}
-        next_one = {"next_step": ledger.restore.step, "next_path": ledger.restore.checkpoint}
-        out.append(Announce("checkpoint_dropped", data | next_one))
-    return True
 
 
 def on_parked(core: Core, event: ev.WorkerParked, out: list[Command]) -> bool:
@@ -263,6 +248,8 @@ def on_sealed(core: Core, event: ev.Sealed, out: list[Command]) -> bool:
         return False
     core.mark_sealed(event.now_s)
     if isinstance(state, Forming):
+        if event.read is not None and plan.restore is not None and event.worker not in state.sealed:
+            announce_restored(plan.restore, event.read, out)
         state.sealed.add(event.worker)
     return True
 

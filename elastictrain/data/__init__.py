@@ -2,20 +2,80 @@
 
 `open_source` lays down the order of a job's data, `LaneReader` reads batches of it as NumPy arrays, and
 `elastictrain.data.feeder.Feeder` hands them out as torch tensors, read ahead in a thread. The position, a step
-number, is the only state.
+number, is the only state. `stream` is all of that as a plain torch iterable, for training without a job.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from elastictrain.data.fingerprint import fingerprint_difference
+from elastictrain.data.index import Progress
+from elastictrain.data.mixed import MixedSource, open_mixture
+from elastictrain.data.mixture import Segment
 from elastictrain.data.reader import LaneReader
 from elastictrain.data.source import Source, open_source
-from elastictrain.job import Data
+from elastictrain.data_settings import Data, Mixture
 
-__all__ = ["LaneReader", "Source", "fingerprint_difference", "jsonl", "open_source", "parquet"]
+if TYPE_CHECKING:
+    from elastictrain.data.streaming import Stream
+
+__all__ = [
+    "LaneReader",
+    "MixedSource",
+    "Segment",
+    "Source",
+    "arrow",
+    "csv",
+    "fingerprint_difference",
+    "huggingface",
+    "jsonl",
+    "mixture",
+    "open_data",
+    "open_mixture",
+    "open_source",
+    "parquet",
+    "stream",
+    "text",
+    "webdataset",
+]
+
+
+def open_data(
+    spec: Data | Mixture,
+    *,
+    seed: int,
+    lanes: int,
+    lane_batch_size: int,
+    segments: Sequence[Segment] = (),
+    progress: Progress | None = None,
+) -> Source | MixedSource:
+    """Open whatever `Job.data` holds; `segments` belong to a mixture. Raises DataError, as `open_source`."""
+    if isinstance(spec, Mixture):
+        return open_mixture(
+            spec, seed=seed, lanes=lanes, lane_batch_size=lane_batch_size, segments=segments, progress=progress
+        )
+    return open_source(spec, seed=seed, lanes=lanes, lane_batch_size=lane_batch_size, progress=progress)
+
+
+def mixture(sources: Mapping[str, Data], **settings: Any) -> Mixture:
+    """`Job.data` from several sources by name.
+
+    `settings`: `weights`, `epochs` or `temperature`, `sequence_length`, `stages`. Raises ConfigError.
+    """
+    return Mixture(sources=dict(sources), **settings)
+
+
+def stream(data: Data | Mixture, **settings: Any) -> Stream:
+    """A plain torch iterable over `data`, without a job.
+
+    `settings`: `batch_size` (of all ranks together), and where they differ from what is usual `lanes`, `seed`, `rank`,
+    `world`, `epochs` and `device`. Raises ConfigError and DataError.
+    """
+    from elastictrain.data.streaming import Stream  # imports torch
+
+    return Stream(data, **settings)
 
 
 def parquet(path: str | Sequence[str], **settings: Any) -> Data:
@@ -27,8 +87,33 @@ def parquet(path: str | Sequence[str], **settings: Any) -> Data:
 
 
 def jsonl(path: str | Sequence[str], **settings: Any) -> Data:
-    """`Job.data` from JSON lines, one object a line; as `parquet`."""
+    """`Job.data` from JSON lines, one object a line, plain or compressed; as `parquet`."""
     return Data(kind="jsonl", path=_places(path), **settings)
+
+
+def arrow(path: str | Sequence[str], **settings: Any) -> Data:
+    """`Job.data` from Arrow IPC files and streams (Feather too); as `parquet`."""
+    return Data(kind="arrow", path=_places(path), **settings)
+
+
+def csv(path: str | Sequence[str], **settings: Any) -> Data:
+    """`Job.data` from CSV files whose first record names the columns, plain or compressed; as `parquet`."""
+    return Data(kind="csv", path=_places(path), **settings)
+
+
+def webdataset(path: str | Sequence[str], **settings: Any) -> Data:
+    """`Job.data` from WebDataset tar shards; columns are called by what follows a sample's key; as `parquet`."""
+    return Data(kind="webdataset", path=_places(path), **settings)
+
+
+def text(path: str | Sequence[str], **settings: Any) -> Data:
+    """`Job.data` from raw text, a document a line (or a file: `document="file"`); as `parquet`."""
+    return Data(kind="text", path=_places(path), text_column="text", **settings)
+
+
+def huggingface(path: str | Sequence[str], **settings: Any) -> Data:
+    """`Job.data` from the folder of a dataset that was saved with `Dataset.save_to_disk`; as `parquet`."""
+    return Data(kind="huggingface", path=_places(path), **settings)
 
 
 def _places(path: str | Sequence[str]) -> str | tuple[str, ...]:

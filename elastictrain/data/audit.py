@@ -9,26 +9,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from elastictrain.data.holes import samples_of_run
-from elastictrain.data.ids import SampleIds, lane_hash, running_hash, sample_ids, show_hash, split_ids, step_hash
+from elastictrain.data.ids import SampleIds, lane_hash, running_hash, show_hash, step_hash
 from elastictrain.data.stages import stage_of
 from elastictrain.protocol import Stage
 
 if TYPE_CHECKING:
     from elastictrain.data.locate import SampleLocation
-    from elastictrain.data.order import Window
+    from elastictrain.data.mixed import MixedSource
+    from elastictrain.data.order import Int64Array, Window
     from elastictrain.data.source import Source
+
+_LANES_APART = 8
+"""In samples of a source: a lane is within four of its share (`data.mixture`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class AuditedStep:
     """`recorded`: by the workers, None where the run wrote none; `computed`: from the order, both in hexadecimal.
-    `repeated`: samples of the step that the same epoch had used before.
+    `epoch`: of its first sample. `repeated`: samples of the step that the same epoch of their source had used before,
+    more than `data.ragged: repeat` fills it up with.
     """
 
     step: int
@@ -81,35 +86,47 @@ def _running(before: str, step: int, of_step: str) -> str:
     return show_hash(running_hash(int(before, 16), step, int(of_step, 16)))
 
 
+class Samples(NamedTuple):
+    """Samples of a batch that lie in one window: block, row in the block and id of each; shapes [samples]."""
+
+    window: Window
+    blocks: Int64Array
+    rows: Int64Array
+    ids: SampleIds
+
+
 class Auditor:
     """Computes the samples of a run's steps. `open_source`: the data in the order of a stage; opened once for each."""
 
-    def __init__(self, stages: Sequence[Stage], open_source: Callable[[Stage], Source]) -> None:
+    def __init__(self, stages: Sequence[Stage], open_source: Callable[[Stage], Source | MixedSource]) -> None:
         self._stages, self._open = tuple(stages), open_source
-        self._sources: dict[Stage, Source] = {}
-        self._windows: dict[tuple[int, int], tuple[Window, SampleIds]] = {}  # by (lane, source of a mixture)
-        self._used: dict[tuple[int, int, int], dict[int, npt.NDArray[np.bool_]]] = {}
+        self._sources: dict[int, Source | MixedSource] = {}  # by stage
+        self._windows: dict[tuple[int, int], Samples] = {}  # by (lane, source of a mixture)
+        self._used: dict[tuple[int, str, int], dict[int, npt.NDArray[np.bool_]]] = {}
+        self._filled_up: dict[tuple[int, str, int], int] = {}
 
-    def source(self, step: int) -> tuple[Source, Stage]:
+    def source(self, step: int) -> tuple[Source | MixedSource, Stage]:
         """Return the data of a step of the run, and its stage."""
         stage = stage_of(self._stages, step)
-        if stage not in self._sources:
+        if stage.index not in self._sources:
             self._windows.clear()
-            self._sources[stage] = self._open(stage)
-        return self._sources[stage], stage
+            self._sources[stage.index] = self._open(stage)
+        return self._sources[stage.index], stage
 
-    def runs(self, step: int, lane: int) -> Iterator[tuple[Window, SampleIds]]:
-        """Yield the ids of the samples of a lane's batch, in order, each run with its window."""
+    def runs(self, step: int, lane: int) -> Iterator[Samples]:
+        """Yield the samples of a lane's batch, in order, window by window."""
         source, stage = self.source(step)
         for window, start, stop in source.spans(stage.position(step), lane):
             place = (lane, window.source)
-            if self._windows.get(place, (None,))[0] != window:
-                self._windows[place] = (window, sample_ids(*samples_of_run(window, 0, window.stop - window.start)))
-            yield window, self._windows[place][1][start:stop]
+            if place not in self._windows or self._windows[place].window != window:
+                blocks, rows = samples_of_run(window, 0, window.stop - window.start)
+                self._windows[place] = Samples(window, blocks, rows, source.ids_of(window, blocks, rows))
+            whole = self._windows[place]
+            yield Samples(window, whole.blocks[start:stop], whole.rows[start:stop], whole.ids[start:stop])
 
     def ids(self, step: int, lane: int) -> SampleIds:
         """Return the ids of the samples of a lane's batch, in order."""
-        return np.concatenate([ids for _, ids in self.runs(step, lane)])
+        return np.concatenate([run.ids for run in self.runs(step, lane)])
 
     def hash_of(self, step: int) -> int:
         """Return the hash of a step's samples, as workers record it."""
@@ -119,11 +136,11 @@ class Auditor:
     def locations(self, step: int, lane: int) -> list[SampleLocation]:
         """Say where every sample of a lane's batch lies, in the batch's order."""
         source, _ = self.source(step)
-        found = []
-        for window, ids in self.runs(step, lane):
-            blocks, rows = split_ids(ids)
-            found += [source.location(int(b), int(r), window.epoch) for b, r in zip(blocks, rows, strict=True)]
-        return found
+        return [
+            source.location(block, row, run.window.epoch)
+            for run in self.runs(step, lane)
+            for block, row in zip(run.blocks.tolist(), run.rows.tolist(), strict=True)
+        ]
 
     def audit(self, recorded: Iterable[tuple[int, str | None]]) -> Iterator[AuditedStep]:
         """Compare the steps of a run, ascending, with what its workers `recorded` of each."""
@@ -132,30 +149,34 @@ class Auditor:
             hashes, samples, repeated, epoch = [], 0, 0, 0
             for lane in range(source.lanes):
                 runs = list(self.runs(step, lane))
-                ids = np.concatenate([part for _, part in runs])
+                ids = np.concatenate([run.ids for run in runs])
                 hashes.append(lane_hash(lane, ids))
                 samples += len(ids)
-                repeated += sum(self._use(stage, window, part) for window, part in runs)
-                epoch = runs[0][0].epoch
+                repeated += sum(self._use(source, stage, run) for run in runs)
+                epoch = runs[0].window.epoch
             yield AuditedStep(step, stage.index, epoch, samples, hash_of_step, show_hash(step_hash(hashes)), repeated)
 
-    def _use(self, stage: Stage, window: Window, ids: SampleIds) -> int:
-        """Mark samples as used in an epoch; return how many were so already."""
-        key = (stage.order, window.source, window.epoch)
-        if key not in self._used:  # lanes are in two epochs at most
-            self._used = {k: v for k, v in self._used.items() if k[:2] != key[:2] or k[2] >= window.epoch - 1}
+    def _use(self, source: Source | MixedSource, stage: Stage, run: Samples) -> int:
+        """Mark samples as used in an epoch; return how many were so already, beyond those that fill it up."""
+        name, order = source.order_of(run.window)
+        key = (stage.order, name, run.window.epoch)
+        if key not in self._used:  # lanes are in two epochs at most, or in some more of a tiny source of a mixture
+            apart = 1 + (_LANES_APART + stage.lane_batch_size) // order.samples_per_lane
+            self._used = {k: v for k, v in self._used.items() if k[:2] != key[:2] or k[2] >= key[2] - apart}
+            self._filled_up[key] = order.repeated_per_epoch
         used = self._used.setdefault(key, {})
         repeated = 0
-        blocks, rows = split_ids(ids)
-        for block in np.unique(blocks).tolist():
-            mine = rows[blocks == block]
+        for block in np.unique(run.blocks).tolist():
+            mine = run.rows[run.blocks == block]
             marks = used.get(block, np.zeros(0, dtype=bool))
             if len(marks) <= int(mine.max()):
                 marks = np.concatenate([marks, np.zeros(int(mine.max()) + 1, dtype=bool)])
             repeated += int(marks[mine].sum()) + len(mine) - len(np.unique(mine))
             marks[mine] = True
             used[block] = marks
-        return repeated
+        expected = min(repeated, self._filled_up[key])
+        self._filled_up[key] -= expected
+        return repeated - expected
 
     def close(self) -> None:
         """Close all files."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +15,25 @@ import fsspec
 from elastictrain.data.meter import TimedFile
 from elastictrain.errors import DataError
 
-SUFFIXES = {"parquet": (".parquet", ".pq"), "jsonl": (".jsonl", ".ndjson", ".json")}
-_COMPRESSED = (".gz", ".bz2", ".zst", ".xz", ".zip", ".lz4")
+CODEC_SUFFIXES = (".gz", ".zst", ".bz2", ".lz4")
+"""Compression that is undone while reading (see `unpacked`)."""
+_UNREADABLE = (".xz", ".zip", ".7z")
+
+
+def _and_compressed(*suffixes: str) -> tuple[str, ...]:
+    return (*suffixes, *(suffix + codec for suffix in suffixes for codec in CODEC_SUFFIXES))
+
+
+SUFFIXES = {
+    "parquet": (".parquet", ".pq"),
+    "jsonl": _and_compressed(".jsonl", ".ndjson", ".json"),
+    "csv": _and_compressed(".csv"),
+    "arrow": (".arrow", ".feather", ".ipc", ".arrows"),
+    "huggingface": (".arrow",),
+    "webdataset": (*_and_compressed(".tar"), ".tgz"),
+    "text": _and_compressed(".txt", ".text", ".md"),
+}
+_STATE, _SPLITS = "state.json", "dataset_dict.json"
 
 
 @dataclass(frozen=True)
@@ -99,6 +117,8 @@ def _expand(pattern: str, kind: str, storage_options: dict[str, Any]) -> tuple[A
 
 def _list(fs: Any, name: str, pattern: str, kind: str) -> list[str]:
     suffixes = SUFFIXES[kind]
+    if kind == "huggingface" and fs.isdir(name):
+        return _list_saved_dataset(fs, name, pattern)
     if any(character in name for character in "*?[") and not fs.exists(name):
         found = sorted(str(hit) for hit in fs.glob(name) if not fs.isdir(hit))
         if not found:
@@ -117,11 +137,41 @@ def _list(fs: Any, name: str, pattern: str, kind: str) -> list[str]:
     else:
         raise DataError(f"data.path: {pattern!r} does not exist")
     for hit in found:
-        if kind == "jsonl" and hit.lower().endswith(_COMPRESSED):
+        if kind != "parquet" and hit.lower().endswith(_UNREADABLE):
             raise DataError(
-                f"{hit}: compressed JSON lines cannot be read from the middle. "
-                "Decompress the file, or convert it to Parquet and set data.kind: parquet"
+                f"{hit}: compressed {'JSON lines' if kind == 'jsonl' else kind} of this kind cannot be read. Compress "
+                f"it with one of {', '.join(CODEC_SUFFIXES)}, unpack it, or convert it to Parquet and set "
+                "data.kind: parquet"
             )
+    return found
+
+
+def _list_saved_dataset(fs: Any, folder: str, pattern: str) -> list[str]:
+    """List the files of what Hugging Face's `Dataset.save_to_disk` wrote."""
+    if fs.exists(f"{folder}/{_SPLITS}"):
+        splits = json.loads(fs.cat_file(f"{folder}/{_SPLITS}")).get("splits", [])
+        raise DataError(
+            f"data.path: {pattern!r} holds several datasets ({', '.join(splits)}); name the folder of one, as in "
+            f"{pattern.rstrip('/')}/{splits[0] if splits else 'train'}"
+        )
+    if not fs.exists(f"{folder}/{_STATE}"):
+        raise DataError(
+            f"data.path: {pattern!r} has no {_STATE}; expected the folder of a dataset that was saved with "
+            "Dataset.save_to_disk. For loose Arrow files set data.kind: arrow"
+        )
+    try:
+        state = json.loads(fs.cat_file(f"{folder}/{_STATE}"))
+        found = [f"{folder}/{file['filename']}" for file in state["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder}/{_STATE}: cannot be read ({error}). Save the dataset again") from error
+    if state.get("_indices_files"):
+        raise DataError(
+            f"data.path: {pattern!r} is a selection whose rows lie elsewhere. Call flatten_indices() on the dataset, "
+            "and save it again"
+        )
+    missing = [path for path in found if not fs.exists(path)]
+    if missing or not found:
+        raise DataError(f"data.path: {pattern!r}: {missing[0] if missing else 'no file'} is missing; save it again")
     return found
 
 

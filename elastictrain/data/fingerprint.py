@@ -23,10 +23,19 @@ def seal_fingerprint(content: Mapping[str, Any], files: Sequence[Mapping[str, An
     return {**body, "files": listed, "hash": _digest(body)}
 
 
+def seal_mixture(sources: Mapping[str, Mapping[str, Any]], content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fingerprint of a mixture of sources with these fingerprints."""
+    body = {"version": 1, "kind": "mixture", **content, "sources": {name: dict(one) for name, one in sources.items()}}
+    return {**body, "hash": _digest({**body, "sources": {name: one["hash"] for name, one in sources.items()}})}
+
+
 def _digest(value: Any) -> str:
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
+
+_UNSAID = {"ragged": "drop", "document": "line", "holes": 0}
+"""What it means that a fingerprint does not name a setting."""
 
 _SENTENCES = {
     "kind": "the format was {old} and is now {new} (data.kind)",
@@ -37,9 +46,13 @@ _SENTENCES = {
     "lanes": "the number of lanes was {old} and is now {new} (lanes)",
     "lane_batch_size": "the samples per lane and step were {old} and are now {new} (lane_batch_size)",
     "shuffle": "the order was {old} and is now {new} (data.shuffle)",
+    "document": "a document was a {old} and is now a {new} (data.document)",
+    "holes": "{old} corrupt blocks or files were left out and now are {new} (data.on_corrupt)",
+    "ragged": "the end of an epoch that fills no step was {old} and is now {new} (data.ragged)",
     "window_row_groups": "the shuffle window was {old} row groups and is now {new} (data.window_row_groups)",
     "rows_per_block": "the lines per block were {old} and are now {new} (data.rows_per_block)",
     "order_version": "the order of an epoch was version {old} and is now {new} (another version of elastictrain)",
+    "mixture_version": "mixtures were dealt by version {old} and are now by {new} (another version of elastictrain)",
     "file_count": "there were {old} files and are now {new} (data.path)",
     "samples": "there were {old} samples and are now {new}",
 }
@@ -54,11 +67,13 @@ def fingerprint_difference(
     the setting. `ignoring`: keys of them that may differ.
     """
     old, new = ({k: v for k, v in one.items() if k not in ignoring} for one in (old, new))
+    if old.get("kind") == new.get("kind") == "mixture":
+        return _mixture_differences(old, new, ignoring)
     # `files` is told by `files_hash`, and `hash` covers what is ignored too.
     if all(old.get(key) == new.get(key) for key in {*old, *new} - {"hash", "files"}):
         return []
     sentences = [
-        sentence.format(old=_show(old.get(key)), new=_show(new.get(key)))
+        sentence.format(old=_show(old.get(key, _UNSAID.get(key))), new=_show(new.get(key, _UNSAID.get(key))))
         for key, sentence in _SENTENCES.items()
         if old.get(key) != new.get(key)
     ]
@@ -67,6 +82,19 @@ def fingerprint_difference(
     if not sentences:
         others = sorted(k for k in {*old, *new} - {"hash", "files"} if old.get(k) != new.get(k))
         sentences = [f"the content differs ({', '.join(others)})"]
+    return sentences
+
+
+def _mixture_differences(old: Mapping[str, Any], new: Mapping[str, Any], ignoring: Collection[str]) -> list[str]:
+    """Sources that came or went are no difference: a stage of the run says so."""
+    sentences = [
+        _SENTENCES[key].format(old=_show(old.get(key)), new=_show(new.get(key)))
+        for key in ("mixture_version", "lanes", "lane_batch_size")
+        if old.get(key) != new.get(key)
+    ]
+    for name in sorted({*old["sources"]} & {*new["sources"]}):
+        found = fingerprint_difference(old["sources"][name], new["sources"][name], ignoring=ignoring)
+        sentences += [f"source {name!r}: {sentence}" for sentence in found]
     return sentences
 
 

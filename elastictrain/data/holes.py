@@ -115,6 +115,7 @@ class HoledOrder:
         self.holes = tuple(holes)
         self.lanes, self.lane_batch_size, self.block_rows = order.lanes, order.lane_batch_size, order.block_rows
         self.samples, self.seed = order.samples, order.seed
+        self.repeated_per_epoch = 0
         layer: _Layer = _Whole(order)
         for hole in self.holes:
             if not (0 <= hole.block < len(order.block_rows) and 0 <= hole.start < hole.stop) or hole.at < 0:

@@ -3,6 +3,8 @@
 A sample id is `block << 32 | row`, unsigned 64 bits: a sample's block of the source and its row in that block.
 **Specification** (`ID_HASH_VERSION` 1, held by golden values in the tests):
 
+- in a mixture, block and row are those of the sample's own source, and the id is combined by exclusive or with the
+  64-bit XXH3 of the name of the source: so ids stay as they are when other sources come or go;
 - the hash of a lane's batch is the 64-bit XXH3 of the lane number and the sample ids in the order of the batch, all as
   little-endian 64-bit integers;
 - the hash of a step is the sum of the hashes of its lanes modulo 2**64. A sum does not depend on who had which lane or
@@ -33,6 +35,11 @@ def sample_ids(blocks: npt.ArrayLike, rows: npt.ArrayLike) -> SampleIds:
         if values.size and not 0 <= int(values.min()) <= int(values.max()) < 1 << _ROW_BITS:
             raise OverflowError(f"{what} {int(values.min())} to {int(values.max())}: a sample id has 32 bits for it")
     return np.asarray((numbers.astype(np.uint64) << np.uint64(_ROW_BITS)) | inside.astype(np.uint64))
+
+
+def ids_in(source: str, ids: SampleIds) -> SampleIds:
+    """Return the ids of samples of a mixture's source from those in the source, and the other way round."""
+    return ids ^ np.uint64(xxhash.xxh3_64_intdigest(source.encode())) if source else ids
 
 
 def split_ids(ids: SampleIds) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -7,6 +7,7 @@ was made from. The cache is only ever a shortcut: a file that is broken, or cann
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -16,19 +17,22 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
+from elastictrain.data.best_fit import cut_documents, gather, lay_out
 from elastictrain.data.columns import Schema
 from elastictrain.data.meter import timed
 from elastictrain.data.packing import TokenArray, tail_of_block
 from elastictrain.data.tokenizers import Tokenizer
+from elastictrain.errors import DataError
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 
 Progress = Callable[[str, int, int], None]
 """Called as `progress(what, done, total)` while the index is made."""
@@ -58,11 +62,20 @@ class BlockTable:
         return cls(int64[0], int64[1], int64[2], int64[3], int64[4], np.asarray(checksum, dtype=np.uint64))
 
 
+class Hole(NamedTuple):
+    """Data that could not be read and are left out (`data.on_corrupt: skip`): a block of a file, or (-1) all of it."""
+
+    file: str
+    block: int
+    why: str
+
+
 class BlockFormat(Protocol):
     """A file format that is read block by block."""
 
     blocks: BlockTable
     schema: Schema  # of the columns that are read
+    holes: tuple[Hole, ...]
 
     def read(self, block: int) -> pa.Table:
         """Return a block's columns. Raises DataError if it is corrupt or has changed."""
@@ -79,9 +92,22 @@ class TokenIndex:
     """What packing must know of a tokenised source; `tails` are the joined tails of all blocks."""
 
     tokens: npt.NDArray[np.int64]  # per block
+    rows: npt.NDArray[np.int64]  # packed rows per block, without the tails
     checksum: npt.NDArray[np.uint64]  # of each block's tokens
     tails: TokenArray
+    tail_lengths: npt.NDArray[np.int64]  # of the pieces of documents that the tails consist of
+    tail_pieces: npt.NDArray[np.int64]  # how many of them are of each block
     null_documents: int
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Return what `restore` takes, with the notes {"null_documents": …}."""
+        return {f"token_{name}": value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+
+    @classmethod
+    def restore(cls, arrays: dict[str, npt.NDArray[Any]], notes: dict[str, Any]) -> TokenIndex:
+        """Take over an index that was stored."""
+        names = [name for name in cls.__dataclass_fields__ if name != "null_documents"]
+        return cls(**{name: arrays[f"token_{name}"] for name in names}, null_documents=int(notes["null_documents"]))
 
 
 def encode_block(source: BlockFormat, block: int, text_column: str, tokenizer: Tokenizer) -> tuple[TokenArray, int]:
@@ -89,6 +115,34 @@ def encode_block(source: BlockFormat, block: int, text_column: str, tokenizer: T
     column = read_texts(source, block, text_column)
     with timed("tokenise"):
         return tokenizer.encode(column), column.null_count
+
+
+def encode_documents(
+    source: BlockFormat, block: int, text_column: str, tokenizer: Tokenizer, max_document_bytes: int | None = None
+) -> tuple[TokenArray, npt.NDArray[np.int64], int]:
+    """Return a block's tokens, where its documents begin (and the last one ends), and its number of null documents.
+
+    Raises DataError for a document of more than `max_document_bytes`, and for one that is no UTF-8 where it must be.
+    """
+    column = read_texts(source, block, text_column)
+    lengths = pc.binary_length(column.cast(pa.large_binary()))
+    longest = pc.max(lengths).as_py() or 0
+    if max_document_bytes is not None and longest > max_document_bytes:
+        row = pc.index(lengths, longest).as_py()
+        raise DataError(
+            f"{source.where(block)}: the text in row {row} has {longest} bytes, more than data.max_document_bytes="
+            f"{max_document_bytes}. Cut or remove it, or raise the limit if there is memory for it"
+        )
+    try:
+        with timed("tokenise"):
+            tokens, starts = tokenizer.encode_with_offsets(column)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{source.where(block)}: a text is not valid UTF-8 ({error.reason}, byte "
+            f"0x{error.object[error.start]:02x}), which the tokenizer {tokenizer.name} needs. Write the file again, "
+            "set data.tokenizer: bytes, or set data.on_corrupt: skip"
+        ) from error
+    return tokens, starts, column.null_count
 
 
 def read_texts(source: BlockFormat, block: int, text_column: str) -> pa.ChunkedArray:
@@ -105,23 +159,40 @@ def checksum_of(array: npt.NDArray[Any] | bytes) -> int:
 
 
 def index_tokens(
-    source: BlockFormat, text_column: str, tokenizer: Tokenizer, sequence_length: int, progress: Progress | None
+    source: BlockFormat,
+    text_column: str,
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    progress: Progress | None,
+    *,
+    packing: str = "concatenate",
+    max_document_bytes: int | None = None,
 ) -> TokenIndex:
-    """Tokenise every block once; keep counts, checksums and tails."""
-    count = len(source.blocks)
-    tokens = np.zeros(count, dtype=np.int64)
+    """Tokenise every block once; keep counts, checksums and tails. Raises DataError for a document that is too long."""
+    count, width = len(source.blocks), sequence_length + 1
+    tokens, rows, pieces = (np.zeros(count, dtype=np.int64) for _ in range(3))
     checksum = np.zeros(count, dtype=np.uint64)
     tails: list[TokenArray] = []
+    lengths: list[npt.NDArray[np.int64]] = []
     nulls = 0
     for block in range(count):
-        encoded, null_count = encode_block(source, block, text_column, tokenizer)
+        encoded, starts, null_count = encode_documents(source, block, text_column, tokenizer, max_document_bytes)
         tokens[block], checksum[block] = len(encoded), checksum_of(encoded)
-        tails.append(tail_of_block(encoded, sequence_length).copy())
+        if packing == "best_fit":
+            layout = lay_out(cut_documents(starts, width), width, keep_tail=True)
+            tail, rows[block], tail_lengths = gather(encoded, layout.tail), layout.rows, layout.tail.length
+        else:
+            tail, rows[block] = tail_of_block(encoded, sequence_length), len(encoded) // width
+            tail_lengths = np.diff(np.unique(np.maximum(starts, len(encoded) - len(tail))))
+        tails.append(tail.copy())
+        lengths.append(tail_lengths)
+        pieces[block] = len(tail_lengths)
         nulls += null_count
         if progress:
             progress("counting tokens", block + 1, count)
     joined = np.concatenate(tails) if tails else np.zeros(0, dtype=np.int32)
-    return TokenIndex(tokens, checksum, joined, nulls)
+    all_lengths = np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.int64)
+    return TokenIndex(tokens, rows, checksum, joined, all_lengths, pieces, nulls)
 
 
 def cache_path(key: Any) -> Path:
@@ -134,8 +205,10 @@ def cache_path(key: Any) -> Path:
 def load_cached(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]] | None:
     """Return the arrays and the notes of a cache file; None if there is none or it is broken."""
     try:
-        # A zip: reading a member checks its CRC. Opened here, because np.load leaks the handle of a broken file.
-        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
+        content = path.read_bytes()
+        if checksum_of(content[8:]) != int.from_bytes(content[:8], "little"):
+            raise ValueError("its checksum is another one")
+        with np.load(io.BytesIO(content[8:]), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         notes = json.loads(arrays.pop("notes").tobytes())
     except FileNotFoundError:
@@ -154,7 +227,10 @@ def store_cached(path: Path, arrays: dict[str, npt.NDArray[Any]], notes: dict[st
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".index-", suffix=".npz")
         try:
             with os.fdopen(descriptor, "wb") as file:
-                np.savez(file, allow_pickle=False, **content)
+                packed = io.BytesIO()
+                np.savez(packed, allow_pickle=False, **content)
+                file.write(checksum_of(packed.getvalue()).to_bytes(8, "little"))
+                file.write(packed.getbuffer())
             Path(temporary).replace(path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)

@@ -14,17 +14,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.json as paj
-import pyarrow.parquet as pq
 
 from elastictrain.data.columns import is_text, nearest, show_schema
-from elastictrain.data.files import SUFFIXES, FileSet, find_files
+from elastictrain.data.files import SUFFIXES, find_files
+from elastictrain.data.formats import first_schema, open_blocks
 from elastictrain.data.index import BlockFormat, Progress, read_texts
 from elastictrain.data.order import derive_key, permutation
-from elastictrain.data.source import _open_blocks
 from elastictrain.data.tokenizers import Tokenizer, load_tokenizer
+from elastictrain.data_settings import Data, Mixture
 from elastictrain.errors import DataError
-from elastictrain.job import Data
 
 if TYPE_CHECKING:
     from elastictrain.job import Job
@@ -131,17 +129,18 @@ def inspect_data(
     """
     kind = kind or guess_kind(path)
     files = find_files(path, kind, storage_options)
-    schema = _first_schema(files, kind)
+    spec = Data.model_validate(
+        {"kind": kind, "path": path if isinstance(path, str) else tuple(path), "tokenizer": tokenizer,
+         "storage_options": storage_options or {}}
+        | ({"text_column": "text", "sequence_length": 1} if kind == "text" else {})
+    )  # fmt: skip
+    schema = first_schema(spec, files)
     column = text_column or guess_text_column(schema)
     if column is not None and column not in schema.names:
         raise DataError(f"no column {column!r}{nearest(column, schema.names)}: {show_schema(_pairs(schema))}")
-    names = [column] if column else [f.name for f in schema if not is_text(f.type)]
-    spec = Data(
-        kind=kind, path=path if isinstance(path, str) else tuple(path), text_column=column,
-        columns=None if column else tuple(names), sequence_length=1 if column else None,
-        tokenizer=tokenizer, storage_options=storage_options or {},
-    )  # fmt: skip
-    blocks, _ = _open_blocks(spec, files, None, progress)
+    names = tuple(f.name for f in schema if not is_text(f.type))
+    read = {"text_column": column, "sequence_length": 1} if column else {"columns": names}
+    blocks, _ = open_blocks(spec.model_copy(update=read), files, None, progress)
     try:
         texts: Texts | None = None
         samples: tuple[str, ...] = ()
@@ -180,6 +179,10 @@ def guess_kind(path: str | Sequence[str]) -> str:
             said.append(str(error))
         else:
             found.append(kind)
+    if "huggingface" in found:  # a folder that says so itself, with files that look like those of other formats
+        return "huggingface"
+    if len(found) > 1 and "text" in found:  # texts lie beside data to say what they are
+        found.remove("text")
     if len(found) == 1:
         return found[0]
     if found:
@@ -195,26 +198,6 @@ def guess_text_column(schema: pa.Schema) -> str | None:
 
 def _pairs(schema: pa.Schema) -> tuple[tuple[str, str], ...]:
     return tuple((field.name, str(field.type)) for field in schema)
-
-
-def _first_schema(files: FileSet, kind: str) -> pa.Schema:
-    """All columns of the first file that has any."""
-    path = files.files[0].path
-    try:
-        if kind == "parquet":
-            with files.open(0) as handle:
-                return pq.read_schema(handle)
-        for number, file in enumerate(files.files):
-            with files.open(number) as handle:
-                content = handle.read(1 << 20)
-            lines = content if len(content) == file.size_bytes else content[: content.rfind(b"\n") + 1]
-            if lines.strip():
-                return paj.read_json(pa.BufferReader(lines), paj.ReadOptions(block_size=len(lines) + 1)).schema
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"{path}: its columns cannot be read ({error}). Expected {kind}; choose another --kind"
-        ) from error
-    raise DataError(f"{path}: no rows in any of {len(files.files)} file(s)")
 
 
 def _read_texts(
@@ -268,14 +251,15 @@ def estimate(found: Inspection, job: Job, tokens_per_s: float | None = None) -> 
 
 
 def advice(found: Inspection, job: Job | None = None) -> list[str]:
-    """What should be changed before a long run, a sentence each."""
+    """What should be changed before a long run, a sentence each. Of a job with a mixture only the lengths count."""
+    data = job.data if job is not None and not isinstance(job.data, Mixture) else None
     said: list[str] = []
     bytes_of, name = found.block_bytes, "row groups" if found.kind == "parquet" else "blocks"
     setting = "write them again with row_group_size" if found.kind == "parquet" else "set data.rows_per_block"
     if bytes_of.most > _LARGE_BYTES:
         said.append(
             f"the largest of the {name} takes {_mib(bytes_of.most)} decoded, and a lane holds "
-            f"{job.data.window_row_groups if job else 2} of them: {setting} for 8 to 64 MiB"
+            f"{data.window_row_groups if data else 2} of them: {setting} for 8 to 64 MiB"
         )
     if found.blocks > 1 and bytes_of.median < _SMALL_BYTES:
         said.append(
@@ -287,11 +271,11 @@ def advice(found: Inspection, job: Job | None = None) -> list[str]:
         )
     if found.block_rows.least == 0:
         said.append(f"some of the {name} are empty: they are passed over")
-    if job is not None:
-        wanted = job.lanes * job.data.window_row_groups
-        if job.data.shuffle == "window" and found.blocks < wanted:
+    if job is not None and data is not None:
+        wanted = job.lanes * data.window_row_groups
+        if data.shuffle == "window" and found.blocks < wanted:
             said.append(
-                f"{found.blocks} {name} for {job.lanes} lanes with windows of {job.data.window_row_groups}: they share "
+                f"{found.blocks} {name} for {job.lanes} lanes with windows of {data.window_row_groups}: they share "
                 f"them, so they are read more than once an epoch and mix little; have at least {wanted}"
             )
         told = estimate(found, job)

@@ -29,6 +29,7 @@ class Part:
     block: int  # number of the row group among all of the source
     rows: tuple[int, int] | None
     tokens: tuple[int, int] | None
+    source: str = ""  # name in a mixture
 
 
 @dataclass(frozen=True)

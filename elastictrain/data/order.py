@@ -5,7 +5,8 @@ The source is a list of blocks (row groups) with known numbers of samples. In ev
 1. the blocks are put in a permuted order: the *stream* of the epoch;
 2. the stream is cut into `lanes` equal contiguous segments by sample count, one per lane. What does not fill
    a whole step of all lanes is the end of the stream: it is left out of this epoch (`dropped_per_epoch`), and
-   as the stream is permuted anew in the next epoch it is another part each time;
+   as the stream is permuted anew in the next epoch it is another part each time. With `repeat` the last step is
+   filled up from the beginning of the stream instead (`repeated_per_epoch`);
 3. inside a lane, the blocks of the segment are taken `window_blocks` at a time; the samples of such a window
    are permuted.
 
@@ -30,6 +31,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -99,12 +101,8 @@ class _Stream:
     starts: Int64Array
 
 
-class LaneOrder:
-    """The order of a source for a seed, a number of lanes and a lane batch size.
-
-    `block_rows[b]` is the number of samples of block `b` (empty blocks are allowed and never visited).
-    Nothing here depends on how many workers there are.
-    """
+class _Order:
+    """What all orders share: epochs, steps, and batches put together from windows."""
 
     def __init__(
         self,
@@ -115,6 +113,7 @@ class LaneOrder:
         lane_batch_size: int,
         window_blocks: int = 2,
         shuffle: bool = True,
+        repeat: bool = False,
     ) -> None:
         if lanes < 1 or lane_batch_size < 1 or window_blocks < 1:
             raise ValueError(
@@ -125,9 +124,11 @@ class LaneOrder:
         self.seed, self.lanes, self.lane_batch_size = seed, lanes, lane_batch_size
         self.window_blocks, self.shuffle = window_blocks, shuffle
         self.samples = int(self.block_rows.sum())
-        self.steps_per_epoch = self.samples // (lanes * lane_batch_size)
+        per_step = lanes * lane_batch_size
+        self.steps_per_epoch = (self.samples + (per_step - 1 if repeat else 0)) // per_step
         self.samples_per_lane = self.steps_per_epoch * lane_batch_size
-        self.dropped_per_epoch = self.samples - self.samples_per_lane * lanes
+        self.dropped_per_epoch = max(0, self.samples - self.samples_per_lane * lanes)
+        self.repeated_per_epoch = max(0, self.samples_per_lane * lanes - self.samples)
         self._filled: Int64Array = np.flatnonzero(self.block_rows).astype(np.int64)
         self._streams: dict[int, _Stream] = {}
         self._last: dict[int, Window] = {}
@@ -138,6 +139,9 @@ class LaneOrder:
             blocks = self._filled
             if self.shuffle:
                 blocks = blocks[permutation(derive_key("blocks", self.seed, epoch), len(blocks))]
+            if self.repeated_per_epoch:  # the stream goes on with its beginning, as often as it takes
+                rounds = -(-(self.samples + self.repeated_per_epoch) // self.samples)
+                blocks = np.tile(blocks, rounds)
             starts = np.zeros(len(blocks) + 1, dtype=np.int64)
             np.cumsum(self.block_rows[blocks], out=starts[1:])
             stream = _Stream(blocks, starts)
@@ -147,36 +151,14 @@ class LaneOrder:
 
     def window_at(self, epoch: int, lane: int, position: int) -> Window:
         """Return the window that holds `position` (0 ≤ position < samples_per_lane) of a lane in an epoch."""
+        raise NotImplementedError
+
+    def _check_place(self, epoch: int, lane: int, position: int) -> None:
         if not (0 <= lane < self.lanes and 0 <= position < self.samples_per_lane and epoch >= 0):
             raise IndexError(
                 f"epoch {epoch}, lane {lane}, position {position}: expected epoch >= 0, "
                 f"lane < {self.lanes}, position < {self.samples_per_lane}"
             )
-        last = self._last.get(lane)  # most often the next batch lies in the same window
-        if last is not None and last.epoch == epoch and last.start <= position < last.stop:
-            return last
-        stream = self._stream(epoch)
-        segment_start = lane * self.samples_per_lane
-        segment_stop = segment_start + self.samples_per_lane
-        first = _block_at(stream.starts, segment_start)
-        number = (_block_at(stream.starts, segment_start + position) - first) // self.window_blocks
-        low = first + number * self.window_blocks
-        high = min(low + self.window_blocks, len(stream.blocks))
-        start = max(segment_start, int(stream.starts[low]))
-        stop = min(segment_stop, int(stream.starts[high]))
-        pieces = tuple(
-            Piece(
-                block=int(stream.blocks[i]),
-                start=max(start - int(stream.starts[i]), 0),
-                stop=min(stop, int(stream.starts[i + 1])) - int(stream.starts[i]),
-            )
-            for i in range(low, high)
-            if int(stream.starts[i]) < stop
-        )
-        key = derive_key("window", self.seed, epoch, lane, number) if self.shuffle else None
-        window = Window(epoch, lane, number, start - segment_start, stop - segment_start, pieces, key)
-        self._last[lane] = window
-        return window
 
     def locate_step(self, step: int) -> tuple[int, int]:
         """Return (epoch, first position in every lane) of `step`."""
@@ -188,7 +170,17 @@ class LaneOrder:
     def spans(self, step: int, lane: int) -> Iterator[tuple[Window, int, int]]:
         """Yield the windows that batch `step` of `lane` touches, each with its `[start, stop)` in the window."""
         epoch, position = self.locate_step(step)
-        stop = position + self.lane_batch_size
+        return self._spans(epoch, position, position + self.lane_batch_size, lane)
+
+    def spans_at(self, start: int, stop: int, lane: int) -> Iterator[tuple[Window, int, int]]:
+        """As `spans`, for the positions `[start, stop)` of a lane counted through all epochs."""
+        while start < stop:
+            epoch, position = divmod(start, self.samples_per_lane)
+            count = min(stop - start, self.samples_per_lane - position)
+            yield from self._spans(epoch, position, position + count, lane)
+            start += count
+
+    def _spans(self, epoch: int, position: int, stop: int, lane: int) -> Iterator[tuple[Window, int, int]]:
         while position < stop:
             window = self.window_at(epoch, lane, position)
             end = min(stop, window.stop)
@@ -205,6 +197,68 @@ class LaneOrder:
             blocks.append(np.concatenate(piece_blocks)[chosen])
             rows.append(np.concatenate(piece_rows)[chosen])
         return np.concatenate(blocks), np.concatenate(rows)
+
+
+class LaneOrder(_Order):
+    """The order of a source for a seed, a number of lanes and a lane batch size.
+
+    `block_rows[b]` is the number of samples of block `b` (empty blocks are allowed and never visited).
+    Nothing here depends on how many workers there are.
+    """
+
+    def window_at(self, epoch: int, lane: int, position: int) -> Window:
+        """Return the window that holds `position` (0 ≤ position < samples_per_lane) of a lane in an epoch."""
+        self._check_place(epoch, lane, position)
+        last = self._last.get(lane)  # most often the next batch lies in the same window
+        if last is not None and last.epoch == epoch and last.start <= position < last.stop:
+            return last
+        stream = self._stream(epoch)
+        segment_start = lane * self.samples_per_lane
+        segment_stop = segment_start + self.samples_per_lane
+        first = _block_at(stream.starts, segment_start)
+        number = (_block_at(stream.starts, segment_start + position) - first) // self.window_blocks
+        low = first + number * self.window_blocks
+        high = min(low + self.window_blocks, len(stream.blocks))
+        start = max(segment_start, int(stream.starts[low]))
+        stop = min(segment_stop, int(stream.starts[high]))
+        pieces = _pieces(stream, low, high, start, stop)
+        key = derive_key("window", self.seed, epoch, lane, number) if self.shuffle else None
+        window = Window(epoch, lane, number, start - segment_start, stop - segment_start, pieces, key)
+        self._last[lane] = window
+        return window
+
+
+class StrictOrder(_Order):
+    """The samples as they lie in the files: step `t` is the next `lanes * lane_batch_size` of them, lane after lane.
+
+    Nothing is shuffled, and all lanes read in the same place, so on many workers each of them reads all blocks.
+    """
+
+    def __init__(self, block_rows: npt.ArrayLike, **settings: Any) -> None:
+        super().__init__(block_rows, **{**settings, "shuffle": False})
+
+    def window_at(self, epoch: int, lane: int, position: int) -> Window:
+        """Return the window that holds `position` of a lane in an epoch: one batch."""
+        self._check_place(epoch, lane, position)
+        stream, size = self._stream(epoch), self.lane_batch_size
+        number = position // size
+        first = (number * self.lanes + lane) * size
+        low, high = _block_at(stream.starts, first), _block_at(stream.starts, first + size - 1) + 1
+        pieces = _pieces(stream, low, high, first, first + size)
+        return Window(epoch, lane, number, number * size, (number + 1) * size, pieces, None)
+
+
+def _pieces(stream: _Stream, low: int, high: int, start: int, stop: int) -> tuple[Piece, ...]:
+    """Return what of the stream's blocks `[low, high)` lies in its positions `[start, stop)`."""
+    return tuple(
+        Piece(
+            block=int(stream.blocks[i]),
+            start=max(start - int(stream.starts[i]), 0),
+            stop=min(stop, int(stream.starts[i + 1])) - int(stream.starts[i]),
+        )
+        for i in range(low, high)
+        if int(stream.starts[i]) < stop
+    )
 
 
 def _block_at(starts: Int64Array, position: int) -> int:

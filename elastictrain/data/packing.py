@@ -40,10 +40,14 @@ def tail_of_block(tokens: TokenArray, sequence_length: int) -> TokenArray:
 
 @dataclass(frozen=True)
 class Tails:
-    """All tails, packed: `rows` has shape [tail rows, S+1]; the last `padding` tokens are filler."""
+    """All tails, packed: `rows` has shape [tail rows, S+1]; `padding` of their tokens are filler.
+
+    `ids`, of the same shape, says which document of its row a token is of; None if nobody asks.
+    """
 
     rows: TokenArray
     padding: int
+    ids: npt.NDArray[Any] | None = None
 
     @property
     def blocks(self) -> int:
@@ -52,6 +56,11 @@ class Tails:
     def block(self, number: int) -> TokenArray:
         """Return the rows of extra block `number`; shape [at most TAIL_BLOCK_ROWS, S+1]."""
         return self.rows[number * TAIL_BLOCK_ROWS : (number + 1) * TAIL_BLOCK_ROWS]
+
+    def block_ids(self, number: int) -> npt.NDArray[Any]:
+        """Return the document ids of extra block `number`."""
+        assert self.ids is not None
+        return self.ids[number * TAIL_BLOCK_ROWS : (number + 1) * TAIL_BLOCK_ROWS]
 
 
 def pack_tails(tails: TokenArray, sequence_length: int, end_of_document: int) -> Tails:
@@ -66,5 +75,9 @@ def rows_per_block(block_tokens: Sequence[int] | npt.NDArray[np.int64], tails: T
     """Return the packed rows of every block, the extra blocks of the tails last; shape [blocks + tail blocks]."""
     width = tails.rows.shape[1]
     own = np.asarray(block_tokens, dtype=np.int64) // width
-    extra = np.asarray([len(tails.block(n)) for n in range(tails.blocks)], dtype=np.int64)
-    return np.concatenate([own, extra])
+    return np.concatenate([own, rows_of_tails(tails)])
+
+
+def rows_of_tails(tails: Tails) -> npt.NDArray[np.int64]:
+    """Return the rows of every extra block."""
+    return np.asarray([len(tails.block(n)) for n in range(tails.blocks)], dtype=np.int64)

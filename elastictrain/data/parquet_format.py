@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from elastictrain.data.columns import as_pairs, select_columns, show_schema
+from elastictrain.data.columns import Schema, as_pairs, select_columns, show_schema
 from elastictrain.data.files import FileSet
-from elastictrain.data.index import BlockTable, Progress, checksum_of
+from elastictrain.data.index import BlockTable, Hole, Progress, checksum_of
 from elastictrain.errors import DataError
 
 _MAX_OPEN_FILES = 16
@@ -18,11 +21,7 @@ _MAGIC = b"PAR1"
 
 
 class ParquetFiles:
-    """Row groups of Parquet files with one schema.
-
-    Opening reads the footers only. Raises DataError: a file is no Parquet file or is cut short, a column is
-    missing or has the wrong type, a file's schema differs from the first one's.
-    """
+    """Row groups of Parquet files with one schema; `index()` or `restore()` must run before `read`."""
 
     def __init__(
         self,
@@ -30,29 +29,87 @@ class ParquetFiles:
         *,
         text_column: str | None,
         columns: tuple[str, ...] | None,
-        progress: Progress | None = None,
+        on_corrupt: str = "stop",
     ) -> None:
-        self._files = files
+        self._files, self._on_corrupt = files, on_corrupt
+        self._text_column, self._columns = text_column, columns
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
         self._footers: list[int] = []
+        self.holes: tuple[Hole, ...] = ()
+        self.blocks = BlockTable.of([])
+        self.schema: Schema = ()
+
+    def index(self, progress: Progress | None = None) -> None:
+        """Read the footers; with `data.on_corrupt: skip`, also all row groups once.
+
+        Raises DataError: a file is no Parquet file or is cut short, a column is missing or has the wrong type, a
+        file's schema differs from the first one's.
+        """
         expected: pa.Schema | None = None
         entries: list[tuple[int, int, int, int, int, int]] = []
-        for number, file in enumerate(files.files):
-            parquet = self._parquet(number)
-            schema = _selected(parquet.schema_arrow, file.path, text_column, columns, expected)
+        first = ""
+        for number, file in enumerate(self._files.files):
+            parquet = self._parquet_or_hole(number)
+            if parquet is None:
+                continue
+            schema = _selected(parquet.schema_arrow, file.path, self._text_column, self._columns, expected)
             if expected is None:
-                expected = schema
+                expected, first = schema, file.path
             elif as_pairs(schema) != as_pairs(expected):
-                raise _schema_differs(file.path, schema, expected, files.files[0].path)
+                raise _schema_differs(file.path, schema, expected, first)
             for group in range(parquet.metadata.num_row_groups):
                 meta = parquet.metadata.row_group(group)
                 entries.append((number, group, meta.num_rows, 0, meta.total_byte_size, self._footers[number]))
             if progress:
-                progress("reading Parquet footers", number + 1, len(files.files))
-        assert expected is not None  # find_files returns at least one file
-        self.schema = as_pairs(expected)
-        self.blocks = BlockTable.of(entries)
+                progress("reading Parquet footers", number + 1, len(self._files.files))
+        if expected is None:
+            raise DataError(f"data.path: no file can be read; {self.holes[0].file}: {self.holes[0].why}")
+        self._take(expected, BlockTable.of(entries))
+        if self._on_corrupt == "skip":
+            self._check_row_groups(progress)
+
+    def save(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+        """Return what `restore` takes."""
+        arrays = {f"blocks_{name}": value for name, value in vars(self.blocks).items()}
+        serialised = self._arrow_schema.serialize().to_pybytes().hex()
+        notes = {"schema": serialised, "holes": [list(hole) for hole in self.holes]}
+        return arrays | {"footers": np.asarray(self._footers, dtype=np.uint64)}, notes
+
+    def restore(self, arrays: dict[str, npt.NDArray[Any]], notes: dict[str, Any]) -> None:
+        """Take over an index that `save` gave. A file's footer is compared with it when the file is first read."""
+        self._footers = [int(footer) for footer in arrays["footers"]]
+        self.holes = tuple(Hole(*hole) for hole in notes["holes"])
+        schema = pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(notes["schema"])))
+        self._take(schema, BlockTable(**{name: arrays[f"blocks_{name}"] for name in BlockTable.__dataclass_fields__}))
+
+    def _take(self, schema: pa.Schema, blocks: BlockTable) -> None:
+        self._arrow_schema, self.schema, self.blocks = schema, as_pairs(schema), blocks
         self._names = [name for name, _ in self.schema]
+
+    def _check_row_groups(self, progress: Progress | None) -> None:
+        """Those that cannot be read have no rows from then on."""
+        rows, found = self.blocks.rows.copy(), list(self.holes)
+        for block in range(len(rows)):
+            try:
+                self.read(block).validate(full=True)
+            except (DataError, pa.ArrowException) as error:
+                rows[block] = 0
+                name = self._files.files[int(self.blocks.file[block])].name
+                found.append(Hole(name, int(self.blocks.number[block]), str(error)))
+            if progress:
+                progress("checking row groups", block + 1, len(rows))
+        self.blocks, self.holes = replace(self.blocks, rows=rows), tuple(found)
+
+    def _parquet_or_hole(self, number: int) -> pq.ParquetFile | None:
+        try:
+            return self._parquet(number)
+        except DataError as error:
+            if self._on_corrupt != "skip":
+                raise
+            self.holes += (Hole(self._files.files[number].name, -1, str(error)),)
+            if len(self._footers) == number:
+                self._footers.append(0)
+            return None
 
     def _parquet(self, number: int) -> pq.ParquetFile:
         parquet = self._open.pop(number, None)
@@ -79,6 +136,8 @@ class ParquetFiles:
 
     def read(self, block: int) -> pa.Table:
         """Return the columns of a row group. Raises DataError if it is corrupt or has changed."""
+        if not self.blocks.rows[block]:
+            return self._arrow_schema.empty_table()
         group = int(self.blocks.number[block])
         parquet = self._parquet(int(self.blocks.file[block]))
         path = self._files.files[int(self.blocks.file[block])].path

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from elastictrain.data.ids import SampleIds, sample_ids
+from elastictrain.data.ids import SampleIds
 from elastictrain.data.meter import Meter
+from elastictrain.data.mixed import MixedSource
 from elastictrain.data.order import Int64Array, Window
 from elastictrain.data.source import Arrays, Source
 from elastictrain.data.warm import WarmCache, cache_root
@@ -47,7 +48,7 @@ class _Loaded:
     more in calls than in copying. Of what was gathered every row is handed out once, so a batch may be a view of it.
     """
 
-    def __init__(self, window: Window, blocks: list[_Block]) -> None:
+    def __init__(self, source: Source | MixedSource, window: Window, blocks: list[_Block]) -> None:
         self.key = (window.epoch, window.number)
         numbers = window.permutation()
         edges = np.cumsum([0, *(piece.stop - piece.start for piece in window.pieces)], dtype=np.int64)
@@ -55,7 +56,8 @@ class _Loaded:
         self._blocks = blocks
         self._which = (np.searchsorted(edges, numbers, side="right") - 1).astype(np.int32)
         self._rows: Int64Array = numbers + shifts[self._which]
-        self._ids = sample_ids(np.asarray([piece.block for piece in window.pieces])[self._which], self._rows)
+        numbers_of_blocks = np.asarray([piece.block for piece in window.pieces])
+        self._ids = source.ids_of(window, numbers_of_blocks[self._which], self._rows)
         for name in blocks[0].arrays:
             _check_shapes([block.arrays[name] for block in blocks], name)
         row_bytes = sum(array[:1].nbytes for array in blocks[0].arrays.values())
@@ -106,12 +108,12 @@ class LaneReader:
     and take no memory of their own.
     """
 
-    def __init__(self, source: Source, *, warm: WarmCache | None = None) -> None:
+    def __init__(self, source: Source | MixedSource, *, warm: WarmCache | None = None) -> None:
         """`warm`: by default a cache of the size that the job's data setting says, if it says any."""
         self.source = source
-        limit_bytes = getattr(source.spec, "warm_cache_bytes", 0)
+        limit_bytes = source.spec.warm_cache_bytes
         if warm is None and limit_bytes:
-            warm = WarmCache(cache_root(), source.fingerprint, limit_bytes)
+            warm = WarmCache(cache_root(), source.content, limit_bytes)
         self.warm, self.meter = warm, Meter()
         self._lock = threading.Lock()
         self._windows: dict[tuple[int, int], _Loaded] = {}  # by (lane, source of a mixture)
@@ -125,9 +127,10 @@ class LaneReader:
     def batch(self, step: int, lane: int) -> Batch:
         """Return batch `step` of `lane`, arrays that belong to the caller.
 
-        Token mode: {"tokens": int64 [lane_batch_size, sequence_length + 1]}. Table mode: every column as
-        [lane_batch_size, …] in its own dtype. Its ids have come the same way as the rows. Raises
-        DataError (see `Source.read_block`), IndexError for a lane or step that does not exist.
+        Token mode: {"tokens": int64 [lane_batch_size, sequence_length + 1]}; a mixture's stage with shorter sequences
+        has as many more of them. Table mode: every column as [lane_batch_size, …] in its own dtype. Its ids, one for
+        each sample, have come the same way as the rows. Raises DataError (see `Source.read_block`), IndexError for a
+        lane or step that does not exist.
         """
         with self._lock, self.meter.stage("pack"):
             if self._closed:
@@ -136,7 +139,7 @@ class LaneReader:
             parts = [self._load(window).rows(start, stop) for window, start, stop in self.source.spans(step, lane)]
             self._forget_idle_lanes(lane)
             batch = {name: _join([arrays[name] for arrays, _ in parts], name) for name in parts[0][0]}
-            return Batch(self.source.finish(step, batch), np.concatenate([ids for _, ids in parts]))
+            return Batch(self.source.finish(step, lane, batch), np.concatenate([ids for _, ids in parts]))
 
     def close(self) -> None:
         """Close all files and drop what is decoded; may be called twice."""
@@ -156,7 +159,7 @@ class LaneReader:
         loaded = self._windows.get(place)
         if loaded is None or loaded.key != key:
             self._windows.pop(place, None)  # its memory goes before the next window comes
-            loaded = _Loaded(window, [self._block(piece.block) for piece in window.pieces])
+            loaded = _Loaded(self.source, window, [self._block(piece.block) for piece in window.pieces])
             self._windows[place] = loaded
         return loaded
 

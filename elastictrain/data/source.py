@@ -8,41 +8,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from elastictrain.data.columns import stack
+from elastictrain.data.best_fit import BEST_FIT_VERSION
+from elastictrain.data.columns import Schema, stack
 from elastictrain.data.files import FileSet, find_files
 from elastictrain.data.fingerprint import seal_fingerprint
-from elastictrain.data.index import (
-    BlockFormat,
-    Progress,
-    TokenIndex,
-    cache_path,
-    checksum_of,
-    encode_block,
-    index_tokens,
-    load_cached,
-    read_texts,
-    store_cached,
-)
-from elastictrain.data.jsonl_format import JsonLines
-from elastictrain.data.locate import Part, SampleLocation, TailMap
-from elastictrain.data.order import ORDER_VERSION, LaneOrder, Window
-from elastictrain.data.packing import (
-    PACKING_VERSION,
-    TAIL_BLOCK_ROWS,
-    Tails,
-    pack_tails,
-    rows_of_block,
-    rows_per_block,
-)
-from elastictrain.data.parquet_format import ParquetFiles
+from elastictrain.data.formats import CUT_BY_ROWS, open_blocks
+from elastictrain.data.ids import SampleIds, sample_ids
+from elastictrain.data.index import BlockFormat, Progress, TokenIndex, checksum_of, read_texts
+from elastictrain.data.locate import Part, SampleLocation
+from elastictrain.data.order import ORDER_VERSION, LaneOrder, StrictOrder, Window
+from elastictrain.data.packed import TOKENS as TOKENS
+from elastictrain.data.packed import Arrays as Arrays
+from elastictrain.data.packed import PackedText, finish_rows, pack_all_tails
+from elastictrain.data.packing import PACKING_VERSION, Tails, rows_of_tails
 from elastictrain.data.tokenizers import Tokenizer, load_tokenizer
 from elastictrain.errors import DataError
 
 if TYPE_CHECKING:
-    from elastictrain.job import Data
-
-Arrays = dict[str, npt.NDArray[Any]]
-TOKENS = "tokens"
+    from elastictrain.data_settings import Data
 
 
 class Source:
@@ -57,7 +40,7 @@ class Source:
         spec: Data,
         files: FileSet,
         blocks: BlockFormat,
-        order: LaneOrder,
+        order: LaneOrder | StrictOrder,
         *,
         tokenizer: Tokenizer | None,
         token_index: TokenIndex | None,
@@ -66,12 +49,28 @@ class Source:
         self.spec, self.order = spec, order
         self._files, self._blocks = files, blocks
         self._tokenizer, self._token_index, self._tails = tokenizer, token_index, tails
-        self._tail_map: TailMap | None = None
+        self._packed = (
+            PackedText(spec, blocks, tokenizer, token_index, tails) if tokenizer and token_index and tails else None
+        )
         self.fingerprint: dict[str, Any] = self._make_fingerprint()
 
     @property
     def steps_per_epoch(self) -> int:
         return self.order.steps_per_epoch
+
+    @property
+    def samples(self) -> int:
+        return self.order.samples
+
+    @property
+    def columns(self) -> Schema:
+        """Name and type of the columns that are read."""
+        return self._blocks.schema
+
+    @property
+    def tokenizer_fingerprint(self) -> str | None:
+        """Says which tokens a text becomes; None in table mode."""
+        return self._tokenizer.fingerprint if self._tokenizer else None
 
     @property
     def lanes(self) -> int:
@@ -98,17 +97,21 @@ class Source:
             "samples": self.order.samples,
             "steps_per_epoch": self.order.steps_per_epoch,
             "samples_dropped_per_epoch": self.order.dropped_per_epoch,
+            "samples_repeated_per_epoch": self.order.repeated_per_epoch,
             "columns": dict(self._blocks.schema),
             "fingerprint": self.fingerprint["hash"],
         }
+        if self._blocks.holes:
+            about["holes"] = [hole._asdict() for hole in self._blocks.holes]
         if self._token_index is not None and self._tokenizer is not None and self._tails is not None:
+            places = self.samples * (int(self.spec.sequence_length or 0) + 1)
             about |= {
                 "tokenizer": self._tokenizer.name,
                 "vocabulary_size": self._tokenizer.vocabulary_size,
                 "tokens": int(self._token_index.tokens.sum()),
                 "null_documents": self._token_index.null_documents,
                 "tail_samples": len(self._tails.rows),
-                "padding_tokens": self._tails.padding,
+                "padding_tokens": places - int(self._token_index.tokens.sum()),
             }
         return about
 
@@ -117,53 +120,51 @@ class Source:
 
         Raises DataError: the block is corrupt, has changed since the source was opened, or cannot be stacked.
         """
-        own = len(self._blocks.blocks)
-        if self._tokenizer is None or self._token_index is None or self._tails is None:
-            table = self._blocks.read(block)
-            where = self._blocks.where(block)
-            return {name: stack(table.column(name), f"{where}, column {name!r}") for name in table.column_names}
-        if block >= own:
-            return {TOKENS: self._tails.block(block - own)}
-        tokens, _ = encode_block(self._blocks, block, str(self.spec.text_column), self._tokenizer)
-        if checksum_of(tokens) != int(self._token_index.checksum[block]):
-            raise DataError(
-                f"{self._blocks.where(block)}: its text is not what was there when the run opened it. Data must not "
-                "be written to while a run reads them: restore the file, or write to a new data.path"
-            )
-        return {TOKENS: rows_of_block(tokens, int(self.spec.sequence_length or 0))}
+        if self._packed is not None:
+            return self._packed.read_block(block)
+        table = self._blocks.read(block)
+        where = self._blocks.where(block)
+        return {name: stack(table.column(name), f"{where}, column {name!r}") for name in table.column_names}
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What the content of decoded blocks follows from, and more: names a warm cache (see `data.warm`)."""
+        return {**self.fingerprint, "document_ids": self.spec.document_ids}
+
+    def order_of(self, window: Window) -> tuple[str, LaneOrder | StrictOrder]:
+        """Return the name of the source that a window is of, "" here, and the order of that source."""
+        del window
+        return "", self.order
+
+    def ids_of(self, window: Window, blocks: npt.ArrayLike, rows: npt.ArrayLike) -> SampleIds:
+        """Return the ids of samples of a window (see `data.ids`)."""
+        del window
+        return sample_ids(blocks, rows)
 
     def spans(self, step: int, lane: int) -> Iterator[tuple[Window, int, int]]:
         """Yield the windows that batch `step` of `lane` touches, each with its `[start, stop)` in the window."""
         return self.order.spans(step, lane)
 
-    def finish(self, step: int, batch: Arrays) -> Arrays:
+    def finish(self, step: int, lane: int, batch: Arrays) -> Arrays:
         """Turn the gathered rows of a batch, arrays of its own, into what a recipe gets."""
-        del step
-        if self._tokenizer is not None:  # embeddings and losses expect int64; windows stay narrow
-            batch[TOKENS] = batch[TOKENS].astype(np.int64)
-        return batch
+        del step, lane
+        return finish_rows(batch) if self._tokenizer is not None else batch
 
     def locate(self, step: int, lane: int) -> list[SampleLocation]:
-        """Say where every sample of batch `step` of `lane` lies, in the batch's order. Reads no data."""
+        """Say where every sample of batch `step` of `lane` lies, in the batch's order.
+
+        Reads no data, unless packing is best_fit: then what a row consists of follows from its row group's documents.
+        """
         epoch, _ = self.order.locate_step(step)
         blocks, rows = self.order.samples_of(step, lane)
         return [self.location(int(b), int(r), epoch) for b, r in zip(blocks, rows, strict=True)]
 
     def location(self, block: int, row: int, epoch: int = 0) -> SampleLocation:
-        """Say where sample `row` of `block` lies. Reads no data."""
-        own = len(self._blocks.blocks)
-        if self._token_index is None:
+        """Say where sample `row` of `block` lies. Reads no data, but for packing: best_fit."""
+        if self._packed is None:
             return SampleLocation("", epoch, block, row, (self._part(block, (row, row + 1), None),))
-        width = int(self.spec.sequence_length or 0) + 1
-        if block < own:
-            return SampleLocation("", epoch, block, row, (self._part(block, None, (row * width, (row + 1) * width)),))
-        if self._tail_map is None:
-            self._tail_map = TailMap.of(self._token_index.tokens, width - 1)
-        first = ((block - own) * TAIL_BLOCK_ROWS + row) * width
-        parts = tuple(
-            self._part(b, None, (start, stop)) for b, start, stop in self._tail_map.pieces(first, first + width)
-        )
-        filler = width - sum(part.tokens[1] - part.tokens[0] for part in parts if part.tokens)
+        parts = tuple(self._part(home, rows, tokens) for home, rows, tokens in self._packed.pieces(block, row))
+        filler = self._packed.width - sum(part.tokens[1] - part.tokens[0] for part in parts if part.tokens)
         return SampleLocation("", epoch, block, row, parts, filler)
 
     def _part(self, block: int, rows: tuple[int, int] | None, tokens: tuple[int, int] | None) -> Part:
@@ -213,11 +214,9 @@ class Source:
             "kind": spec.kind,
             "text_column": spec.text_column,
             "schema": [list(pair) for pair in self._blocks.schema],
-            "rows_per_block": spec.rows_per_block if spec.kind == "jsonl" else None,
+            "rows_per_block": spec.rows_per_block if spec.kind in CUT_BY_ROWS else None,
             "tokenizer": self._tokenizer.fingerprint if self._tokenizer else None,
-            "packing": {"version": PACKING_VERSION, "sequence_length": spec.sequence_length}
-            if self._tokenizer
-            else None,
+            "packing": self._packing_of_fingerprint() if self._tokenizer else None,
             "samples": self.order.samples,
             "lanes": self.order.lanes,
             "lane_batch_size": self.order.lane_batch_size,
@@ -225,7 +224,19 @@ class Source:
             "window_row_groups": spec.window_row_groups,
             "order_version": ORDER_VERSION,
         }
+        if spec.ragged != "drop":  # named only where it says something, so that older fingerprints stay as they are
+            content_of_source["ragged"] = spec.ragged
+        if spec.document != "line":
+            content_of_source["document"] = spec.document
+        if self._blocks.holes:
+            content_of_source["holes"] = len(self._blocks.holes)
         return seal_fingerprint(content_of_source, files)
+
+    def _packing_of_fingerprint(self) -> dict[str, Any]:
+        packing: dict[str, Any] = {"version": PACKING_VERSION, "sequence_length": self.spec.sequence_length}
+        if self.spec.packing == "best_fit":
+            packing |= {"method": "best_fit", "best_fit_version": BEST_FIT_VERSION}
+        return packing
 
 
 def open_source(spec: Data, *, seed: int, lanes: int, lane_batch_size: int, progress: Progress | None = None) -> Source:
@@ -236,79 +247,37 @@ def open_source(spec: Data, *, seed: int, lanes: int, lane_batch_size: int, prog
     """
     files = find_files(spec.path, spec.kind, spec.storage_options)
     tokenizer = load_tokenizer(spec.tokenizer, spec.storage_options) if spec.text_column else None
-    blocks, token_index = _open_blocks(spec, files, tokenizer, progress)
+    blocks, token_index = open_blocks(spec, files, tokenizer, progress)
     rows: npt.NDArray[np.int64] = blocks.blocks.rows
     tails = None
     if not rows.sum():
+        corrupt = (
+            f". {len(blocks.holes)} corrupt block(s) or file(s) were left out: {blocks.holes[0].why}"
+            if blocks.holes
+            else ""
+        )
         raise DataError(
             f"data.path: no rows in {len(files.files)} file(s), the first being {files.files[0].path}. "
-            "Expected at least lanes x lane_batch_size samples"
+            f"Expected at least lanes x lane_batch_size samples{corrupt}"
         )
     if token_index is not None and tokenizer is not None:
-        tails = pack_tails(token_index.tails, int(spec.sequence_length or 0), tokenizer.end_of_document)
-        rows = rows_per_block(token_index.tokens, tails)
-    order = LaneOrder(
+        tails = pack_all_tails(spec, token_index, tokenizer.end_of_document)
+        rows = np.concatenate([token_index.rows, rows_of_tails(tails)])
+    order = (StrictOrder if spec.shuffle == "strict" else LaneOrder)(
         rows,
         seed=seed,
         lanes=lanes,
         lane_batch_size=lane_batch_size,
         window_blocks=spec.window_row_groups,
         shuffle=spec.shuffle == "window",
+        repeat=spec.ragged == "repeat",
     )
     if order.steps_per_epoch == 0:
         what = f"sequences of {spec.sequence_length} tokens" if tokenizer else "rows"
         smaller = ", lower data.sequence_length" if tokenizer else ""
         raise DataError(
             f"data.path holds {order.samples} {what}; one step needs lanes x lane_batch_size = {lanes} x "
-            f"{lane_batch_size} = {lanes * lane_batch_size}. Add data, lower lanes or lane_batch_size{smaller}"
+            f"{lane_batch_size} = {lanes * lane_batch_size}. Add data, lower lanes or lane_batch_size{smaller}, or "
+            "set data.ragged: repeat"
         )
     return Source(spec, files, blocks, order, tokenizer=tokenizer, token_index=token_index, tails=tails)
-
-
-def _open_blocks(
-    spec: Data, files: FileSet, tokenizer: Tokenizer | None, progress: Progress | None
-) -> tuple[BlockFormat, TokenIndex | None]:
-    """Open the format and make its index, or take it from the cache."""
-    blocks: ParquetFiles | JsonLines
-    key: dict[str, Any] = {
-        "files": [[file.path, file.size_bytes, file.version] for file in files.files],
-        "kind": spec.kind,
-        "text_column": spec.text_column,
-        "columns": spec.columns,
-        "tokenizer": tokenizer.fingerprint if tokenizer else None,
-        "packing": [PACKING_VERSION, spec.sequence_length],
-    }
-    if spec.kind == "parquet":
-        blocks = ParquetFiles(files, text_column=spec.text_column, columns=spec.columns, progress=progress)
-        key["footers"] = [int(checksum) for checksum in blocks.blocks.checksum]
-    else:
-        blocks = JsonLines(
-            files, text_column=spec.text_column, columns=spec.columns, rows_per_block=spec.rows_per_block
-        )
-        key["rows_per_block"] = spec.rows_per_block
-    if tokenizer is None and isinstance(blocks, ParquetFiles):
-        return blocks, None  # the footers are the index
-    # A store that tells nothing of a file but its size could hand out an old index for new data.
-    path = cache_path(key) if all(file.version for file in files.files) else None
-    cached = load_cached(path) if path else None
-    if cached is not None:
-        arrays, notes = cached
-        if isinstance(blocks, JsonLines):
-            blocks.restore(arrays, notes)
-        return blocks, _restore_tokens(arrays, notes) if tokenizer else None
-    arrays, notes = {}, {}
-    if isinstance(blocks, JsonLines):
-        blocks.index(progress)
-        arrays, notes = blocks.save()
-    tokens = None
-    if tokenizer is not None:
-        tokens = index_tokens(blocks, str(spec.text_column), tokenizer, int(spec.sequence_length or 0), progress)
-        arrays |= {"tokens": tokens.tokens, "token_checksum": tokens.checksum, "tails": tokens.tails}
-        notes |= {"null_documents": tokens.null_documents}
-    if path:
-        store_cached(path, arrays, notes)
-    return blocks, tokens
-
-
-def _restore_tokens(arrays: Arrays, notes: dict[str, Any]) -> TokenIndex:
-    return TokenIndex(arrays["tokens"], arrays["token_checksum"], arrays["tails"], int(notes["null_documents"]))

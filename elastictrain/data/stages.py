@@ -11,10 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
+from elastictrain.data import open_data
 from elastictrain.data.holes import Hole, HoledOrder
+from elastictrain.data.mixed import MixedSource
+from elastictrain.data.mixture import Segment, join_plans
 from elastictrain.data.order import LaneOrder
 from elastictrain.data.seeds import stage_seed
-from elastictrain.data.source import Source, open_source
+from elastictrain.data.source import Source
 from elastictrain.errors import DataError
 from elastictrain.protocol import Stage
 
@@ -48,26 +51,73 @@ def first_stage(job: Job) -> Stage:
     return Stage(0, 0, job.lanes, job.lane_batch_size)
 
 
-def open_stage(job: Job, stage: Stage, progress: Progress | None = None) -> Source:
-    """The job's data in the order of a stage. Raises DataError as `open_source`."""
-    source = open_source(
+def order_begins(stages: Sequence[Stage]) -> Stage:
+    """The stage whose order the last one goes on with."""
+    return next((stage for stage in reversed(stages) if not stage.continues), stages[0])
+
+
+def open_stage(
+    job: Job, stage: Stage, before: Sequence[Stage] = (), progress: Progress | None = None
+) -> Source | MixedSource:
+    """The job's data in the order of a stage. `before`: the stages that it follows on, for its mixture.
+
+    Raises DataError as `open_source`, and for samples that are taken out of an order that cannot do without them.
+    """
+    source = open_data(
         job.data,
         seed=stage_seed(job.seed, stage.order),
         lanes=stage.lanes or job.lanes,
         lane_batch_size=stage.lane_batch_size or job.lane_batch_size,
+        segments=_schedule([*before, stage]),
         progress=progress,
     )
     if stage.holes:
-        source.order = cast("LaneOrder", holed(source.order, stage))  # it reads like one
+        try:
+            _take_out(source, stage)
+        except BaseException:
+            source.close()
+            raise
     return source
 
 
+def _schedule(stages: Sequence[Stage]) -> list[Segment]:
+    """The mixture's schedule of the last stage's order. Where steps of the order are passed over, a segment begins at
+    the step of the order that the planned step of the run uses.
+    """
+    begin = order_begins(stages)
+
+    def place(stage: Stage, from_step: int) -> int:
+        return begin.from_step + stage.position(from_step + 1)
+
+    plans = []
+    for stage in stages:
+        if stage.index >= begin.index and stage.mixture:
+            planned = [Segment.from_json(shown) for shown in stage.mixture]
+            placed = [replace(segment, from_step=place(stage, segment.from_step)) for segment in planned]
+            plans.append((place(stage, stage.from_step), placed))
+    return join_plans(plans)
+
+
+def _take_out(source: Source | MixedSource, stage: Stage) -> None:
+    if isinstance(source, MixedSource):
+        raise DataError(
+            "single samples cannot be taken out of a mixture. Skip the steps that would use them (--steps), or take "
+            "the file out of data.sources"
+        )
+    source.order = cast("LaneOrder", holed(source.order, stage))  # it reads like one
+
+
 def holed(order: Any, stage: Stage) -> HoledOrder:
-    """The order of a stage without the samples of its holes. Raises DataError for an order that knows no blocks."""
+    """The order of a stage without the samples of its holes. Raises DataError for an order that cannot do without."""
     if not isinstance(order, LaneOrder):
         raise DataError(
             f"samples of single row groups cannot be taken out of this order ({type(order).__name__}). Skip the steps "
             "that would use them (--steps), or take the file out of data.path"
+        )
+    if order.repeated_per_epoch:
+        raise DataError(
+            "single samples cannot be taken out where an epoch is filled up with its first samples (data.ragged: "
+            "repeat). Skip the steps that would use them (--steps), or take the file out of data.path"
         )
     return HoledOrder(order, [Hole(*hole) for hole in stage.holes])
 
@@ -100,6 +150,24 @@ def with_skips(stages: Sequence[Stage], skips: Sequence[Skip], step: int) -> tup
         holes=tuple(holes), skips=len(skips),
     )  # fmt: skip
     return (*stages, begun)
+
+
+def with_mixture(stages: Sequence[Stage], plan: Sequence[Segment] | None, step: int) -> tuple[Stage, ...]:
+    """The stages of a run that goes on after `step` with this plan of a mixture, which from now on says, and not the
+    settings, what is read. None: no mixture. Another plan than that of the last stage is a stage that continues its
+    order; a last stage that has none yet, because it is new, gets it.
+    """
+    last, shown = stages[-1], None if plan is None else tuple(segment.as_json() for segment in plan)
+    if last.mixture is None or shown is None:
+        return (*stages[:-1], replace(last, mixture=shown))
+    if shown == last.mixture:
+        return tuple(stages)
+    at = last.position(step + 1)
+    jumps = tuple((first, end) for first, end in last.jumps if end > at)
+    new = replace(
+        last, index=last.index + 1, from_step=step, continues=True, begun=last.order, at=at, jumps=jumps, mixture=shown
+    )
+    return (*stages, new)
 
 
 def with_lanes(stages: Sequence[Stage], lanes: int, lane_batch_size: int, step: int) -> tuple[Stage, ...]:

@@ -35,7 +35,10 @@ Arrays = dict[str, npt.NDArray[Any]]
 _MAGIC = b"ETWARM01"
 _HEAD = struct.Struct("<8sQQQ")
 _ALIGN = 64
-_ORDER_ONLY = ("lanes", "lane_batch_size", "shuffle", "window_row_groups", "samples", "order_version", "hash", "files")
+_ORDER_ONLY = (
+    "lanes", "lane_batch_size", "shuffle", "window_row_groups", "samples", "order_version", "ragged", "mixture_version",
+    "hash", "files",
+)  # fmt: skip
 """Keys of a fingerprint that say in which order samples come, and those that others imply."""
 _NUMBERS = "biuf"
 
@@ -43,8 +46,10 @@ _log = logging.getLogger(__name__)
 
 
 def cache_key(fingerprint: Mapping[str, Any]) -> str:
-    """Return the name of the folder for data with this fingerprint."""
+    """Return the name of the folder for data with this fingerprint (`content` of a source or of a mixture)."""
     content = {name: value for name, value in fingerprint.items() if name not in _ORDER_ONLY}
+    if "sources" in content:
+        content["sources"] = {name: cache_key(source) for name, source in content["sources"].items()}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -14,7 +14,7 @@ import torch
 
 from elastictrain.agreement import differences
 from elastictrain.controller import events as ev
-from elastictrain.engine import saving
+from elastictrain.engine import restoring, saving, starting
 from elastictrain.engine.collective import GATHER_DEADLINE_S, GroupSet, Peer
 from elastictrain.engine.commit import apply_step
 from elastictrain.engine.inquest import check_claims, claims_from_json, claims_to_json
@@ -22,8 +22,9 @@ from elastictrain.engine.parcels import Arrival, wrap
 from elastictrain.engine.step import published_pieces
 from elastictrain.engine.worker_model import build_initial
 from elastictrain.errors import CheckpointMismatch, CorruptWorker, InternalError, PeerLost
-from elastictrain.protocol import FormPlan
+from elastictrain.protocol import FormPlan, ReadBytes
 from elastictrain.signs import Activity
+from elastictrain_checkpoint import Reader
 
 if TYPE_CHECKING:
     from elastictrain.engine.session import Session
@@ -31,9 +32,10 @@ if TYPE_CHECKING:
 FORMING_DEADLINE_S = 300.0
 
 
-def enter_generation(session: Session, plan: FormPlan, groups: GroupSet) -> None:
-    """Bring this worker's state to `plan.step` under `plan.layout` and seal. Raises PeerLost, Parked or a checkpoint
-    error; the worker's state is then what its next park report says.
+def enter_generation(session: Session, plan: FormPlan, groups: GroupSet) -> ReadBytes | None:
+    """Bring this worker's state to `plan.step` under `plan.layout` and seal. Returns what was read of a checkpoint, if
+    the state comes from one. Raises PeerLost, Parked or a checkpoint error; the worker's state is then what its next
+    park report says.
     """
     groups.deadline_s = groups.gather_deadline_s = FORMING_DEADLINE_S
     held = session.model.held
@@ -42,8 +44,9 @@ def enter_generation(session: Session, plan: FormPlan, groups: GroupSet) -> None
         session.check()
         session.doubt = None  # it was in this worker's last report, and whoever has formed this generation knows it
     digests: dict[str, str] = {}
+    reader: Reader | None = None
     if plan.restore is not None:
-        _restore(session, plan)
+        reader = _restore(session, plan, groups)
     else:
         session.pristine = False
         _check_memory(session)
@@ -61,8 +64,9 @@ def enter_generation(session: Session, plan: FormPlan, groups: GroupSet) -> None
     session.pulse.enter(Activity.MEET)
     _publish_all(session, plan, groups)
     _share_counters(session, plan, groups)
-    _seal(session, plan, groups, digests)
+    read = _seal(session, plan, groups, digests, reader)
     groups.gather_deadline_s = GATHER_DEADLINE_S
+    return read
 
 
 def _check_memory(session: Session) -> None:
@@ -169,10 +173,13 @@ def _share_counters(session: Session, plan: FormPlan, groups: GroupSet) -> None:
         at += size
 
 
-def _seal(session: Session, plan: FormPlan, groups: GroupSet, digests: dict[str, str]) -> None:
+def _seal(
+    session: Session, plan: FormPlan, groups: GroupSet, digests: dict[str, str], reader: Reader | None
+) -> ReadBytes | None:
     """The first complete vote of the generation: from then on its layout is the truth."""
     session.probes.at(plan.step + 1, "seal")
     mine = {"generation": plan.generation, "step": plan.step, "copies": digests, **_sums(session, plan)}
+    mine["read"] = 0 if reader is None else reader.read_bytes
     said = [json.loads(raw) for raw in groups.all_gather_sized(json.dumps(mine).encode())]
     if any((s["generation"], s["step"]) != (plan.generation, plan.step) for s in said):
         raise InternalError(f"the seal of generation {plan.generation} at step {plan.step} got {said}")
@@ -188,6 +195,10 @@ def _seal(session: Session, plan: FormPlan, groups: GroupSet, digests: dict[str,
         done.sealed_generation = plan.generation
         done.vote = None
         session.pending = None
+    if reader is None:
+        return None
+    each = tuple((worker, one["read"]) for worker, one in zip(plan.layout.workers, said, strict=True))
+    return ReadBytes(reader.manifest.size_bytes, each)
 
 
 def _sums(session: Session, plan: FormPlan) -> dict[str, Any]:
@@ -206,8 +217,10 @@ def _learn(session: Session, plan: FormPlan, groups: GroupSet, said: dict[int, d
         check_claims(session, plan.layout, groups, claims, commit=plan.step)
 
 
-def _restore(session: Session, plan: FormPlan) -> None:
-    """State from a checkpoint, or the recipe's initial state; only the held blocks are read, the rest is gathered."""
+def _restore(session: Session, plan: FormPlan, groups: GroupSet) -> Reader | None:
+    """State from a checkpoint, or the recipe's initial state; only the held blocks are filled, the rest is gathered.
+    Returns the checkpoint's reader.
+    """
     assert plan.restore is not None
     model, held, done = session.model, session.model.held, session.committed
     with session.apply_lock:
@@ -224,21 +237,61 @@ def _restore(session: Session, plan: FormPlan) -> None:
             initial = build_initial(model.recipe, session.job.seed)
             model.flat.read_initial(initial)
             held.start_from(initial)
-        else:
-            _load(session, plan.restore.step)
+    # Without the lock: peers are waited for. What is held here counts for nobody before the seal.
+    reader: Reader | None = None
+    if plan.restore.checkpoint is not None:
+        reader = _load(session, plan, groups)
+    else:
+        _begin(session, plan, groups)
+    with session.apply_lock:
+        session.check()
         done.step = plan.step
     if plan.restore.discard_newer and session.saver is not None and session.worker == plan.first_known:
         session.saver.discard_after(plan.restore.step)
+    return reader
 
 
-def _load(session: Session, step: int) -> None:
-    job = session.job
+def _begin(session: Session, plan: FormPlan, groups: GroupSet) -> None:
+    """The start of a run that begins with the weights of another one."""
+    settings = session.job.start_from
+    if settings is None:
+        return
+    session.pristine = False
+    company = _company(session, plan, groups)
+    model = session.model
+    starting.begin(model.flat, model.held, settings, plan.layout, plan.first_known, company, session.worker)
+
+
+def _company(session: Session, plan: FormPlan, groups: GroupSet) -> restoring.Company | None:
+    """Those who restore together; None for one who is alone."""
+
+    def beat() -> None:
+        session.check()
+        session.probes.at(plan.step + 1, "restore")
+
+    def meeting(waits: bool) -> None:
+        session.pulse.enter(Activity.MEET if waits else Activity.FORM)
+
+    if groups.world == 1:
+        beat()
+        return None
+    workers = plan.layout.workers
+    return restoring.Company(groups, workers, [plan.layout.held(worker) for worker in workers], beat, meeting)
+
+
+def _load(session: Session, plan: FormPlan, groups: GroupSet) -> Reader:
+    job, step = session.job, plan.step
     if job.checkpoint is None:
         raise InternalError(f"told to restore step {step}, but the job has no checkpoint setting")
-    reader = saving.open_checkpoint(job.checkpoint, step)
+    company = _company(session, plan, groups)
+    reader = restoring.open_together(job.checkpoint, step, company)
     stored = reader.tree.get("numerics", {})
     problems = differences(stored, session.numerics, f"worker {session.worker}") if stored else []
     if problems and job.numerics.strict:
         raise CheckpointMismatch("; ".join(problems) + " (numerics.strict is set)")
     session.pristine = False
-    saving.restore(session.model.flat, session.model.held, reader)
+    try:
+        restoring.restore(session.model.flat, session.model.held, reader, company)
+    except OSError as error:
+        raise restoring.unreadable(job.checkpoint, step, error) from error
+    return reader

@@ -12,12 +12,11 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from itertools import pairwise
 
 import torch
 
-from elastictrain.data import LaneReader, Source
+from elastictrain.data import LaneReader, MixedSource, Source
 from elastictrain.data.feeder import Feeder
 from elastictrain.data.stages import first_stage, open_stage, stage_of
 from elastictrain.engine.collective import Rendezvous
@@ -40,7 +39,7 @@ class StageFeeder:
 
     def __init__(self, stages: Sequence[Stage], open_feeder: Callable[[Stage], Feeder], feeder_of_last: Feeder) -> None:
         self._stages, self._open = tuple(stages), open_feeder
-        self._feeders = {self._stages[-1]: feeder_of_last}
+        self._feeders = {self._stages[-1].index: feeder_of_last}
 
     def batch(self, step: int, lane: int) -> Mapping[str, torch.Tensor]:
         stage = self._stage(step)
@@ -48,12 +47,13 @@ class StageFeeder:
 
     def expect(self, upcoming: Iterable[tuple[int, int]]) -> None:
         """Say which (step, lane) come next, so that they are read ahead."""
-        places: dict[Stage, list[tuple[int, int]]] = {stage: [] for stage in self._feeders}
+        places: dict[int, list[tuple[int, int]]] = {index: [] for index in self._feeders}
         for step, lane in upcoming:
             stage = self._stage(step)
-            places.setdefault(stage, []).append((stage.position(step), lane))
-        for stage, mine in places.items():
-            self._feeder(stage).expect(mine)
+            self._feeder(stage)
+            places.setdefault(stage.index, []).append((stage.position(step), lane))
+        for index, mine in places.items():
+            self._feeders[index].expect(mine)
 
     def _stage(self, step: int) -> Stage:
         """That of the step; the last one where its number of lanes is not that of the job any more."""
@@ -61,9 +61,9 @@ class StageFeeder:
         return stage if (stage.lanes, stage.lane_batch_size) == (last.lanes, last.lane_batch_size) else last
 
     def _feeder(self, stage: Stage) -> Feeder:
-        if stage not in self._feeders:
-            self._feeders[stage] = self._open(stage)
-        return self._feeders[stage]
+        if stage.index not in self._feeders:
+            self._feeders[stage.index] = self._open(stage)
+        return self._feeders[stage.index]
 
 
 class WorkerHost:
@@ -99,10 +99,10 @@ class WorkerHost:
         device = apply_numerics(self.job.numerics)
         model = build(self.job, device)
         marks.append(("model_s", time.perf_counter()))
-        source = open_stage(self.job, self.stages[-1])
+        source = self._source(self.stages[-1])
         feeder = StageFeeder(
             self.stages,
-            lambda stage: self._feeder(open_stage(self.job, stage), device),
+            lambda stage: self._feeder(self._source(stage), device),
             self._feeder(source, device),
         )
         marks.append(("data_s", time.perf_counter()))
@@ -116,7 +116,7 @@ class WorkerHost:
             emit=self.outbox.put,
             probes=self._probes,
             data_fingerprint=source.fingerprint,
-            stages=[asdict(stage) for stage in self.stages],
+            stages=[stage.as_json() for stage in self.stages],
             pulse=self.pulse,
         )
         session.rehearse()
@@ -135,7 +135,10 @@ class WorkerHost:
             prepared_s={name: at - before for (_, before), (name, at) in pairwise(marks)},
         )
 
-    def _feeder(self, source: Source, device: torch.device) -> Feeder:
+    def _source(self, stage: Stage) -> Source | MixedSource:
+        return open_stage(self.job, stage, [one for one in self.stages if one.index < stage.index])
+
+    def _feeder(self, source: Source | MixedSource, device: torch.device) -> Feeder:
         return Feeder(LaneReader(source), device, budget_bytes=self.job.data.prefetch_bytes)
 
     @property

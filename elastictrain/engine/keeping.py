@@ -19,6 +19,7 @@ from elastictrain.engine.reports import Storing
 from elastictrain.engine.saver import Saver
 from elastictrain.engine.saving import Owned
 from elastictrain.engine.vote import FLAG_COMMITTED, FLAG_STORING
+from elastictrain.job import Job
 from elastictrain.protocol import FormPlan
 from elastictrain.signs import Activity
 
@@ -186,7 +187,7 @@ class Keeper:
             step=step,
             generation=generation,
             tree={"step": step, "seed": s.job.seed, "stages": s.stages, "data": s.data_fingerprint,
-                  "numerics": s.numerics},
+                  "numerics": s.numerics, **_provenance(s.job)},
             aliases=s.model.space.aliases,
             info={"world": world, **self._metrics},
         )  # fmt: skip
@@ -229,3 +230,8 @@ class Keeper:
         """Raise Parked when this generation is over. Asking is no beat: to wait is no sign of progress."""
         if self._session.is_parked():
             self._session.check()
+
+
+def _provenance(job: Job) -> dict[str, Any]:
+    """What the run began with, if not with the recipe's initial values."""
+    return {} if job.start_from is None else {"start_from": job.start_from.provenance()}

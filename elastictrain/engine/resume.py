@@ -7,15 +7,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from elastictrain.data import fingerprint_difference
-from elastictrain.data.stages import Skip, first_stage, open_stage, with_lanes, with_skips
+from elastictrain.data import MixedSource, Segment, Source, fingerprint_difference
+from elastictrain.data.stages import Skip, first_stage, open_stage, with_lanes, with_mixture, with_skips
+from elastictrain.engine.origins import pin
 from elastictrain.engine.saving import open_store
 from elastictrain.errors import CheckpointMismatch, ConfigError, CorruptCheckpoint, DataError
 from elastictrain.job import Job
+from elastictrain.origin import StartFrom
 from elastictrain.protocol import Restore, Stage
 from elastictrain_checkpoint import CheckpointError, Manifest, Skipped, Store, list_steps, load, newest, verify
 
 _ABOUT_ORDER = ("lanes", "lane_batch_size", "seed")
+Note = tuple[str, dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,25 +31,27 @@ class Start:
     restore: Restore
     checkpoints: tuple[tuple[int, str], ...]
     stages: tuple[Stage, ...]
-    notes: tuple[tuple[str, dict[str, Any]], ...] = ()
+    notes: tuple[Note, ...] = ()
     resumed: bool = False
     generation: int = 0
     data: Mapping[str, Any] = field(default_factory=dict)
+    start_from: StartFrom | None = None
 
 
 def find_start(job: Job, *, resume: bool, step: int | None = None, skips: Sequence[Skip] = ()) -> Start:
     """Decide where the run starts, and check that its data can be read. `skips`: what `data skip` was asked for so far.
 
     A new run refuses a checkpoint folder that holds another run's checkpoints. A resumed one takes the newest (or
-    `step`), verifies every byte of it, and refuses when it is damaged (naming what, and which older one is good), when
-    the data have changed, or when it belongs to another job. Raises UserError or CorruptCheckpoint.
+    `step`), and refuses when it is not whole (naming what, and which older one is), when the data have changed, or when
+    it belongs to another job. Bytes are checked by the workers, as they restore: reading all of them here first would
+    read them twice, by one process alone (see `older_offer`). Raises UserError or CorruptCheckpoint.
     """
     if job.checkpoint is None:
         if resume:
             raise ConfigError(
                 "--resume: the job has no checkpoint setting, so there is nothing to go on from; set checkpoint.path"
             )
-        return _anew(job)
+        return _new(job)
     store = open_store(job.checkpoint)
     steps = sorted(list_steps(store))
     if not resume:
@@ -55,31 +60,62 @@ def find_start(job: Job, *, resume: bool, step: int | None = None, skips: Sequen
                 f"checkpoint.path={job.checkpoint.path!r} already holds checkpoints (steps {_some(steps)}); go on with "
                 "them (--resume), or set checkpoint.path to an empty folder"
             )
-        return _anew(job)
+        return _new(job)
     manifest = _chosen(store, job, steps, step)
-    _verify(store, manifest, steps)
-    stages, notes = _stages(job, manifest, skips)
-    data = _check_data(job, manifest, stages[-1])
+    stages, notes = _with_lanes(job, manifest)
+    origin = _recorded_origin(job, manifest)
+    stages, changed, data = _check_data(job, manifest, stages)
+    stages, left_out = _with_skips(job, manifest, stages, skips)
+    notes += changed + left_out
     later = [s for s in steps if s > manifest.step]
     if later:
         notes.append(("given_up", {"step": manifest.step, "steps": later}))
     path = f"{job.checkpoint.path.rstrip('/')}/step-{manifest.step:08d}"
     known = tuple((s, path.rpartition("/")[0] + f"/step-{s:08d}") for s in steps if s <= manifest.step)
     return Start(
-        Restore(manifest.step, path),
+        Restore(manifest.step, path, insist=True),
         known,
         stages,
         tuple(notes),
         resumed=True,
         generation=_newest_generation(store, steps),
         data=data,
+        start_from=origin,
     )
 
 
-def _anew(job: Job) -> Start:
+def _new(job: Job) -> Start:
+    """A run from its first step."""
     source = open_stage(job, first_stage(job))
     source.close()
-    return Start(Restore(0, None), (), (first_stage(job),), data=source.fingerprint)
+    stages = with_mixture((first_stage(job),), _plan(source), 0)
+    if job.start_from is None:
+        return Start(Restore(0, None), (), stages, data=source.fingerprint)
+    pinned = pin(job)
+    notes = (("started_from", pinned.said),)
+    return Start(Restore(0, None), (), stages, notes, data=source.fingerprint, start_from=pinned.settings)
+
+
+def _plan(source: Source | MixedSource) -> Sequence[Segment] | None:
+    """What a mixture's settings ask for, in integers."""
+    return source.plan if isinstance(source, MixedSource) else None
+
+
+def _recorded_origin(job: Job, manifest: Manifest) -> StartFrom | None:
+    """What the run has begun with: should it go back to its start, it begins with the same again."""
+    recorded = (manifest.tree or {}).get("start_from")
+    if recorded is None:
+        problems = ["the run was started with the recipe's initial values"] if job.start_from is not None else []
+    else:
+        problems = job.start_from.differences(recorded) if job.start_from is not None else []
+    if problems:
+        shown = "\n  ".join(problems)
+        raise CheckpointMismatch(
+            f"start_from is not what the run of checkpoint step {manifest.step} has begun with:\n  {shown}\n"
+            "leave start_from out to go on, or start a new run (another checkpoint.path)"
+        )
+    options = {} if job.start_from is None else {"storage_options": job.start_from.storage_options}
+    return None if recorded is None else StartFrom.model_validate(recorded | options)
 
 
 def _some(steps: list[int]) -> str:
@@ -109,18 +145,19 @@ def _chosen(store: Store, job: Job, steps: list[int], step: int | None) -> Manif
     return found
 
 
-def _verify(store: Store, manifest: Manifest, steps: list[int]) -> None:
-    problems = verify(store, manifest)
-    if not problems:
-        return
-    older = next((s for s in reversed(steps) if s < manifest.step and _is_sound(store, s)), None)
-    offer = (
+def older_offer(job: Job, step: int) -> str:
+    """What to do when the workers find `step` damaged: the newest older one every byte of which is right, in words."""
+    assert job.checkpoint is not None, "it was restored from there"
+    store = open_store(job.checkpoint)
+    try:
+        older = next((s for s in sorted(list_steps(store), reverse=True) if s < step and _is_sound(store, s)), None)
+    except OSError as error:
+        return f"whether an older one is whole could not be found out: {error}"
+    return (
         f"take the older step {older} with --resume-step {older}"
         if older is not None
         else "there is no older one that is whole"
     )
-    shown = "; ".join(problem.message for problem in problems[:3])
-    raise CorruptCheckpoint(f"checkpoint step {manifest.step} in {store.url} is damaged and refused: {shown}; {offer}")
 
 
 def _newest_generation(store: Store, steps: list[int]) -> int:
@@ -139,12 +176,8 @@ def _is_sound(store: Store, step: int) -> bool:
         return False
 
 
-def _stages(
-    job: Job, manifest: Manifest, skips: Sequence[Skip]
-) -> tuple[tuple[Stage, ...], list[tuple[str, dict[str, Any]]]]:
-    """The stages so far; a new one when the number of lanes or the lane batch size has changed, or when samples that
-    the checkpoint does not know of are to be skipped.
-    """
+def _with_lanes(job: Job, manifest: Manifest) -> tuple[tuple[Stage, ...], list[Note]]:
+    """The stages so far; a new one when the number of lanes or the lane batch size has changed."""
     tree: Mapping[str, Any] = manifest.tree or {}
     if "stages" not in tree:
         raise CheckpointMismatch(
@@ -157,22 +190,37 @@ def _stages(
         )
     before = tuple(Stage.from_json(stage) for stage in tree["stages"])
     stages = with_lanes(before, job.lanes, job.lane_batch_size, manifest.step)
-    notes: list[tuple[str, dict[str, Any]]] = []
-    if stages != before:
-        last, new = before[-1], stages[-1]
-        notes.append(("stage", {"stage": new.index, "step": manifest.step, "lanes_before": last.lanes,
-                                "lanes": job.lanes, "lane_batch_size_before": last.lane_batch_size,
-                                "lane_batch_size": job.lane_batch_size}))  # fmt: skip
+    if stages == before:
+        return stages, []
+    last, new = before[-1], stages[-1]
+    said = {"stage": new.index, "step": manifest.step, "lanes_before": last.lanes, "lanes": job.lanes,
+            "lane_batch_size_before": last.lane_batch_size, "lane_batch_size": job.lane_batch_size}  # fmt: skip
+    return stages, [("stage", said)]
+
+
+def _with_skips(
+    job: Job, manifest: Manifest, stages: tuple[Stage, ...], skips: Sequence[Skip]
+) -> tuple[tuple[Stage, ...], list[Note]]:
+    """The stages, with a new one when samples that the checkpoint does not know of are to be skipped."""
     taken = stages[-1].skips
     stages = with_skips(stages, skips, manifest.step)
-    if stages[-1].skips != taken:
-        said = {"stage": stages[-1].index, "step": manifest.step, "what": [skip.words for skip in skips[taken:]]}
-        notes.append(("data_skipped", said | {"jumps": stages[-1].jumps, "holes": stages[-1].holes}))
-    return stages, notes
+    new = stages[-1]
+    if new.skips == taken:
+        return stages, []
+    open_stage(job, new, stages[:-1]).close()  # raises if too little is left
+    said = {"stage": new.index, "step": manifest.step, "what": [skip.words for skip in skips[taken:]]}
+    return stages, [("data_skipped", said | {"jumps": new.jumps, "holes": new.holes})]
 
 
-def _check_data(job: Job, manifest: Manifest, stage: Stage) -> Mapping[str, Any]:
-    source = open_stage(job, stage)
+def _check_data(
+    job: Job, manifest: Manifest, stages: tuple[Stage, ...]
+) -> tuple[tuple[Stage, ...], list[Note], Mapping[str, Any]]:
+    """The stages, the last one with its mixture's plan; another plan than the recorded one is a stage that continues.
+    And the fingerprint of the data.
+
+    Raises DataError when a source that was there before has changed.
+    """
+    source = open_stage(job, stages[-1], stages[:-1])
     try:
         changes = fingerprint_difference(manifest.tree.get("data", {}), source.fingerprint, ignoring=_ABOUT_ORDER)
     finally:
@@ -183,4 +231,9 @@ def _check_data(job: Job, manifest: Manifest, stage: Stage) -> Mapping[str, Any]
             f"the data have changed since checkpoint step {manifest.step}:\n  {shown}\n"
             "put the data back, or start a new run (another checkpoint.path)"
         )
-    return source.fingerprint
+    last, stages = stages[-1], with_mixture(stages, _plan(source), manifest.step)
+    new = stages[-1]
+    if new.index == last.index:
+        return stages, [], source.fingerprint
+    said = {"stage": new.index, "step": manifest.step, "mixture_before": last.mixture, "mixture": new.mixture}
+    return stages, [("stage", said)], source.fingerprint

@@ -160,7 +160,7 @@ class Saver:
         self._settings = settings
         self._probe = probe or (lambda _step, _phase: None)
         self._store = open_store(settings)
-        self._lazy = LazySaver(self._store if probe is None else ProbedStore(settings, probe))
+        self._lazy = LazySaver(self._store if probe is None else ProbedStore(settings, probe), max_copy=1.0)
         self._committer = Committer(self._store)
         self._bases = Bases(self._store, settings.full_every) if settings.incremental else None
         self.begun: Begun | None = None
@@ -185,7 +185,7 @@ class Saver:
         return Writing(self, handle, attempt, dict(owned.numbers))
 
     def before_apply(self) -> None:
-        """The state is about to change: copy what is not written yet, up to a fifth of all; wait for what is beyond."""
+        """The state is about to change: copy what is not written yet. Never waits for storage."""
         self._lazy.before_mutation()
 
     def give_up(self) -> list[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,12 +17,11 @@ import torch
 from elastictrain.engine.flat import FlatModel
 from elastictrain.engine.held import HeldState
 from elastictrain.engine.space import Block
-from elastictrain.errors import CheckpointMismatch, CorruptCheckpoint
+from elastictrain.errors import CorruptCheckpoint
 from elastictrain.job import Checkpoint
 from elastictrain.layout import Shard
 from elastictrain_checkpoint import (
     CheckpointError,
-    CorruptData,
     Piece,
     Reader,
     Store,
@@ -31,11 +30,11 @@ from elastictrain_checkpoint import (
     load,
 )
 
-_NAMES = {
+NAMES = {
     torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-_TYPES = {name: dtype for dtype, name in _NAMES.items()}
+TYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
 def as_buffer(tensor: torch.Tensor) -> memoryview:
@@ -44,10 +43,15 @@ def as_buffer(tensor: torch.Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def _stored_name(block: Block, key: str) -> str:
+def weight_name(kind: str, name: str) -> str:
+    """Under which a parameter or floating buffer of this kind is stored."""
+    return f"{'buffer' if kind == 'buffer' else 'model'}/{name}"
+
+
+def stored_name(block: Block, key: str) -> str:
     name = block.entry.name
     if key == "master":
-        return f"{'buffer' if block.entry.kind == 'buffer' else 'model'}/{name}"
+        return weight_name(block.entry.kind, name)
     return f"ema/{name}" if key == "ema" else f"optim/{name}/{key.removeprefix('optim/')}"
 
 
@@ -67,7 +71,7 @@ class Owned:
         their piece: a pack holds one box of a tensor at most, so a piece for every block would be a file for every
         block.
         """
-        dtype = _NAMES[value.dtype]
+        dtype = NAMES[value.dtype]
         stop, buffers = self._ends.get((name, dtype), (-1, []))
         if stop != start:
             buffers = []
@@ -87,7 +91,7 @@ def owned_state(flat: FlatModel, held: HeldState, shards: Iterable[Shard], *, wi
         for number in range(shard.lo, shard.hi):
             block = flat.space.blocks[number]
             for key, value in held.tensors(number):
-                name = _stored_name(block, key)
+                name = stored_name(block, key)
                 if not isinstance(value, torch.Tensor):
                     owned.numbers[name] = value
                 elif value.dim() == 0 or (flat.space.whole_parameters and value.numel() != block.elements):
@@ -111,7 +115,7 @@ def digest_share(owned: Owned) -> bytes:
 
 
 def _hashes(piece: Piece) -> bytes:
-    return block_hashes(piece.data, _TYPES[piece.dtype].itemsize)
+    return block_hashes(piece.data, TYPES[piece.dtype].itemsize)
 
 
 def combine_shares(shares: Sequence[bytes], aliases: Mapping[str, str]) -> str:
@@ -148,109 +152,3 @@ def open_checkpoint(settings: Checkpoint, step: int) -> Reader:
         return Reader(store, load(store, step))
     except CheckpointError as error:
         raise CorruptCheckpoint(f"checkpoint step {step} in {settings.path}: {error}") from error
-
-
-def model_differences(flat: FlatModel, reader: Reader) -> list[str]:
-    """What the job's model has and the checkpoint has not, and the other way round; sentences."""
-    wanted = {_stored_name(b, "master"): list(b.entry.shape) for b in flat.space.blocks}
-    wanted |= {f"counter/{name}": list(value.shape) for name, value in flat.counters.items()}
-    wanted |= {alias: wanted[first] for alias, first in stored_aliases(flat.space.aliases).items()}
-    stored = {n: list(s) for n, (_, s) in reader.tensors.items() if n.split("/")[0] in ("model", "buffer", "counter")}
-    found = [f"{n} {wanted[n]} is in the model but not in the checkpoint" for n in wanted if n not in stored]
-    found += [f"{n} {stored[n]} is in the checkpoint but not in the model" for n in stored if n not in wanted]
-    found += [
-        f"{n} has shape {wanted[n]} in the model and {stored[n]} in the checkpoint"
-        for n in wanted
-        if n in stored and stored[n] != wanted[n]
-    ]
-    return found
-
-
-def optimizer_differences(held: HeldState, reader: Reader) -> list[str]:
-    """What the job's optimizer needs to find and the checkpoint has not; sentences. A checkpoint without any optimizer
-    state (imported weights) is a fresh start and differs in nothing.
-    """
-    found: dict[str, set[str]] = {}
-    for stored in [*reader.tensors, *reader.tree.get("numbers", {})]:
-        if stored.startswith("optim/"):
-            name, _, key = stored.removeprefix("optim/").rpartition("/")
-            found.setdefault(name, set()).add(key)
-    if not found:
-        return []
-    return [
-        f"optimizer {type(held.optimizer).__name__} needs {', '.join(sorted(wanted))} for {name}, the checkpoint has "
-        f"{', '.join(sorted(found.get(name, ()))) or 'nothing'}"
-        for name, wanted in held.state_keys().items()
-        if wanted - found.get(name, set())
-    ]
-
-
-def restore(flat: FlatModel, held: HeldState, reader: Reader) -> None:
-    """Fill every held block, and the counters, from a checkpoint; the parameters of other blocks come by gather.
-
-    Raises CheckpointMismatch listing what differs, and CorruptCheckpoint naming what is damaged.
-    """
-    problems = model_differences(flat, reader) or optimizer_differences(held, reader)
-    if problems:
-        shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise CheckpointMismatch(
-            f"the checkpoint does not belong to this job:\n  {shown}\n"
-            "use another checkpoint.path, or the model and the optimizer it was made with"
-        )
-    numbers = reader.tree.get("numbers", {})
-    try:
-        held.optimizer.state.clear()
-        for number in held.masters:
-            values = dict(_stored_values(flat.space.blocks[number], reader, flat.space.whole_parameters))
-            values |= _numbers_of(flat.space.blocks[number], numbers)
-            held.load(number, {k: held.placed(k, v) for k, v in values.items()})
-            held.flat.publish(number, held.masters[number])
-        for name, counter in flat.counters.items():
-            counter.copy_(_tensor(reader, f"counter/{name}", 0, counter.numel()).view(counter.shape))
-    except CorruptData as error:
-        raise CorruptCheckpoint(str(error)) from error
-
-
-def _stored_values(block: Block, reader: Reader, whole_parameters: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    span = (block.offset, block.offset + block.elements)
-    yield "master", _tensor(reader, _stored_name(block, "master"), *span)
-    if block.entry.kind != "param":
-        return
-    if f"ema/{block.entry.name}" in reader.tensors:
-        yield "ema", _tensor(reader, f"ema/{block.entry.name}", *span)
-    prefix = f"optim/{block.entry.name}/"
-    for name in _optimizer_names(reader).get(block.entry.name, ()):
-        shape = reader.tensors[name][1]
-        same = tuple(shape) == block.entry.shape
-        key = f"optim/{name.removeprefix(prefix)}"
-        if not same:
-            yield key, _tensor(reader, name, 0, int(torch.Size(shape).numel())).view(tuple(shape))
-        else:
-            value = _tensor(reader, name, *span)
-            yield key, value.view(block.entry.shape) if whole_parameters else value
-
-
-def _optimizer_names(reader: Reader) -> dict[str, list[str]]:
-    cached: dict[str, list[str]] | None = getattr(reader, "_elastictrain_optimizer_names", None)
-    if cached is None:
-        cached = {}
-        for name in reader.tensors:
-            if name.startswith("optim/"):
-                cached.setdefault(name.removeprefix("optim/").rpartition("/")[0], []).append(name)
-        reader._elastictrain_optimizer_names = cached  # type: ignore[attr-defined]
-    return cached
-
-
-def _numbers_of(block: Block, numbers: Mapping[str, Any]) -> dict[str, Any]:
-    prefix = f"optim/{block.entry.name}/"
-    if block.entry.kind != "param":
-        return {}
-    return {f"optim/{n.removeprefix(prefix)}": v for n, v in numbers.items() if n.startswith(prefix)}
-
-
-def _tensor(reader: Reader, name: str, start: int, stop: int) -> torch.Tensor:
-    dtype = _TYPES[reader.tensors[name][0]]
-    out = torch.empty(stop - start, dtype=dtype)
-    if out.numel():
-        reader.read_flat(name, start, stop, out=as_buffer(out))
-    return out.view(()) if not reader.tensors[name][1] else out

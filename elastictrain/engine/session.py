@@ -272,9 +272,10 @@ class Session:
         with self.apply_lock:
             self.check()
             self.groups = groups
-        enter_generation(self, plan, groups)
+        read = enter_generation(self, plan, groups)
         self.layout = plan.layout
-        self.emit(ev.Sealed(0.0, plan.generation, self.worker, plan.step))
+        read = read if self.worker == plan.first_known else None  # one says so for all
+        self.emit(ev.Sealed(0.0, plan.generation, self.worker, plan.step, read))
         Stepping(self, plan, groups).run()
 
     def _open_groups(self, plan: FormPlan) -> GroupSet:

@@ -72,19 +72,22 @@ def build(job: Job, device: torch.device) -> WorkerModel:
     return WorkerModel(recipe, space, flat, HeldState(flat, template, hook(recipe, "ema_decay")))
 
 
-def inspect(job: Job) -> ModelFacts:
-    """Check recipe and optimizer, and measure the model. Raises RecipeError; needs no worker.
-
-    The model is built on `meta` where the recipe's code allows it, else on the CPU.
-    """
-    recipe = load_recipe(job.recipe, job.recipe_args)
+def bare_model(recipe: Any, seed: int) -> nn.Module:
+    """The recipe's model for its names and shapes: on `meta` where the recipe's code allows it, else on the CPU."""
     try:
         with torch.device("meta"):
             model = recipe.model()
     except Exception:
-        model = build_initial(recipe, job.seed)
+        model = build_initial(recipe, seed)
     if not isinstance(model, nn.Module):
         raise RecipeError(f"recipe.model() must return a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def inspect(job: Job) -> ModelFacts:
+    """Check recipe and optimizer, and measure the model. Raises RecipeError; needs no worker."""
+    recipe = load_recipe(job.recipe, job.recipe_args)
+    model = bare_model(recipe, job.seed)
     space = Space(model, block_elements=job.block_elements, whole_parameters=job.ownership == "whole")
     template, _ = optimizer_template(recipe, model)
     tensors = check_optimizer(template, sliced=job.ownership == "sliced")

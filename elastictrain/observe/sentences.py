@@ -87,6 +87,8 @@ def _stage(data: Data) -> str:
         for key, name in (("lanes", "lanes"), ("lane_batch_size", "samples per lane"))
         if key in data and data.get(key + "_before") != data[key]
     ]
+    if data.get("mixture"):
+        changes.append("another mixture; every source goes on where it was")
     return _join("a new stage of the data order", _fact(data, "step", " after step {}"), _why(data)) + (
         f": {', '.join(changes)}" if changes else ""
     )
@@ -169,6 +171,28 @@ def _dropped(data: Data) -> str:
         _fact(data, "path", " at {}"),
         _fact(data, "next_step", ", taking step {} instead"),
     ) + _why(data)
+
+
+def _started_from(data: Data) -> str:
+    kept, skipped = data.get("kept") or (), data.get("skipped") or ()
+    return _join(
+        "begins with the weights of",
+        _fact(data, "checkpoint", " {}"),
+        _fact(data, "step", ", step {}"),
+        _fact(data, "tensors", ": {} tensors"),
+        f", {len(kept)} kept as the recipe made them" if kept else "",
+        f", {len(skipped)} not taken" if skipped else "",
+    )
+
+
+def _restored(data: Data) -> str:
+    stored, read = data.get("stored_bytes"), data.get("read_bytes")
+    by = data.get("read_by_worker") or {}
+    return _join(
+        f"checkpoint of step {data['step']} restored",
+        f": {read / 1e6:.1f} MB read of {stored / 1e6:.1f} MB stored" if stored and read is not None else "",
+        f", by {count(len(by), 'worker')}" if by else "",
+    )
 
 
 def _checkpoint(data: Data) -> str:
@@ -321,6 +345,8 @@ SENTENCES: dict[str, Callable[[Data], str]] = {
     "checkpoint": _checkpoint,
     "checkpoint_dropped": _dropped,
     "checkpoint_given_up": given_up_words,
+    "restored": _restored,
+    "started_from": _started_from,
     "given_up": lambda data: (
         f"checkpoints of steps {', '.join(map(str, data['steps']))} are of a history that is given up by going on from "
         f"step {data['step']}; they go with the first new checkpoint"

@@ -17,7 +17,7 @@ from pydantic_core import PydanticUndefined
 
 import elastictrain as et
 from elastictrain import faults
-from elastictrain.job import Job, parse_job
+from elastictrain.job import Data, Job, parse_job
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("elastictrain", "actors", "checkpoint", "examples", "tests", "benchmarks")
@@ -72,7 +72,7 @@ def test_ray_is_imported_only_by_the_actors() -> None:
 
 def test_torch_is_imported_only_where_tensors_are() -> None:
     found = importers("torch", python_files("elastictrain", "actors", "checkpoint"))
-    allowed = {"elastictrain/recipe.py", "elastictrain/data/feeder.py"}
+    allowed = {"elastictrain/recipe.py", "elastictrain/data/feeder.py", "elastictrain/data/streaming.py"}
     # Files of torch's own formats; `tests/unit/checkpoint/test_package.py` proves that nothing else leads to them.
     formats = ("dcp_writer", "in_dcp", "in_universal", "torch_files")
     allowed |= {f"checkpoint/elastictrain_checkpoint/convert/{name}.py" for name in formats}
@@ -152,7 +152,7 @@ def settings(model: type[BaseModel] = Job, prefix: str = "") -> Iterator[tuple[s
     """Every setting of a job by its path, with its default as the README shows it."""
     for name, field in model.model_fields.items():
         inner = [t for t in (field.annotation, *get_args(field.annotation)) if isinstance(t, type)]
-        nested = next((t for t in inner if issubclass(t, BaseModel)), None)
+        nested = next((t for t in inner if issubclass(t, BaseModel)), Data if name == "data" else None)
         if nested is not None:
             yield from settings(nested, f"{prefix}{name}.")
             continue

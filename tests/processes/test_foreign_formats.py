@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from elastictrain.engine.host import first_stage
+from elastictrain.data.stages import first_stage
 from elastictrain.engine.resume import find_start
 from elastictrain_checkpoint import Manifest, Reader, Store, load
 from elastictrain_checkpoint.convert import (

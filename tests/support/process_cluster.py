@@ -258,6 +258,7 @@ def run_job(
     faults: Sequence[Any] = (),
     *,
     restore: Restore | None = None,
+    checkpoints: Sequence[tuple[int, str]] = (),
     patch: Any = None,
     cuda_devices: int = 1,
     all_ready_first: bool = False,
@@ -280,7 +281,7 @@ def run_job(
             record.on_row = partial(on_row, driver)
         if on_event is not None:
             record.on_event = partial(on_event, driver)
-        outcome = driver.run(ev.Begun(0.0, restore or Restore(0, None)))
+        outcome = driver.run(ev.Begun(0.0, restore or Restore(0, None), tuple(checkpoints)))
     finally:
         effects.close()
     return Run(outcome, record, journal, machine)

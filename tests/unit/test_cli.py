@@ -10,7 +10,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from elastictrain.cli import app
@@ -121,6 +123,26 @@ def test_run_hands_its_options_on(fake: FakeRun, folder: Path) -> None:
     job = fake.asked["job"]
     assert (job.workers.min, job.workers.initial, job.workers.max) == (1, 1, 3)
     assert fake.asked["faults"] == ()
+
+
+@pytest.mark.parametrize(
+    ("place", "checkpoint", "step"),
+    [("hf", "hf", None), ("s3://b/runs@40", "s3://b/runs", 40), ("who@home", "who@home", None)],
+)
+def test_run_begins_with_other_weights(
+    fake: FakeRun, folder: Path, place: str, checkpoint: str, step: int | None
+) -> None:
+    assert call("run", "job.yaml", "--start-from", place).exit_code == 0
+    found = fake.asked["job"].start_from
+    assert (found.checkpoint, found.step, found.strict) == (checkpoint, step, True)
+    text = (folder / "job.yaml").read_text()
+    (folder / "job.yaml").write_text(
+        f"{text}\nstart_from: {{checkpoint: old, step: 7, strict: false, mapping: m.json}}\n"
+    )
+    assert call("run", "job.yaml", "--start-from", place).exit_code == 0
+    found = fake.asked["job"].start_from
+    assert (found.checkpoint, found.step) == (checkpoint, step), "the step is of the other place"
+    assert (found.strict, found.mapping) == (False, "m.json")
 
 
 def test_more_workers_than_lanes_is_said(fake: FakeRun) -> None:
@@ -308,6 +330,24 @@ def test_validate(folder: Path) -> None:
     result = call("validate", "job.yaml")
     assert result.exit_code == 2
     assert result.stderr == "recipe='ok_recipe.py:Q': ok_recipe.py has no 'Q'; it defines R\n"
+
+
+def test_validate_looks_at_the_weights_to_begin_with(folder: Path) -> None:
+    (folder / "line.py").write_text(
+        "from torch import nn, optim\n\n\nclass R:\n    def model(self):\n        return nn.Linear(2, 3)\n\n"
+        "    def optimizer(self, p):\n        return optim.SGD(p, lr=1)\n\n    def loss(self, m, b): ...\n"
+    )
+    (folder / "rows.jsonl").write_text("".join(f'{{"x": {i}}}\n' for i in range(40)))
+    job = JOB.replace("mod:Class", "line.py:R").replace("path: x", "path: rows.jsonl, columns: [x]")
+    (folder / "job.yaml").write_text(job + "\nstart_from: {checkpoint: w.safetensors}\n")
+    save_file({"weight": np.zeros((3, 2), np.float32), "bias": np.zeros(3, np.float32)}, folder / "w.safetensors")
+    result = call("validate", "job.yaml")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.endswith("weights   2 tensors of w.safetensors\n")
+    save_file({"weight": np.zeros((3, 2), np.float32), "bias": np.zeros(4, np.float32)}, folder / "w.safetensors")
+    result = call("validate", "job.yaml")
+    assert result.exit_code == 2
+    assert "model/bias has shape [3] in the model and [4] in the checkpoint" in result.stderr
 
 
 def test_ckpt_is_the_checkpoint_library(folder: Path) -> None:

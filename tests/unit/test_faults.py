@@ -31,8 +31,8 @@ from elastictrain.run import _check_faults
 
 KINDS = "kill, fail, freeze, terminate, lose_node, flip, miscompute, add, drain, kill_controller"
 PHASES = (
-    "'compute', 'exchange', 'mirror', 'vote', 'apply', 'gather', 'form', 'seal', 'store', 'stored', 'manifest' or "
-    "'committed'"
+    "'compute', 'exchange', 'mirror', 'vote', 'apply', 'gather', 'form', 'restore', 'seal', 'store', 'stored', "
+    "'manifest' or 'committed'"
 )
 WRONG: list[tuple[Any, str]] = [
     (

@@ -69,7 +69,13 @@ WRONG = [
         {"lane_batch_size": 3, "micro_batches": 2},
         "job: lane_batch_size=3 is not a multiple of micro_batches=2",
     ),
-    ({"data": {"kind": "csv", "path": "x"}}, "job: data.kind: Input should be 'parquet' or 'jsonl' (got 'csv')"),
+    (
+        {"data": {"kind": "orc", "path": "x"}},
+        (
+            "job: data.kind: Input should be 'parquet', 'jsonl', 'arrow', 'csv', 'webdataset', 'text' or 'huggingface' "
+            "(got 'orc')"
+        ),
+    ),
     (
         {"data": {"kind": "jsonl", "path": 3}},
         "job: data.path: Input should be a valid string (got 3)\njob: data.path: Input should be a valid tuple (got 3)",

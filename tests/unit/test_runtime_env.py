@@ -33,7 +33,8 @@ pytestmark = pytest.mark.usefixtures("folder_with_a_recipe")
 
 
 def test_an_embedded_ray_gets_variables_only_and_absolute_paths(tmp_path: Path) -> None:
-    job = a_job(checkpoint={"path": "ckpt"}, run_dir="out", numerics={"threads": 3})
+    origin = {"checkpoint": "other", "mapping": "rules.json"}
+    job = a_job(checkpoint={"path": "ckpt"}, run_dir="out", numerics={"threads": 3}, start_from=origin)
     prepared = prepare(job)
     assert prepared.runtime_env == {
         "env_vars": {
@@ -49,6 +50,8 @@ def test_an_embedded_ray_gets_variables_only_and_absolute_paths(tmp_path: Path) 
     assert prepared.job.checkpoint is not None
     assert prepared.job.checkpoint.path == f"{tmp_path}/ckpt"
     assert prepared.job.run_dir == f"{tmp_path}/out"
+    assert prepared.job.start_from is not None
+    assert prepared.job.start_from.checkpoint == f"{tmp_path}/other"
 
 
 def test_urls_stay_as_they_are() -> None:
@@ -240,7 +243,7 @@ def test_in_our_own_submission_nothing_is_repeated(monkeypatch: pytest.MonkeyPat
 def test_in_ray_job_submit_the_packages_are_added(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ELASTICTRAIN_HOME", str(tmp_path / "home"))
     inside(monkeypatch, {"working_dir": "gcs://_ray_pkg_9.zip"})
-    prepared = prepare(a_job(checkpoint={"path": "ckpt"}))
+    prepared = prepare(a_job(checkpoint={"path": "ckpt"}, start_from={"checkpoint": "other"}))
     assert [Path(module).name for module in prepared.runtime_env["py_modules"]] == PACKAGES
     assert "working_dir" not in prepared.runtime_env
     assert OVERRIDE_VARIABLE not in __import__("os").environ
@@ -248,6 +251,8 @@ def test_in_ray_job_submit_the_packages_are_added(monkeypatch: pytest.MonkeyPatc
     assert prepared.job.run_dir == f"{tmp_path}/home/runs/run-sub-1"
     assert prepared.job.checkpoint is not None
     assert prepared.job.checkpoint.path == f"{tmp_path}/home/ckpt"
+    assert prepared.job.start_from is not None
+    assert prepared.job.start_from.checkpoint == f"{tmp_path}/home/other"
 
 
 def test_beside_the_users_modules_ours_are_joined_to_them_and_ray_is_told_to_override(

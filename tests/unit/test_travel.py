@@ -89,6 +89,19 @@ def test_else_to_the_folder_of_the_job(tmp_path: Path, monkeypatch: pytest.Monke
     assert found.entrypoint == "python -m elastictrain.cli run 'job 1.yaml' --json --faults faults.yaml"
 
 
+def test_rules_for_the_weights_to_begin_with_travel_and_the_weights_do_not(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("")
+    (tmp_path / "rules").mkdir()
+    (tmp_path / "rules" / "names.json").write_text("[]")
+    origin = {"checkpoint": "other/run", "mapping": "rules/names.json"}
+    found = luggage(Path("job.yaml"), a_job(start_from=origin))
+    assert tmp_path / "rules" / "names.json" in found.roots
+    assert not any("other" in str(root.relative_to(tmp_path)) for root in found.roots)
+    missing = a_job(start_from=origin | {"mapping": "rules/others.json"})
+    with pytest.raises(ConfigError, match=r"start_from.mapping='rules/others.json': nothing there"):
+        luggage(Path("job.yaml"), missing)
+
+
 def test_what_cannot_travel_is_named_with_its_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "code" / "job.yaml").write_text("")
     monkeypatch.chdir(tmp_path / "code")

@@ -146,6 +146,28 @@ def test_an_update_waits_for_the_hashes_and_copies_only_what_has_changed(monkeyp
     assert handle.copied_bytes < sum(len(buffer) for buffer in buffers) / 2
 
 
+def test_an_update_that_comes_before_the_base_makes_a_full_save() -> None:
+    store, state = memory_store(), make_state(SPECS)
+    base = save(store, state, step=1, cells=True)
+    [still] = cut(state, [])
+    pieces, buffers = live(still)
+    asked, go_on = threading.Event(), threading.Event()
+
+    def slow() -> Base:
+        asked.set()
+        assert go_on.wait(60)
+        return Base.read(store, base)
+
+    saver = LazySaver(store)
+    handle = saver.save(pieces, step=2, attempt="a1", writer="w", base=slow)
+    assert asked.wait(60)
+    saver.before_mutation()  # returns, although nobody has answered
+    for buffer in buffers:
+        buffer ^= 255
+    go_on.set()
+    assert handle.result() == PackWriter(memory_store(), step=2, attempt="a1", writer="w").write(still)
+
+
 def test_what_is_the_saves_own_holds_no_update_up() -> None:
     store, state = memory_store(), make_state(SPECS)
     base = save(store, state, step=1, cells=True)

@@ -125,3 +125,12 @@ def test_what_is_the_saves_own_is_never_copied() -> None:
     assert ledger.live == 1
     assert ledger.freeze([9]) == [(1, 9)]
     assert [ledger.take() for _ in range(4)] == [(0, None), (1, 9), (2, None), None]
+
+
+def test_where_slots_are_few_the_last_units_are_copied() -> None:
+    ledger = Ledger([True, True, False, True, True])
+    assert ledger.freeze([7, 8], partly=True) == [(3, 7), (4, 8)]
+    assert ledger.live == 2
+    assert [ledger.take() for _ in range(2)] == [(0, None), (1, None)]
+    assert ledger.live == 0, "from here on the state may change"
+    assert [ledger.take() for _ in range(3)] == [(2, None), (3, 7), (4, 8)]

@@ -60,7 +60,7 @@ def build() -> tuple[Watched, dict[str, Any], dict[str, int]]:
     """A store with two steps, the manifest of the second (chunks that are flat runs, and boxes; packs of its own and of
     the first step), and the sizes of its packs.
     """
-    store = memory_store()
+    store = memory_store(lasts=True)
     told = json.loads(
         save(
             store,

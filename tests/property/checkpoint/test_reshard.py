@@ -122,7 +122,10 @@ def test_every_wanted_element_is_delivered_once_and_every_span_read_once(
     delivered = {(w, i): np.zeros(state[x.name][1], np.int64) for w, m in enumerate(wants) for i, x in enumerate(m)}
     for span, worker, want in zip(plan.span.tolist(), plan.worker.tolist(), plan.want.tolist(), strict=True):
         name, part = places[span]
-        assert name == wants[worker][want].name
+        box = wants[worker][want]
+        assert name == box.name
+        for taken, begin, size in zip(part, box.offsets, box.sizes, strict=True):
+            assert max(taken.start, begin) < min(taken.stop, begin + size), "a delivery of nothing"
         delivered[worker, want][part] += 1
     for (worker, number), count in delivered.items():
         want = wants[worker][number]
@@ -264,6 +267,21 @@ def test_boxes_whose_ends_do_not_ascend_are_all_found(data: st.DataObject) -> No
     wants = data.draw(st.lists(st.lists(boxes(state), max_size=3), min_size=1, max_size=3))
     found, _, _ = load_together(store, manifest, wants)
     assert found == [[expected(state, want) for want in mine] for mine in wants]
+
+
+def test_boxes_that_only_touch_are_not_read() -> None:
+    store = memory_store()
+    state = {"t": ("I32", (4, 6), np.arange(24, dtype=np.int32).tobytes())}
+    document = json.loads(save(store, state, step=1).raw)
+    [[file, start, _, _]] = document["tensors"]["t"]["chunks"]
+    halves = [((0, 0), (2, 2)), ((0, 2), (2, 4)), ((2, 0), (2, 6))]
+    at = [start, start + 16, start + 48]
+    document["tensors"]["t"]["chunks"] = [[file, a, list(o), list(s)] for a, (o, s) in zip(at, halves, strict=True)]
+    manifest = parse_manifest(sign(document))
+    for box in halves:
+        plan = plan_reads(manifest, [[Want("t", *box)]])
+        assert plan.start.tolist() == [at[halves.index(box)]]
+        assert len(plan.span) == 1
 
 
 def test_wrong_wants_are_refused() -> None:

@@ -39,7 +39,7 @@ def keeps_no_mirrors(patch: pytest.MonkeyPatch) -> None:
 
 
 def forgets_a_corrupt_checkpoint_is_corrupt(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(moves, "_drop_checkpoint", lambda core, event, out: True)
+    patch.setattr(moves, "drop_checkpoint", lambda core, event, out: True)
 
 
 def believes_only_what_all_have_sealed(patch: pytest.MonkeyPatch) -> None:

@@ -44,17 +44,19 @@ MOST_STORES = 64
 _made: deque[str] = deque()
 
 
-def memory_store() -> Store:
+def memory_store(*, lasts: bool = False) -> Store:
     """A store of its own. All of a process share one file system, and every look into it goes through all that is in
-    it: where very many are made, the oldest are emptied.
+    it: where very many are made, the oldest are emptied, but for those that must last.
     """
-    _made.append(uuid.uuid4().hex)
+    name = uuid.uuid4().hex
+    if not lasts:
+        _made.append(name)
     if len(_made) > MOST_STORES:
         root = f"/{_made.popleft()}"
         for path in [path for path in MemoryFileSystem.store if path.startswith(f"{root}/")]:
             del MemoryFileSystem.store[path]
         MemoryFileSystem.pseudo_dirs[:] = [path for path in MemoryFileSystem.pseudo_dirs if not path.startswith(root)]
-    return Store(f"memory://{_made[-1]}")
+    return Store(f"memory://{name}")
 
 
 def make_state(specs: Mapping[str, tuple[str, tuple[int, ...]]] = SPECS, seed: int = 0) -> State:

@@ -339,7 +339,7 @@ import os, signal, sys
 from pathlib import Path
 from elastictrain_checkpoint import Store
 from tests.unit.checkpoint.test_crash import KilledBackend
-from tests.unit.checkpoint.test_crash_matrix import PROTOCOLS, World, open_store
+from tests.unit.checkpoint.test_crash_matrix import PROTOCOLS, World, prepared
 
 class Dying(KilledBackend):
     def __getattr__(self, name):
@@ -356,10 +356,9 @@ class Dying(KilledBackend):
             os.kill(os.getpid(), signal.SIGKILL)
         return call
 
-folder, (prepare, run, *_) = Path(sys.argv[1]), PROTOCOLS[sys.argv[2]]
+folder, (_, run, *_), kept = Path(sys.argv[1]), PROTOCOLS[sys.argv[2]], prepared(sys.argv[2])
 for at in range(1, 200):
-    world = World(Store(folder / f"{at}" / "store"), Store(folder / f"{at}-other" / "store"))
-    prepare(world)
+    world = World.again("file", folder / f"{at}", kept)
     child = os.fork()
     if not child:
         run(world, Store("dying", backend=Dying(world.store._backend, at, "real")))

@@ -99,6 +99,20 @@ def test_a_change_waits_until_all_is_through() -> None:
     opened.join()
 
 
+def test_pages_that_are_in_use_are_waited_for() -> None:
+    engine = LateEngine()
+    bounced = Bounced(engine, 64, deadline_s=30)
+    engine.gate.clear()
+    first = bounced.begin(state(), fresh=False)
+    opened = threading.Timer(0.05, engine.gate.set)
+    opened.start()
+    bounced.begin({name: value.clone() for name, value in state().items()}, fresh=True)
+    assert engine.gate.is_set()
+    assert torch.equal(first["rows"], state()["rows"])
+    bounced.copied().synchronize()
+    opened.join()
+
+
 def test_memory_that_is_still_read_is_not_used_again() -> None:
     bounced = Bounced(LateEngine(), 64, deadline_s=30)
     first = bounced.begin(state(), fresh=False)

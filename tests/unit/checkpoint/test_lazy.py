@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elastictrain_checkpoint import InvalidPiece, Part, Piece, Reader, Store, commit, lazy, list_steps, newest
+from elastictrain_checkpoint import InvalidPiece, Part, Piece, Reader, Store, commit, lazy, list_steps, newest, running
 from elastictrain_checkpoint.errors import SaveDropped, SaveFailed, SaveTimeout
 from elastictrain_checkpoint.handle import SaveState
 from elastictrain_checkpoint.lazy import LazySaver
@@ -26,6 +26,7 @@ class Gate:
     def __init__(self, url: str, blocks: int = 0) -> None:
         self._inner: Any = _backend(url, {})
         self.free, self.reached, self.opened = blocks, threading.Event(), threading.Event()
+        self.stops: dict[int, threading.Event] = {}
         self.error: OSError | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -34,6 +35,9 @@ class Gate:
     def create(self, path: str, blocks: Iterable[memoryview]) -> int:
         def gated() -> Iterator[memoryview]:
             for number, block in enumerate(blocks):
+                if number in self.stops:
+                    self.reached.set()
+                    assert self.stops[number].wait(30)
                 if number == self.free:
                     self.reached.set()
                     assert self.opened.wait(30)
@@ -170,6 +174,23 @@ def test_an_update_waits_for_what_may_not_be_copied(capped: Any, max_copy: float
         assert handle.copied_bytes == (0, 4096, MB + 4096)[slots], "the last units, which the writer comes to last"
         assert scene.saver.pool.size_bytes == slots * MB
         assert handle.stall_s > 0
+
+
+def test_an_update_goes_on_when_the_writer_has_read_the_rest_whatever_storage_does(capped: Any) -> None:
+    scene = capped(max_copy=0.25, deadline_s=300.0)
+    scene.gate.free, scene.gate.stops = 3, {2: threading.Event()}
+    handle = scene.save(1)
+    assert scene.gate.reached.wait(30)
+    update = Update(scene)
+    update.join(0.05)
+    assert update.is_alive()
+    scene.gate.stops[2].set()  # the writer reads one more unit, the last that is not copied; storage does not take it
+    update.join(30)
+    assert not update.is_alive()
+    assert not update.gate_was_open
+    scene.gate.opened.set()
+    assert handle.result(30).step == 1
+    assert scene.stored(1) == {0}
 
 
 def test_a_fraction_of_one_never_waits(capped: Any) -> None:

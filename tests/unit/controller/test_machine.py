@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from elastictrain.controller import Phase, view
 from elastictrain.controller import commands as cm
 from elastictrain.controller import events as ev
-from elastictrain.protocol import Restore
+from elastictrain.protocol import ReadBytes, Restore
 from tests.unit.controller.scene import Scene, announced, every, only
 
 
@@ -188,6 +190,54 @@ def test_a_corrupt_checkpoint_is_dropped_and_the_next_older_taken() -> None:
     scene.send(ev.WorkerFailed(2.0, 2, 0, "restore", "hash differs"))
     scene.park(0, 1, 2, applied=0, sealed_generation=0, gathered=False)
     assert scene.plan.restore == Restore(0, None)
+
+
+@pytest.mark.parametrize("parked", [False, True])
+def test_one_that_the_user_asked_for_is_refused_and_no_other_taken(parked: bool) -> None:
+    scene = Scene(begin=False, min_workers=3)
+    scene.send(ev.Begun(0.0, Restore(6, "c6", insist=True), ((4, "c4"), (6, "c6"))))
+    scene.ready(0, 1, 2)
+    if parked:
+        scene.die(0)
+        scene.park(1, 2, applied=0, sealed_generation=0)
+        assert scene.machine.phase is Phase.GATHERING
+    out = scene.send(ev.WorkerFailed(1.0, 1, 1, "restore", "CorruptCheckpoint: pack-0: its hash differs"))
+    (end,) = every(cm.EndRun, out)
+    assert end.outcome == "failed"
+    assert end.error == "CorruptCheckpoint: checkpoint step 6 (c6) is damaged and refused: pack-0: its hash differs"
+
+
+def test_once_it_is_sealed_the_newest_is_taken_as_ever() -> None:
+    scene = Scene(begin=False)
+    scene.send(ev.Begun(0.0, Restore(6, "c6", insist=True), ((4, "c4"), (6, "c6"))))
+    scene.ready(0, 1, 2)
+    scene.seal()
+    scene.die(0, 1)
+    scene.park(2, applied=8)
+    assert scene.plan.restore == Restore(6, "c6")
+    dropped = announced(scene.send(ev.WorkerFailed(2.0, 2, 2, "restore", "hash differs")), "checkpoint_dropped")
+    assert dropped["next_path"] == "c4"
+
+
+def test_what_is_sealed_was_not_damaged() -> None:
+    scene = Scene(begin=False)
+    scene.send(ev.Begun(0.0, Restore(6, "c6", insist=True), ((6, "c6"),)))
+    scene.ready(0, 1, 2)
+    scene.seal()
+    (end,) = every(cm.EndRun, scene.send(ev.WorkerFailed(1.0, 1, 1, "restore", "CorruptCheckpoint: pack-0")))
+    assert (end.error or "").startswith("InternalError in worker 1")
+
+
+def test_what_a_restore_has_read_is_announced_once() -> None:
+    scene = Scene(restore=Restore(6, "c6"))
+    scene.ready(0, 1, 2)
+    read = ReadBytes(1000, ((0, 400), (1, 350), (2, 300)))
+    assert every(cm.Announce, scene.send(ev.Sealed(1.0, 1, 2, 6))) == []
+    said = announced(scene.send(ev.Sealed(1.0, 1, 0, 6, read)), "restored")
+    by_worker = {"0": 400, "1": 350, "2": 300}
+    facts = {"step": 6, "path": "c6", "stored_bytes": 1000, "read_bytes": 1050, "read_by_worker": by_worker}
+    assert said == facts
+    assert every(cm.Announce, scene.send(ev.Sealed(1.0, 1, 0, 6, read))) == []
 
 
 def test_that_a_checkpoint_is_corrupt_is_heard_while_gathering_too() -> None:

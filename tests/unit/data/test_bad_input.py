@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import builtins
-import gzip
 import json
+import lzma
 import os
 import sys
 from collections.abc import Callable
@@ -192,8 +192,8 @@ def test_json_keys_of_two_types(tmp_path: Path) -> None:
 
 
 def test_compressed_json_lines(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n'))
-    refused(lambda: opened(tmp_path / "a.jsonl.gz", "jsonl"), "compressed JSON lines", "Parquet")
+    (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(b'{"text": "x"}\n'))
+    refused(lambda: opened(tmp_path / "a.jsonl.xz", "jsonl"), "compressed JSON lines", "Parquet")
 
 
 def test_fewer_samples_than_a_step(tmp_path: Path) -> None:

@@ -172,3 +172,27 @@ def test_the_picture_shows_all_documents_and_the_sequence_length(tmp_path: Path)
         plot_lengths(lengths[:0], tmp_path / "a.png", title="a")
     with pytest.raises(ClusterError, match="cannot be written"):
         plot_lengths(lengths, tmp_path / "no" / "a.png", title="a")
+
+
+def test_every_format_can_be_inspected(tmp_path: Path) -> None:
+    import gzip
+
+    import pyarrow.feather as feather
+
+    places = {kind: tmp_path / kind for kind in ("csv", "arrow", "text", "gz")}
+    for place in places.values():
+        place.mkdir()
+    (places["csv"] / "a.csv").write_text("text,n\n" + "".join(f"word {n},{n}\n" for n in range(9)))
+    feather.write_feather(
+        pa.table({"n": [1, 2, 3], "text": ["a", "bb", "c"]}), places["arrow"] / "a.arrow", compression="uncompressed"
+    )
+    (places["text"] / "a.txt").write_text("one\ntwo\n")
+    (places["gz"] / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "ab"}\n{"text": "c"}\n'))
+    found = {name: inspect_data(str(place)) for name, place in places.items()}
+    assert {name: (one.kind, one.rows) for name, one in found.items()} == {
+        "csv": ("csv", 9), "arrow": ("arrow", 3), "text": ("text", 2), "gz": ("jsonl", 2),
+    }  # fmt: skip
+    assert all(one.texts is not None and one.texts.column == "text" for one in found.values())
+    assert found["arrow"].schema == (("n", "int64"), ("text", "string"))
+    (places["csv"] / "README.md").write_text("what these are\n")
+    assert inspect_data(str(places["csv"])).kind == "csv"

@@ -33,7 +33,7 @@ def rebuilt(source: Source, folder: Path, step: int, lane: int) -> list[list[int
 
 def test_packed_samples_lie_where_locate_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "TAIL_BLOCK_ROWS", 2)
-    monkeypatch.setattr("elastictrain.data.source.TAIL_BLOCK_ROWS", 2)
+    monkeypatch.setattr("elastictrain.data.packed.TAIL_BLOCK_ROWS", 2)
     folder = write_texts(tmp_path / "data", "parquet")
     source = text_source(folder, lanes=2, lane_batch_size=2)
     reader = LaneReader(source)
@@ -83,8 +83,7 @@ def test_rows_of_a_hugging_face_tokenizer(tmp_path: Path) -> None:
     folder = write_texts(tmp_path / "data", "parquet")
     source = text_source(folder, tokenizer=str(tmp_path / "tokenizer.json"), sequence_length=4)
     words = tokenizers.pre_tokenizers.Whitespace().pre_tokenize_str
-    sample = next(s for s in source.locate(0, 0) if len(s.parts) == 1)
-    (part,) = sample.parts
+    part = source.locate(0, 0)[0].parts[0]
     first, end = source.rows_of(part)
     counts = [len(words(text)) + 1 for text in texts_of(folder, part.file, part.row_group)]
     starts = np.cumsum([0, *counts])

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from elastictrain.data import LaneReader, open_source
+from elastictrain.data import LaneReader, open_data, open_source
 from elastictrain.data.warm import WarmCache, cache_key, cache_root
-from elastictrain.job import Data
+from elastictrain.job import Data, Mixture
 
 ARRAYS = {"tokens": np.arange(60, dtype=np.uint16).reshape(4, 15), "weight": np.linspace(0, 1, 4)}
 
@@ -188,3 +188,32 @@ def test_headers_are_json_that_can_be_read_elsewhere(tmp_path: Path) -> None:
     assert [(a["name"], a["dtype"], a["shape"]) for a in header["arrays"]] == [
         ("tokens", "<u2", [4, 15]), ("weight", "<f8", [4])
     ]  # fmt: skip
+
+
+def test_a_mixture_and_document_ids_have_blocks_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        texts = [f"{name} {number} " + "y" * (number % 9) for number in range(60)]
+        pq.write_table(pa.table({"text": texts}), tmp_path / name / "t.parquet", row_group_size=10)
+
+    def batches(names: str, **settings: Any) -> tuple[LaneReader, list[dict[str, list[Any]]]]:
+        one = {"kind": "parquet", "text_column": "text", "sequence_length": 15, **settings}
+        sources = {name: Data.model_validate({**one, "path": str(tmp_path / name)}) for name in names}
+        spec = Mixture(sources=sources, sequence_length=15) if len(names) > 1 else sources[names]
+        reader = LaneReader(
+            open_data(spec.model_copy(update={"warm_cache_bytes": limit}), seed=3, lanes=2, lane_batch_size=2)
+        )
+        found = [reader.batch(step, lane) for step in range(6) for lane in range(2)]
+        return reader, [{key: array.tolist() for key, array in batch.items()} for batch in found]
+
+    kinds: list[tuple[str, dict[str, Any]]] = [("a", {}), ("a", {"document_ids": True}), ("ab", {}), ("ba", {})]
+    kinds.append(("ab", {"document_ids": True}))
+    limit = 0
+    cold = [batches(names, **settings)[1] for names, settings in kinds]
+    limit = 1 << 30
+    for _ in range(2):
+        assert [batches(names, **settings)[1] for names, settings in kinds] == cold
+    again = batches("ab")[0]
+    assert again.warm is not None
+    assert (again.blocks_decoded, again.warm.hits > 0) == (0, True)

@@ -21,11 +21,11 @@ from tests.unit.engine.worlds import NetRecipe, make_job
 STAY: Any = lambda: None  # noqa: E731
 
 
-def begin_commit(saver: Saver, model: Any, step: int, generation: int, told: list[str]) -> None:
+def begin_commit(saver: Saver, model: Any, step: int, generation: int, told: list[str], check: Any = STAY) -> None:
     [owned] = pieces_of(model, [[(0, len(model.space.blocks))]])
     share = saver.begin(owned, step=step, generation=generation, worker=0).share()
     facts: dict[str, Any] = {"step": step, "generation": generation, "tree": {}, "info": {}}
-    told_of = {"committed": told.append, "removed": lambda _: None, "baseless": told.append, "check": STAY}
+    told_of = {"committed": told.append, "removed": lambda _: None, "baseless": told.append, "check": check}
     saver.begin_commit([share], **told_of, aliases=model.space.aliases, **facts)
 
 
@@ -79,12 +79,12 @@ def test_a_full_disk_is_raised_where_the_training_thread_asks(tmp_path: Path, mo
 
 def test_commits_follow_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, settings = trained(make_job(NetRecipe(), lanes=2)), store_of(tmp_path)
-    saver, told, gate = Saver(settings), [], Gate(monkeypatch, "publish")
+    saver, told, gate, waits = Saver(settings), [], Gate(monkeypatch, "publish"), threading.Event()
     begin_commit(saver, model, 2, 1, told)
-    second = threading.Thread(target=begin_commit, args=(saver, model, 4, 1, told))
-    second.start()
     assert gate.reached.wait(60)
-    assert saver._committer.is_busy
+    second = threading.Thread(target=begin_commit, args=(saver, model, 4, 1, told, waits.set))
+    second.start()
+    assert waits.wait(10), "the first one is under way"
     gate.go_on.set()
     second.join(60)
     saver.wait_for_commit(STAY)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from elastictrain.data.stages import Skip, first_stage, open_stage
-from elastictrain.engine.resume import find_start
+from elastictrain.engine.resume import find_start, older_offer
 from elastictrain.engine.saver import Saver
 from elastictrain.engine.saving import owned_state
 from elastictrain.errors import ConfigError, CorruptCheckpoint
@@ -64,7 +64,7 @@ def path_of(job: Job, step: int) -> str:
 
 def test_the_newest_is_gone_on_from_and_nothing_is_given_up(job: Job) -> None:
     start = find_start(job, resume=True)
-    assert start.restore == Restore(6, path_of(job, 6))
+    assert start.restore == Restore(6, path_of(job, 6), insist=True)
     assert start.checkpoints == tuple((step, path_of(job, step)) for step in (2, 4, 6))
     assert start.notes == ()
     assert (start.resumed, start.generation) == (True, 5)
@@ -72,7 +72,7 @@ def test_the_newest_is_gone_on_from_and_nothing_is_given_up(job: Job) -> None:
 
 def test_an_older_one_gives_up_what_came_after_it_and_says_so(job: Job) -> None:
     start = find_start(job, resume=True, step=2)
-    assert start.restore == Restore(2, path_of(job, 2))
+    assert start.restore == Restore(2, path_of(job, 2), insist=True)
     assert start.notes == (("given_up", {"step": 2, "steps": [4, 6]}),)
     assert start.checkpoints == ((2, path_of(job, 2)),), "a later one is no place to go back to"
     assert start.generation == 5, "above all that has committed, else the first commit would be refused"
@@ -89,17 +89,32 @@ def test_a_step_that_is_not_there_is_refused_with_those_that_are(job: Job) -> No
         find_start(job, resume=True, step=3)
 
 
-def test_a_damaged_newest_one_offers_the_older_one(job: Job) -> None:
+def damage(job: Job, step: int) -> None:
     assert job.checkpoint is not None
-    pack = next((Path(job.checkpoint.path) / "step-00000006").rglob("*.safetensors"))
+    pack = next((Path(job.checkpoint.path) / f"step-{step:08d}").rglob("*.safetensors"))
     raw = bytearray(pack.read_bytes())
     raw[-5] ^= 1
     pack.write_bytes(raw)
-    with pytest.raises(
-        CorruptCheckpoint, match=r"is damaged and refused: .*take the older step 4 with --resume-step 4$"
-    ):
+
+
+def test_when_the_newest_one_is_damaged_the_newest_older_good_one_is_offered(job: Job) -> None:
+    """Workers find it as they restore, and then the run ends (`Restore.insist`)."""
+    damage(job, 6)
+    assert find_start(job, resume=True).restore.insist
+    assert older_offer(job, 6) == "take the older step 4 with --resume-step 4"
+    damage(job, 4)
+    assert older_offer(job, 6) == "take the older step 2 with --resume-step 2"
+    assert find_start(job, resume=True, step=2).notes == (("given_up", {"step": 2, "steps": [4, 6]}),)
+    damage(job, 2)
+    assert older_offer(job, 6) == "there is no older one that is whole"
+
+
+def test_one_that_is_cut_short_is_refused_before_anything_starts(job: Job) -> None:
+    assert job.checkpoint is not None
+    pack = next((Path(job.checkpoint.path) / "step-00000006").rglob("*.safetensors"))
+    pack.write_bytes(pack.read_bytes()[:-1])
+    with pytest.raises(CorruptCheckpoint, match=r"step 6 is damaged: .*take it with --resume-step 4$"):
         find_start(job, resume=True)
-    assert find_start(job, resume=True, step=4).notes == (("given_up", {"step": 4, "steps": [6]}),)
 
 
 def test_a_new_run_leaves_the_checkpoints_of_another_alone(job: Job) -> None:

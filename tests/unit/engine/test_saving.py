@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from elastictrain.engine import saving
+from elastictrain.engine.restoring import restore
 from elastictrain.engine.saver import Saver
-from elastictrain.engine.saving import combine_shares, digest_share, open_checkpoint, owned_state, restore
+from elastictrain.engine.saving import combine_shares, digest_share, open_checkpoint, owned_state
 from elastictrain.engine.worker_model import WorkerModel, build
 from elastictrain.errors import CheckpointMismatch, CorruptCheckpoint
 from elastictrain.job import Checkpoint, Job

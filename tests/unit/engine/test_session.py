@@ -5,18 +5,21 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from elastictrain.controller import events as ev
+from elastictrain.engine import restoring
 from elastictrain.engine.probes import InjectedFault, Probes
 from elastictrain.engine.session import Session
 from elastictrain.engine.worker_model import build
 from elastictrain.errors import InternalError
 from elastictrain.faults import LoseNode, fail, lose_node
 from elastictrain.layout import Layout, Shard
-from elastictrain.protocol import FormPlan, Restore
+from elastictrain.protocol import FormPlan, ParkReport, Restore
 from tests.unit.engine.worlds import CPU, NetRecipe, Numbers, make_job
 
 TORN = r"^worker 0 has torn its state within apply and can promise nothing \(R7\)$"
@@ -25,8 +28,8 @@ TORN = r"^worker 0 has torn its state within apply and can promise nothing \(R7\
 class Running:
     """A session whose training thread runs; `said` holds what it emits."""
 
-    def __init__(self, probes: Probes) -> None:
-        job = make_job(NetRecipe(), lanes=2, steps=4)
+    def __init__(self, probes: Probes, **settings: Any) -> None:
+        job = make_job(NetRecipe(), lanes=2, steps=4, **settings)
         model = build(job, CPU)
         self.said: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.session = Session(
@@ -107,3 +110,27 @@ def test_an_exception_before_apply_is_the_users_and_parking_promises_what_is_the
     assert running.wait_for(ev.WorkerFailed).kind == "user"
     report = running.session.park(1)
     assert (report.applied_step, report.sealed_generation, report.holds_next) == (1, 1, True)
+
+
+def test_parking_waits_for_no_restore(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Reading and waiting for peers happen without the lock: a survivor of a forming reports at once."""
+    reading, go_on = threading.Event(), threading.Event()
+
+    def stuck(*_: Any) -> None:
+        reading.set()
+        assert go_on.wait(60)
+        raise OSError("the storage is gone")
+
+    monkeypatch.setattr(restoring, "open_together", stuck)
+    made = Running(Probes(0, ()), checkpoint={"path": str(tmp_path)})
+    made.session.form(replace(made.plan, step=3, restore=Restore(3, "step-00000003")))
+    assert reading.wait(60)
+    reports: queue.SimpleQueue[ParkReport] = queue.SimpleQueue()
+    threading.Thread(target=lambda: reports.put(made.session.park(1)), daemon=True).start()
+    try:
+        report = reports.get(timeout=10)
+    finally:
+        go_on.set()
+    assert (report.sealed_generation, report.applied_step) == (0, 0)
+    made.close()
+    assert made.said.empty(), "what broke, broke because the generation was being taken down"

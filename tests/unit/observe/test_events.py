@@ -118,6 +118,26 @@ SAID: list[tuple[str, dict[str, Any], str]] = [
         {"step": 5, "path": "/c/5", "next_step": 3, "error": "pack-0 differs"},
         "checkpoint refused, step 5 at /c/5, taking step 3 instead: pack-0 differs",
     ),
+    (
+        "restored",
+        {
+            "step": 5,
+            "stored_bytes": 19_000_000,
+            "read_bytes": 19_500_000,
+            "read_by_worker": {"0": 9_500_000, "2": 10**7},
+        },
+        "checkpoint of step 5 restored: 19.5 MB read of 19.0 MB stored, by 2 workers",
+    ),
+    (
+        "started_from",
+        {"checkpoint": "s3://b/a", "step": 40, "tensors": 9, "kept": ["x"], "skipped": ["y", "z"]},
+        "begins with the weights of s3://b/a, step 40: 9 tensors, 1 kept as the recipe made them, 2 not taken",
+    ),
+    (
+        "started_from",
+        {"checkpoint": "hf", "step": None, "tensors": 9, "kept": [], "skipped": []},
+        "begins with the weights of hf: 9 tensors",
+    ),
     ("refused", {"request": "drain", "reason": "workers.min"}, "refused to drain: workers.min"),
     (
         "skipped",

@@ -1,0 +1,215 @@
+"""The `data` section of a job: one source (`Data`), or several in a mixture that may change by stages (`Mixture`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+
+from elastictrain.settings import PositiveInt, Settings, a_number, not_a_switch
+
+Amount = Annotated[float, BeforeValidator(a_number), Field(ge=0)]
+Bytes = Annotated[int, BeforeValidator(not_a_switch), Field(ge=0)]
+
+
+class Data(Settings):
+    """Where samples come from. `path`: a file, folder or glob (or a list of them), local or any fsspec URL."""
+
+    kind: Literal["parquet", "jsonl", "arrow", "csv", "webdataset", "text", "huggingface"]
+    """The format. `huggingface`: the folder of a dataset that was saved with `Dataset.save_to_disk`."""
+    path: str | tuple[str, ...]
+    text_column: str | None = None
+    """The column to tokenise and pack. None: table mode, every column of `columns` is an array of the batch."""
+    columns: tuple[str, ...] | None = None
+    tokenizer: str = "bytes"
+    """`bytes`, or the path of a Hugging Face `tokenizers` JSON file."""
+    sequence_length: PositiveInt | None = None
+    """Tokens per packed sequence; needed with `text_column`."""
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """Join documents and cut the rows out of that, or put whole documents (cut only where longer than a row) together
+    so that little is filler; the batch then says which token is of which document."""
+    document_ids: bool = False
+    """Give `document_ids`, `position_ids` and `loss_mask` with joined documents too."""
+    shuffle: Literal["window", "none", "strict"] = "window"
+    """`window`: row groups in a permuted order, shuffled within `window_row_groups` of them per lane. `none`: every
+    lane reads its part of the files in order. `strict`: a step is the next samples of the files, dealt to the lanes.
+    """
+    ragged: Literal["drop", "repeat"] = "drop"
+    """What fills no whole step at the end of an epoch is left out, or filled up with the epoch's first samples."""
+    window_row_groups: PositiveInt = 2
+    rows_per_block: PositiveInt = 1024
+    """JSONL, CSV, text and WebDataset have no row groups: lines, records or samples per block."""
+    document: Literal["line", "file"] = "line"
+    """What a document of kind `text` is."""
+    on_corrupt: Literal["stop", "skip"] = "stop"
+    """Files and row groups that cannot be read: stop, or leave them out and say so. With `skip` everything is read once
+    when the run opens its data; what breaks later is an error all the same.
+    """
+    max_document_bytes: PositiveInt = 256 << 20
+    """A longer text is an error: tokenising it takes many times its size in memory."""
+    prefetch_bytes: PositiveInt = 64 << 20
+    """Batches that a worker has read ahead take at most this much memory."""
+    warm_cache_bytes: Bytes = 0
+    """Disk that decoded, tokenised and packed data may take (in the cache folder); 0: none is kept."""
+    storage_options: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All of `path`."""
+        return (self.path,) if isinstance(self.path, str) else self.path
+
+    @property
+    def tokenizer_paths(self) -> tuple[str, ...]:
+        """Files of tokenizers that are read."""
+        return () if self.tokenizer == "bytes" else (self.tokenizer,)
+
+    @property
+    def packing_of_rows(self) -> str:
+        """How rows come about, in words; "" for a table."""
+        ids = ", document_ids" if self.document_ids else ""
+        return "" if self.text_column is None else f"{self.packing}, sequence_length {self.sequence_length}{ids}"
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether any of it is read over a network."""
+        return any("://" in place and not place.startswith("file://") for place in self.paths)
+
+    def relocated(self, change: Callable[[str], str]) -> Self:
+        """The same with `change` done to every path."""
+        path = change(self.path) if isinstance(self.path, str) else tuple(change(one) for one in self.path)
+        tokenizer = self.tokenizer if self.tokenizer == "bytes" else change(self.tokenizer)
+        return self.model_copy(update={"path": path, "tokenizer": tokenizer})
+
+    @model_validator(mode="after")
+    def _modes(self) -> Self:
+        if (self.text_column is None) != (self.sequence_length is None):
+            raise ValueError("data.text_column and data.sequence_length belong together: set both or neither")
+        if self.kind == "text" and self.text_column != "text":
+            raise ValueError("data.kind: text has one column, called text; set data.text_column: text")
+        if self.text_column is None and (self.packing != "concatenate" or self.document_ids):
+            raise ValueError(
+                "data.packing and data.document_ids are about text; set data.text_column, or leave them out"
+            )
+        return self
+
+
+class Proportions(Settings):
+    """How much of each source: one of `weights`, `epochs`, `temperature`; with none, every source is seen as often
+    as it is large. `sequence_length`: how long the sequences are that a packed row is cut into.
+    """
+
+    weights: dict[str, Amount] | None = None
+    """Share of the samples by source; they need not add up to 1. A source that is not named has none."""
+    epochs: dict[str, Amount] | None = None
+    """How often each source is seen in the time in which the others are seen as often as they say."""
+    temperature: Annotated[float, BeforeValidator(a_number), Field(gt=0)] | None = None
+    """Shares go with samples ** (1 / temperature): 1 is by size, a large number makes all equal."""
+    sequence_length: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        given = [name for name in ("weights", "epochs", "temperature") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} both say how much of each source to take; set one of them")
+        amounts = self.weights if self.weights is not None else self.epochs
+        if amounts is not None and not any(amounts.values()):
+            raise ValueError(f"{given[0]} are all 0; at least one source must have more")
+        return self
+
+
+class MixtureStage(Proportions):
+    """From `from_step` (committed steps) on, other proportions or another sequence length; the rest stays."""
+
+    from_step: Annotated[int, BeforeValidator(not_a_switch), Field(ge=1)]
+
+
+class Mixture(Proportions):
+    """Several sources, each read in its own order to its end and again, in exact proportions.
+
+    `sequence_length` is the longest one, to which all sources of text are packed; a stage may cut rows shorter, to a
+    divisor of it, and then gets as many more of them in a batch.
+    """
+
+    sources: dict[str, Data] = Field(min_length=1)
+    stages: tuple[MixtureStage, ...] = ()
+    prefetch_bytes: PositiveInt = 64 << 20
+    """Batches that a worker has read ahead take at most this much memory."""
+    warm_cache_bytes: Bytes = 0
+    """Disk that decoded, tokenised and packed data may take (in the cache folder); 0: none is kept."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All paths of all sources."""
+        return tuple(path for source in self.sources.values() for path in source.paths)
+
+    @property
+    def tokenizer_paths(self) -> tuple[str, ...]:
+        """Files of tokenizers that are read."""
+        return tuple(dict.fromkeys(path for source in self.sources.values() for path in source.tokenizer_paths))
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether any of it is read over a network."""
+        return any(source.is_remote for source in self.sources.values())
+
+    def relocated(self, change: Callable[[str], str]) -> Self:
+        """The same with `change` done to every path."""
+        return self.model_copy(update={"sources": {n: s.relocated(change) for n, s in self.sources.items()}})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hand_down(cls, raw: Any) -> Any:
+        """Sources of text take the mixture's sequence_length where they name none."""
+        if not isinstance(raw, Mapping) or not isinstance(raw.get("sources"), Mapping):
+            return raw
+        length = raw.get("sequence_length")
+        sources = {
+            name: {"sequence_length": length, **source}
+            if length is not None and isinstance(source, Mapping) and source.get("text_column") is not None
+            else source
+            for name, source in raw["sources"].items()
+        }
+        return {**raw, "sources": sources}
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        lengths = {name: source.sequence_length for name, source in self.sources.items()}
+        wrong = sorted({str(length) for length in {*lengths.values(), self.sequence_length}})
+        if len(wrong) > 1:
+            raise ValueError(
+                f"data.sources must all have data.sequence_length={self.sequence_length}, or all be tables without "
+                f"one; got {', '.join(f'{name}: {length}' for name, length in lengths.items())}"
+            )
+        for name, source in self.sources.items():
+            for setting in ("prefetch_bytes", "warm_cache_bytes"):
+                if getattr(source, setting) != type(source).model_fields[setting].default:
+                    raise ValueError(f"data.sources.{name}.{setting} is one for all sources: set data.{setting}")
+        known = ", ".join(sorted(self.sources))
+        places: list[tuple[str, Proportions]] = [("data", self)]
+        places += [(f"data.stages.{i}", stage) for i, stage in enumerate(self.stages)]
+        for where, shares in places:
+            strangers = sorted({*(shares.weights or {}), *(shares.epochs or {})} - self.sources.keys())
+            if strangers:
+                raise ValueError(f"{where} names {strangers[0]!r}, which is no source; the sources are: {known}")
+            if shares.sequence_length and (
+                self.sequence_length is None or self.sequence_length % shares.sequence_length
+            ):
+                raise ValueError(
+                    f"{where}.sequence_length={shares.sequence_length} does not divide data.sequence_length="
+                    f"{self.sequence_length}, the longest one, to which rows are packed"
+                )
+        for one, other in pairwise(self.stages):
+            if one.from_step >= other.from_step:
+                raise ValueError(f"data.stages: from_step {one.from_step}, then {other.from_step}; expected ascending")
+        return self
+
+
+def _which(raw: Any) -> str:
+    mixed = isinstance(raw, Mixture) or (isinstance(raw, Mapping) and "sources" in raw)
+    return "<Mixture>" if mixed else "<Data>"
+
+
+AnyData = Annotated[Annotated[Data, Tag("<Data>")] | Annotated[Mixture, Tag("<Mixture>")], Discriminator(_which)]
+"""What `Job.data` may be. The tags name the class for `settings.explain`; no setting can be called so."""

@@ -1,0 +1,184 @@
+"""Plans for people: a table, why the first one wins, and a timeline."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from elastictrain.errors import ClusterError, ConfigError
+from elastictrain.planner.plan import Found, Plan
+from elastictrain.planner.schedule import replay
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+FORWARD, BACKWARD, EXCHANGE = "#56b4e9", "#0072b2", "#e69f00"
+SHOWN_MICRO_BATCHES = 12
+
+
+def plan_table(found: Found) -> Table:
+    """The best plans, a line each."""
+    from rich.table import Table
+
+    table = Table(title="Plans, best first", title_justify="left")
+    for name in ("", "step s", "devices", "t x p x w", "micro-batches", "layers", "fits", "limited by", "today"):
+        table.add_column(name, overflow="fold")
+    for rank, plan in enumerate(found.plans, 1):
+        cut = plan.cut
+        size = f"1 x 1 x {plan.devices}" if cut is None else f"{cut.tensor} x {cut.pipeline} x {cut.workers}"
+        again = "" if cut is None or cut.checkpointing == "none" else ", computed again"
+        micro = "; ".join(plan.ways) if cut is None else f"{cut.micro_batches} of {cut.micro_batch}{again}"
+        fits = "> 99.9%" if plan.fits > 0.999 else f"{plan.fits:.1%}"
+        table.add_row(str(rank), f"{plan.step_s:.3g}", str(plan.devices), size, micro, layers(plan), fits, plan.limit,
+                      "yes" if plan.usable_now else "no")  # fmt: skip
+    table.caption = "t x p x w: tensor x pipeline x workers"
+    return table
+
+
+def how(plan: Plan) -> str:
+    """A plan in a few words."""
+    if plan.cut is None:
+        return f"lanes x {plan.devices} workers, blocks by memory; " + "; ".join(plan.ways)
+    cut = plan.cut
+    kept = "" if cut.checkpointing == "none" else ", activations computed again"
+    return (
+        f"tensor {cut.tensor} x pipeline {cut.pipeline} x {cut.workers} workers, {cut.micro_batches} micro-batches "
+        f"of {cut.micro_batch}{kept}"
+    )
+
+
+def layers(plan: Plan) -> str:
+    """Layers of the stages, with the group of each where there is more than one."""
+    if not plan.layers:
+        return ""
+    if len(set(plan.stage_groups)) == 1:
+        return " ".join(map(str, plan.layers))
+    runs = groupby(zip(plan.stage_groups, plan.layers, strict=True), key=lambda stage: stage[0])
+    return "; ".join(f"group {group}: {' '.join(str(count) for _, count in run)}" for group, run in runs)
+
+
+def reasons(found: Found) -> list[str]:
+    """Why the first plan wins and what limits it, as sentences."""
+    first = found.plans[0]
+    said = [f"{how(first)}: {first.step_s:.3g} s a step, limited by {first.limit}."]
+    if len(found.plans) > 1:
+        other = found.plans[1]
+        slower = other.step_s / first.step_s - 1
+        said.append(f"The next best ({how(other)}; limited by {other.limit}) takes {slower:.1%} longer.")
+    else:
+        said.append("No other plan comes close.")
+    said.append(
+        f"No plan of the kinds searched takes less than {found.bound_s:.3g} s: the first is within "
+        f"{max(found.gap, 0.0):.1%} of the best under the cost model ({found.examined} of {found.candidates} "
+        "candidates worked out, the others ruled out by their bounds)."
+    )
+    if not first.usable_now:
+        said.append("It cannot be run yet: the engine has neither pipeline nor tensor parallelism.")
+    return said
+
+
+def settings_of(plan: Plan) -> dict[str, Any]:
+    """The settings of `workers:` that make a job use a plan of lanes and blocks today. Worker numbers go with the
+    groups of the cluster, in their order; devices without lanes are left out.
+    """
+    if plan.lane_plan is None:
+        raise ConfigError("only plans of lanes and blocks can be written as settings of a job")
+    used = [n for n, lanes in enumerate(plan.lane_plan.lanes) if lanes]
+    most = max(plan.lane_plan.blocks_share)
+    return {
+        "max": len(used),
+        "lane_shares": {rank: plan.lane_plan.lanes[n] for rank, n in enumerate(used)},
+        "block_shares": {rank: round(plan.lane_plan.blocks_share[n] / most, 4) for rank, n in enumerate(used)},
+    }
+
+
+def dealt(plan: Plan) -> list[str]:
+    """Lanes and share of the blocks for every kind of device, a line each."""
+    if plan.lane_plan is None:
+        return []
+    lines, at = [], 0
+    for team, way in zip(plan.lane_plan.teams, plan.lane_plan.ways, strict=True):
+        lanes = Counter(plan.lane_plan.lanes[at : at + team.count])
+        share = sum(plan.lane_plan.blocks_share[at : at + team.count])
+        at += team.count
+        each = ", ".join(
+            f"{count} with {n} lane{'' if n == 1 else 's'}" for n, count in sorted(lanes.items(), reverse=True)
+        )
+        lines.append(f"{team.name}: {each}; {share:.1%} of the blocks; {way.name}")
+    return lines
+
+
+def draw_plan(plan: Plan, out: Path) -> Path:
+    """Write the plan's timeline as PNG: a pipeline's schedule replayed, or what each kind of worker does in a step.
+
+    Raises ConfigError when matplotlib is missing, ClusterError when the file cannot be written.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError(
+            f"the timeline needs matplotlib ({error}); install it with: pip install 'elastictrain[plot]'"
+        ) from error
+    figure = Figure(figsize=(11, 2.4 + 0.3 * max(len(plan.layers), 4)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panel = figure.subplots()
+    if plan.cut is None:
+        _draw_lanes(panel, plan)
+    else:
+        _draw_pipeline(panel, plan)
+    panel.set_xlabel("seconds")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.invert_yaxis()
+    figure.suptitle(how(plan), fontsize=10, x=0.01, ha="left")
+    panel.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8, frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    try:
+        out.write_bytes(buffer.getvalue())
+    except OSError as error:
+        raise ClusterError(f"{out}: cannot be written: {error.strerror or error}") from error
+    return out
+
+
+def _draw_pipeline(panel: Any, plan: Plan) -> None:
+    """A third of a stage's time is its forward; with activations computed again, a quarter."""
+    assert plan.cut is not None
+    part = 1 / 3 if plan.cut.checkpointing == "none" else 1 / 4
+    count = min(plan.cut.micro_batches, SHOWN_MICRO_BATCHES)
+    operations = replay([s * part for s in plan.stage_s], [s * (1 - part) for s in plan.stage_s], count)
+    named = set()
+    for op in operations:
+        colour = FORWARD if op.kind == "forward" else BACKWARD
+        label = None if op.kind in named else op.kind
+        named.add(op.kind)
+        panel.barh(op.stage, op.end_s - op.begin_s, left=op.begin_s, height=0.8, color=colour, edgecolor="white",
+                   linewidth=0.6, label=label)  # fmt: skip
+    names = [
+        f"stage {j} · {n} layers · group {g}"
+        for j, (n, g) in enumerate(zip(plan.layers, plan.stage_groups, strict=True))
+    ]
+    panel.set_yticks(range(len(names)), names, fontsize=8)
+    if count < plan.cut.micro_batches:
+        panel.set_title(f"the first {count} of {plan.cut.micro_batches} micro-batches", fontsize=9, loc="left")
+
+
+def _draw_lanes(panel: Any, plan: Plan) -> None:
+    assert plan.lane_plan is not None
+    names: list[str] = []
+    at = 0
+    for team, way in zip(plan.lane_plan.teams, plan.lane_plan.ways, strict=True):
+        for lanes, count in sorted(Counter(plan.lane_plan.lanes[at : at + team.count]).items(), reverse=True):
+            row = len(names)
+            for lane in range(lanes):
+                panel.barh(row, way.lane_s, left=lane * way.lane_s, height=0.7, color=BACKWARD, edgecolor="white",
+                           linewidth=0.6, label="a lane" if row == lane == 0 else None)  # fmt: skip
+            if lanes:
+                panel.barh(row, way.fixed_s, left=lanes * way.lane_s, height=0.7, color=EXCHANGE,
+                           label="exchange, apply, gather" if row == 0 else None)  # fmt: skip
+            names.append(f"{count} x {team.name}: {lanes} lanes")
+        at += team.count
+    panel.set_yticks(range(len(names)), names, fontsize=8)

@@ -1,0 +1,179 @@
+"""The command `elastictrain plan`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from elastictrain.terminal import AsJson, JobFile
+
+if TYPE_CHECKING:
+    from elastictrain.job import Job
+    from elastictrain.planner.model import Transformer
+    from elastictrain.planner.plan import Found, Plan
+    from elastictrain.planner.profiles import Cluster
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command()(plan)
+
+
+def plan(
+    job_file: JobFile,
+    cluster: Annotated[Path, typer.Option(help="YAML: groups of nodes, with their devices and links.")],
+    model: Annotated[
+        Path | None, typer.Option(help="YAML: a decoder's layers, hidden, heads, … Plans with pipeline and tensor too.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="PNG to write: the best plan's timeline.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how a job would run best on a cluster, why, and which of it can be used today."""
+    from elastictrain.job import load_job
+    from elastictrain.planner.profiles import load_cluster
+
+    job, there = load_job(job_file), load_cluster(cluster)
+    if model is None:
+        found = now = _by_recipe(job, there)
+    else:
+        found, now = _by_model(job, load_model(model), there)
+    if picture is not None:
+        from elastictrain.observe.plan_view import draw_plan
+
+        draw_plan(found.plans[0], picture)
+    if as_json:
+        typer.echo(json.dumps(as_dict(found, now)))
+        return
+    _print(found, now)
+
+
+def load_model(path: Path) -> Transformer:
+    """Read a decoder's shape. Raises ConfigError naming what is wrong."""
+    import yaml
+    from pydantic import TypeAdapter, ValidationError
+
+    from elastictrain.errors import ConfigError
+    from elastictrain.planner.model import Transformer, gated_width
+    from elastictrain.settings import nearest
+
+    if not path.is_file():
+        raise ConfigError(f"model file {path}: no such file; expected YAML with layers, hidden, heads, sequence, vocab")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a mapping with layers, hidden, heads, sequence and vocab")
+    known = list(Transformer.__dataclass_fields__)
+    switches = {name for name, field in Transformer.__dataclass_fields__.items() if isinstance(field.default, bool)}
+    for key in raw:
+        if key not in known:
+            raise ConfigError(f"{path}: unknown setting {key!r}{nearest(str(key), known)}")
+        if isinstance(raw[key], bool) != (key in switches):
+            raise ConfigError(
+                f"{path}: {key}={raw[key]!r}: expected {'true or false' if key in switches else 'no switch'}"
+            )
+    if "ffn" not in raw and isinstance(raw.get("hidden"), int):
+        raw["ffn"] = gated_width(raw["hidden"]) if raw.get("gated") else 4 * raw["hidden"]
+    try:
+        return TypeAdapter(Transformer).validate_python(raw)
+    except ValidationError as error:
+        lines = [f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _by_model(job: Job, model: Transformer, cluster: Cluster) -> tuple[Found, Found]:
+    from elastictrain.errors import CapacityError
+    from elastictrain.planner.advice import smallest_help
+    from elastictrain.planner.plan import Task
+    from elastictrain.planner.search import search
+
+    task = Task(
+        model=model, lanes=job.lanes, lane_batch=job.lane_batch_size, dtype=job.numerics.compute_dtype,
+        mirrors=job.mirrors,
+    )  # fmt: skip
+    found = search(task, cluster)
+    if not found.plans:
+        helps = smallest_help(lambda other: bool(search(task, other, keep=1).plans), cluster)
+        raise CapacityError(
+            f"a model of {model.params:,} parameters with sequences of {model.sequence} does not fit on the "
+            f"{cluster.size} devices of this cluster, however it is cut up; {helps}"
+        )
+    return found, search(task, cluster, families=("lanes",))
+
+
+def _by_recipe(job: Job, cluster: Cluster) -> Found:
+    from elastictrain.data import open_data
+    from elastictrain.data.reader import LaneReader
+    from elastictrain.engine.describe import describe
+    from elastictrain.errors import CapacityError
+    from elastictrain.planner.advice import smallest_help
+    from elastictrain.planner.plan import Found
+    from elastictrain.planner.workload import found_of, plan_workload
+
+    source = open_data(job.data, seed=job.seed, lanes=job.lanes, lane_batch_size=job.lane_batch_size)
+    reader = LaneReader(source)
+    try:
+        work = describe(job, reader.batch(1, 0))
+    finally:
+        source.close()
+    best = plan_workload(work, cluster)
+    if best is None:
+        helps = smallest_help(lambda other: plan_workload(work, other) is not None, cluster)
+        raise CapacityError(
+            f"a model of {work.params:,} parameters, whole on every worker, does not fit on the {cluster.size} devices "
+            f"of this cluster; {helps}"
+        )
+    plan = found_of(*best)
+    return Found((plan,), plan.bound_s, 1, 1)
+
+
+def as_dict(found: Found, now: Found) -> dict[str, Any]:
+    """The answer as plain data."""
+    from elastictrain.observe.plan_view import reasons, settings_of
+
+    usable: Plan | None = now.plans[0] if now.plans else None
+    return {
+        "plans": [_plain(plan) for plan in found.plans],
+        "bound_s": found.bound_s,
+        "gap": found.gap,
+        "why": reasons(found),
+        "usable_now": None if usable is None else _plain(usable) | {"workers": settings_of(usable)},
+    }
+
+
+def _plain(plan: Plan) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {
+        "family": plan.family, "step_s": plan.step_s, "groups": plan.groups, "devices": plan.devices,
+        "fits": plan.fits, "limit": plan.limit, "cut": None if plan.cut is None else asdict(plan.cut),
+        "layers": plan.layers, "stage_groups": plan.stage_groups, "usable_now": plan.usable_now,
+        "lanes": None if plan.lane_plan is None else plan.lane_plan.lanes,
+        "blocks_share": None if plan.lane_plan is None else plan.lane_plan.blocks_share,
+    }  # fmt: skip
+
+
+def _print(found: Found, now: Found) -> None:
+    import yaml
+    from rich.console import Console
+
+    from elastictrain.observe.plan_view import dealt, plan_table, reasons, settings_of
+
+    console = Console()
+    console.print(plan_table(found))
+    for sentence in reasons(found):
+        console.print(sentence, highlight=False)
+    console.print()
+    if not now.plans:
+        console.print("Nothing of it can be used today: the whole model fits on no single device.", highlight=False)
+        return
+    usable = now.plans[0]
+    console.print(f"What a job can use today: {usable.step_s:.3g} s a step", highlight=False)
+    for line in dealt(usable):
+        console.print(f"  {line}", highlight=False)
+    if usable.devices <= 64:
+        typer.echo(yaml.safe_dump({"workers": settings_of(usable)}, sort_keys=False, default_flow_style=None).rstrip())

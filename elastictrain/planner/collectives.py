@@ -1,0 +1,42 @@
+"""Time of collectives over a class of links: latency plus bytes (the alpha-beta model; Thakur et al. 2005)."""
+
+from __future__ import annotations
+
+from elastictrain.planner.profiles import Link
+
+
+def all_reduce_s(size_bytes: float, members: int, link: Link, efficiency: float = 1.0) -> float:
+    """Ring all-reduce: every byte goes around twice."""
+    return 2 * all_gather_s(size_bytes, members, link, efficiency)
+
+
+def all_gather_s(size_bytes: float, members: int, link: Link, efficiency: float = 1.0) -> float:
+    """Ring all-gather (or reduce-scatter, which is its mirror image) of `size_bytes` in all."""
+    if members <= 1:
+        return 0.0
+    around = (members - 1) / members * size_bytes
+    return (members - 1) * link.alpha_s + around / (link.beta_bytes_s * efficiency)
+
+
+def uneven_gather_s(shares_bytes: list[float], link: Link, efficiency: float = 1.0) -> float:
+    """A padded all-gather of unequal shares takes as long as one in which all are as large as the largest."""
+    return all_gather_s(max(shares_bytes) * len(shares_bytes), len(shares_bytes), link, efficiency)
+
+
+def send_s(size_bytes: float, link: Link) -> float:
+    """One transfer between neighbours."""
+    return link.alpha_s + size_bytes / link.beta_bytes_s
+
+
+CROWD = 0.75
+"""The bandwidth of a ring over n nodes goes with n to the power of minus this (published runs on 4 to 32 nodes)."""
+
+
+def across_nodes(link: Link, members_per_node: int, per_node: int, nodes: int) -> Link:
+    """The link as one group sees it that has `members_per_node` of a node's `per_node` devices, on `nodes` nodes.
+
+    All groups of a node send at once. A contiguous group has all of the node's ports; a strided one only those of its
+    own members. And the more switches a ring passes, the more it meets other traffic.
+    """
+    ports = members_per_node if link.per == "device" else members_per_node / per_node
+    return link.model_copy(update={"beta_bytes_s": link.beta_bytes_s * ports * max(nodes, 1) ** -CROWD})

@@ -1,0 +1,67 @@
+"""What the planner is asked, and what it answers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from elastictrain.planner.lanes import LanePlan
+from elastictrain.planner.memory import MEMORY
+from elastictrain.planner.model import Cut, Transformer
+from elastictrain.planner.profiles import Dtype
+
+SURE = 0.99
+"""A plan must fit with this probability."""
+SPREAD_BYTES = MEMORY.spread_bytes * math.log(SURE / (1 - SURE))
+"""So many bytes must stay free for that."""
+Family = Literal["lanes", "grid", "mixed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What of a job the planner looks at. `lanes` of `lane_batch` sequences are a step, whatever the plan."""
+
+    model: Transformer
+    lanes: int
+    lane_batch: int = 1
+    dtype: Dtype = "bf16"
+    mirrors: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`groups`: which of the cluster's groups it uses. `layers`, `stage_groups`: per stage. `fits`: the probability."""
+
+    family: Family
+    step_s: float
+    bound_s: float
+    groups: tuple[int, ...]
+    devices: int
+    fits: float
+    limit: str
+    cut: Cut | None = None
+    layers: tuple[int, ...] = ()
+    stage_groups: tuple[int, ...] = ()
+    stage_s: tuple[float, ...] = ()
+    lane_plan: LanePlan | None = None
+    ways: tuple[str, ...] = ()
+
+    @property
+    def usable_now(self) -> bool:
+        return self.family == "lanes"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """`plans`, best first. `bound_s`: no plan of the three families takes less. `examined` of `candidates`."""
+
+    plans: tuple[Plan, ...]
+    bound_s: float
+    examined: int
+    candidates: int
+
+    @property
+    def gap(self) -> float:
+        """How much of its time the best plan could be away from the best there is."""
+        return self.plans[0].step_s / self.bound_s - 1 if self.plans else math.inf

@@ -1,0 +1,173 @@
+"""Small random problems of the planner, and what trying everything says about them.
+
+The brute force knows nothing of the searches: it lists every division and takes the best. Used by the property tests (a
+slice) and by `benchmarks/planner.py` (ten thousand).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import product
+from random import Random
+
+from elastictrain.planner.split import fill_whole, split_affine, split_tables
+from elastictrain.planner.stages import Kind, place_stages
+
+KINDS_OF_PROBLEM = ("lanes", "tables", "blocks", "stages")
+
+
+def divisions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
+    """Every way to deal `total` out to `parts`, zeros allowed."""
+    if parts == 1:
+        yield (total,)
+        return
+    for first in range(total + 1):
+        for rest in divisions(total - first, parts - 1):
+            yield (first, *rest)
+
+
+def brute_split(total: int, tables: list[list[float]], low: list[int]) -> float:
+    """The smallest makespan over every division; a table's length is its worker's limit. Infinite: there is none."""
+    return min(
+        (
+            max(table[n] for table, n in zip(tables, parts, strict=True))
+            for parts in divisions(total, len(tables))
+            if all(lo <= n < len(table) for table, n, lo in zip(tables, parts, low, strict=True))
+        ),
+        default=math.inf,
+    )
+
+
+def brute_stages(kinds: list[Kind], stages: int, micro_batches: int, borders: dict[tuple[int, int], float]) -> float:
+    """The least `sum + (m - 1) max` over every order of kinds and every cut of the layers. Infinite: none fits."""
+    layers, best = len(kinds[0].layer_s), math.inf
+    for order in product(range(len(kinds)), repeat=stages):
+        if any(order.count(k) > kind.count for k, kind in enumerate(kinds)):
+            continue
+        for sizes in divisions(layers - stages, stages):
+            times, at = [], 0
+            for place, (k, extra) in enumerate(zip(order, sizes, strict=True)):
+                kind, hi = kinds[k], at + extra + 1
+                flying = min(stages - place, micro_batches)
+                if sum(kind.keep_bytes[at:hi]) + flying * sum(kind.live_bytes[at:hi]) > kind.memory_bytes:
+                    break
+                border = borders.get((order[place - 1], k), 0.0) if place else 0.0
+                times.append(sum(kind.layer_s[at:hi]) + kind.fixed_s + border)
+                at = hi
+            else:
+                best = min(best, sum(times) + (micro_batches - 1) * max(times))
+    return best
+
+
+def _close(found: float, truth: float) -> bool:
+    return found == truth or abs(found - truth) <= 1e-9 * max(abs(found), abs(truth))
+
+
+def check_lanes(random: Random) -> bool:
+    """Lanes by speed: at most six devices, at most twelve lanes."""
+    workers, total = random.randint(1, 6), random.randint(1, 12)
+    speeds = [random.choice([0.25, 0.5, 1.0, 2.0, random.uniform(0.1, 4)]) for _ in range(workers)]
+    fixed = [random.choice([0.0, random.uniform(0, 3)]) for _ in range(workers)]
+    low = [random.choice([0, 0, 1]) for _ in range(workers)]
+    most = [random.choice([total, random.randint(1, total)]) for _ in range(workers)]
+    tables = [[0.0, *(a + c * n for n in range(1, cap + 1))] for a, c, cap in zip(fixed, speeds, most, strict=True)]
+    truth = brute_split(total, tables, low)
+    if math.isinf(truth):
+        return not sum(low) <= total <= sum(most)
+    before = next(p for p in divisions(total, workers))
+    found = split_affine(total, fixed, speeds, least=low, most=most)
+    moved = split_affine(total, fixed, speeds, least=low, most=most, before=before)
+    least_moves = min(
+        sum(abs(n - old) for n, old in zip(parts, before, strict=True))
+        for parts in divisions(total, workers)
+        if all(lo <= n <= cap and _under(table[n], truth)
+               for table, n, lo, cap in zip(tables, parts, low, [len(t) - 1 for t in tables], strict=True) if n <= cap)
+        and all(n <= len(t) - 1 for n, t in zip(parts, tables, strict=True))
+    )  # fmt: skip
+    moves = sum(abs(n - old) for n, old in zip(moved.parts, before, strict=True))
+    again = max(table[n] for table, n in zip(tables, found.parts, strict=True))
+    return (
+        _close(found.makespan, truth) and _close(again, truth) and sum(found.parts) == total
+        and found.bound <= truth * (1 + 1e-9) and moves == least_moves
+        and _close(max(table[n] for table, n in zip(tables, moved.parts, strict=True)), truth)
+    )  # fmt: skip
+
+
+def _under(value: float, limit: float) -> bool:
+    return value <= limit * (1 + 1e-12)
+
+
+def check_tables(random: Random) -> bool:
+    """Lanes by measured tables of any shape that never falls."""
+    workers, total = random.randint(1, 5), random.randint(1, 12)
+    tables = []
+    for _ in range(workers):
+        table = [0.0]
+        for _ in range(random.randint(1, total)):
+            table.append(table[-1] + random.choice([0.0, 1.0, random.uniform(0, 2)]))
+        tables.append(table)
+    low = [random.choice([0, 0, 1]) for _ in range(workers)]
+    truth = brute_split(total, tables, low)
+    if math.isinf(truth):
+        return not sum(low) <= total <= sum(len(t) - 1 for t in tables)
+    found = split_tables(total, tables, least=low)
+    again = max(table[n] for table, n in zip(tables, found.parts, strict=True))
+    inside = all(lo <= n < len(t) for lo, n, t in zip(low, found.parts, tables, strict=True))
+    return inside and sum(found.parts) == total and _close(found.makespan, truth) and _close(again, truth)
+
+
+def check_blocks(random: Random) -> bool:
+    """Blocks by memory: the fullest worker least full."""
+    workers, things = random.randint(1, 5), random.randint(1, 12)
+    memory = [random.choice([8.0, 16.0, 24.0, random.uniform(4, 32)]) for _ in range(workers)]
+    used = [random.uniform(0, m) for m in memory]
+    size = random.choice([0.5, 1.0, 2.5])
+    tables = [[(u + size * n) / m for n in range(things + 1) if u + size * n <= m * (1 + 1e-12)]
+              for u, m in zip(used, memory, strict=True)]  # fmt: skip
+    truth = brute_split(things, tables, [0] * workers)
+    if math.isinf(truth):
+        return sum(len(t) - 1 for t in tables) < things
+    return _close(fill_whole(things, size, used, memory).makespan, truth)
+
+
+def check_stages(random: Random) -> bool:
+    """Layers and kinds onto stages: at most three kinds, six places, eight layers, twelve micro-batches."""
+    layers, kinds_count = random.randint(1, 8), random.randint(1, 3)
+    micro_batches = random.randint(1, 12)
+    shape = [random.choice([1.0, 1.0, random.uniform(0.2, 3)]) for _ in range(layers)]
+    size = [random.choice([1.0, random.uniform(0.5, 4)]) for _ in range(layers)]
+    kinds = []
+    for _ in range(kinds_count):
+        speed = random.choice([1.0, 2.0, random.uniform(0.3, 3)])
+        twist = [random.choice([1.0, random.uniform(0.8, 1.2)]) for _ in range(layers)]
+        kinds.append(
+            Kind(
+                count=random.randint(1, 6 // kinds_count),
+                layer_s=tuple(s * t / speed for s, t in zip(shape, twist, strict=True)),
+                keep_bytes=tuple(size),
+                live_bytes=tuple(random.choice([0.0, 0.3]) for _ in range(layers)),
+                memory_bytes=random.choice([1e9, random.uniform(2, 14)]),
+                fixed_s=random.choice([0.0, 0.1]),
+            )
+        )
+    stages = random.randint(1, max(1, min(layers, sum(kind.count for kind in kinds))))
+    borders = {(a, b): random.choice([0.0, 0.5]) for a in range(kinds_count) for b in range(kinds_count)}
+    truth = brute_stages(kinds, stages, micro_batches, borders)
+    found = place_stages(kinds, stages, micro_batches, borders=borders)
+    if found is None:
+        return math.isinf(truth)
+    again = [stage.time_s for stage in found.stages]
+    covered = [stage.lo for stage in found.stages] == [0, *(stage.hi for stage in found.stages[:-1])]
+    return (
+        covered and found.stages[-1].hi == layers and found.exact and _close(found.time_s, truth)
+        and _close(sum(again) + (micro_batches - 1) * max(again), truth)
+    )  # fmt: skip
+
+
+CHECKS = {"lanes": check_lanes, "tables": check_tables, "blocks": check_blocks, "stages": check_stages}
+
+
+def check(kind: str, seed: int) -> bool:
+    """Whether the search finds what brute force finds, on the instance of this seed."""
+    return CHECKS[kind](Random(seed))

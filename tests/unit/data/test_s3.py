@@ -1,0 +1,107 @@
+"""Sources on s3://, against a server process that speaks S3."""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("s3fs")
+pytest.importorskip("moto")
+
+from elastictrain.data import LaneReader, open_source
+from elastictrain.errors import DataError
+from elastictrain.job import Data
+from tests.unit.data.test_formats import column_of, write
+
+START_S = 60.0
+SERVER = Path(__file__).parents[1] / "checkpoint" / "s3_server.py"
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    server = subprocess.Popen(
+        [sys.executable, str(SERVER)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"},
+    )
+    try:
+        assert server.stdout is not None
+        ready, _, _ = select.select([server.stdout], [], [], START_S)
+        line = server.stdout.readline() if ready else b""
+        assert line.strip().isdigit(), f"the server did not start within {START_S} s"
+        yield f"http://127.0.0.1:{int(line)}"
+    finally:
+        server.kill()
+        server.wait(timeout=10)
+        for pipe in (server.stdin, server.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+@pytest.fixture
+def options(endpoint: str) -> dict[str, Any]:
+    return {"key": "k", "secret": "s", "client_kwargs": {"endpoint_url": endpoint}}
+
+
+@pytest.fixture
+def bucket(options: dict[str, Any]) -> str:
+    import s3fs
+
+    name = f"b{uuid.uuid4().hex}"
+    s3fs.S3FileSystem(**options).mkdir(name)
+    return name
+
+
+def upload(folder: Path, bucket: str, options: dict[str, Any]) -> str:
+    import s3fs
+
+    store = s3fs.S3FileSystem(**options)
+    for file in sorted(folder.iterdir()):
+        store.pipe(f"{bucket}/data/{file.name}", file.read_bytes())
+    return f"s3://{bucket}/data"
+
+
+def reader(path: str, kind: str, **settings: Any) -> LaneReader:
+    spec = Data(kind=kind, path=path, rows_per_block=5, sequence_length=16, **settings)  # type: ignore[arg-type]
+    return LaneReader(open_source(spec, seed=3, lanes=2, lane_batch_size=2))
+
+
+@pytest.mark.parametrize("name", ["parquet", "arrow stream", "jsonl", "jsonl.gz", "csv", "tar", "text.zst"])
+def test_a_store_gives_what_a_disk_gives(tmp_path: Path, name: str, bucket: str, options: dict[str, Any]) -> None:
+    (tmp_path / "data").mkdir()
+    kind = write(tmp_path / "data", name)
+    place = upload(tmp_path / "data", bucket, options)
+    text = column_of(kind, "text")
+    local = reader(str(tmp_path / "data"), kind, text_column=text)
+    for _ in range(2):  # the second time from the index
+        remote = reader(place, kind, text_column=text, storage_options=options)
+        assert remote.source.fingerprint == local.source.fingerprint
+        for step in (0, 3, 11):
+            assert remote.batch(step, 1)["tokens"].tolist() == local.batch(step, 1)["tokens"].tolist()
+        remote.close()
+
+
+def test_an_object_that_is_written_again_is_noticed(tmp_path: Path, bucket: str, options: dict[str, Any]) -> None:
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data", "jsonl")
+    place = upload(tmp_path / "data", bucket, options)
+    running = reader(place, "jsonl", text_column="text", storage_options=options)
+    file = tmp_path / "data" / "0.jsonl"
+    file.write_bytes(file.read_bytes().replace(b"Dokument", b"dokument"))
+    upload(tmp_path / "data", bucket, options)
+    with pytest.raises(DataError, match=r"0\.jsonl, bytes \d+ to \d+: changed since the run opened it"):
+        running.source.read_block(0)
+
+
+def test_a_bucket_that_is_not_there(bucket: str, options: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=r"data.path: 's3://b0-nowhere/data' (does not exist|cannot be listed)"):
+        reader("s3://b0-nowhere/data", "parquet", text_column="text", storage_options=options)

@@ -1,0 +1,115 @@
+"""`elastictrain plan` as a user sees it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from elastictrain.cli import app
+from elastictrain.job import parse_job
+
+RECIPE = """
+import torch
+from torch import nn
+
+class Tiny:
+    def model(self):
+        return nn.Embedding(320, 8)
+    def optimizer(self, params):
+        return torch.optim.SGD(params, lr=0.1)
+    def loss(self, model, batch):
+        return model(batch["tokens"]).mean()
+"""
+MODEL = {"layers": 8, "hidden": 2048, "heads": 16, "sequence": 1024, "vocab": 32000, "gated": True}
+CLUSTER = {
+    "groups": [
+        {"device": "a100-80", "per_node": 2},
+        {"device": "l4", "per_node": 2, "intra": "pcie4", "island": "b"},
+    ],
+    "between": "eth-100",
+}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    (tmp_path / "tiny.py").write_text(RECIPE)
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": "words " * 20}) for _ in range(200)))
+    data = {"kind": "jsonl", "path": "text.jsonl", "text_column": "text", "sequence_length": 16}
+    job = {"recipe": "tiny.py:Tiny", "data": data, "steps": 3, "lanes": 24, "numerics": {"compute_dtype": "bf16"}}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(MODEL))
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(CLUSTER))
+    return tmp_path
+
+
+PLAN = ["plan", "job.yaml", "--cluster", "cluster.yaml"]
+
+
+def test_json_says_what_can_be_used_now_as_settings_of_a_job(folder: Path) -> None:
+    done = CliRunner().invoke(app, [*PLAN, "--model", "model.yaml", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["plans"][0]["step_s"] >= found["bound_s"] > 0
+    assert found["gap"] == pytest.approx(0, abs=1e-9)
+    workers = found["usable_now"]["workers"]
+    assert sum(workers["lane_shares"].values()) == 24
+    raw = yaml.safe_load((folder / "job.yaml").read_text())
+    job = parse_job(raw | {"workers": dict(workers)})
+    assert len(job.workers.lane_shares) == job.workers.max
+
+
+def test_words_for_people_and_a_picture(folder: Path) -> None:
+    done = CliRunner().invoke(app, [*PLAN, "--model", "model.yaml", "--picture", "out.png"])
+    assert done.exit_code == 0, done.output
+    for words in ("Plans, best first", "limited by", "The next best", "No plan of the kinds searched takes less than",
+                  "What a job can use today", "lane_shares:", "block_shares:"):  # fmt: skip
+        assert words in done.stdout
+    assert (folder / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_a_model_file_the_recipe_is_looked_at(folder: Path) -> None:
+    done = CliRunner().invoke(app, [*PLAN, "--json", "--picture", "out.png"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert [plan["family"] for plan in found["plans"]] == ["lanes"]
+    assert (folder / "out.png").stat().st_size > 1000
+
+
+def test_what_fits_nowhere_says_what_would_help(folder: Path) -> None:
+    (folder / "model.yaml").write_text(yaml.safe_dump(MODEL | {"layers": 96, "hidden": 12288, "heads": 96}))
+    done = CliRunner().invoke(app, [*PLAN, "--model", "model.yaml"])
+    assert done.exit_code == 3
+    assert "does not fit on the 4 devices of this cluster, however it is cut up; the smallest thing" in done.output
+    assert "groups." in done.output
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer": 3}, "model.yaml: unknown setting 'layer'; did you mean 'layers'?"),
+        ({"layers": True}, "model.yaml: layers=True: expected no switch"),
+        ({"gated": 1}, "model.yaml: gated=1: expected true or false"),
+        ({"layers": 0}, "model.layers=0: expected 1 or more"),
+        ({"attention": "quick"}, "model.yaml: attention: "),
+    ],
+)
+def test_a_wrong_model_is_refused_in_words(folder: Path, change: dict[str, object], message: str) -> None:
+    (folder / "model.yaml").write_text(yaml.safe_dump(MODEL | change))
+    done = CliRunner().invoke(app, [*PLAN, "--model", "model.yaml"])
+    assert done.exit_code == 2
+    assert done.output.startswith(message)
+
+
+def test_a_missing_model_or_cluster(folder: Path) -> None:
+    done = CliRunner().invoke(app, [*PLAN, "--model", "none.yaml"])
+    assert done.exit_code == 2
+    assert done.output.startswith("model file none.yaml: no such file")
+    done = CliRunner().invoke(app, ["plan", "job.yaml", "--cluster", "none.yaml"])
+    assert done.exit_code == 2
+    assert done.output.startswith("cluster file none.yaml: no such file")
