@@ -21,20 +21,28 @@ SHOWN_MICRO_BATCHES = 12
 
 def plan_table(found: Found) -> Table:
     """The best plans, a line each."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title="Plans, best first", title_justify="left")
-    for name in ("", "step s", "devices", "t x p x w", "micro-batches", "layers", "fits", "limited by", "today"):
-        table.add_column(name, overflow="fold")
+    table = Table(
+        title="Plans, best first", title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    for name in ("", "step s", "devices", "t x p x w"):
+        table.add_column(name, no_wrap=True)
+    for name in ("batches", "layers"):
+        table.add_column(name, min_width=10, overflow="fold")
+    for name in ("fits", "limit", "today"):
+        table.add_column(name, no_wrap=True)
     for rank, plan in enumerate(found.plans, 1):
         cut = plan.cut
         size = f"1 x 1 x {plan.devices}" if cut is None else f"{cut.tensor} x {cut.pipeline} x {cut.workers}"
         again = "" if cut is None or cut.checkpointing == "none" else ", computed again"
         micro = "; ".join(plan.ways) if cut is None else f"{cut.micro_batches} of {cut.micro_batch}{again}"
         fits = "> 99.9%" if plan.fits > 0.999 else f"{plan.fits:.1%}"
-        table.add_row(str(rank), f"{plan.step_s:.3g}", str(plan.devices), size, micro, layers(plan), fits, plan.limit,
-                      "yes" if plan.usable_now else "no")  # fmt: skip
-    table.caption = "t x p x w: tensor x pipeline x workers"
+        limit = plan.limit.removeprefix("the slowest stage's ")
+        now = "yes" if plan.usable_now else "no"
+        table.add_row(str(rank), f"{plan.step_s:.3g}", str(plan.devices), size, micro, layers(plan), fits, limit, now)
+    table.caption = "t x p x w: tensor x pipeline x workers; batches: micro-batches of a worker"
     return table
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from elastictrain.faults import Fault, flip, kill, miscompute
 from elastictrain_checkpoint import Store, list_steps
-from tests.support.plants import accuses_another, last_rows_are_lost, storage_is_fast, wait_for_company
+from tests.support.plants import accuses_another, last_rows_are_lost, wait_for_company
+from tests.support.plants_storing import storage_is_fast
 from tests.support.process_cluster import Run, byte_job, run_job
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]

@@ -10,7 +10,8 @@ import pytest
 from elastictrain.engine.resume import find_start
 from elastictrain.faults import kill
 from elastictrain_checkpoint import Store, digest, list_steps, load, verify
-from tests.support.plants import base_vanishes, both, commits_are_fast, pins, storage_is_fast
+from tests.support.plants import both
+from tests.support.plants_storing import base_vanishes, commits_are_fast, pins, storage_is_fast
 from tests.support.process_cluster import Run, byte_job, run_job
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]

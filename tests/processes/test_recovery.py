@@ -7,7 +7,8 @@ import itertools
 import pytest
 
 from elastictrain.faults import PHASES, add, drain, kill
-from tests.support.plants import die_while_blocks_move, last_rows_are_lost, storage_is_fast, wait_for_company
+from tests.support.plants import die_while_blocks_move, last_rows_are_lost, wait_for_company
+from tests.support.plants_storing import storage_is_fast
 from tests.support.process_cluster import Run, byte_job, plans_of, run_job
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]

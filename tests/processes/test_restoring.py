@@ -14,7 +14,7 @@ from elastictrain.faults import kill
 from elastictrain.job import Job
 from elastictrain.protocol import Restore
 from elastictrain_checkpoint import Manifest, Store, load
-from tests.support.plants import storage_is_fast
+from tests.support.plants_storing import storage_is_fast
 from tests.support.process_cluster import Run, byte_job, run_job
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]

@@ -20,7 +20,7 @@ from elastictrain.job import Job
 from elastictrain_checkpoint import Reader, Store, convert, load
 from elastictrain_checkpoint.mapping import Mapped, apply_rules
 from elastictrain_checkpoint.source import read_whole
-from tests.support.plants import storage_is_fast
+from tests.support.plants_storing import storage_is_fast
 from tests.support.process_cluster import Run, byte_job, run_job, write_text
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]

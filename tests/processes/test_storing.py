@@ -10,14 +10,13 @@ import pytest
 from elastictrain.faults import kill
 from elastictrain_checkpoint import Store, digest, list_steps, load, verify
 from tests.processes.test_stop_and_resume import stored
-from tests.support.plants import (
-    both,
+from tests.support.plants import both, wait_for_pause
+from tests.support.plants_storing import (
     manifest_has_no_room,
     manifest_waits_for_the_end,
     peers_wait_for,
     storage_is_fast,
     storage_waits,
-    wait_for_pause,
 )
 from tests.support.process_cluster import Run, byte_job, run_job
 

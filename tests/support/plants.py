@@ -15,13 +15,10 @@ from elastictrain.controller import events as ev
 from elastictrain.engine import (
     collective,
     commit,
-    committing,
     forming,
     held,
     inquest,
-    keeping,
     outbox,
-    saver,
     session,
     step,
     stepping,
@@ -29,7 +26,6 @@ from elastictrain.engine import (
 from elastictrain.engine.probes import Probes
 from elastictrain.engine.verdict import Verdict
 from elastictrain.protocol import Row
-from elastictrain_checkpoint import discard, list_steps, pin, posix
 
 
 class Calls:
@@ -137,135 +133,6 @@ def _wait_for_pause(due: Callable[[Any, Any, int], bool]) -> None:
 
     stepping.Stepping.__init__ = note  # type: ignore[method-assign]
     stepping.StepRunner.run = wait  # type: ignore[method-assign]
-
-
-def storage_is_fast(worker: int) -> None:
-    """What is to be stored is written before the next vote: a fault then finds the checkpoint that a test counts on."""
-    saver.Writing.done = property(lambda writing: writing.handle._ended.wait(60))  # type: ignore[method-assign, assignment]
-
-
-def commits_are_fast(worker: int) -> None:
-    """What is written is committed before the next vote, and everybody knows of it: the next save finds its base."""
-    storage_is_fast(worker)
-    heed = keeping.Keeper.heed
-
-    def after_the_commit(self: keeping.Keeper) -> None:
-        if self._session.saver is not None:
-            assert self._session.saver._committer._idle.wait(60)
-        heed(self)
-
-    keeping.Keeper.heed = after_the_commit  # type: ignore[method-assign]
-
-
-def storage_waits(step: int, until: int) -> Callable[[int], None]:
-    """The packs of checkpoint `step` are not taken by the storage before the worker has applied step `until`."""
-    return partial(_storage_waits, step, until)
-
-
-def _storage_waits(step: int, until: int, worker: int) -> None:
-    inner, apply, seen = posix.PosixBackend.create, stepping.apply_step, [0]
-
-    def counted(owner: Any, pending: Any, *rest: Any) -> Any:
-        tally = apply(owner, pending, *rest)
-        seen[0] = pending.step
-        return tally
-
-    def create(self: Any, path: str, blocks: Any) -> int:
-        if path.startswith(f"step-{step:08d}/"):
-            applied.wait(lambda: seen[0] >= until)
-        return inner(self, path, blocks)
-
-    stepping.apply_step = counted  # type: ignore[assignment]
-    applied = Calls(stepping, "apply_step")
-    posix.PosixBackend.create = create  # type: ignore[method-assign]
-
-
-def peers_wait_for(victim: int, step: int) -> Callable[[int], None]:
-    """Nobody but `victim` goes on from storing `step` before it is told to park: the fault of `victim` comes first."""
-    return partial(_peers_wait_for, victim, step)
-
-
-def _peers_wait_for(victim: int, at: int, worker: int) -> None:
-    told, begin = orders(), keeping.Keeper.begin
-
-    def wait(self: keeping.Keeper, step: int, *rest: Any) -> None:
-        begin(self, step, *rest)
-        owner = self._session
-        if step == at and owner.generation == 1:
-            told.wait(owner.is_parked)
-
-    if worker != victim:
-        keeping.Keeper.begin = wait  # type: ignore[method-assign]
-
-
-def manifest_waits_for_the_end(step: int) -> Callable[[int], None]:
-    """The commit of checkpoint `step` goes on when its generation is over: it was given up by then."""
-    return partial(_manifest_waits_for_the_end, step)
-
-
-def _manifest_waits_for_the_end(step: int, worker: int) -> None:
-    del worker
-    over, create = threading.Event(), saver.Saver._create
-    given_up = committing.Committer.give_up
-
-    def leave(self: committing.Committer, deadline_s: float) -> None:
-        self._shut.set()
-        over.set()
-        given_up(self, deadline_s)
-
-    def wait(self: saver.Saver, store: Any, shares: Any, **facts: Any) -> str:
-        if facts["step"] == step:
-            assert over.wait(60)
-        return create(self, store, shares, **facts)
-
-    committing.Committer.give_up = leave  # type: ignore[method-assign]
-    saver.Saver._create = wait  # type: ignore[method-assign]
-
-
-def pins(step: int) -> Callable[[int], None]:
-    """Somebody pins the checkpoint of `step` as soon as it is there."""
-    return partial(_pins, step)
-
-
-def _pins(step: int, worker: int) -> None:
-    del worker
-    create = saver.Saver._create
-
-    def and_pin(self: saver.Saver, store: Any, shares: Any, **facts: Any) -> str:
-        path = create(self, store, shares, **facts)
-        if facts["step"] == step:
-            pin(store, step)
-        return path
-
-    saver.Saver._create = and_pin  # type: ignore[method-assign]
-
-
-def base_vanishes(step: int) -> Callable[[int], None]:
-    """Somebody removes all earlier checkpoints just before the one of `step` is committed."""
-    return partial(_base_vanishes, step)
-
-
-def _base_vanishes(step: int, worker: int) -> None:
-    del worker
-    create = saver.Saver._create
-
-    def without_base(self: saver.Saver, store: Any, shares: Any, **facts: Any) -> str:
-        if facts["step"] == step:
-            for earlier in list_steps(store):
-                discard(store, earlier)
-        return create(self, store, shares, **facts)
-
-    saver.Saver._create = without_base  # type: ignore[method-assign]
-
-
-def manifest_has_no_room(worker: int) -> None:
-    """The disk is full when a manifest is created."""
-    del worker
-
-    def full(self: Any, path: str, data: bytes) -> None:
-        raise OSError(28, "No space left on device", path)
-
-    posix.PosixBackend.publish = full  # type: ignore[method-assign]
 
 
 def last_rows_are_lost(worker: int, generation: int) -> Callable[[int], None]:

@@ -14,6 +14,7 @@ import pathlib
 import pickle
 from collections import OrderedDict
 from dataclasses import dataclass
+from enum import EnumMeta
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,17 @@ _DCP_CLASSES = (
     "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "BytesStorageMetadata",
     "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
 )  # fmt: skip
+
+
+def _member(kind: Any, name: str) -> Any:
+    """Python 3.11 up to 3.11.3 pickles a member of an enum as `getattr(enum, name)`: that, and no other attribute."""
+    if isinstance(kind, EnumMeta) and kind in _ALLOWED.values():
+        return kind[name]
+    raise pickle.UnpicklingError(f"it asks for {name!r} of {kind!r}, which no such file needs")
+
+
 _ALLOWED: dict[tuple[str, str], Any] = {
+    ("builtins", "getattr"): _member,
     **{("torch.distributed.checkpoint.metadata", name): getattr(dcp, name) for name in _DCP_CLASSES},
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
     ("torch", "Size"): torch.Size,

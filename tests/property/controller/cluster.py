@@ -16,21 +16,11 @@ from elastictrain.controller import events as ev
 from elastictrain.controller.machine import speaker
 from elastictrain.layout import Layout
 from elastictrain.protocol import FormPlan, ParkReport, Restore
+from tests.property.controller.demands import check_form, check_stop
 from tests.property.controller.doubts import Doubts
-from tests.property.controller.worker import Worker, vote_bytes
+from tests.property.controller.worker import Worker, vote_bytes, waits_for_shares
 
 FROM_THE_START = Restore(0, None)
-
-UNDISTURBED = (
-    ev.WorkerPlaced,
-    ev.WorkerReady,
-    ev.Sealed,
-    ev.Progress,
-    ev.CheckpointCommitted,
-    ev.WorkerParked,
-    ev.Tick,
-)
-"""Events of a cluster in which nothing goes wrong."""
 
 
 class Cluster:
@@ -99,7 +89,7 @@ class Cluster:
     def decided(self, command: cm.Command) -> None:
         """The journal knows: whether it is performed or not, it counts."""
         if isinstance(command, cm.Form):
-            self.check_form(command.plan)
+            check_form(self, command.plan)
             self.plans[command.plan.generation] = command.plan
         elif isinstance(command, cm.Kill):
             self.doomed.add(command.worker)
@@ -135,15 +125,8 @@ class Cluster:
         elif isinstance(command, cm.EndRun):
             assert self.ended in (None, command), "the run ended twice"
             if command.outcome == "stopped":
-                self.check_stop(command)
+                check_stop(self, command)
             self.ended = command
-
-    def check_stop(self, command: cm.EndRun) -> None:
-        """With nothing in its way, a run that is stopped has stored what it ends with, unless all that is gone."""
-        asked = max(n for n, event in enumerate(self.log) if isinstance(event, ev.StopRequested))
-        if all(isinstance(event, UNDISTURBED) for event in self.log[asked + 1 :]) and not self.is_lost():
-            stored = max(self.checkpoints, default=0)
-            assert command.step == stored, f"stopped at step {command.step}, stored is step {stored}"
 
     def believed(self) -> dict[int, Worker]:
         """The workers that the controller must take for alive."""
@@ -160,27 +143,6 @@ class Cluster:
         """Whether a block of the true layout has no live holder."""
         truth = self.true_layout()
         return truth is not None and any(not set(shard.holders()) & set(self.believed()) for shard in truth.shards)
-
-    def check_form(self, plan: FormPlan) -> None:
-        for worker in self.workers.values():
-            assert worker.plan is None or worker.state == "parked" or worker.number in self.fenced, (
-                f"generation {plan.generation} forms while {worker} is not parked"
-            )
-        self.doubts.check(plan)
-        truth = self.true_layout()
-        if truth is None:
-            assert plan.restore is not None, f"nothing is sealed, but nothing is restored: {plan}"
-            newest = max(self.checkpoints, default=0)
-            assert plan.step == plan.restore.step == newest, f"{plan.restore} instead of step {newest}"
-            return
-        assert not self.is_lost(), f"{plan} goes on without some blocks"
-        assert plan.previous == truth, f"{plan} starts from another layout than the one sealed last, {truth}"
-        assert plan.restore is None, f"{plan.restore} although every block has a live holder"
-        holders = [w for w in self.believed().values() if w.number in truth.workers]
-        reached = max(w.applied for w in holders)
-        assert plan.step == reached, f"a survivor has applied {reached}, the plan goes on from {plan.step}"
-        if any(w.applied < reached for w in holders if w.number in plan.layout.workers):
-            assert plan.roll_forward == vote_bytes(reached)
 
     # -- the workers' side
 
@@ -238,7 +200,7 @@ class Cluster:
                 self.storing |= {key} if worker.store else set()
             return True
         complete = self.votes[key] >= set(worker.plan.layout.workers)
-        if complete and key in self.storing and self.waits_for_shares(worker):
+        if complete and key in self.storing and waits_for_shares(worker, self.workers):
             return False
         if not complete or (unlucky and self.peer_gone(worker)):
             return self.lose_peer(worker)
@@ -325,13 +287,6 @@ class Cluster:
                 if key in self.storing:
                     self.commit_checkpoint(worker)
                 self.park(worker, plan.generation)
-
-    def waits_for_shares(self, worker: Worker) -> bool:
-        """The first member commits when it has the shares of all, who have applied that step by then."""
-        assert worker.plan is not None
-        first, *others = worker.plan.layout.workers
-        there = [self.workers.get(number) for number in others]
-        return worker.number == first and any(one is None or one.applied <= worker.applied for one in there)
 
     def commit_checkpoint(self, worker: Worker) -> None:
         """What the first member says; the others have written their shares."""

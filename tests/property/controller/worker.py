@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from elastictrain.controller import events as ev
@@ -38,3 +39,10 @@ class Worker:
     @property
     def generation(self) -> int:
         return 0 if self.plan is None else self.plan.generation
+
+
+def waits_for_shares(worker: Worker, there: Mapping[int, Worker]) -> bool:
+    """The first member commits when it has the shares of all, who have applied that step by then."""
+    assert worker.plan is not None
+    first, *others = (there.get(number) for number in worker.plan.layout.workers)
+    return worker is first and any(one is None or one.applied <= worker.applied for one in others)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import metadata as parts
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from elastictrain_checkpoint import CorruptData, Reader, Store, digest, load, verify
@@ -89,7 +90,6 @@ def check_shards(folder: Path) -> None:
 def test_column_chunks_are_put_together(tmp_path: Path) -> None:
     """As two ranks write them, in one process: the chunks of `Shard(0)` and `Shard(1)`, with an empty one."""
     from torch.distributed.checkpoint import filesystem
-    from torch.distributed.checkpoint import metadata as parts
 
     whole = torch.arange(35, dtype=torch.float32).reshape(7, 5)
     cuts = {
@@ -159,6 +159,27 @@ def test_metadata_cannot_run_code(tmp_path: Path) -> None:
     for raw in (b"", b"\x80\x05", b"garbage", b"cbuiltins\neval\n(S'1'\ntR."):
         with pytest.raises(ForeignFormat):
             read_metadata(raw, "x/.metadata")
+
+
+class Attribute:
+    """Asks for an attribute, as early Python 3.11 pickles the members of enums."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.asked = owner, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, self.asked
+
+
+def test_members_of_enums_may_be_asked_for_and_nothing_else(dcp_folder: tuple[Path, dict[str, Any]]) -> None:
+    told = read_metadata((dcp_folder[0] / ".metadata").read_bytes(), "x/.metadata")
+    encoding = parts._MEM_FORMAT_ENCODING
+    told.planner_data = Attribute(encoding, "TORCH_PRESERVE_FORMAT")
+    assert read_metadata(pickle.dumps(told), "x/.metadata").planner_data is encoding.TORCH_PRESERVE_FORMAT
+    for owner, name in ((parts.Metadata, "__init__"), (encoding, "__class__"), (torch.Size, "mro"), ("x", "join")):
+        told.planner_data = Attribute(owner, name)
+        with pytest.raises(ForeignFormat, match=r"is not the metadata of torch\.distributed\.checkpoint"):
+            read_metadata(pickle.dumps(told), "x/.metadata")
 
 
 def test_an_object_among_the_values_is_skipped_and_named(tmp_path: Path) -> None:

@@ -3,81 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
-from elastictrain_checkpoint import InvalidPiece, Part, Piece, Reader, Store, commit, lazy, list_steps, newest, running
+from elastictrain_checkpoint import InvalidPiece, Part, Piece, list_steps
 from elastictrain_checkpoint.errors import SaveDropped, SaveFailed, SaveTimeout
 from elastictrain_checkpoint.handle import SaveState
-from elastictrain_checkpoint.lazy import LazySaver
 from elastictrain_checkpoint.pool import Pool
-from elastictrain_checkpoint.store import _backend
-from tests.unit.checkpoint.build import memory_store
-
-MB = 1 << 20
-
-
-class Gate:
-    """Storage that takes no block before it is opened; `blocks` it may take even so."""
-
-    def __init__(self, url: str, blocks: int = 0) -> None:
-        self._inner: Any = _backend(url, {})
-        self.free, self.reached, self.opened = blocks, threading.Event(), threading.Event()
-        self.stops: dict[int, threading.Event] = {}
-        self.error: OSError | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def create(self, path: str, blocks: Iterable[memoryview]) -> int:
-        def gated() -> Iterator[memoryview]:
-            for number, block in enumerate(blocks):
-                if number in self.stops:
-                    self.reached.set()
-                    assert self.stops[number].wait(30)
-                if number == self.free:
-                    self.reached.set()
-                    assert self.opened.wait(30)
-                if self.error is not None:
-                    raise self.error
-                yield block
-
-        size = int(self._inner.create(path, gated()))
-        if self.free > 100:  # everything is taken: the last thing before the file is there
-            self.reached.set()
-            assert self.opened.wait(30)
-        return size
-
-
-class Scene:
-    def __init__(self, blocks: int = 0, **settings: Any) -> None:
-        url = memory_store().url
-        self.gate = Gate(url, blocks)
-        self.store = Store(url, backend=self.gate)
-        self.saver = LazySaver(self.store, **settings)
-        self.data = np.zeros(4 * MB, dtype=np.uint8)
-
-    def save(self, step: int, **more: Any) -> Any:
-        def finish(part: Part) -> Any:
-            return commit(self.store, step=step, attempt="a", generation=1, parts=[part])
-
-        return self.saver.save(
-            [Piece("t", "U8", self.data.shape, 0, self.data.data)],
-            step=step,
-            attempt="a",
-            writer="w",
-            finish=finish,
-            **more,
-        )
-
-    def stored(self, step: int) -> set[int]:
-        manifest = newest(self.store)
-        assert manifest is not None
-        assert manifest.step == step
-        return set(np.unique(Reader(self.store, manifest).read("t")).tolist())
+from tests.unit.checkpoint.gated import MB, Scene
 
 
 @pytest.fixture
@@ -121,145 +57,6 @@ def test_the_pool_is_used_again(scene: Scene) -> None:
 
 
 # --- no more than a fraction is copied ---
-
-
-class Update(threading.Thread):
-    """A change of the state, announced, in a thread of its own: it may have to wait."""
-
-    def __init__(self, scene: Scene) -> None:
-        super().__init__()
-        self.scene, self.gate_was_open = scene, False
-        self.start()
-
-    def run(self) -> None:
-        self.scene.saver.before_mutation()
-        self.gate_was_open = self.scene.gate.opened.is_set()
-        self.scene.data += 1
-
-
-@pytest.fixture
-def capped(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Scene]]:
-    """Scenes in which even a small state is not copied whole: of 4 MiB, 1 MiB."""
-    monkeypatch.setattr(running, "MIN_COPY_BYTES", MB)
-    made: list[Scene] = []
-
-    def make(**settings: Any) -> Scene:
-        made.append(Scene(blocks=2, **{"deadline_s": 30.0, **settings}))
-        return made[-1]
-
-    yield make
-    for scene in made:
-        scene.gate.opened.set()
-        scene.saver._jobs[-1].handle.wait()
-
-
-@pytest.mark.parametrize(("max_copy", "slots"), [(0.0, 0), (0.1, 1), (0.25, 1), (0.5, 2)])
-def test_an_update_waits_for_what_may_not_be_copied(capped: Any, max_copy: float, slots: int) -> None:
-    # Six units: five of 1 MiB, of which the third is in the writer's hands, and a small one.
-    scene = capped(max_copy=max_copy)
-    scene.data = np.zeros(5 * MB, dtype=np.uint8)
-    for step in (1, 2):
-        scene.gate.reached.clear()
-        scene.gate.opened.clear()
-        handle = scene.save(step)
-        assert scene.gate.reached.wait(30)
-        update = Update(scene)
-        update.join(0.05)
-        assert update.is_alive()
-        scene.gate.opened.set()
-        update.join(30)
-        assert update.gate_was_open
-        assert handle.result(30).step == step
-        assert scene.stored(step) == {step - 1}
-        assert handle.copied_bytes == (0, 4096, MB + 4096)[slots], "the last units, which the writer comes to last"
-        assert scene.saver.pool.size_bytes == slots * MB
-        assert handle.stall_s > 0
-
-
-def test_an_update_goes_on_when_the_writer_has_read_the_rest_whatever_storage_does(capped: Any) -> None:
-    scene = capped(max_copy=0.25, deadline_s=300.0)
-    scene.gate.free, scene.gate.stops = 3, {2: threading.Event()}
-    handle = scene.save(1)
-    assert scene.gate.reached.wait(30)
-    update = Update(scene)
-    update.join(0.05)
-    assert update.is_alive()
-    scene.gate.stops[2].set()  # the writer reads one more unit, the last that is not copied; storage does not take it
-    update.join(30)
-    assert not update.is_alive()
-    assert not update.gate_was_open
-    scene.gate.opened.set()
-    assert handle.result(30).step == 1
-    assert scene.stored(1) == {0}
-
-
-def test_a_fraction_of_one_never_waits(capped: Any) -> None:
-    scene = capped(max_copy=1.0)
-    handle = scene.save(1)
-    assert scene.gate.reached.wait(30)
-    scene.saver.before_mutation()
-    scene.data += 1
-    scene.gate.opened.set()
-    assert handle.result(30).step == 1
-    assert scene.stored(1) == {0}
-
-
-def test_one_call_may_copy_more_than_the_saver(capped: Any) -> None:
-    scene = capped(max_copy=0.0)
-    handle = scene.save(1)
-    assert scene.gate.reached.wait(30)
-    scene.saver.before_mutation(max_copy=1.0)
-    scene.data += 1
-    scene.gate.opened.set()
-    assert handle.result(30).step == 1
-    assert scene.stored(1) == {0}
-
-
-def test_a_small_state_is_copied_whole(scene: Scene) -> None:
-    assert lazy.copy_bytes(10, 0.01) == lazy.MIN_COPY_BYTES
-    assert lazy.copy_bytes(10, 0.0) == 0
-    assert lazy.copy_bytes(1 << 40, 0.25) == 1 << 38
-    handle = scene.save(1)
-    assert scene.gate.reached.wait(30)
-    scene.saver.before_mutation()
-    assert handle.copied_bytes == MB + 4096
-    for wrong in (-0.1, 1.5):
-        with pytest.raises(ValueError, match=rf"^max_copy={wrong} is not a fraction of the state, from 0 to 1$"):
-            LazySaver(scene.store, max_copy=wrong)
-
-
-def test_an_update_does_not_wait_for_ever_and_the_save_says_why(capped: Any) -> None:
-    scene = capped(max_copy=0.25, deadline_s=0.05)
-    handle = scene.save(1)
-    assert scene.gate.reached.wait(30)
-    scene.saver.before_mutation()
-    scene.data += 1
-    assert handle.state is SaveState.FAILED
-    said = r"SaveTimeout: the save of step 1 to \S+ has written 2\.1 of 4\.2 MB in .*; the state was to change, and no "
-    said += r"more than 0\.25 of it may be copied \(max_copy\): waited 0\.05 s until the rest is written$"
-    with pytest.raises(SaveFailed, match=said):
-        scene.saver.check()
-    scene.gate.opened.set()
-    assert scene.save(2).result(30).step == 2
-    assert list_steps(scene.store) == [2], "what was given up was not committed"
-    assert scene.stored(2) == {1}
-
-
-@pytest.mark.parametrize("how", ["given up", "broken"])
-def test_an_update_waits_no_longer_when_the_save_has_ended(capped: Any, how: str) -> None:
-    scene = capped(max_copy=0.25)
-    handle = scene.save(1)
-    assert scene.gate.reached.wait(30)
-    update = Update(scene)
-    if how == "given up":
-        assert scene.saver.give_up() == [handle]
-    else:
-        scene.gate.error = OSError(5, "Input/output error")
-        scene.gate.opened.set()
-    update.join(30)
-    assert not update.is_alive()
-    assert update.gate_was_open == (how == "broken")
-    assert handle.wait(30) is (SaveState.SUPERSEDED if how == "given up" else SaveState.FAILED)
 
 
 def test_the_pool_lends_no_slot_twice() -> None:

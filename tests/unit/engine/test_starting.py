@@ -42,8 +42,11 @@ def begun(job: Job, layout: Layout = THREE, counters_from: int = 1) -> list[Work
     assert job.start_from is not None
     settings = job.start_from
 
+    # Here and not in the threads: they share one random generator.
+    models = {worker: started(job, layout.held(worker)) for worker in layout.workers}
+
     def work(company: Company | None, worker: int) -> WorkerModel:
-        model = started(job, layout.held(worker))
+        model = models[worker]
         begin(model.flat, model.held, settings, layout, counters_from, company, worker)
         return model
 
