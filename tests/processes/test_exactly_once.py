@@ -14,6 +14,7 @@ from elastictrain.engine.resume import find_start
 from elastictrain.faults import PHASES, add, drain, kill
 from elastictrain.job import Job
 from elastictrain.protocol import Stage
+from tests.processes.test_mixture import mixed_job
 from tests.support.process_cluster import Run, byte_job, run_job
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
@@ -54,6 +55,16 @@ def test_kills_joins_and_drains_in_worlds_of_many_sizes(folder, calm, workers):
     run = run_job(job, faults)
     assert hashes(run) == calm
     assert audited(job, run.record.rows).agrees
+
+
+def test_a_mixture_whose_shares_and_lengths_change_is_used_exactly_once(folder, tmp_path):
+    job = mixed_job(folder, tmp_path / "lines", workers=3)
+    run = run_job(job, [kill(worker=1, step=4, phase="exchange")])
+    verdict = audited(job, run.record.rows)
+    assert verdict.agrees
+    assert (verdict.steps, verdict.unrecorded) == (job.steps, 0)
+    assert verdict.running == verdict.running_recorded
+    assert hashes(run_job(mixed_job(folder, tmp_path / "lines", workers=1))) == hashes(run)
 
 
 def test_what_is_skipped_is_used_no_more_whatever_happens_then(folder, tmp_path, reference, calm):
