@@ -217,3 +217,5 @@ def test_a_mixture_and_document_ids_have_blocks_of_their_own(tmp_path: Path, mon
     again = batches("ab")[0]
     assert again.warm is not None
     assert (again.blocks_decoded, again.warm.hits > 0) == (0, True)
+    other = open_data(again.source.spec, seed=9, lanes=5, lane_batch_size=1)
+    assert cache_key(other.content) == cache_key(again.source.content), "another order of the same mixture"
