@@ -23,6 +23,8 @@ READ_THREADS = 4
 """So many threads, or as many as there are processors, read at once: more are held up by memory, not by work."""
 _MOST_BUFFERS = 1024  # IOV_MAX
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+_MAKE_TRIES = 5
+"""To make a folder that somebody else may remove while it is empty."""
 
 
 class PosixBackend:
@@ -150,7 +152,13 @@ class PosixBackend:
         top = folder
         while top != self.root.parent and not top.is_dir():
             top = top.parent
-        os.makedirs(folder, exist_ok=True)  # noqa: PTH103
+        for tries_left in reversed(range(_MAKE_TRIES)):
+            try:
+                os.makedirs(folder, exist_ok=True)  # noqa: PTH103
+                break
+            except FileNotFoundError:  # somebody has removed the step's folder, empty until now, under our hands
+                if not tries_left:
+                    raise
         return top
 
     def _sync_folders(self, folder: Path, made_below: Path) -> None:

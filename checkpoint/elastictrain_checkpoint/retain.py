@@ -12,6 +12,7 @@ import datetime
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 from elastictrain_checkpoint.check import verify
 from elastictrain_checkpoint.commit import Skipped, list_steps, load
@@ -128,7 +129,8 @@ def prune(
     used |= {path for manifest in kept for path, _ in manifest.sidecars}
     for manifest in old:
         if manifest not in free:
-            _remove_step(store, manifest.step, used)
+            # Whoever writes this step anew (a run that went back) does so in an attempt beside this one.
+            _remove_step(store, manifest.step, used, partial(_is_another, store, manifest))
             result.removed.append(manifest.step)
     result.kept = sorted(manifest.step for manifest in kept)
     result.removed.sort()
@@ -200,14 +202,21 @@ def discard(store: Store, step: int, keep_attempt: str | None = None) -> None:
         check_names(keep_attempt=keep_attempt)
     folder = step_folder(step)
     used = {path for other in list_steps(store) if other != step for path in _paths_of(store, other)}
-    _remove_step(store, step, {path for path in used if path.startswith(f"{folder}/")}, keep_attempt)
+    _remove_step(
+        store, step, {path for path in used if path.startswith(f"{folder}/")}, lambda name: name == keep_attempt
+    )
 
 
-def _remove_step(store: Store, step: int, used: Collection[str], keep_attempt: str | None = None) -> None:
+def _is_another(store: Store, manifest: Manifest, name: str) -> bool:
+    """Whether what lies in a step's folder is an attempt at that step that was not the one committed."""
+    return name != manifest.attempt and _is_folder(store, f"{step_folder(manifest.step)}/{name}")
+
+
+def _remove_step(store: Store, step: int, used: Collection[str], spared: Callable[[str], bool]) -> None:
     folder = step_folder(step)
     store.remove(manifest_path(step))
     for name in store.list(folder):
-        if name != keep_attempt:
+        if not spared(name):
             _remove_tree(store, f"{folder}/{name}", used)
     if not store.list(folder):
         store.remove(folder)

@@ -119,6 +119,15 @@ def test_later_steps_of_lower_generations_go_with_the_new_one(forked: Store) -> 
     assert folders(forked) == ["step-00000010", "step-00000020", "step-00000025"]
 
 
+def test_a_step_that_is_being_written_anew_keeps_what_is_there_of_it(forked: Store) -> None:
+    """The run that went back is at step 30 again before retention has come to the old step 30."""
+    parts = write_parts(forked, STATE, (), step=30, attempt="anew")
+    assert prune(forked, 10, current=25).removed == [30, 40]
+    assert forked.list("step-00000030") == ["anew"]
+    assert not verify(forked, commit(forked, step=30, attempt="anew", generation=5, parts=parts))
+    assert prune(forked, 10, current=30).kept == [10, 20, 25, 30]
+
+
 def test_they_do_not_count_among_those_that_are_kept(forked: Store) -> None:
     result = prune(forked, 2, current=25)
     assert (result.kept, result.removed) == ([20, 25], [10, 30, 40])
