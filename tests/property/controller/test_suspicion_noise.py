@@ -131,4 +131,7 @@ def test_a_breakpoint_stands_in_debug_mode(seed: int, shape: dict, noise: Noise,
     world.break_worker(0, fault)
     assert world.until(30 + 12 * shape["step_s"]) == []
     world.workers[0].fault = "gone"
-    assert [verdict.kind for _, verdict in world.until(20)] == [Kind.GONE]
+    awake_s = 20 + (
+        10 * noise.pause_s if noise.pauses else 0
+    )  # agent, node and controller may sleep one after the other
+    assert [verdict.kind for _, verdict in world.until(awake_s)] == [Kind.GONE]
