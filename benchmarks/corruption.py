@@ -40,10 +40,11 @@ def one_flip(folder: Path, choice: random.Random, number: int, digest: str) -> d
     worker, step, bit = choice.randrange(WORKERS), choice.randint(2, STEPS - 1), choice.randrange(23)
     found = run(folder, [flip(worker, step, what, of=of, when=when, bit=bit)], integrity={"witness": True})
     good = step if when == "gathered" else step - 1  # the last commit before the flip
-    at = [e["step"] for e in found.record.of("recovery")][:1]
+    back = found.record.of("went_back")
+    at = [e["from_step"] for e in back][:1] or [e["step"] for e in found.record.of("recovery")][:1]
     return {
         "flipped": f"{what}, {of}, {when}", "worker": worker, "step": step, "bit": bit,
-        "at the next vote": at == [good] and not found.record.of("went_back"),
+        "at the next vote": at == [good], "without going back": not back,
         "named": named(found) == [worker], "same digest": found.outcome.digest == digest,
     }  # fmt: skip
 
@@ -83,6 +84,8 @@ def main() -> None:
     for what in ("at the next vote", "named", "same digest"):
         share = sum(one[what] for one in flipped)
         results.figure(f"flipped bits: {what}", f"{share} of {flips}", "all", "reached" if share == flips else "missed")
+    share = sum(one["without going back"] for one in flipped)
+    results.figure("flipped bits: mended without going back", f"{share} of {flips}", "none", "beside it")
     late = common.median(one["found after steps"] / one["expected"] for one in computed)
     mean = sum(one["found after steps"] for one in computed) / sum(one["expected"] for one in computed)
     results.figure("wrong one time in ten: mean delay over the expected one", mean, "2",
