@@ -38,7 +38,7 @@ _DCP_CLASSES = (
 
 
 def _member(kind: Any, name: str) -> Any:
-    """Python 3.11 up to 3.11.3 pickles a member of an enum as `getattr(enum, name)`: that, and no other attribute."""
+    """Early Python 3.11 pickles a member of an enum as `getattr(enum, name)`: that, and no other attribute."""
     if isinstance(kind, EnumMeta) and kind in _ALLOWED.values():
         return kind[name]
     raise pickle.UnpicklingError(f"it asks for {name!r} of {kind!r}, which no such file needs")
