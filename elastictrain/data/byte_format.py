@@ -8,6 +8,7 @@ written to during the run is noticed.
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,7 +26,7 @@ MAX_BLOCK_BYTES = (1 << 31) - 2  # Arrow's readers of text count in 32 bits
 BOM = b"\xef\xbb\xbf"
 
 
-class ByteBlocks:
+class ByteBlocks(ABC):
     """Blocks of files; `index()` or `restore()` must run before `read`. A format says `ranges` and `parse`."""
 
     noun = "file"
@@ -49,18 +50,18 @@ class ByteBlocks:
         self.blocks = BlockTable.of([])
         self.holes: tuple[Hole, ...] = ()
 
+    @abstractmethod
     def ranges(self, number: int) -> Iterable[tuple[int, int]]:
         """Yield the byte ranges of a file's blocks. Raises DataError for a file that is not whole."""
-        raise NotImplementedError
 
+    @abstractmethod
     def parse(self, content: bytes, number: int, start: int, schema: pa.Schema | None) -> pa.Table:
         """Return a block's rows; `schema` None: infer one. Raises DataError that names the place."""
-        raise NotImplementedError
 
-    def after_file(self, number: int, text_seen: bool) -> None:
+    def after_file(self, number: int, text_seen: bool) -> None:  # noqa: B027 - a format may need nothing here
         """Check a file once all its blocks were read; `text_seen`: some row had a text."""
 
-    def check_columns(self, number: int) -> None:
+    def check_columns(self, number: int) -> None:  # noqa: B027 - a format may need nothing here
         """Raise DataError if a file does not have the columns that the settings name; never left out as corrupt."""
 
     def merge(self, schema: pa.Schema, other: pa.Schema, path: str) -> pa.Schema:
@@ -131,7 +132,7 @@ class ByteBlocks:
         path = self._files.files[int(self.blocks.file[block])].path
         return f"{path}, bytes {self.blocks.start[block]} to {self.blocks.stop[block]}"
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - a format may need nothing here
         """Nothing stays open."""
 
     def bytes_of(self, number: int, start: int, stop: int) -> bytes:

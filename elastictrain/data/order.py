@@ -29,6 +29,7 @@ epoch to the seed, keeps runs with neighbouring seeds unrelated.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -101,7 +102,7 @@ class _Stream:
     starts: Int64Array
 
 
-class _Order:
+class _Order(ABC):
     """What all orders share: epochs, steps, and batches put together from windows."""
 
     def __init__(
@@ -149,9 +150,9 @@ class _Order:
             self._streams = {**kept, epoch: stream}
         return stream
 
+    @abstractmethod
     def window_at(self, epoch: int, lane: int, position: int) -> Window:
         """Return the window that holds `position` (0 ≤ position < samples_per_lane) of a lane in an epoch."""
-        raise NotImplementedError
 
     def _check_place(self, epoch: int, lane: int, position: int) -> None:
         if not (0 <= lane < self.lanes and 0 <= position < self.samples_per_lane and epoch >= 0):
