@@ -18,11 +18,6 @@ def all_gather_s(size_bytes: float, members: int, link: Link, efficiency: float 
     return (members - 1) * link.alpha_s + around / (link.beta_bytes_s * efficiency)
 
 
-def uneven_gather_s(shares_bytes: list[float], link: Link, efficiency: float = 1.0) -> float:
-    """A padded all-gather of unequal shares takes as long as one in which all are as large as the largest."""
-    return all_gather_s(max(shares_bytes) * len(shares_bytes), len(shares_bytes), link, efficiency)
-
-
 def send_s(size_bytes: float, link: Link) -> float:
     """One transfer between neighbours."""
     return link.alpha_s + size_bytes / link.beta_bytes_s

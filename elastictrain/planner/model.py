@@ -53,12 +53,6 @@ class Transformer:
     def params(self) -> int:
         return self.layers * self.layer_params + (1 if self.tied else 2) * self.vocab_params
 
-    @property
-    def model_flops(self) -> float:
-        """Of one sequence, forward and backward, nothing computed twice, attention counted in full."""
-        scores = 12 * self.layers * self.sequence**2 * self.hidden
-        return 6 * self.sequence * (self.layers * self.layer_params + self.vocab_params) + scores
-
 
 def gated_width(hidden: int) -> int:
     """LLaMA's rule (Touvron et al. 2023): two thirds of 4h, rounded up to a multiple of 256."""
