@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,6 +37,9 @@ from elastictrain_checkpoint.table import ChunkTable, Columns, columns_of, table
 
 FORMAT = "elastictrain.ckpt"
 VERSION = 1
+
+MOST_SAID = 2000
+"""Characters of a refusal: it repeats what the manifest says, which may be anything."""
 
 Fetch = Callable[[str], bytes]
 """The whole content of a small file of the store; `Store.read_all` is one."""
@@ -254,9 +258,12 @@ def _refusing(where: str) -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        raise InvalidManifest(f"{where}: {describe(error)}", file=where) from None
+        said = describe(error)
     except (ValueError, TypeError, RecursionError) as error:
-        raise InvalidManifest(f"{where}: {error or type(error).__name__}", file=where) from None
+        said = str(error) or type(error).__name__
+    else:
+        return
+    raise InvalidManifest(f"{where}: {said[:MOST_SAID]}", file=where)
 
 
 def _check_text(raw: bytes) -> Document:
@@ -268,7 +275,7 @@ def _check_text(raw: bytes) -> Document:
         raise ValueError(f'not a checkpoint manifest (no "format": "{FORMAT}")')
     if document.get("version") != VERSION:
         raise ValueError(
-            f"version {document.get('version')!r}; this library reads version {VERSION}: "
+            f"version {reprlib.repr(document.get('version'))}; this library reads version {VERSION}: "
             f"use the library that wrote it, or a newer one"
         )
     if _canonical(document) != raw:

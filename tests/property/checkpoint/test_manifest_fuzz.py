@@ -11,6 +11,7 @@ import contextlib
 import copy
 import json
 import math
+import reprlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -133,8 +134,15 @@ odd_values = st.one_of(
 )  # fmt: skip
 
 
+class Altered(dict[str, Any]):
+    """A document that prints in short: what nests deeply could not be printed, and would hide what has failed."""
+
+    def __repr__(self) -> str:
+        return reprlib.repr({key: value for key, value in self.items() if value != DOCUMENT.get(key)})
+
+
 @st.composite
-def mutations(draw: st.DrawFn) -> dict[str, Any]:
+def mutations(draw: st.DrawFn) -> Altered:
     told = copy.deepcopy(DOCUMENT)
     for _ in range(draw(st.integers(1, 3))):
         *path, key = draw(st.sampled_from(PLACES))
@@ -167,12 +175,15 @@ def mutations(draw: st.DrawFn) -> dict[str, Any]:
             for step in (*others, other):
                 thing = thing[step]
             at[key] = copy.deepcopy(thing)
-    return told
+    return Altered(told)
 
 
 @settings(deadline=None, max_examples=400)
 @given(mutations())
 @example(DOCUMENT)
+@example(Altered(DOCUMENT, version=deep("dict", 900)))
+@example(Altered(DOCUMENT, version="9" * 100_000))
+@example(Altered(DOCUMENT, step={"x" * 100_000: 1}))
 def test_refused_or_read_without_surprise(told: dict[str, Any]) -> None:
     try:
         raw = sign(told)
