@@ -143,6 +143,11 @@ class Job:
         self.planned.set()
 
 
-def copy_bytes(state_bytes: int, max_copy: float) -> int:
-    """How large the pool may grow for a state: small states may be copied whole."""
+def copy_bytes(state_bytes: int, max_copy: float) -> int | None:
+    """How large the pool may grow for a state: small states may be copied whole. None: as large as it must. The whole
+    state may need more than its size, since what is smaller than a slot has one to itself, and since a save that was
+    given up while storage held it has not given its slots back.
+    """
+    if max_copy >= 1:
+        return None
     return max(int(state_bytes * max_copy), MIN_COPY_BYTES) if max_copy else 0

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elastictrain_checkpoint import lazy, list_steps, running
+from elastictrain_checkpoint import Piece, Reader, commit, lazy, list_steps, load, running
 from elastictrain_checkpoint.errors import SaveFailed
 from elastictrain_checkpoint.handle import SaveState
 from elastictrain_checkpoint.lazy import LazySaver
@@ -94,15 +94,22 @@ def test_an_update_goes_on_when_the_writer_has_read_the_rest_whatever_storage_do
     assert scene.stored(1) == {0}
 
 
-def test_a_fraction_of_one_never_waits(capped: Any) -> None:
-    scene = capped(max_copy=1.0)
-    handle = scene.save(1)
+@pytest.mark.parametrize("tensors", [1, 12])
+def test_a_fraction_of_one_never_waits(capped: Any, tensors: int) -> None:
+    """Although a state in many packs has more units than its bytes would fill slots."""
+    scene = capped(max_copy=1.0, pack_bytes=8192, deadline_s=5.0)
+    scene.gate.free = 0
+    state = [np.zeros(5 * MB // tensors, dtype=np.uint8) for _ in range(tensors)]
+    pieces = [Piece(f"t{number}", "U8", one.shape, 0, one.data) for number, one in enumerate(state)]
+    handle = scene.saver.save(pieces, step=1, attempt="a", writer="w")
     assert scene.gate.reached.wait(30)
     scene.saver.before_mutation()
-    scene.data += 1
+    for one in state:
+        one += 1
     scene.gate.opened.set()
-    assert handle.result(30).step == 1
-    assert scene.stored(1) == {0}
+    commit(scene.store, step=1, attempt="a", generation=1, parts=[handle.result(30)])
+    reader = Reader(scene.store, load(scene.store, 1))
+    assert {int(reader.read(piece.name).max()) for piece in pieces} == {0}
 
 
 def test_one_call_may_copy_more_than_the_saver(capped: Any) -> None:
@@ -120,6 +127,7 @@ def test_a_small_state_is_copied_whole(scene: Scene) -> None:
     assert lazy.copy_bytes(10, 0.01) == lazy.MIN_COPY_BYTES
     assert lazy.copy_bytes(10, 0.0) == 0
     assert lazy.copy_bytes(1 << 40, 0.25) == 1 << 38
+    assert lazy.copy_bytes(1 << 40, 1.0) is None
     handle = scene.save(1)
     assert scene.gate.reached.wait(30)
     scene.saver.before_mutation()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from elastictrain.engine.committing import Account, Begun, Committer, settled
 from elastictrain.engine.saver import Saver, attempt_of, generation_of
 from elastictrain.errors import ClusterError
-from elastictrain_checkpoint import Store, list_steps, load
+from elastictrain_checkpoint import Store, list_steps, load, running
 from elastictrain_checkpoint.posix import PosixBackend
 from tests.unit.engine.test_saving import pieces_of, save, store_of, trained
 from tests.unit.engine.worlds import NetRecipe, make_job
@@ -189,3 +189,22 @@ def test_what_the_controller_knows_of_is_settled() -> None:
     assert Account.of(None, 0, lambda _: True) == Account()
     assert Account.of(begun, 3, lambda _: False) == Account(4, 1, True, False)
     assert Account.of(begun, 3, lambda _: True) == Account(4, 1, True, True)
+
+
+def test_an_update_never_waits_for_the_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small the state: not for the first file of a save, nor for one that was given up before."""
+    monkeypatch.setattr(running, "MIN_COPY_BYTES", 1)
+    model = trained(make_job(NetRecipe(), lanes=2))
+    saver, gate = Saver(store_of(tmp_path)), Gate(monkeypatch, "create")
+    [owned] = pieces_of(model, [[(0, len(model.space.blocks))]])
+    for generation in (1, 2):
+        writing = saver.begin(owned, step=2, generation=generation, worker=0)
+        assert gate.reached.wait(60)
+        update = threading.Thread(target=saver.before_apply, daemon=True)
+        update.start()
+        update.join(30)
+        assert not update.is_alive(), "storage still holds the first file"
+        if generation == 1:
+            saver.give_up()
+    gate.go_on.set()
+    assert writing.share()["attempt"] == attempt_of(2)
