@@ -76,6 +76,20 @@ def test_nobody_who_waits_is_taken_into_a_generation_that_only_stores() -> None:
     assert plan.joiners == ()
 
 
+def test_a_stop_waits_until_a_frozen_worker_is_gone() -> None:
+    """It may still step: a generation beside it could decide otherwise than it does."""
+    scene = Scene(checkpoint=True, min_workers=4, initial_workers=4).run()
+    scene.die(0)
+    scene.park(1, 2, 3, applied=7)
+    assert scene.machine.phase is Phase.GATHERING
+    frozen = ev.WorkerFrozen(1.0, 2, "silent", (), 0.0)
+    assert only(cm.Kill, scene.send(frozen)).worker == 2
+    out = scene.send(ev.StopRequested(1.5, "user"))
+    assert every(cm.Form, out) == every(cm.EndRun, out) == []
+    plan = only(cm.Form, scene.die(2)).plan
+    assert (plan.step, plan.layout.workers) == (7, (1, 3))
+
+
 @pytest.mark.parametrize("stored", [True, False])
 def test_a_stop_that_meets_a_loss_stores_what_is_not_stored(stored: bool) -> None:
     scene = Scene(checkpoint=True).run()
