@@ -53,12 +53,20 @@ def run(folder: Path, steps: int, every_s: float | None, seed: int) -> tuple[Run
             return running, last, kills
 
 
-def earlier(file: Path, steps: int) -> tuple[float, dict[str, Any]]:
+def earlier(file: Path, steps: int, results: common.Results) -> tuple[float, dict[str, Any]]:
     """Seconds and last line of the undisturbed run of earlier results of as many steps."""
-    raw = json.loads(file.read_text(encoding="utf-8"))["raw"]["undisturbed"]
-    if raw["last"]["steps"] != steps:
-        raise SystemExit(f"{file} is of {raw['last']['steps']} steps, not {steps}; leave --against out")
-    return float(raw["took_s"]), dict(raw["last"])
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    raw = stored["raw"]
+    last, machine = raw["undisturbed"]["last"], stored["machine"]
+    if last["steps"] != steps:
+        raise SystemExit(f"{file} is of {last['steps']} steps, not {steps}; leave --against out")
+    results.raw["undisturbed"] = raw["undisturbed"]
+    results.notes.append(
+        f"The undisturbed run is an earlier one ({machine['date']}, commit {machine['commit']}), "
+        f"{raw['undisturbed']['took_s']:.1f} s, digest {last['digest'][:16]}; the disturbed one of that time took "
+        f"{raw['disturbed']['took_s']:.1f} s."
+    )
+    return float(raw["undisturbed"]["took_s"]), dict(last)
 
 
 def took_s(running: Running) -> float:
@@ -105,7 +113,7 @@ def main() -> None:
         found = {}
         for name, every_s in (("undisturbed", None), ("disturbed", each_s)):
             if every_s is None and options.against is not None:
-                found[name] = earlier(options.against, steps)
+                found[name] = earlier(options.against, steps, results)
                 continue
             running, last, kills = run(folder / name, steps, every_s, options.seed)
             found[name] = took_s(running), last
@@ -123,10 +131,8 @@ def main() -> None:
     (calm_s, calm), (rough_s, rough) = found["undisturbed"], found["disturbed"]
     reached = common.verdict(goodput, 0.90, at_most=False)
     results.figure(f"goodput, a kill every {each_s:.0f} s, {WORLD} workers", goodput, "0.90 or more", reached)
-    apart = (
-        "ten minutes lie between" if options.against is None else f"the undisturbed run is of {options.against.name}"
-    )
-    results.figure("undisturbed over disturbed time", calm_s / rough_s, "none", f"beside it: {apart}")
+    apart = "ten minutes" if options.against is None else "hours"
+    results.figure("undisturbed over disturbed time", calm_s / rough_s, "none", f"beside it: {apart} lie between")
     same = calm["digest"] == rough["digest"]
     results.figure("the same bits at the end", "yes" if same else "no", "yes", "reached" if same else "missed")
     results.notes += [
