@@ -16,11 +16,13 @@ from elastictrain_checkpoint import (
     Manifest,
     PackWriter,
     Part,
+    Piece,
     Reader,
     Store,
     commit,
     digest,
     incremental,
+    lazy,
     verify,
 )
 from elastictrain_checkpoint import changes as changes_module
@@ -213,3 +215,45 @@ def test_without_a_base_all_is_written() -> None:
     part = LazySaver(store).save(still, step=2, attempt="a1", writer="w", base=lambda: None).result()
     assert part == PackWriter(memory_store(), step=2, attempt="a1", writer="w").write(still)
     assert not any(file.path.startswith("../") for file in part.files)
+
+
+@pytest.mark.parametrize("wrong", [{"data": bytearray(7)}, {"dtype": "F128"}, {"start": 1}])
+def test_a_piece_that_cannot_be_one_is_refused_although_nothing_of_it_would_be_written(wrong: dict[str, Any]) -> None:
+    store = memory_store()
+    base = Base.read(store, save(store, make_state({"t": ("F32", (2,))}), step=1, cells=True))
+    piece = {"name": "t", "dtype": "F32", "shape": (2,), "start": 0, "data": bytearray(8)} | wrong
+    with pytest.raises(InvalidPiece, match=r"^(t: |dtype 'F128' is not one of)"):
+        changes_module.plan_changes([Piece(**piece)], base, 1 << 20)
+
+
+def test_an_update_waits_while_a_save_is_planned_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would copy what the first plan lists, and the second would read what has changed."""
+    store, state = memory_store(), make_state(SPECS)
+    base = save(store, state, step=1, cells=True)
+    planning, go_on = threading.Event(), threading.Event()
+
+    def held(*arguments: Any) -> Any:
+        planning.set()
+        assert go_on.wait(30)
+        return changes_module.plan_changes(*arguments)
+
+    def change() -> None:
+        saver.before_mutation()
+        for buffer in buffers:
+            buffer[:] ^= 255
+
+    monkeypatch.setattr(lazy, "plan_changes", held)
+    [still] = cut(state, [])
+    pieces, buffers = live(still)
+    saver = LazySaver(store)
+    handle = saver.save(pieces, step=2, attempt="a1", writer="w", base=lambda: Base.read(store, base))
+    assert planning.wait(30)
+    update = threading.Thread(target=change)
+    update.start()
+    update.join(0.05)
+    assert update.is_alive()
+    go_on.set()
+    update.join(30)
+    assert not update.is_alive()
+    second = commit(store, step=2, attempt="a1", generation=1, parts=[handle.result(30)])
+    assert second.digest == digest(store, second) == base.digest

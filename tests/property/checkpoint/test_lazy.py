@@ -139,3 +139,25 @@ def test_a_change_that_nobody_announced_fails_the_save(block: int, announced: bo
         assert str(handle.error).startswith("step 7 was not saved: the tensor a has changed while it was read. Call")
     else:
         assert handle.wait() is SaveState.COMMITTED
+
+
+def test_what_may_change_meanwhile_does_not_spoil_what_lies_in_memory_of_its_own() -> None:
+    """After a change that was announced, units that no change can reach ask nobody whether anything has changed."""
+    [still] = cut(make_state({"a": ("F32", (9000,)), "b": ("F32", (9000,))}), [])
+    pieces, buffers = live(still)
+    changed = False
+
+    def change(blocks: int) -> None:
+        nonlocal changed
+        if blocks == 1:
+            saver.before_mutation()
+            buffers[0][:] ^= 255
+            changed = True
+
+    url = memory_store().url
+    saver = LazySaver(Store(url, backend=Watched(url, change)), pack_bytes=8192)
+    handle = saver.save(
+        pieces, step=7, attempt="a", writer="w", stable={"b"}, intact=lambda: "the tensor a" if changed else ""
+    )
+    assert handle.wait(30) is SaveState.WRITTEN
+    assert changed

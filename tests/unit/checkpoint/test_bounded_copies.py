@@ -156,16 +156,18 @@ def test_an_update_does_not_wait_for_ever_and_the_save_says_why(capped: Any) -> 
 
 @pytest.mark.parametrize("how", ["given up", "broken"])
 def test_an_update_waits_no_longer_when_the_save_has_ended(capped: Any, how: str) -> None:
-    scene = capped(max_copy=0.25)
+    scene = capped(max_copy=0.25, deadline_s=300.0)
     handle = scene.save(1)
     assert scene.gate.reached.wait(30)
     update = Update(scene)
+    update.join(0.05)
+    assert update.is_alive()
     if how == "given up":
         assert scene.saver.give_up() == [handle]
     else:
         scene.gate.error = OSError(5, "Input/output error")
         scene.gate.opened.set()
-    update.join(30)
+    update.join(15)  # the gate gives up after 30 s
     assert not update.is_alive()
     assert update.gate_was_open == (how == "broken")
     assert handle.wait(30) is (SaveState.SUPERSEDED if how == "given up" else SaveState.FAILED)
