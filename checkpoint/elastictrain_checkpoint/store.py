@@ -154,6 +154,11 @@ class Store:
         """Bytes of a file; None if there is no such file."""
         return self._backend.size(_checked(path))
 
+    def free_bytes(self) -> int | None:
+        """What may still be written here; None where storage does not say (an object store)."""
+        free = getattr(self._backend, "free_bytes", None)
+        return None if free is None else int(free())
+
     def modified_s(self, path: str) -> float:
         """When the file (or folder, where there are folders) was last written, in seconds since 1970."""
         return self._backend.modified_s(_checked(path))
