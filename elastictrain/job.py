@@ -6,6 +6,7 @@ cluster looks like is only in `workers`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -134,11 +135,17 @@ class Copy(Settings):
     storage_options: dict[str, Any] = Field(default_factory=dict)
 
 
+def _a_list(value: object) -> object:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"checkpoint.copy_to: expected a list of places, each with its path (got {short(value)})")
+    return value
+
+
 def place_of(path: str) -> str:
     """What two ways to write the same place have in common."""
     scheme, _, rest = path.rpartition("://")
     if scheme in ("", "file", "local"):
-        return str(Path(rest).expanduser().absolute())
+        return os.path.abspath(Path(rest).expanduser())  # noqa: PTH100  (not resolve: links may change)
     return f"{scheme}://{rest.rstrip('/')}"
 
 
@@ -166,7 +173,7 @@ class Checkpoint(Settings):
     """With `incremental`: every so many checkpoints one is written in full."""
     at_end: bool = True
     storage_options: dict[str, Any] = Field(default_factory=dict)
-    copy_to: tuple[Copy, ...] = ()
+    copy_to: Annotated[tuple[Copy, ...], BeforeValidator(_a_list)] = ()
     """Further places for what is stored, the nearest first (`Copy`)."""
 
     @model_validator(mode="before")

@@ -155,14 +155,18 @@ class Follower:
         steps = wanted(near, there, self._keep, now_s, apart_steps=self._apart_steps, final=final)
         return {step for step in steps if (step, attempts[step]) not in bad} | ({busy} if busy is not None else set())
 
-    def wait(self, timeout_s: float) -> bool:
-        """Wait until there is nothing to copy any more, or the target has failed; whether that came to be in time. What
-        has failed before is tried at once. True at once if it does not serve.
-        """
+    def hurry(self) -> None:
+        """Try again at once what has failed."""
         with self._changed:
             if self._standing.error:
                 self._at_once, self._standing = True, replace(self._standing, error="")
                 self._changed.notify_all()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until there is nothing to copy any more, or the target has failed; whether that came to be in time. True
+        at once if it does not serve.
+        """
+        with self._changed:
             return self._changed.wait_for(
                 lambda: self._over is None or bool(self._standing.error) or (self._is_idle and not self._asked),
                 timeout_s,
@@ -201,14 +205,14 @@ class Follower:
     def _pass(self, over: threading.Event) -> None:
         """Copy until nothing is missing."""
 
-        def check() -> None:
+        def check(*_: object) -> None:
             with self._changed:
                 if over.is_set():
                     raise Stopped("somebody else copies now")
                 self._moved_s = self._clock()
 
         source, target = self._source.guarded(check), self._target.guarded(check)
-        self._remove_what_is_not_trusted(target)
+        self.forget(target)
         self._mend(source, target)
         near, far = catalogue(source), catalogue(target)
         with self._changed:
@@ -239,10 +243,10 @@ class Follower:
             near, far = catalogue(source), catalogue(target)
             self._set(over, _busy=None)
 
-    def _copy(self, source: Store, target: Store, step: int, attempt: str, check: Callable[[], None]) -> bool:
+    def _copy(self, source: Store, target: Store, step: int, attempt: str, check: Callable[..., None]) -> bool:
         """Copy one step; whether it is there now."""
         try:
-            copy_checkpoint(source, load(source, step), target, pace=lambda _: check(), replace_older=True)
+            copy_checkpoint(source, load(source, step), target, pace=check, replace_older=True)
         except NoCheckpoint:
             return False  # retention took it
         except CorruptData:
@@ -263,7 +267,14 @@ class Follower:
         if gone:
             self._removed(gone)
 
-    def _remove_what_is_not_trusted(self, target: Store) -> None:
+    def forget(self, target: Store | None = None) -> None:
+        """Do at once what `go_back` has ordered, in the calling thread.
+
+        Raises:
+            OSError: storage failed; it is done before the next copy.
+
+        """
+        target = target or self._target
         with self._changed:
             back_to = self._back_to
         if back_to is None:

@@ -29,7 +29,8 @@ def commits_are_fast(worker: int) -> None:
 
     def after_the_commit(self: keeping.Keeper) -> None:
         if self._session.saver is not None:
-            assert self._session.saver._committer._idle.wait(60)
+            work = self._session.saver._committer._work
+            assert work is None or work.ended.wait(60)
         heed(self)
 
     keeping.Keeper.heed = after_the_commit  # type: ignore[method-assign]
@@ -86,10 +87,9 @@ def _manifest_waits_for_the_end(step: int, worker: int) -> None:
     over, create = threading.Event(), saver.Saver._create
     given_up = committing.Committer.give_up
 
-    def leave(self: committing.Committer, deadline_s: float) -> None:
-        self._shut.set()
+    def leave(self: committing.Committer) -> None:
+        given_up(self)
         over.set()
-        given_up(self, deadline_s)
 
     def wait(self: saver.Saver, store: Any, shares: Any, **facts: Any) -> str:
         if facts["step"] == step:
