@@ -182,7 +182,7 @@ def _seal(
     session.probes.at(plan.step + 1, "seal")
     mine = {"generation": plan.generation, "step": plan.step, "copies": digests, **_sums(session, plan)}
     mine["read"] = 0 if reader is None else reader.read_bytes
-    mine["healed"] = 0 if reader is None else len(reader.healed)
+    mine["healed"] = [] if reader is None else [[block.file, block.block] for block in reader.healed]
     said = [json.loads(raw) for raw in groups.all_gather_sized(json.dumps(mine).encode())]
     if any((s["generation"], s["step"]) != (plan.generation, plan.step) for s in said):
         raise InternalError(f"the seal of generation {plan.generation} at step {plan.step} got {said}")
@@ -201,7 +201,7 @@ def _seal(
     if reader is None:
         return None
     each = tuple((worker, one["read"]) for worker, one in zip(plan.layout.workers, said, strict=True))
-    return ReadBytes(reader.manifest.size_bytes, each, sum(one["healed"] for one in said))
+    return ReadBytes(reader.manifest.size_bytes, each, len({tuple(block) for one in said for block in one["healed"]}))
 
 
 def _sums(session: Session, plan: FormPlan) -> dict[str, Any]:

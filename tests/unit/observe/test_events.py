@@ -106,8 +106,10 @@ SAID: list[tuple[str, dict[str, Any], str]] = [
     (
         "copy_failed",
         {"path": "s3://b/c", "error": "OSError: it is full", "waiting": [1, 2, 3, 4, 5, 6]},
-        "checkpoints cannot be copied to s3://b/c: OSError: it is full; the run goes on, and it is tried again; still "
-        "to be copied: 6 steps, the newest 2, 3, 4, 5, 6",
+        (
+            "checkpoints cannot be copied to s3://b/c: OSError: it is full; the run goes on, and it is tried again; "
+            "still to be copied: 6 steps, the newest 2, 3, 4, 5, 6"
+        ),
     ),
     (
         "copy_works",
