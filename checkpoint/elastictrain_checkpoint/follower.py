@@ -78,7 +78,7 @@ class Follower:
         self._others, self._removed, self._clock = tuple(others), removed, clock
         self._changed = threading.Condition()
         self._over: threading.Event | None = None
-        self._asked = self._at_once = self._is_idle = False
+        self._asked = self._at_once = self._is_idle = self._has_failed = False
         self._final: int | None = None
         self._back_to: tuple[int, int] | None = None
         self._there: list[Entry] | None = None
@@ -106,7 +106,7 @@ class Follower:
         with self._changed:
             if self._over is not None:
                 self._over.set()
-            self._over, self._busy, self._is_idle = None, None, False
+            self._over, self._busy, self._is_idle, self._has_failed = None, None, False, False
             self._changed.notify_all()
 
     def look(self, final: int | None = None) -> None:
@@ -135,12 +135,17 @@ class Follower:
     @property
     def standing(self) -> Standing:
         """How the target is now."""
-        with self._changed:
-            standing, silent_s = self._standing, self._clock() - self._moved_s
-            is_silent = self._over is not None and not self._is_idle and not standing.error and silent_s > SILENT_S
-        if is_silent:
+        standing = self._standing
+        if self.is_silent:
             standing = replace(standing, error=f"{self._target.url} has not answered for {SILENT_S:g} s")
         return standing
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether a call to one of the stores takes so long that nobody should wait for it."""
+        with self._changed:
+            works = self._over is not None and not self._is_idle and not self._has_failed
+            return works and self._clock() - self._moved_s > SILENT_S
 
     def holds(self, step: int) -> bool:
         """Whether the target was seen to have this step."""
@@ -158,8 +163,8 @@ class Follower:
     def hurry(self) -> None:
         """Try again at once what has failed."""
         with self._changed:
-            if self._standing.error:
-                self._at_once, self._standing = True, replace(self._standing, error="")
+            if self._has_failed:
+                self._at_once, self._has_failed = True, False
                 self._changed.notify_all()
 
     def wait(self, timeout_s: float) -> bool:
@@ -168,7 +173,7 @@ class Follower:
         """
         with self._changed:
             return self._changed.wait_for(
-                lambda: self._over is None or bool(self._standing.error) or (self._is_idle and not self._asked),
+                lambda: self._over is None or self._has_failed or (self._is_idle and not self._asked),
                 timeout_s,
             )
 
@@ -187,7 +192,7 @@ class Follower:
             except Exception as error:  # whatever it is: nobody's training ends by a further store
                 failures += 1
                 said = f"{type(error).__name__}: {error}"
-                self._set(over, _busy=None, _standing=replace(self._standing, error=said))
+                self._set(over, _busy=None, _has_failed=True, _standing=replace(self._standing, error=said))
 
     def _is_over(self, over: threading.Event, failures: int) -> bool:
         """Wait until there is something to do: what was asked for, or, after failures, the time to try again."""
@@ -198,7 +203,7 @@ class Follower:
             )
             if over.is_set():
                 return True
-            self._asked = self._at_once = False
+            self._asked = self._at_once = self._has_failed = False
             self._moved_s = self._clock()
             return False
 

@@ -140,8 +140,8 @@ class Copies:
         for follower in self._followers.values():
             while not follower.wait(LOOK_S):
                 check()
-                if follower.standing.error:
-                    break  # it does not answer
+                if follower.is_silent:
+                    break
                 if time.monotonic() >= until_s:
                     return False
         return True
