@@ -81,9 +81,9 @@ class Keeper:
         looks = self.is_publisher and plan.restore is None
         if looks:
             s.pulse.enter(Activity.STORE)
-        begun = s.saver.begun
+        begun, left_open = s.saver.begun, s.saver.open  # asked before looking: what is open may end meanwhile
         account = Account.of(begun, self.known_step, lambda begun: looks and self._saver.is_committed(begun))
-        mine = Statement(account, s.saver.lost, s.saver.open)
+        mine = Statement(account, s.saver.lost, left_open)
         s.pulse.enter(Activity.VOTE)
         usual_s, self._groups.gather_deadline_s = self._groups.gather_deadline_s, FIRST_STEP_DEADLINE_S
         said = [Statement.from_bytes(raw) for raw in self._groups.all_gather_sized(mine.to_bytes())]
@@ -91,7 +91,7 @@ class Keeper:
         what = settled([one.account for one in said])
         if what.found:
             self.known_step = what.step
-        elif looks and s.saver.open is not None:
+        elif looks and left_open is not None:
             self._late = begun
         members = zip(plan.layout.workers, said, strict=True)
         self._open_elsewhere = tuple(one.open for worker, one in members if one.open and worker != s.worker)
@@ -191,14 +191,15 @@ class Keeper:
             return
         s.pulse.enter(Activity.STORE)
         started = time.perf_counter()
+        late, self._late = self._late, None
         self._saver.begin_commit(
             Storing.shares(shares),
-            committed=lambda path: s.emit(ev.CheckpointCommitted(0.0, generation, step, path)),
+            committed=lambda *there: s.emit(ev.CheckpointCommitted(0.0, generation, *there)),
             removed=lambda steps: s.emit(ev.CheckpointsRemoved(0.0, generation, tuple(steps))),
             refused=lambda why: self._go_without(step, why),
             check=self._stay,
             known_step=self.known_step,
-            late=self._late,
+            late=late,
             elsewhere=self._open_elsewhere,
             final=step == s.job.steps,
             step=step,

@@ -225,7 +225,7 @@ class Saver:
         self,
         shares: Sequence[Mapping[str, Any]],
         *,
-        committed: Callable[[str], None],
+        committed: Callable[[int, str], None],
         removed: Callable[[Sequence[int]], None],
         refused: Callable[[str], None],
         known_step: int = 0,
@@ -238,8 +238,9 @@ class Saver:
         """Create the manifest, in the background: from there on the checkpoint exists; then let retention remove what
         may go. Waits for the commit before it, if that is still under way.
 
-        `committed` gets the path as soon as the manifest is there, `removed` the steps that are in no store any more,
-        if any; `refused` why nothing was committed, where the run goes on without it. All are called beside training.
+        `committed` gets the step and the path as soon as the manifest is there, `removed` the steps that are in no
+        store any more, if any; `refused` why nothing was committed, where the run goes on without it. All are called
+        beside training.
         `check` is called while waiting, and may raise. `known_step` stays: the save that begins next may refer to it.
         `late`: a checkpoint whose manifest may have come to be after its generation; `committed` hears of it as well.
         `elsewhere`: calls that other members have left open. `final`: it is the last of the job. `facts`: step,
@@ -249,11 +250,11 @@ class Saver:
 
         def work(store: Store) -> bool:
             if late is not None and late.is_committed(store):
-                committed(self.path_of(late.step))
+                committed(late.step, self.path_of(late.step))
             try:
                 if any(call.step == facts["step"] for call in elsewhere):
                     raise NotNow("a call to the storage that an earlier generation made there is not answered yet")
-                committed(self._create(store, shares, **facts))
+                committed(facts["step"], self._create(store, shares, **facts))
             except NotNow as error:
                 refused(str(error))
                 return False

@@ -27,7 +27,12 @@ def begin_commit(
     [owned] = pieces_of(model, [[(0, len(model.space.blocks))]])
     share = saver.begin(owned, step=step, generation=generation, worker=0).share()
     facts: dict[str, Any] = {"step": step, "generation": generation, "tree": {}, "info": {}, **rest}
-    told_of = {"committed": told.append, "removed": lambda _: None, "refused": told.append, "check": check}
+    told_of = {
+        "committed": lambda step, path: told.append(f"{step}: {path}"),
+        "removed": lambda _: None,
+        "refused": told.append,
+        "check": check,
+    }
     saver.begin_commit([share], **told_of, aliases=model.space.aliases, **facts)
 
 
@@ -56,7 +61,7 @@ def test_training_goes_on_while_the_storage_holds_the_manifest(tmp_path: Path, m
     assert told == []
     gate.go_on.set()
     assert saver.wait_for_commit(STAY) == [2]
-    assert told == [f"{settings.path}/step-00000002"]
+    assert told == [f"2: {settings.path}/step-00000002"]
     assert saver.committed() == [], "said once"
     assert list_steps(Store(settings.path)) == [2]
 
@@ -90,7 +95,7 @@ def test_commits_follow_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     gate.go_on.set()
     second.join(60)
     saver.wait_for_commit(STAY)
-    assert [path[-1] for path in told] == ["2", "4"]
+    assert [(said[0], said[-1]) for said in told] == [("2", "2"), ("4", "4")]
     assert list_steps(Store(settings.path)) == [2, 4]
 
 
@@ -109,7 +114,12 @@ def test_what_is_given_up_ends_with_the_call_that_it_is_in(
     assert saver.begun == Begun(2, "g000001", 1)
     gate = Gate(monkeypatch, verb)
     facts: dict[str, Any] = {"step": 2, "generation": 1, "tree": {}, "info": {}, "aliases": model.space.aliases}
-    told_of = {"committed": told.append, "removed": told.append, "refused": told.append, "check": STAY}
+    told_of = {
+        "committed": lambda step, path: told.append(f"{step}: {path}"),
+        "removed": told.append,
+        "refused": told.append,
+        "check": STAY,
+    }
     saver.begin_commit([share], **told_of, **facts)
     saver.travelled(2)
     assert saver.begun == Begun(2, "g000001", 1, travelled=True)
@@ -150,7 +160,7 @@ def test_the_next_commit_waits_for_what_was_left_open_and_says_what_came_of_it(
     assert told == []
     gate.go_on.set()
     assert saver.wait_for_commit(STAY) == [3]
-    assert [path[-1] for path in told] == ["2", "3"]
+    assert [(said[0], said[-1]) for said in told] == [("2", "2"), ("3", "3")]
     for step in (2, 3):
         assert verify(Store(settings.path), load(Store(settings.path), step)) == []
 

@@ -124,7 +124,12 @@ def differing(a: Mapping[Any, Any], b: Mapping[Any, Any]) -> list[Any]:
 def committed(saver: Saver, shares: Sequence[Mapping[str, Any]], **facts: Any) -> str:
     """Commit shares and wait for it; the path."""
     paths: list[str] = []
-    told = {"committed": paths.append, "removed": lambda _: None, "refused": paths.append, "check": lambda: None}
+    told = {
+        "committed": lambda _, path: paths.append(path),
+        "removed": lambda _: None,
+        "refused": paths.append,
+        "check": lambda: None,
+    }
     saver.begin_commit(shares, **told, **facts)  # type: ignore[arg-type]
     assert saver.wait_for_commit(lambda: None) == [facts["step"]]
     return paths[-1]
