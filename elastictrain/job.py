@@ -6,6 +6,7 @@ cluster looks like is only in `workers`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -111,6 +112,43 @@ def _number_or_mapping(value: object) -> str:
     return "<mapping>" if isinstance(value, Mapping | Keep) else "<number>"
 
 
+AnyKeep = Annotated[
+    Annotated[PositiveInt, Tag("<number>")] | Annotated[Keep, Tag("<mapping>")], Discriminator(_number_or_mapping)
+]
+"""How many checkpoints stay, or which."""
+
+
+class Copy(Settings):
+    """A further place that checkpoints are copied to, beside training, after they are committed in `checkpoint.path`.
+
+    A run goes on, and is resumed, with the newest checkpoint that is whole in any of these places.
+    """
+
+    path: str
+    """A folder or any fsspec URL."""
+    every_steps: PositiveInt = 1
+    """Copy a checkpoint only if it is at least so many steps after the last one that was copied here; the one of the
+    last step always is.
+    """
+    keep: AnyKeep = 3
+    """How many stay here, or which (`Keep`)."""
+    storage_options: dict[str, Any] = Field(default_factory=dict)
+
+
+def _a_list(value: object) -> object:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"checkpoint.copy_to: expected a list of places, each with its path (got {short(value)})")
+    return value
+
+
+def place_of(path: str) -> str:
+    """What two ways to write the same place have in common."""
+    scheme, _, rest = path.rpartition("://")
+    if scheme in ("", "file", "local"):
+        return os.path.abspath(Path(rest).expanduser())  # noqa: PTH100  (not resolve: links may change)
+    return f"{scheme}://{rest.rstrip('/')}"
+
+
 class Checkpoint(Settings):
     """Where and how often the state is stored. `path`: a folder or any fsspec URL.
 
@@ -125,9 +163,7 @@ class Checkpoint(Settings):
     """If everything died at once, no more than this is computed again: "5m", "90s" or seconds. Wins over
     `max_overhead` where both cannot be kept.
     """
-    keep: Annotated[
-        Annotated[PositiveInt, Tag("<number>")] | Annotated[Keep, Tag("<mapping>")], Discriminator(_number_or_mapping)
-    ] = 3
+    keep: AnyKeep = 3
     """How many stay, or which (`Keep`)."""
     incremental: bool = False
     """Refer to what is unchanged since the last checkpoint (frozen layers, rows of an embedding) instead of writing it
@@ -137,6 +173,8 @@ class Checkpoint(Settings):
     """With `incremental`: every so many checkpoints one is written in full."""
     at_end: bool = True
     storage_options: dict[str, Any] = Field(default_factory=dict)
+    copy_to: Annotated[tuple[Copy, ...], BeforeValidator(_a_list)] = ()
+    """Further places for what is stored, the nearest first (`Copy`)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -153,6 +191,26 @@ class Checkpoint(Settings):
                 f"checkpoint.every_steps={self.every_steps} and checkpoint.{' and '.join(budget)} both say how often "
                 "to store; set either every_steps, or max_overhead and max_loss"
             )
+        return self
+
+    def kept(self) -> list[tuple[str, int | Keep]]:
+        """Every setting that says what stays, with its name."""
+        copies = [(f"checkpoint.copy_to.{number}.keep", copy.keep) for number, copy in enumerate(self.copy_to)]
+        return [("checkpoint.keep", self.keep), *copies]
+
+    @model_validator(mode="after")
+    def _places_differ(self) -> Self:
+        named = {place_of(self.path): "checkpoint.path"}
+        for number, copy in enumerate(self.copy_to):
+            setting, place = f"checkpoint.copy_to.{number}.path", place_of(copy.path)
+            for other, of in named.items():
+                if place == other or place.startswith(f"{other}/") or other.startswith(f"{place}/"):
+                    how = "are the same place" if place == other else "lie one in the other"
+                    raise ValueError(
+                        f"{setting}={copy.path!r} and {of} {how}; a copy must be somewhere else: set {setting} to "
+                        "another folder or URL"
+                    )
+            named[place] = setting
         return self
 
 
@@ -259,13 +317,13 @@ class Job(Settings):
             raise ValueError(
                 f"lane_batch_size={self.lane_batch_size} is not a multiple of micro_batches={self.micro_batches}"
             )
-        keep = self.checkpoint.keep if self.checkpoint is not None else None
-        best = keep.best if isinstance(keep, Keep) else None
-        if best is not None and best.metric.startswith("evaluation.") and self.evaluate_every is None:
-            raise ValueError(
-                f"checkpoint.keep.best.metric={best.metric!r}, but evaluate_every is not set: nothing is evaluated; "
-                "set evaluate_every, or take the metric loss"
-            )
+        for where, keep in self.checkpoint.kept() if self.checkpoint is not None else ():
+            best = keep.best if isinstance(keep, Keep) else None
+            if best is not None and best.metric.startswith("evaluation.") and self.evaluate_every is None:
+                raise ValueError(
+                    f"{where}.best.metric={best.metric!r}, but evaluate_every is not set: nothing is evaluated; "
+                    "set evaluate_every, or take the metric loss"
+                )
         return self
 
 

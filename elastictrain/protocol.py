@@ -97,11 +97,13 @@ class Restore:
 @dataclass(frozen=True, slots=True)
 class ReadBytes:
     """What a generation has read of the checkpoint that it restores. `stored`: the bytes of all its packs. `by_worker`:
-    (worker, bytes that it has read from storage).
+    (worker, bytes that it has read from the first store). `healed`: hash blocks that were not whole there, and came
+    from another store.
     """
 
     stored: int
     by_worker: tuple[tuple[int, int], ...]
+    healed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,7 @@ class FormPlan:
     `step` is the commit at which the generation is sealed. Workers that have applied only `step - 1` roll forward with
     `roll_forward` (the vote result that a survivor applied), under `previous`, the layout in force when it was voted.
     Then `moves` copy blocks, then the owners publish parameters to the workers in `gather_to`, then the seal.
+    `given_up`: generation and step of the newest checkpoint that the controller has heard to have come to nothing.
     """
 
     generation: int
@@ -124,6 +127,7 @@ class FormPlan:
     store: str
     published_step: int = 0
     checkpointed_step: int = 0
+    given_up: tuple[int, int] = (0, 0)
     joiners: tuple[int, ...] = field(default=())
 
     @property

@@ -259,6 +259,7 @@ def status_fields(seen: Mapping[str, Any]) -> dict[str, Any]:
         "spares": len(seen["spares"]),
         "last_recovery": seen["last_recovery"],
         "checkpoint_given_up": seen["checkpoint_given_up"],
+        "copies": seen["copies"],
         "waiting": seen["reason"],
         "error": seen["error"],
     }

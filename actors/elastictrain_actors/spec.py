@@ -10,6 +10,8 @@ from elastictrain.protocol import ModelFacts
 def machine_spec(job: Job, facts: ModelFacts, *, base_generation: int = 0) -> MachineSpec:
     """The controller's fixed facts of a run."""
     workers, keep = job.workers, job.checkpoint.keep if job.checkpoint else None
+    if job.checkpoint is not None and job.checkpoint.copy_to:
+        keep = None  # what the first store lets go may be in another one: whoever publishes says what is gone
     return MachineSpec(
         lane_count=job.lanes,
         steps=job.steps,

@@ -13,7 +13,7 @@ from typing import Any
 
 import ray.cloudpickle
 
-from elastictrain.job import Job
+from elastictrain.job import Checkpoint, Job
 from elastictrain.origin import StartFrom
 
 HOME_VARIABLE = "ELASTICTRAIN_HOME"
@@ -66,7 +66,7 @@ def absolute_paths(job: Job) -> Job:
     if job.run_dir is not None:
         changes["run_dir"] = absolute(job.run_dir)
     if job.checkpoint is not None:
-        changes["checkpoint"] = job.checkpoint.model_copy(update={"path": absolute(job.checkpoint.path)})
+        changes["checkpoint"] = _stores_below(job.checkpoint, None)
     if job.start_from is not None:
         changes["start_from"] = _origin_below(job.start_from, None)
     return job.model_copy(update=changes)
@@ -78,10 +78,16 @@ def paths_in_job(job: Job, within: Mapping[str, Any]) -> Job:
     submission = str((within.get("metadata") or {}).get("job_submission_id") or os.getpid())
     changes: dict[str, Any] = {"run_dir": absolute(job.run_dir or f"runs/{job.name}-{submission}", home)}
     if job.checkpoint is not None:
-        changes["checkpoint"] = job.checkpoint.model_copy(update={"path": absolute(job.checkpoint.path, home)})
+        changes["checkpoint"] = _stores_below(job.checkpoint, home)
     if job.start_from is not None:
         changes["start_from"] = _origin_below(job.start_from, home)
     return job.model_copy(update=changes)
+
+
+def _stores_below(settings: Checkpoint, base: Path | None) -> Checkpoint:
+    """Every place that checkpoints are written to."""
+    copies = tuple(copy.model_copy(update={"path": absolute(copy.path, base)}) for copy in settings.copy_to)
+    return settings.model_copy(update={"path": absolute(settings.path, base), "copy_to": copies})
 
 
 def _origin_below(origin: StartFrom, base: Path | None) -> StartFrom:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from elastictrain_checkpoint.boxes import box_runs, flat_range_to_boxes
 from elastictrain_checkpoint.cadence import Cadence, Measured
+from elastictrain_checkpoint.catalogue import Entry, catalogue, happened
 from elastictrain_checkpoint.check import Problem, digest, verify
 from elastictrain_checkpoint.commit import Skipped, commit, list_steps, load, newest
 from elastictrain_checkpoint.copying import Copier, Stopped, copy_step
@@ -29,6 +30,7 @@ from elastictrain_checkpoint.errors import (
     NoCheckpoint,
     StaleGeneration,
 )
+from elastictrain_checkpoint.follower import Follower, Standing
 from elastictrain_checkpoint.hashing import DIGEST_BLOCK_ELEMENTS, block_hashes, combine_digest
 from elastictrain_checkpoint.healing import Healed
 from elastictrain_checkpoint.incremental import Base
@@ -39,7 +41,7 @@ from elastictrain_checkpoint.policies import AnyOf, Best, EverySteps, Newest, Po
 from elastictrain_checkpoint.reader import Reader, Request
 from elastictrain_checkpoint.retain import Pruned, discard, pin, pinned, prune, unpin
 from elastictrain_checkpoint.store import Backend, Store
-from elastictrain_checkpoint.tiers import Found, Healing, heal, newest_good, newest_in
+from elastictrain_checkpoint.tiers import Found, Healing, find, heal, newest_good, newest_in, reachable
 
 __all__ = [
     "DIGEST_BLOCK_ELEMENTS",
@@ -53,7 +55,9 @@ __all__ = [
     "CheckpointError",
     "Copier",
     "CorruptData",
+    "Entry",
     "EverySteps",
+    "Follower",
     "Found",
     "Healed",
     "Healing",
@@ -76,17 +80,21 @@ __all__ = [
     "Skipped",
     "Spaced",
     "StaleGeneration",
+    "Standing",
     "Stopped",
     "Store",
     "Younger",
     "block_hashes",
     "box_runs",
+    "catalogue",
     "combine_digest",
     "commit",
     "copy_step",
     "digest",
     "discard",
+    "find",
     "flat_range_to_boxes",
+    "happened",
     "heal",
     "list_steps",
     "load",
@@ -97,6 +105,7 @@ __all__ = [
     "pin",
     "pinned",
     "prune",
+    "reachable",
     "unpin",
     "verify",
 ]

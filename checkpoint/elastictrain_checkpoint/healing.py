@@ -38,7 +38,7 @@ def good_block(stores: Sequence[Store], manifest: Manifest, file: int, number: i
     for store in stores:
         try:
             got = store.read_into(manifest.paths[file], number * manifest.block_bytes, out)
-        except OSError:
+        except Exception:  # whatever a file system raises: fsspec's do not keep to OSError
             continue
         if got == len(out) and block_sum(out) == int(manifest.sums[file][number]):
             return store

@@ -120,6 +120,14 @@ class PosixBackend:
             return None
         return None if stat.S_ISDIR(found.st_mode) else found.st_size
 
+    def free_bytes(self) -> int:
+        """Of the file system that the root is on, or will be."""
+        folder = self.root.absolute()
+        while not folder.is_dir():
+            folder = folder.parent
+        found = os.statvfs(folder)
+        return found.f_bavail * found.f_frsize
+
     def modified_s(self, path: str) -> float:
         return (self.root / path).stat().st_mtime
 

@@ -254,9 +254,10 @@ class Reader:
         if tiles is None:
             _copy_out(views[0], begin, copies)
 
-    def _fetch(self, file: int, start: int, outs: Sequence[memoryview]) -> str | None:
+    def _fetch(self, file: int, start: int, outs: Sequence[memoryview]) -> str | OSError | None:
         """Read; gives what is wrong, where blocks may still come from elsewhere."""
         got, number = 0, None
+        why: str | OSError
         want = sum(len(out) for out in outs)
         try:
             got = self._store.read_parts(self.manifest.paths[file], start, outs)
@@ -264,21 +265,25 @@ class Reader:
             number = (start + got) // self.manifest.block_bytes
         except FileNotFoundError:
             why = "the file is missing"
+        except OSError as error:  # says nothing of what is stored; there, or elsewhere, it may be whole
+            if not self._others:
+                raise
+            why = error
         with self._lock:
             self.read_bytes += got
         if got == want:
             return None
         if not self._others:
-            raise self._corrupt(file, number, why)
+            raise self._corrupt(file, number, str(why))
         return why
 
-    def _heal(self, file: int, number: int, parts: Sequence[memoryview], why: str) -> None:
+    def _heal(self, file: int, number: int, parts: Sequence[memoryview], why: str | OSError) -> None:
         """Take a damaged block from another store."""
-        error = self._corrupt(file, number, why)
+        error = self._corrupt(file, number, str(why))
         block = memoryview(bytearray(sum(len(part) for part in parts)))
         source = good_block(self._others, self.manifest, file, number, block)
         if source is None:
-            raise error
+            raise why if isinstance(why, OSError) else error
         at = 0
         for part in parts:
             part[:] = block[at : at + len(part)]

@@ -8,19 +8,19 @@ an attempt that is still being written.
 
 from __future__ import annotations
 
-import datetime
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
+from elastictrain_checkpoint.catalogue import point_of
 from elastictrain_checkpoint.check import verify
 from elastictrain_checkpoint.commit import Skipped, list_steps, load
 from elastictrain_checkpoint.errors import CorruptData, InvalidManifest, InvalidPiece, NoCheckpoint
 from elastictrain_checkpoint.manifest import Manifest, parse_manifest
 from elastictrain_checkpoint.part import check_names
 from elastictrain_checkpoint.paths import LATEST, MANIFEST, PIN, manifest_path, parse_step_folder, step_folder
-from elastictrain_checkpoint.policies import Newest, Point, Policy
+from elastictrain_checkpoint.policies import Newest, Policy
 from elastictrain_checkpoint.store import Store
 
 DEFAULT_LEASE_S = 24 * 3600.0
@@ -115,7 +115,7 @@ def prune(
     given_up = _given_up(sound, current)
     counted = [manifest for manifest in sound if manifest not in given_up]
     stay = {*pinned(store), *protect}
-    wanted = policy.keep([_point(manifest) for manifest in counted], now_s)
+    wanted = policy.keep([point_of(manifest) for manifest in counted], now_s)
     kept = [m for m in sound if m.step in stay or (m in counted and m.step in wanted)]
     # Whatever a policy says, the newest stays: a store is never emptied.
     kept = kept or counted[-1:]
@@ -168,14 +168,6 @@ def _paths_of(store: Store, step: int) -> Iterable[str]:
         return parse_manifest(store.read_all(manifest_path(step)), step, store.read_all).paths
     except (FileNotFoundError, InvalidManifest):
         return ()
-
-
-def _point(manifest: Manifest) -> Point:
-    try:
-        time_s = datetime.datetime.fromisoformat(manifest.time).timestamp()
-    except ValueError:
-        time_s = 0.0
-    return Point(manifest.step, time_s, manifest.info)
 
 
 def _given_up(sound: list[Manifest], current: int | None) -> list[Manifest]:

@@ -56,11 +56,12 @@ class Store:
     def __repr__(self) -> str:
         return f"Store({self.url!r})"
 
-    def guarded(self, before: Callable[[], None]) -> Store:
-        """The same storage; `before` is called ahead of every verb and may raise: so whatever works on it (a commit, a
-        prune) can be stopped between two verbs, where stopping is always safe. A verb that has begun is finished.
+    def guarded(self, before: Callable[[str, str], None], after: Callable[[], None] = lambda: None) -> Store:
+        """The same storage; `before(verb, path)` is called ahead of every verb and may raise: so whatever works on it
+        (a commit, a prune) can be stopped between two verbs, where stopping is always safe. A verb that has begun is
+        finished; `after` is called then, however it has ended.
         """
-        return Store(self.url, backend=cast("Backend", _Guarded(self._backend, before)))
+        return Store(self.url, backend=cast("Backend", _Guarded(self._backend, before, after)))
 
     def create(self, path: str, blocks: Iterable[memoryview]) -> int:
         """Stream ``blocks`` into a new file; durable on return. Gives its size in bytes.
@@ -154,6 +155,11 @@ class Store:
         """Bytes of a file; None if there is no such file."""
         return self._backend.size(_checked(path))
 
+    def free_bytes(self) -> int | None:
+        """What may still be written here; None where storage does not say (an object store)."""
+        free = getattr(self._backend, "free_bytes", None)
+        return None if free is None else int(free())
+
     def modified_s(self, path: str) -> float:
         """When the file (or folder, where there are folders) was last written, in seconds since 1970."""
         return self._backend.modified_s(_checked(path))
@@ -170,8 +176,8 @@ class Store:
 class _Guarded:
     """A backend whose verbs ask first. What is no verb (a number that it states) passes."""
 
-    def __init__(self, backend: Backend, before: Callable[[], None]) -> None:
-        self._inner, self._before = backend, before
+    def __init__(self, backend: Backend, before: Callable[[str, str], None], after: Callable[[], None]) -> None:
+        self._inner, self._before, self._after = backend, before, after
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._inner, name)
@@ -179,8 +185,11 @@ class _Guarded:
             return found
 
         def verb(*args: Any, **kwargs: Any) -> Any:
-            self._before()
-            return found(*args, **kwargs)
+            self._before(name, str(args[0]) if args else "")
+            try:
+                return found(*args, **kwargs)
+            finally:
+                self._after()
 
         return verb
 

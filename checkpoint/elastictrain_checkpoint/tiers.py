@@ -6,9 +6,11 @@ block comes from the first store that has it undamaged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
+from elastictrain_checkpoint.asking import Asked
 from elastictrain_checkpoint.check import Problem, verify
 from elastictrain_checkpoint.commit import Skipped, list_steps, wrong_sizes
 from elastictrain_checkpoint.errors import CorruptData, InvalidManifest, NoCheckpoint
@@ -18,6 +20,11 @@ from elastictrain_checkpoint.paths import manifest_path
 from elastictrain_checkpoint.reader import Reader
 from elastictrain_checkpoint.sidecar import check_sidecar
 from elastictrain_checkpoint.store import Store
+
+ANSWER_S = 10.0
+"""So long a store is waited for that others can stand in for."""
+LAST_ANSWER_S = 120.0
+"""So long, where nothing else is left."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,73 @@ def newest_in(stores: Sequence[Store], skipped: list[Skipped] | None = None, bef
         if skipped is not None:
             skipped.append(Skipped(step, found))
     return None
+
+
+def reachable(stores: Sequence[Store], timeout_s: float = LAST_ANSWER_S) -> tuple[list[Store], dict[str, str]]:
+    """The stores that answer, in their order; and of the others why not, by URL. All are asked at the same time."""
+    asked = [(store, Asked(store.list)) for store in stores]
+    there, silent = [], {}
+    for store, question in asked:
+        try:
+            question.answer(timeout_s)
+            there.append(store)
+        except OSError as error:
+            silent[store.url] = str(error)
+    return there, silent
+
+
+def find(stores: Sequence[Store], step: int) -> Found:
+    """Where one step is to be read: from the stores that have it whole first, nearest first.
+
+    If they hold different commits of the step, that of the highest generation counts. A store that does not answer is
+    passed over while others can stand in for it; only what the nearest one lacks is looked for in the packs of others.
+
+    Raises:
+        NoCheckpoint: no store has the step.
+        InvalidManifest, CorruptData: it is whole in none, nor in all together.
+        OSError: nobody else has it, and a store could not be asked.
+
+    """
+    asked = [Asked(partial(store.read_all, manifest_path(step))) for store in stores]
+    texts: dict[str, bytes] = {}
+    silent: dict[str, str] = {}
+    for store, question in zip(stores, asked, strict=True):
+        try:
+            texts[store.url] = question.answer(ANSWER_S if texts else LAST_ANSWER_S)
+        except OSError as error:
+            if not isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+                silent[store.url] = str(error)
+    manifests, problems = _believed(stores, step, texts)
+    usable = [store for store in stores if store.url not in silent]
+    for manifest in manifests:
+        if stores[0] in usable and not wrong_sizes(stores[0], manifest):
+            return Found(manifest, tuple(usable))
+        found = _lying(usable, manifest)
+        if isinstance(found, Found):
+            return found
+        problems.append(found)
+    if silent:
+        why = "; ".join(f"{url} does not answer: {why}" for url, why in silent.items())
+        raise OSError(f"step {step} is whole in no store that answers; {why}")
+    if not texts:
+        raise NoCheckpoint(f"none of {', '.join(store.url for store in stores)} has a checkpoint of step {step}")
+    raise (CorruptData if manifests else InvalidManifest)("; ".join(problems))
+
+
+def _believed(stores: Sequence[Store], step: int, texts: Mapping[str, bytes]) -> tuple[list[Manifest], list[str]]:
+    """The manifests that these texts are, by URL of their stores, the highest generation first; and what is wrong with
+    the others.
+    """
+    fetch = _anywhere([store for store in stores if store.url in texts])
+    manifests: dict[bytes, Manifest] = {}
+    problems: list[str] = []
+    for url, raw in texts.items():
+        try:
+            manifest = parse_manifest(raw, step, fetch)
+            manifests.setdefault(manifest.raw, manifest)
+        except InvalidManifest as error:
+            problems.append(f"{url}: {error}")
+    return sorted(manifests.values(), key=lambda one: -one.generation), problems
 
 
 def newest_good(
@@ -83,14 +157,20 @@ def _find(stores: Sequence[Store], step: int) -> Found | str:
             why = str(error)
     # The same step may have been committed twice, when a run went back: the later commit is the one that happened.
     for manifest in sorted(manifests.values(), key=lambda one: -one.generation):
-        wrong = [wrong_sizes(store, manifest) for store in stores]
-        lost = set(wrong[0]).intersection(*wrong[1:])
-        if not lost:
-            return Found(
-                manifest, tuple(store for _, store in sorted(zip(map(bool, wrong), stores, strict=True), key=_first))
-            )
-        why = f"step {step}: {min(lost)}"
+        found = _lying(stores, manifest)
+        if isinstance(found, Found):
+            return found
+        why = found
     return why
+
+
+def _lying(stores: Sequence[Store], manifest: Manifest) -> Found | str:
+    """The stores of a checkpoint, those that have every pack first; or which pack is whole in none of them."""
+    wrong = [{said.partition(" is ")[0]: said for said in wrong_sizes(store, manifest)} for store in stores]
+    lost = set(wrong[0]).intersection(*wrong[1:])
+    if lost:
+        return f"step {manifest.step}: {wrong[0][min(lost)]}"
+    return Found(manifest, tuple(store for _, store in sorted(zip(map(bool, wrong), stores, strict=True), key=_first)))
 
 
 def _first(pair: tuple[bool, Store]) -> bool:

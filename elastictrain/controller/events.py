@@ -162,6 +162,22 @@ class CheckpointGivenUp:
 
 
 @dataclass(frozen=True, slots=True)
+class CopiesStand:
+    """`worker`, which publishes, says how the further place `path` of checkpoints is: its newest step (0: none that is
+    known), the steps that are still to be copied there, and why it does not get on (empty while it does). Said anew in
+    every generation.
+    """
+
+    now_s: float
+    generation: int
+    worker: int
+    path: str
+    step: int
+    waiting: tuple[int, ...]
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerFinished:
     """A worker has taken part in the closing vote after the last step. `digest` names the final state."""
 
@@ -286,6 +302,7 @@ Event = (
     | CheckpointCommitted
     | CheckpointsRemoved
     | CheckpointGivenUp
+    | CopiesStand
     | WorkerFinished
     | AddRequested
     | DrainRequested

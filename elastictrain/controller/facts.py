@@ -205,7 +205,9 @@ class Ledger:
     spares included. `plan`: of the newest generation. `sealed`: the newest generation known to be sealed, 0 when the
     state comes from `restore`. `layouts`: of `sealed` and of the generation that is forming. `leaving`: reports of
     workers in role LEAVING. `draining`: asked to leave, in order of request. `checkpoints`: path by step.
-    `given_up`: what was announced of a checkpoint that came to nothing, until the next one is committed.
+    `given_up`: what was announced of a checkpoint that came to nothing, until the next one is committed;
+    `heard_given_up`: the generation and the step of the newest of all that were. `copies`: by path, how the further
+    places of checkpoints are.
     `published_step`: the last step that can be redone no more (R5). `shown_step`: the last one whose metrics have
     arrived; the rows after it are published again by whoever publishes next. `fenced`: workers of lost nodes that are
     not known to be dead, with the reason. `notices`: members whose machine is about to go. `reprieved`: workers that
@@ -233,6 +235,8 @@ class Ledger:
     restore: Restore = field(default_factory=lambda: Restore(0, None))
     checkpoints: dict[int, str] = field(default_factory=dict)
     given_up: dict[str, Any] | None = None
+    heard_given_up: tuple[int, int] = (0, 0)
+    copies: dict[str, dict[str, Any]] = field(default_factory=dict)
     published_step: int = 0
     shown_step: int = 0
     leaving: dict[int, ParkReport] = field(default_factory=dict)

@@ -39,6 +39,7 @@ HANDLERS: dict[type[Any], Callable[[Core, Any, list[Command]], bool]] = {
     ev.CheckpointCommitted: stored.on_checkpoint,
     ev.CheckpointsRemoved: stored.on_removed,
     ev.CheckpointGivenUp: stored.on_given_up,
+    ev.CopiesStand: stored.on_copies,
     ev.WorkerFinished: moves.on_finished,
     ev.AddRequested: moves.on_add,
     ev.DrainRequested: moves.on_drain,
@@ -59,7 +60,7 @@ def speaker(event: ev.Event) -> int | None:
     if isinstance(event, ev.WorkerParked):
         return event.report.worker
     spoken = ev.WorkerPlaced | ev.WorkerReady | ev.WorkerTroubled | ev.WorkerFailed | ev.Sealed | ev.WorkerFinished
-    return event.worker if isinstance(event, spoken | ev.CheckpointGivenUp) else None
+    return event.worker if isinstance(event, spoken | ev.CheckpointGivenUp | ev.CopiesStand) else None
 
 
 class Machine:

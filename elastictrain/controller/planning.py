@@ -151,6 +151,7 @@ def _plan_restore(spec: MachineSpec, ledger: Ledger, reports: Mapping[int, ParkR
                 store="",
                 published_step=min(ledger.shown_step, ledger.restore.step),
                 checkpointed_step=_checkpointed(ledger),
+                given_up=ledger.heard_given_up,
                 joiners=_joiners(layout, reports),
             )
         reason = reason or why
@@ -180,6 +181,7 @@ def _plan(ledger: Ledger, standing: Standing, layout: Layout, reports: Mapping[i
         store="",
         published_step=ledger.shown_step,
         checkpointed_step=_checkpointed(ledger),
+        given_up=ledger.heard_given_up,
         joiners=joiners,
     )
 

@@ -42,4 +42,6 @@ def announce_restored(restore: Restore, read: ReadBytes, out: list[Command]) -> 
     """Say what a generation has read of the checkpoint that it goes on from."""
     data = {"step": restore.step, "path": restore.checkpoint, "stored_bytes": read.stored}
     by_worker = {str(worker): size for worker, size in read.by_worker}
+    if read.healed:
+        data["healed_blocks"] = read.healed
     out.append(Announce("restored", data | {"read_bytes": sum(by_worker.values()), "read_by_worker": by_worker}))

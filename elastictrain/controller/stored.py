@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from elastictrain.controller import events as ev
 from elastictrain.controller.commands import Announce, Command
 from elastictrain.controller.core import Core
@@ -52,12 +54,32 @@ def on_given_up(core: Core, event: ev.CheckpointGivenUp, out: list[Command]) -> 
         "why": event.why or f"{ended}; {how}",
         "stored_instead": event.instead,
     }
-    if ledger.given_up == data:
-        return False
-    ledger.given_up = data
+    if (event.begun_in, event.step) <= ledger.heard_given_up:
+        return False  # what may not have been heard is said again
+    ledger.given_up, ledger.heard_given_up = data, (event.begun_in, event.step)
     if incident is not None:
         instead = "none" if event.instead is None else f"step {event.instead}"
         what = f"the checkpoint of step {event.step} was given up ({how}); stored instead: {instead}"
         incident.saw(event.now_s, f"worker {event.worker}", what)
     out.append(Announce("checkpoint_given_up", dict(data)))
+    return True
+
+
+def on_copies(core: Core, event: ev.CopiesStand, out: list[Command]) -> bool:
+    """How a further place of checkpoints is. That it has a newer one is said, and the first time that it fails."""
+    ledger = core.ledger
+    if event.generation != ledger.generation or ledger.sealed != ledger.generation:
+        return False
+    before = ledger.copies.get(event.path, {"step": 0, "waiting": [], "error": ""})
+    now: dict[str, Any] = {"step": event.step, "waiting": list(event.waiting), "error": event.error}
+    if now == before:
+        return False
+    ledger.copies[event.path] = now
+    if event.step > before["step"]:
+        out.append(Announce("checkpoint_copied", {"step": event.step, "path": event.path, "waiting": now["waiting"]}))
+    if event.error and not before["error"]:
+        facts = {"path": event.path, "error": event.error, "waiting": now["waiting"]}
+        out.append(Announce("copy_failed", facts))
+    elif before["error"] and not event.error:
+        out.append(Announce("copy_works", {"path": event.path, "waiting": now["waiting"]}))
     return True

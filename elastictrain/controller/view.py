@@ -14,8 +14,9 @@ def view(machine: Machine) -> dict[str, Any]:
     """JSON-ready status.
 
     `phase`, `reason` (while gathering), `generation`, `step` (published), `steps`, `checkpointed_step`,
-    `checkpoint_given_up` (until the next one is committed), `world`, `workers` (rank order: worker, lanes, blocks
-    owned, failure domain, node), `held_once` (blocks with a single live holder), `spares`, `starting`, `draining`,
+    `checkpoint_given_up` (until the next one is committed), `copies` (by place: newest step, those that wait, what is
+    wrong), `world`, `workers` (rank order: worker, lanes, blocks owned, failure domain, node), `held_once` (blocks with
+    a single live holder), `spares`, `starting`, `draining`,
     `preempted` (worker and the time at which it goes), `fenced`, `nodes_set_aside` (node, its failures), `target`,
     `last_recovery`, `recoveries` and `incidents` (the last hundred), `digest` and `error` (at the end).
     """
@@ -39,6 +40,7 @@ def view(machine: Machine) -> dict[str, Any]:
         "steps": core.spec.steps,
         "checkpointed_step": max(ledger.checkpoints, default=None),
         "checkpoint_given_up": None if ledger.given_up is None else dict(ledger.given_up),
+        "copies": {path: dict(standing) for path, standing in sorted(ledger.copies.items())},
         "world": len(workers),
         "workers": workers,
         "held_once": held_once(machine),

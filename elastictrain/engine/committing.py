@@ -2,8 +2,13 @@
 
 When all shares of a checkpoint are durable, whoever publishes creates the manifest and then removes what retention lets
 go. Both are calls to storage, and storage may be slow: the training thread hands them over and goes on. A failure waits
-for the training thread, which asks at every step. When the generation ends, the thread may finish the call that it is
-in, and begins no other: from there on whether the manifest exists can be seen in the store, and does not change.
+for the training thread, which asks at every step.
+
+When the generation ends, the thread begins no further call, and nobody waits for the one that it is in. Usually it is
+in none that changes anything; then whether the manifest exists can be seen in the store, and does not change any more.
+A call that is still open may yet create that manifest. That tears nothing, as long as nobody removes its packs: so the
+next commit of this worker begins when the call is answered, and another worker that publishes spares that attempt, and
+commits nothing in the folder that the call is about, while it is open (`Open`, said at the seal).
 """
 
 from __future__ import annotations
@@ -12,15 +17,64 @@ import json
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import astuple, dataclass
 
 from elastictrain.errors import ClusterError
 from elastictrain_checkpoint import CheckpointError, Store, load
+from elastictrain_checkpoint.paths import parse_step_folder
+
+STORE_DEADLINE_S = 600.0
+"""As long as peers wait for one that stores."""
 
 
 class GivenUp(Exception):
     """The generation that commits is over."""
+
+
+CHANGES = frozenset({"create", "publish", "put", "replace", "remove"})
+"""Verbs of a store after which it may be another one than before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """A call that has begun in a generation that is over, and was not answered by then. It may still change something
+    in the folder of `step` (0: in none), for the attempt of `generation`.
+    """
+
+    step: int
+    generation: int
+
+
+class _Work:
+    """One commit in the background."""
+
+    def __init__(self, generation: int) -> None:
+        self.generation = generation
+        self.ended = threading.Event()
+        self._lock = threading.Lock()
+        self._is_over = False
+        self._changing: int | None = None
+
+    def before(self, verb: str, path: str) -> None:
+        with self._lock:
+            if self._is_over:
+                raise GivenUp
+            self._changing = parse_step_folder(path.partition("/")[0]) or 0 if verb in CHANGES else None
+
+    def after(self) -> None:
+        with self._lock:
+            self._changing = None
+
+    def give_up(self) -> None:
+        """Begin no further call."""
+        with self._lock:
+            self._is_over = True
+
+    @property
+    def open(self) -> Open | None:
+        """The call that is under way, if it may change something."""
+        with self._lock:
+            return None if self._changing is None else Open(self._changing, self.generation)
 
 
 class Committer:
@@ -33,72 +87,90 @@ class Committer:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._thread: threading.Thread | None = None
-        self._shut = threading.Event()
-        self._idle = threading.Event()
-        self._idle.set()
+        self._lock = threading.Lock()
+        self._work: _Work | None = None
+        self._left: list[_Work] = []
         self._error: BaseException | None = None
         self._committed: list[int] = []
 
     @property
     def is_busy(self) -> bool:
-        """Whether a commit is under way."""
-        return not self._idle.is_set()
+        """Whether a commit is under way, of this generation."""
+        return self._work is not None and not self._work.ended.is_set()
 
-    def begin(self, step: int, work: Callable[[Store], bool]) -> None:
-        """Do `work` in the background; no other may be under way. It says whether `step` is committed."""
+    def begin(self, step: int, generation: int, work: Callable[[Store], bool]) -> None:
+        """Do `work` in the background; no other of this generation may be under way. It says whether `step` is
+        committed. It begins when the calls that were left open are answered: from then on what they were to do is done
+        or will never be.
+        """
         assert not self.is_busy, "commits follow one another"
-        self._shut = threading.Event()
-        self._idle.clear()
-        arguments = (step, work, self._shut)
-        self._thread = threading.Thread(target=self._run, args=arguments, name="elastictrain-commit", daemon=True)
-        self._thread.start()
+        self._work, left = _Work(generation), [one for one in self._left if not one.ended.is_set()]
+        arguments = (step, work, self._work, left)
+        threading.Thread(target=self._run, args=arguments, name="elastictrain-commit", daemon=True).start()
 
-    def _run(self, step: int, work: Callable[[Store], bool], shut: threading.Event) -> None:
-        def go_on() -> None:
-            if shut.is_set():
-                raise GivenUp
-
+    def _run(self, step: int, work: Callable[[Store], bool], mine: _Work, left: Sequence[_Work]) -> None:
+        error, is_committed = None, False
         try:
-            if work(self._store.guarded(go_on)):
-                self._committed.append(step)
+            for one in left:
+                if not one.ended.wait(STORE_DEADLINE_S):
+                    raise ClusterError(_no_answer(self._store, STORE_DEADLINE_S))
+            is_committed = work(self._store.guarded(mine.before, mine.after))
         except GivenUp:
             pass
-        except BaseException as error:  # whatever it is, it must reach the thread that trains
-            self._error = error
-        finally:
-            self._idle.set()
+        except BaseException as found:  # whatever it is, it must reach the thread that trains
+            error = found
+        with self._lock:
+            if self._work is mine:
+                self._error = error
+                self._committed += [step] if is_committed else []
+        mine.ended.set()
 
     def committed(self) -> list[int]:
         """Steps whose commits have ended well since the last call. Raises what a commit has failed with, once."""
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-        steps, self._committed = self._committed, []
+        with self._lock:
+            error, self._error = self._error, None
+            if error is not None:
+                raise error
+            steps, self._committed = self._committed, []
         return steps
 
     def wait(self, check: Callable[[], None], deadline_s: float) -> list[int]:
         """Wait until no commit is under way, and give what `committed` gives. `check` is called now and then, and may
         raise. Raises ClusterError when the storage takes longer than `deadline_s`.
         """
-        waited_s, pause_s = 0.0, 0.1
-        while not self._idle.wait(pause_s):
+        waited_s, pause_s, work = 0.0, 0.1, self._work
+        while work is not None and not work.ended.wait(pause_s):
             check()
             waited_s += pause_s
             if waited_s >= deadline_s:
-                raise ClusterError(
-                    f"the commit of a checkpoint in {self._store.url!r} has taken {deadline_s:g} s and has not ended: "
-                    "the storage does not answer. See to it, or set checkpoint.path to another one"
-                )
+                raise ClusterError(_no_answer(self._store, deadline_s))
         return self.committed()
 
-    def give_up(self, deadline_s: float) -> None:
-        """Begin no further call to the storage, and wait for the one that is under way. What has failed by then has
-        failed with its generation: nobody is told.
+    def give_up(self) -> None:
+        """The generation is over: begin no further call to the storage. Nobody waits for the one that is under way (see
+        `open`). What has failed by then has failed with its generation: nobody is told.
         """
-        self._shut.set()
-        self._idle.wait(deadline_s)
-        self._error, self._committed = None, []
+        with self._lock:
+            work, self._work = self._work, None
+            self._error, self._committed = None, []
+        self._left = [one for one in self._left if not one.ended.is_set()]
+        if work is not None:
+            work.give_up()
+            if not work.ended.is_set():
+                self._left.append(work)
+
+    @property
+    def open(self) -> Open | None:
+        """The call that was left under way and may still change something; the newest, if there are several."""
+        found = [one.open for one in self._left]
+        return next((one for one in reversed(found) if one is not None), None)
+
+
+def _no_answer(store: Store, deadline_s: float) -> str:
+    return (
+        f"the commit of a checkpoint in {store.url!r} has taken {deadline_s:g} s and has not ended: "
+        "the storage does not answer. See to it, or set checkpoint.path to another one"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,14 +209,6 @@ class Account:
             return cls()
         return cls(begun.step, begun.generation, begun.travelled, found(begun))
 
-    def to_bytes(self) -> bytes:
-        return json.dumps([self.step, self.generation, self.travelled, self.found]).encode()
-
-    @classmethod
-    def from_bytes(cls, raw: bytes) -> Account:
-        values: list[Any] = json.loads(raw)
-        return cls(*values)
-
 
 def settled(accounts: Sequence[Account]) -> Account:
     """What has become of the newest checkpoint that was under way, from what all members know. A member that was slower
@@ -153,6 +217,38 @@ def settled(accounts: Sequence[Account]) -> Account:
     newest = max(accounts, key=lambda one: (one.step, one.generation), default=Account())
     same = [one for one in accounts if (one.step, one.generation) == (newest.step, newest.generation)]
     return Account(newest.step, newest.generation, _any(same, "travelled"), _any(same, "found"))
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """All that one member says at a seal of what was stored: its account, what else has come to nothing that the
+    controller may not have heard of (see `lost`), and the call that it has left open.
+    """
+
+    account: Account = Account()
+    lost: tuple[Account, ...] = ()
+    open: Open | None = None
+
+    def to_bytes(self) -> bytes:
+        left = None if self.open is None else [self.open.step, self.open.generation]
+        return json.dumps([astuple(self.account), [astuple(one) for one in self.lost], left]).encode()
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> Statement:
+        account, lost, left = json.loads(raw)
+        return cls(Account(*account), tuple(Account(*one) for one in lost), None if left is None else Open(*left))
+
+
+def still_lost(said: Sequence[Statement], known_step: int, heard: tuple[int, int]) -> tuple[Account, ...]:
+    """Checkpoints that have come to nothing and are not settled yet, in the order in which they were begun: the
+    controller has not heard of them (it has heard of all up to `heard`: generation and step), or nothing newer is
+    committed (`known_step` is). What one member knows all know from this seal on.
+    """
+    newest = settled([one.account for one in said])
+    found = {(one.generation, one.step): one for statement in said for one in statement.lost}
+    if newest.step and not newest.found:
+        found[newest.generation, newest.step] = newest
+    return tuple(one for place, one in sorted(found.items()) if place > heard or one.step > known_step)
 
 
 def _any(accounts: Iterable[Account], name: str) -> bool:

@@ -40,6 +40,8 @@ def enter_generation(session: Session, plan: FormPlan, groups: GroupSet) -> Read
     groups.deadline_s = groups.gather_deadline_s = FORMING_DEADLINE_S
     held = session.model.held
     session.pulse.enter(Activity.FORM)
+    if session.saver is not None and session.worker != plan.first_known:
+        session.saver.copies.rest()  # whoever publishes from now on copies too
     with session.apply_lock:
         session.check()
         session.doubt = None  # it was in this worker's last report, and whoever has formed this generation knows it
@@ -180,6 +182,7 @@ def _seal(
     session.probes.at(plan.step + 1, "seal")
     mine = {"generation": plan.generation, "step": plan.step, "copies": digests, **_sums(session, plan)}
     mine["read"] = 0 if reader is None else reader.read_bytes
+    mine["healed"] = [] if reader is None else [[block.file, block.block] for block in reader.healed]
     said = [json.loads(raw) for raw in groups.all_gather_sized(json.dumps(mine).encode())]
     if any((s["generation"], s["step"]) != (plan.generation, plan.step) for s in said):
         raise InternalError(f"the seal of generation {plan.generation} at step {plan.step} got {said}")
@@ -198,7 +201,7 @@ def _seal(
     if reader is None:
         return None
     each = tuple((worker, one["read"]) for worker, one in zip(plan.layout.workers, said, strict=True))
-    return ReadBytes(reader.manifest.size_bytes, each)
+    return ReadBytes(reader.manifest.size_bytes, each, len({tuple(block) for one in said for block in one["healed"]}))
 
 
 def _sums(session: Session, plan: FormPlan) -> dict[str, Any]:
@@ -247,7 +250,7 @@ def _restore(session: Session, plan: FormPlan, groups: GroupSet) -> Reader | Non
         session.check()
         done.step = plan.step
     if plan.restore.discard_newer and session.saver is not None and session.worker == plan.first_known:
-        session.saver.discard_after(plan.restore.step)
+        session.saver.discard_after(plan.restore.step, plan.generation)
     return reader
 
 

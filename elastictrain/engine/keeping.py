@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from elastictrain.controller import events as ev
 from elastictrain.engine.collective import GroupSet
-from elastictrain.engine.committing import Account, settled
+from elastictrain.engine.committing import Account, Begun, Open, Statement, settled, still_lost
 from elastictrain.engine.reports import Storing
 from elastictrain.engine.saver import Saver
 from elastictrain.engine.saving import Owned
@@ -50,8 +50,11 @@ class Keeper:
     def __init__(self, session: Session, plan: FormPlan, groups: GroupSet, owned: Callable[[], Owned]) -> None:
         self._session, self._plan, self._groups, self._owned = session, plan, groups, owned
         self._storing: Storing | None = None
-        self._lost_step = self._handed = 0
-        self._is_committed = self._is_baseless = False
+        self._lost: tuple[Account, ...] = ()
+        self._late: Begun | None = None
+        self._open_elsewhere: tuple[Open, ...] = ()
+        self._handed = 0
+        self._is_committed = self._is_refused = False
         self._metrics: dict[str, Any] = {}
         self.known_step = plan.checkpointed_step
 
@@ -78,28 +81,38 @@ class Keeper:
         looks = self.is_publisher and plan.restore is None
         if looks:
             s.pulse.enter(Activity.STORE)
-        mine = Account.of(s.saver.begun, self.known_step, lambda begun: looks and self._saver.is_committed(begun))
+        begun, left_open = s.saver.begun, s.saver.open  # asked before looking: what is open may end meanwhile
+        account = Account.of(begun, self.known_step, lambda begun: looks and self._saver.is_committed(begun))
+        mine = Statement(account, s.saver.lost, left_open)
         s.pulse.enter(Activity.VOTE)
         usual_s, self._groups.gather_deadline_s = self._groups.gather_deadline_s, FIRST_STEP_DEADLINE_S
-        what = settled([Account.from_bytes(raw) for raw in self._groups.all_gather_sized(mine.to_bytes())])
+        said = [Statement.from_bytes(raw) for raw in self._groups.all_gather_sized(mine.to_bytes())]
         self._groups.gather_deadline_s = usual_s
+        what = settled([one.account for one in said])
         if what.found:
             self.known_step = what.step
-        else:
-            self._lost_step = what.step
-        if self.is_publisher and what.step:
+        elif looks and left_open is not None:
+            self._late = begun
+        members = zip(plan.layout.workers, said, strict=True)
+        self._open_elsewhere = tuple(one.open for worker, one in members if one.open and worker != s.worker)
+        self._lost = still_lost(said, self.known_step, plan.given_up)
+        if self.is_publisher:
             self._tell(what)
-        s.saver.begun = None
+            s.saver.copies.serve()
+        else:
+            s.saver.copies.rest()
+        s.saver.begun, s.saver.lost = None, self._lost
 
     def _tell(self, what: Account) -> None:
-        generation, step = self._plan.generation, what.step
-        if what.found:
-            self._session.emit(ev.CheckpointCommitted(0.0, generation, step, self._saver.path_of(step)))
-            return
+        """Say what has become of earlier checkpoints, also what whoever published before may have died with."""
+        generation, worker = self._plan.generation, self._session.worker
         instead = self._plan.step if self.has_missed(self._plan.step) else None
-        self._session.emit(
-            ev.CheckpointGivenUp(0.0, generation, self._session.worker, step, what.generation, what.travelled, instead)
-        )
+        for lost in self._lost:
+            if (lost.generation, lost.step) > self._plan.given_up:
+                facts = (worker, lost.step, lost.generation, lost.travelled, instead)
+                self._session.emit(ev.CheckpointGivenUp(0.0, generation, *facts))
+        if what.found:
+            self._session.emit(ev.CheckpointCommitted(0.0, generation, what.step, self._saver.path_of(what.step)))
 
     def has_missed(self, step: int) -> bool:
         """Whether a checkpoint that was due up to `step`, the one that was sealed, does not exist."""
@@ -107,7 +120,8 @@ class Keeper:
         if checkpoint is None or step <= self.known_step:
             return False
         every = checkpoint.every_steps
-        return 0 < self._lost_step <= step or (every is not None and step - step % every > self.known_step)
+        lost = any(self.known_step < one.step <= step for one in self._lost)
+        return lost or (every is not None and step - step % every > self.known_step)
 
     # --- writing ---
 
@@ -140,7 +154,7 @@ class Keeper:
         raises ClusterError when it could not be written.
         """
         storing, self._storing = self._storing, None
-        return b"" if storing is None else storing.extras()
+        return b"" if storing is None else storing.extras(self._stay)
 
     def gather(self, flags: int) -> tuple[int, list[bytes]]:
         """The step of the checkpoint that everybody has written, and all shares; none while somebody still writes. The
@@ -177,13 +191,17 @@ class Keeper:
             return
         s.pulse.enter(Activity.STORE)
         started = time.perf_counter()
+        late, self._late = self._late, None
         self._saver.begin_commit(
             Storing.shares(shares),
-            committed=lambda path: s.emit(ev.CheckpointCommitted(0.0, generation, step, path)),
+            committed=lambda *there: s.emit(ev.CheckpointCommitted(0.0, generation, *there)),
             removed=lambda steps: s.emit(ev.CheckpointsRemoved(0.0, generation, tuple(steps))),
-            baseless=lambda why: self._without_base(step, why),
+            refused=lambda why: self._go_without(step, why),
             check=self._stay,
             known_step=self.known_step,
+            late=late,
+            elsewhere=self._open_elsewhere,
+            final=step == s.job.steps,
             step=step,
             generation=generation,
             tree={"step": step, "seed": s.job.seed, "stages": s.stages, "data": s.data_fingerprint,
@@ -193,12 +211,12 @@ class Keeper:
         )  # fmt: skip
         s.pacing.stalled(time.perf_counter() - started)
 
-    def _without_base(self, step: int, why: str) -> None:
-        """In the background: what this checkpoint refers to is gone. It is given up; the next one finds no base there,
-        and is written in full.
+    def _go_without(self, step: int, why: str) -> None:
+        """In the background: this checkpoint cannot be committed (what it refers to is gone). It is given up; the next
+        one finds no base there, and is written in full.
         """
         s, generation = self._session, self._plan.generation
-        self._is_baseless = True
+        self._is_refused = True
         s.emit(ev.CheckpointGivenUp(0.0, generation, s.worker, step, generation, True, None, why))
 
     def heed(self) -> None:
@@ -207,9 +225,32 @@ class Keeper:
         """
         if self._session.saver is not None:
             self._is_committed = self._handed in self._session.saver.committed()
-            if self._is_baseless:
-                self._is_baseless = False
+            if self.is_publisher:
+                self._tell_of_copies()
+            if self._is_refused:
+                self._is_refused = False
                 self._session.pacing.given_up()
+
+    def _tell_of_copies(self) -> None:
+        """Say how the further places are, if that has changed. Asks no storage."""
+        s, generation = self._session, self._plan.generation
+        for path, standing in self._saver.copies.news():
+            facts = (standing.copied or 0, standing.waiting, standing.error)
+            s.emit(ev.CopiesStand(0.0, generation, s.worker, path, *facts))
+        if gone := self._saver.copies.gone():
+            s.emit(ev.CheckpointsRemoved(0.0, generation, tuple(gone)))
+
+    def copied(self, within_s: float) -> bool:
+        """Wait until the further places have what they are to have, or do not get on; whether that came to be in time.
+        True on a worker that does not publish.
+        """
+        s = self._session
+        if s.saver is None or not self.is_publisher:
+            return True
+        s.pulse.enter(Activity.STORE)
+        is_done = s.saver.copies.wait(self._stay, within_s)
+        self._tell_of_copies()
+        return is_done
 
     def finish(self) -> None:
         """Wait for the commit that is under way: the generation ends in peace."""

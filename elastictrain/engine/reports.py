@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,9 +37,9 @@ class Storing:
     step: int
     writing: Writing
 
-    def extras(self) -> bytes:
-        """This worker's share. Waits for it; raises ClusterError when it could not be written."""
-        return json.dumps(self.writing.share()).encode()
+    def extras(self, check: Callable[[], None]) -> bytes:
+        """This worker's share. Waits for it, asking `check`, which may raise; ClusterError: it could not be written."""
+        return json.dumps(self.writing.share(check)).encode()
 
     @staticmethod
     def shares(extras: list[bytes]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ itself. Nothing here is sealed: who gives up on the way leaves a state that no l
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,11 @@ from numpy.typing import NDArray
 from elastictrain.engine.collective import GroupSet
 from elastictrain.engine.flat import FlatModel
 from elastictrain.engine.held import HeldState
-from elastictrain.engine.saving import TYPES, as_buffer, open_checkpoint, open_store, stored_aliases, stored_name
+from elastictrain.engine.saving import TYPES, as_buffer, find_checkpoint, open_stores, stored_aliases, stored_name
 from elastictrain.engine.space import Block
 from elastictrain.errors import CheckpointMismatch, ClusterError, CorruptCheckpoint
 from elastictrain.job import Checkpoint
-from elastictrain_checkpoint import CheckpointError, CorruptData, Reader, Request
+from elastictrain_checkpoint import CheckpointError, CorruptData, Found, Reader, Request
 from elastictrain_checkpoint.boxes import flat_range_to_boxes
 from elastictrain_checkpoint.documents import pack_documents, unpack_documents
 from elastictrain_checkpoint.reshard import Want, plan_reads
@@ -108,25 +109,37 @@ def open_together(settings: Checkpoint, step: int, company: Company | None) -> R
 
     Raises CorruptCheckpoint when it cannot be believed, ClusterError when the storage fails.
     """
-    opened: list[Reader] = []
+    found: list[Found] = []
 
     def documents() -> bytes:
         try:
-            opened.append(open_checkpoint(settings, step))
-            return pack_documents(open_store(settings), opened[0].manifest) if company is not None else b""
+            found.append(find_checkpoint(settings, step))
+            return _pack_found(settings, found[0]) if company is not None else b""
         except OSError as error:
             raise unreadable(settings, step, error) from error
 
     if company is None:
         documents()
-        return opened[0]
+        return found[0].reader()
     message = company.from_first(documents)
-    if opened:
-        return opened[0]
+    if found:
+        return found[0].reader()
+    stores = open_stores(settings)
     try:
-        return Reader(open_store(settings), unpack_documents(message, step))
+        order, manifest = message[1 : 1 + message[0]], unpack_documents(message[1 + message[0] :], step)
+        return Found(manifest, tuple(stores[number] for number in order)).reader()
     except CheckpointError as error:
         raise CorruptCheckpoint(f"checkpoint step {step} in {settings.path}: {error}") from error
+
+
+def _pack_found(settings: Checkpoint, found: Found) -> bytes:
+    """Which stores to read from, in this order, and the documents of the checkpoint. Raises OSError."""
+    urls = [store.url for store in open_stores(settings)]
+    order = bytes(urls.index(store.url) for store in found.stores)
+    for store in found.stores[:-1]:
+        with suppress(OSError):
+            return bytes([len(order)]) + order + pack_documents(store, found.manifest)
+    return bytes([len(order)]) + order + pack_documents(found.stores[-1], found.manifest)
 
 
 def unreadable(settings: Checkpoint, step: int, error: OSError) -> ClusterError:

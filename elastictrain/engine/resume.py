@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from elastictrain.data import MixedSource, Segment, Source, fingerprint_difference
 from elastictrain.data.stages import Skip, first_stage, open_stage, with_lanes, with_mixture, with_skips
 from elastictrain.engine.origins import pin
-from elastictrain.engine.saving import open_store
-from elastictrain.errors import CheckpointMismatch, ConfigError, CorruptCheckpoint, DataError
+from elastictrain.engine.stored import Note, Stored, folder_of, refuse_checkpoints
+from elastictrain.engine.stored import older_offer as older_offer
+from elastictrain.errors import CheckpointMismatch, ConfigError, DataError
 from elastictrain.job import Job
 from elastictrain.origin import StartFrom
 from elastictrain.protocol import Restore, Stage
-from elastictrain_checkpoint import CheckpointError, Manifest, Skipped, Store, list_steps, load, newest, verify
+from elastictrain_checkpoint import Manifest
 
 _ABOUT_ORDER = ("lanes", "lane_batch_size", "seed")
-Note = tuple[str, dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,33 +51,29 @@ def find_start(job: Job, *, resume: bool, step: int | None = None, skips: Sequen
                 "--resume: the job has no checkpoint setting, so there is nothing to go on from; set checkpoint.path"
             )
         return _new(job)
-    store = open_store(job.checkpoint)
-    steps = sorted(list_steps(store))
     if not resume:
-        if steps:
-            raise ConfigError(
-                f"checkpoint.path={job.checkpoint.path!r} already holds checkpoints (steps {_some(steps)}); go on with "
-                "them (--resume), or set checkpoint.path to an empty folder"
-            )
+        refuse_checkpoints(job.checkpoint)
         return _new(job)
-    manifest = _chosen(store, job, steps, step)
+    stored = Stored.of(job.checkpoint)
+    steps = stored.steps
+    manifest, place = stored.choose(step)
     stages, notes = _with_lanes(job, manifest)
     origin = _recorded_origin(job, manifest)
     stages, changed, data = _check_data(job, manifest, stages)
     stages, left_out = _with_skips(job, manifest, stages, skips)
-    notes += changed + left_out
+    notes += changed + left_out + stored.notes
     later = [s for s in steps if s > manifest.step]
     if later:
         notes.append(("given_up", {"step": manifest.step, "steps": later}))
-    path = f"{job.checkpoint.path.rstrip('/')}/step-{manifest.step:08d}"
-    known = tuple((s, path.rpartition("/")[0] + f"/step-{s:08d}") for s in steps if s <= manifest.step)
+    known = {s: folder_of(stored.place_of(s), s) for s in steps if s <= manifest.step}
+    known[manifest.step] = folder_of(place, manifest.step)
     return Start(
-        Restore(manifest.step, path, insist=True),
-        known,
+        Restore(manifest.step, known[manifest.step], insist=True),
+        tuple(sorted(known.items())),
         stages,
         tuple(notes),
         resumed=True,
-        generation=_newest_generation(store, steps),
+        generation=stored.newest_generation,
         data=data,
         start_from=origin,
     )
@@ -116,64 +111,6 @@ def _recorded_origin(job: Job, manifest: Manifest) -> StartFrom | None:
         )
     options = {} if job.start_from is None else {"storage_options": job.start_from.storage_options}
     return None if recorded is None else StartFrom.model_validate(recorded | options)
-
-
-def _some(steps: list[int]) -> str:
-    return ", ".join(map(str, steps[-5:])) if steps else "none"
-
-
-def _chosen(store: Store, job: Job, steps: list[int], step: int | None) -> Manifest:
-    assert job.checkpoint is not None
-    if step is not None:
-        if step not in steps:
-            raise ConfigError(
-                f"--resume-step {step}: {job.checkpoint.path} has steps {_some(steps)}; choose one of them"
-            )
-        try:
-            return load(store, step)
-        except CheckpointError as error:
-            raise CorruptCheckpoint(f"checkpoint step {step}: {error}") from error
-    skipped: list[Skipped] = []
-    found = newest(store, skipped)
-    if skipped:
-        older = f"; the newest whole one is step {found.step}: take it with --resume-step {found.step}" if found else ""
-        raise CorruptCheckpoint(f"checkpoint step {skipped[0].step} is damaged: {skipped[0].why}{older}")
-    if found is None:
-        raise ConfigError(
-            f"--resume: {job.checkpoint.path} holds no checkpoint yet; start without --resume, or set checkpoint.path"
-        )
-    return found
-
-
-def older_offer(job: Job, step: int) -> str:
-    """What to do when the workers find `step` damaged: the newest older one every byte of which is right, in words."""
-    assert job.checkpoint is not None, "it was restored from there"
-    store = open_store(job.checkpoint)
-    try:
-        older = next((s for s in sorted(list_steps(store), reverse=True) if s < step and _is_sound(store, s)), None)
-    except OSError as error:
-        return f"whether an older one is whole could not be found out: {error}"
-    return (
-        f"take the older step {older} with --resume-step {older}"
-        if older is not None
-        else "there is no older one that is whole"
-    )
-
-
-def _newest_generation(store: Store, steps: list[int]) -> int:
-    """The highest generation that has committed anything here: ours must be above it, or a commit would be refused."""
-    found = [0]
-    for step in steps:
-        with suppress(CheckpointError):
-            found.append(load(store, step).generation)
-    return max(found)
-
-
-def _is_sound(store: Store, step: int) -> bool:
-    try:
-        return not verify(store, load(store, step))
-    except CheckpointError:
-        return False
 
 
 def _with_lanes(job: Job, manifest: Manifest) -> tuple[tuple[Stage, ...], list[Note]]:

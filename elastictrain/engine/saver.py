@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from elastictrain.engine.committing import Begun, Committer
+from elastictrain.engine.committing import STORE_DEADLINE_S, Account, Begun, Committer, Open
+from elastictrain.engine.copies import Copies
+from elastictrain.engine.retention import policy_of
 from elastictrain.engine.saving import Owned, open_store, stored_aliases
 from elastictrain.errors import ClusterError
 from elastictrain.job import Checkpoint, Keep
@@ -28,11 +30,10 @@ from elastictrain_checkpoint import (
     load,
     prune,
 )
-from elastictrain_checkpoint.errors import SaveFailed
+from elastictrain_checkpoint.errors import SaveFailed, SaveTimeout
 from elastictrain_checkpoint.handle import SaveHandle
 from elastictrain_checkpoint.lazy import LazySaver
 from elastictrain_checkpoint.paths import parse_step_folder
-from elastictrain_checkpoint.policies import Best, EverySteps, Newest, Policy, Spaced, Younger
 
 
 def attempt_of(generation: int) -> str:
@@ -47,31 +48,19 @@ def generation_of(attempt: str) -> int | None:
     return int(digits) if named and attempt_of(int(digits)) == attempt else None
 
 
-def policy_of(keep: int | Keep) -> Policy:
-    """The setting `checkpoint.keep` in the words of the library."""
-    if isinstance(keep, int):
-        return Newest(keep)
-    found: Policy = Newest(keep.newest)
-    if keep.every_steps is not None:
-        found |= EverySteps(keep.every_steps)
-    if keep.younger is not None:
-        found |= Younger(keep.younger)
-    if keep.spaced is not None:
-        found |= Spaced(keep.spaced)
-    if keep.best is not None:
-        found |= Best(keep.best.metric, keep.best.n, keep.best.mode)
-    return found
-
-
-STORE_DEADLINE_S = 600.0
-"""As long as peers wait for one that stores."""
-
-
 INCREMENTS = "increments"
 """In a manifest's info: so many checkpoints in a row, this one included, refer to earlier ones; 0: it stands alone."""
 
 
-class BaseLost(Exception):
+WAIT_S = 0.1
+"""Whoever waits for its own share asks so often whether its generation is over."""
+
+
+class NotNow(Exception):
+    """This checkpoint cannot be committed, and the run goes on without it."""
+
+
+class BaseLost(NotNow):
     """Packs of earlier steps that a save refers to are gone, removed by somebody else."""
 
 
@@ -147,9 +136,11 @@ class Writing:
         """Whether `share` returns, or raises, at once."""
         return self.handle.done
 
-    def share(self) -> dict[str, Any]:
-        """The share as JSON data, durable. Raises ClusterError when it could not be written."""
-        return self.saver.share_of(self)
+    def share(self, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        """The share as JSON data, durable. `check` is called while waiting for it, and may raise. Raises ClusterError
+        when it could not be written.
+        """
+        return self.saver.share_of(self, check)
 
 
 class Saver:
@@ -163,8 +154,11 @@ class Saver:
         self._lazy = LazySaver(self._store if probe is None else ProbedStore(settings, probe), max_copy=1.0)
         self._committer = Committer(self._store)
         self._bases = Bases(self._store, settings.full_every) if settings.incremental else None
+        self.copies = Copies(settings, self._store)
         self.begun: Begun | None = None
         """The newest checkpoint that this worker has begun to write."""
+        self.lost: tuple[Account, ...] = ()
+        """Checkpoints that have come to nothing and are not settled yet; see `committing.still_lost`."""
 
     def begin(self, owned: Owned, *, step: int, generation: int, worker: int, known_step: int = 0) -> Writing:
         """Begin to write this worker's packs, in the background: call `before_apply` before the state changes.
@@ -189,18 +183,29 @@ class Saver:
         self._lazy.before_mutation()
 
     def give_up(self) -> list[int]:
-        """The generation is over: what it still writes will not be whole, and what it still commits may be, or not.
-        Gives the steps of what it still wrote.
+        """The generation is over: what it still writes will not be whole, and what it still commits may be, or not (see
+        `open`). Nobody waits here. Gives the steps of what it still wrote.
         """
         given_up = [handle.step for handle in self._lazy.give_up()]
-        self._committer.give_up(STORE_DEADLINE_S)
+        self._committer.give_up()
         return given_up
 
-    def share_of(self, writing: Writing) -> dict[str, Any]:
+    @property
+    def open(self) -> Open | None:
+        """The call to the storage that was left under way in a generation before this one, while it is not answered."""
+        return self._committer.open
+
+    def share_of(self, writing: Writing, check: Callable[[], None]) -> dict[str, Any]:
         """See `Writing.share`."""
+        waited_s = 0.0
+        while not writing.done and waited_s < STORE_DEADLINE_S:
+            check()
+            with suppress(SaveTimeout):
+                writing.handle.wait(WAIT_S)
+            waited_s += WAIT_S
         with self._storage(writing.handle.step):
             try:
-                part: Part = writing.handle.result(STORE_DEADLINE_S)
+                part: Part = writing.handle.result(0.0)
             except SaveFailed as error:
                 raise error.__cause__ or error from None  # what the storage said
         return {"attempt": writing.attempt, "part": part.to_json(), "numbers": writing.numbers}
@@ -220,32 +225,46 @@ class Saver:
         self,
         shares: Sequence[Mapping[str, Any]],
         *,
-        committed: Callable[[str], None],
+        committed: Callable[[int, str], None],
         removed: Callable[[Sequence[int]], None],
-        baseless: Callable[[str], None],
+        refused: Callable[[str], None],
         known_step: int = 0,
+        late: Begun | None = None,
+        elsewhere: Collection[Open] = (),
+        final: bool = False,
         check: Callable[[], None],
         **facts: Any,
     ) -> None:
-        """As `commit`, in the background; waits for the commit before it, if that is still under way. `committed` gets
-        the path as soon as the manifest is there, `removed` the steps that retention has let go of, if any;
-        `baseless` why nothing was committed, where packs that the shares refer to are gone. All are called in the
-        background. `check` is called while waiting, and may raise. `known_step` stays: the save that begins next may
-        refer to it.
+        """Create the manifest, in the background: from there on the checkpoint exists; then let retention remove what
+        may go. Waits for the commit before it, if that is still under way.
+
+        `committed` gets the step and the path as soon as the manifest is there, `removed` the steps that are in no
+        store any more, if any; `refused` why nothing was committed, where the run goes on without it. All are called
+        beside training.
+        `check` is called while waiting, and may raise. `known_step` stays: the save that begins next may refer to it.
+        `late`: a checkpoint whose manifest may have come to be after its generation; `committed` hears of it as well.
+        `elsewhere`: calls that other members have left open. `final`: it is the last of the job. `facts`: step,
+        generation, tree, aliases, info.
         """
         self.wait_for_commit(check)
 
         def work(store: Store) -> bool:
+            if late is not None and late.is_committed(store):
+                committed(late.step, self.path_of(late.step))
             try:
-                committed(self._create(store, shares, **facts))
-            except BaseLost as error:
-                baseless(str(error))
+                if any(call.step == facts["step"] for call in elsewhere):
+                    raise NotNow("a call to the storage that an earlier generation made there is not answered yet")
+                committed(facts["step"], self._create(store, shares, **facts))
+            except NotNow as error:
+                refused(str(error))
                 return False
-            if gone := self._prune(store, facts["step"], facts["generation"], known_step):
+            gone = self._prune(store, facts["step"], facts["generation"], known_step, elsewhere)
+            if gone := self.copies.lost(gone):
                 removed(gone)
+            self.copies.look(facts["step"] if final else None)
             return True
 
-        self._committer.begin(facts["step"], work)
+        self._committer.begin(facts["step"], facts["generation"], work)
 
     def committed(self) -> list[int]:
         """Steps that have been committed in the background since this was asked last. Raises ClusterError when one
@@ -265,14 +284,6 @@ class Saver:
     def is_committed(self, begun: Begun) -> bool:
         """Whether the manifest of a checkpoint that was begun is in the store."""
         return begun.is_committed(self._store)
-
-    def commit(self, shares: Sequence[Mapping[str, Any]], **facts: Any) -> str:
-        """Create the manifest: from here on the checkpoint exists; then let retention remove what may go. Returns its
-        path. `facts`: step, generation, tree, aliases, info.
-        """
-        path = self._create(self._store, shares, **facts)
-        self._prune(self._store, facts["step"], facts["generation"])
-        return path
 
     def _create(
         self,
@@ -319,21 +330,32 @@ class Saver:
         """Where the checkpoint of a step is, for people and for the controller."""
         return f"{self._settings.path.rstrip('/')}/step-{step:08d}"
 
-    def _prune(self, store: Store, step: int, generation: int, known_step: int = 0) -> list[int]:
+    def _prune(
+        self, store: Store, step: int, generation: int, known_step: int, elsewhere: Collection[Open]
+    ) -> list[int]:
         """Gives the steps that are gone. What cannot be cleaned away now is cleaned away next time."""
-        keep = self._settings.keep
+        keep, spared = self._settings.keep, {call.generation for call in elsewhere}
+
+        def is_abandoned(attempt: str) -> bool:
+            """Nobody writes for an older generation any more: what it has left without a manifest is garbage, unless a
+            call that is still open may create one.
+            """
+            made = generation_of(attempt)
+            return made is not None and made < generation and made not in spared
+
         with suppress(OSError, CheckpointError):
-            # Nobody writes for an older generation any more: what it has left without a manifest is garbage.
+            base = () if self._bases is None else (known_step,)
             return prune(
-                store, keep=policy_of(keep), current=step,
-                protect=() if self._bases is None else {known_step},
-                verified=() if isinstance(keep, Keep) and keep.verify else {step},
-                abandoned=lambda attempt: (made := generation_of(attempt)) is not None and made < generation,
+                store, keep=policy_of(keep), current=step, protect={*base, *self.copies.needed()},
+                verified=() if isinstance(keep, Keep) and keep.verify else {step}, abandoned=is_abandoned,
             ).removed  # fmt: skip
         return []
 
-    def discard_after(self, step: int) -> None:
-        """Remove every checkpoint newer than `step`: what it holds is not to be trusted, and nobody may resume it."""
+    def discard_after(self, step: int, generation: int) -> None:
+        """Remove every checkpoint newer than `step` that was stored before `generation`, wherever it lies: what it
+        holds is not to be trusted, and nobody may resume it.
+        """
         with self._storage(step):
             for newer in [found for found in list_steps(self._store) if found > step]:
                 discard(self._store, newer)
+        self.copies.distrust(step, generation)

@@ -22,11 +22,13 @@ from elastictrain.job import Checkpoint
 from elastictrain.layout import Shard
 from elastictrain_checkpoint import (
     CheckpointError,
+    Found,
     Piece,
     Reader,
     Store,
     block_hashes,
     combine_digest,
+    find,
     load,
 )
 
@@ -138,17 +140,32 @@ def stored_aliases(aliases: Mapping[str, str]) -> dict[str, str]:
 
 
 def open_store(settings: Checkpoint) -> Store:
-    """The store of a job's checkpoints."""
+    """The store that a job commits its checkpoints to."""
     return Store(settings.path, storage_options=settings.storage_options)
+
+
+def open_stores(settings: Checkpoint) -> tuple[Store, ...]:
+    """That one, and those that checkpoints are copied to, nearest first."""
+    copies = (Store(copy.path, storage_options=copy.storage_options) for copy in settings.copy_to)
+    return (open_store(settings), *copies)
 
 
 # --- restoring ---
 
 
-def open_checkpoint(settings: Checkpoint, step: int) -> Reader:
-    """A reader of one committed step. Raises CorruptCheckpoint when it cannot be believed."""
-    store = open_store(settings)
+def find_checkpoint(settings: Checkpoint, step: int) -> Found:
+    """One committed step, and the stores to read it from. Raises CorruptCheckpoint when it cannot be believed, OSError
+    when it is whole in no store that answers.
+    """
+    stores = open_stores(settings)
     try:
-        return Reader(store, load(store, step))
+        return find(stores, step) if settings.copy_to else Found(load(stores[0], step), stores)
     except CheckpointError as error:
         raise CorruptCheckpoint(f"checkpoint step {step} in {settings.path}: {error}") from error
+
+
+def open_checkpoint(settings: Checkpoint, step: int) -> Reader:
+    """A reader of one committed step: of every block from the first store that has it whole. Raises as
+    `find_checkpoint`.
+    """
+    return find_checkpoint(settings, step).reader()

@@ -175,6 +175,8 @@ class Session:
             groups, self.groups = self.groups, None
         if groups is not None:
             groups.drop()
+        if self.saver is not None:
+            self.saver.copies.rest()
         self._inbox.put(None)
 
     def report(self) -> ParkReport:
@@ -275,6 +277,8 @@ class Session:
         read = enter_generation(self, plan, groups)
         self.layout = plan.layout
         read = read if self.worker == plan.first_known else None  # one says so for all
+        if read is not None and read.healed and self.saver is not None:
+            self.saver.copies.mend(plan.step)
         self.emit(ev.Sealed(0.0, plan.generation, self.worker, plan.step, read))
         Stepping(self, plan, groups).run()
 

@@ -28,6 +28,10 @@ AHEAD_STEPS = 128
 """Steps whose batches are named to the feeder; how many of them it has ready follows from its bytes."""
 
 
+COPYING_S = 20.0
+"""At the end of a run peers hear this often that checkpoints are still being copied."""
+
+
 class Stepping:
     """The steps of one generation, from its seal to its end."""
 
@@ -298,6 +302,8 @@ class Stepping:
         self.keeper.finish()
         digest = saving.combine_shares(shares, s.model.space.aliases)
         s.pulse.enter(Activity.VOTE)
-        # Nobody leaves before everybody has the digest: a group dropped early would fail a slower peer.
-        self.groups.all_gather_equal(b"done")
+        # Nobody leaves before everybody has the digest: a group dropped early would fail a slower peer. Whoever
+        # publishes may still copy, and says so from time to time: then nobody's wait grows with what is copied.
+        while b"more" in self.groups.all_gather_equal(b"done" if self.keeper.copied(COPYING_S) else b"more"):
+            s.pulse.enter(Activity.VOTE)
         s.emit(ev.WorkerFinished(0.0, self.plan.generation, s.worker, self.step, digest))

@@ -17,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from elastictrain.observe.copy_words import copies_words
 from elastictrain.observe.events import Event, recovery_seconds
 from elastictrain.observe.metrics import RATE_STEPS, MetricsRow, data_wait, tokens_per_s
 from elastictrain.observe.sentences import count, describe, given_up_words
@@ -37,7 +38,7 @@ EVENT_STYLES = {
     "recovery": "yellow", "gathering": "yellow", "refused": "yellow", "skipped": "yellow", "numerics_differ": "yellow",
     "slow_start": "yellow",
     "went_back": "magenta", "checkpoint_dropped": "magenta", "checkpoint_given_up": "yellow", "finished": "green",
-    "resized": "green",
+    "resized": "green", "copy_failed": "yellow", "place_silent": "yellow",
 }  # fmt: skip
 DETAILS = frozenset({"forming", "parking", "doomed", "worker_started", "worker_prepared", "worker_retired"})
 """Kinds that stand in events.jsonl but would push what matters off the screen."""
@@ -256,6 +257,8 @@ def _figures(status: Status, rows: Sequence[MetricsRow]) -> Table:
         table.add_row("exposure", exposure_words(status))
     if status.checkpoint_given_up:
         table.add_row("checkpoints", Text(given_up_words(status.checkpoint_given_up), style="yellow"))
+    for words, standing in zip(copies_words(status.copies), status.copies.values(), strict=True):
+        table.add_row("copies", Text(words, style="yellow" if standing.get("error") else ""))
     if status.last_recovery:
         table.add_row("last recovery", Text(recovery_words(status.last_recovery)))
     if status.waiting:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from elastictrain.observe.copy_words import COPIES
 from elastictrain.observe.events import Data, Event, recovery_seconds
 
 _NODE_ID = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{48}\b")
@@ -192,6 +193,9 @@ def _restored(data: Data) -> str:
         f"checkpoint of step {data['step']} restored",
         f": {read / 1e6:.1f} MB read of {stored / 1e6:.1f} MB stored" if stored and read is not None else "",
         f", by {count(len(by), 'worker')}" if by else "",
+        f"; {count(data['healed_blocks'], 'damaged block')} read from another place"
+        if data.get("healed_blocks")
+        else "",
     )
 
 
@@ -345,6 +349,7 @@ SENTENCES: dict[str, Callable[[Data], str]] = {
     "checkpoint": _checkpoint,
     "checkpoint_dropped": _dropped,
     "checkpoint_given_up": given_up_words,
+    **COPIES,
     "restored": _restored,
     "started_from": _started_from,
     "given_up": lambda data: (

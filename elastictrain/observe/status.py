@@ -11,9 +11,9 @@ class Status(BaseModel):
     """`state`: the controller's phase, as its name: gathering, forming, running, parking, finishing, finished, failed,
     stopped. `lanes`: lanes per worker number. `held_once`: blocks with a single holder. `waiting`: why the run waits.
     `exposure_s`: if everything died now, so many seconds of training would be lost; `stored_step`: the newest step that
-    is stored. `checkpoint_given_up`: the data of that event, until a checkpoint is committed. `last_recovery`: the data
-    of the last `recovery` event. `error`: why it failed. Times in seconds or ISO
-    UTC.
+    is stored. `checkpoint_given_up`: the data of that event, until a checkpoint is committed. `copies`: by
+    further place of checkpoints, its newest step, the steps that wait, and what is wrong. `last_recovery`: the data of
+    the last `recovery` event. `error`: why it failed. Times in seconds or ISO UTC.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -33,6 +33,7 @@ class Status(BaseModel):
     exposure_s: float | None = None
     stored_step: int | None = None
     checkpoint_given_up: dict[str, Any] | None = None
+    copies: dict[str, dict[str, Any]] = Field(default_factory=dict)
     last_recovery: dict[str, Any] | None = None
     waiting: str | None = None
     error: str | None = None

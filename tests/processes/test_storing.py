@@ -12,6 +12,8 @@ from elastictrain_checkpoint import Store, digest, list_steps, load, verify
 from tests.processes.test_stop_and_resume import stored
 from tests.support.plants import both, wait_for_pause
 from tests.support.plants_storing import (
+    dies_before_it_says_what_was_lost,
+    manifest_hangs,
     manifest_has_no_room,
     manifest_waits_for_the_end,
     peers_wait_for,
@@ -180,6 +182,43 @@ def test_another_worker_dies_while_the_publisher_commits(
     assert found[1:] == [8]
     (lost,) = run.record.of("checkpoint_given_up")
     assert (lost["step"], lost["stored_instead"]) == (4, found[0])
+
+
+def test_nobody_waits_for_a_storage_that_does_not_answer_when_a_generation_ends(
+    folder: Path, tmp_path: Path, reference: Run, still: Store
+) -> None:
+    """The call that creates the manifest of step 4 is under way when worker 2 dies. The others go on; when the call is
+    answered, two steps later, that checkpoint is there, whole, and known.
+    """
+    job = byte_job(folder, checkpoint=stored(tmp_path, every_steps=4, at_end=False))
+    run = run_job(job, [kill(2, 6, "exchange")], patch=both(storage_is_fast, manifest_hangs(4, until=7)))
+    assert run.digest == reference.digest
+    assert run.losses == reference.losses
+    found = whole(tmp_path, still)
+    assert found[0] == 4
+    assert found[1] in (5, 6)
+    assert found[2:] == [8]
+    (lost,) = run.record.of("checkpoint_given_up")
+    assert (lost["step"], lost["stored_instead"]) == (4, found[1])
+    assert [event["step"] for event in run.record.of("checkpoint")] == found
+    assert not orphans(tmp_path)
+
+
+@pytest.mark.parametrize("every", [{"every_steps": 4}, {"max_loss": "1h"}], ids=["steps", "budget"])
+def test_what_was_given_up_is_said_although_whoever_was_to_say_it_dies(
+    folder: Path, tmp_path: Path, reference: Run, still: Store, every: dict[str, Any]
+) -> None:
+    step = every.get("every_steps", 1)
+    settings = {"path": str(tmp_path / "ckpt"), "keep": 10, "at_end": False} | every
+    patch = both(storage_waits(step, until=step + 3), dies_before_it_says_what_was_lost(0))
+    run = run_job(byte_job(folder, checkpoint=settings), [kill(2, step + 1, "exchange")], patch=patch)
+    assert run.digest == reference.digest
+    assert run.losses == reference.losses
+    assert {event["worker"] for event in run.record.of("worker_lost")} == {0, 2}
+    lost = run.record.of("checkpoint_given_up")
+    assert (lost[0]["step"], lost[0]["begun_in"]) == (step, 1)
+    assert {event["begun_in"] for event in lost[1:]} <= {2}, "what generation 2 had begun to store instead"
+    assert whole(tmp_path, still)[0] == lost[0]["stored_instead"]
 
 
 def test_by_a_budget_too_the_sealed_step_is_stored_instead(

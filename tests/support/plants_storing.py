@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -29,7 +31,8 @@ def commits_are_fast(worker: int) -> None:
 
     def after_the_commit(self: keeping.Keeper) -> None:
         if self._session.saver is not None:
-            assert self._session.saver._committer._idle.wait(60)
+            work = self._session.saver._committer._work
+            assert work is None or work.ended.wait(60)
         heed(self)
 
     keeping.Keeper.heed = after_the_commit  # type: ignore[method-assign]
@@ -86,10 +89,9 @@ def _manifest_waits_for_the_end(step: int, worker: int) -> None:
     over, create = threading.Event(), saver.Saver._create
     given_up = committing.Committer.give_up
 
-    def leave(self: committing.Committer, deadline_s: float) -> None:
-        self._shut.set()
+    def leave(self: committing.Committer) -> None:
+        given_up(self)
         over.set()
-        given_up(self, deadline_s)
 
     def wait(self: saver.Saver, store: Any, shares: Any, **facts: Any) -> str:
         if facts["step"] == step:
@@ -144,3 +146,56 @@ def manifest_has_no_room(worker: int) -> None:
         raise OSError(28, "No space left on device", path)
 
     posix.PosixBackend.publish = full  # type: ignore[method-assign]
+
+
+def manifest_hangs(step: int, until: int) -> Callable[[int], None]:
+    """The call that creates the manifest of `step` in the first generation is not answered before this worker has
+    applied step `until`; nobody goes on in that generation before the call is made.
+    """
+    return partial(_manifest_hangs, step, until)
+
+
+def _manifest_hangs(step: int, until: int, worker: int) -> None:
+    if worker:
+        return
+    inner, apply, seen, made = posix.PosixBackend.publish, stepping.apply_step, [0], threading.Event()
+    heed, first = keeping.Keeper.heed, [True]
+
+    def counted(owner: Any, pending: Any, *rest: Any) -> Any:
+        tally = apply(owner, pending, *rest)
+        seen[0] = pending.step
+        return tally
+
+    def publish(self: Any, path: str, data: bytes) -> None:
+        if path.startswith(f"step-{step:08d}/") and first.pop():
+            first.append(False)
+            made.set()
+            applied.wait(lambda: seen[0] >= until)
+        inner(self, path, data)
+
+    def after_the_call(self: keeping.Keeper) -> None:
+        if self._handed == step and self._session.generation == 1:
+            assert made.wait(60)
+        heed(self)
+
+    stepping.apply_step = counted  # type: ignore[assignment]
+    applied = Calls(stepping, "apply_step")
+    posix.PosixBackend.publish = publish  # type: ignore[method-assign]
+    keeping.Keeper.heed = after_the_call  # type: ignore[method-assign]
+
+
+def dies_before_it_says_what_was_lost(victim: int) -> Callable[[int], None]:
+    """`victim`, which publishes, is killed when all members know what has come to nothing, and the controller not."""
+    return partial(_dies_before_it_says_what_was_lost, victim)
+
+
+def _dies_before_it_says_what_was_lost(victim: int, worker: int) -> None:
+    tell = keeping.Keeper._tell
+
+    def die(self: keeping.Keeper, what: Any) -> None:
+        if self._lost:
+            os.kill(os.getpid(), signal.SIGKILL)
+        tell(self, what)
+
+    if worker == victim:
+        keeping.Keeper._tell = die  # type: ignore[method-assign]

@@ -24,8 +24,8 @@ WRONG = [
     (
         {"checkpoint": {"path": "c", "zzz": 3}},
         (
-            "job: unknown setting 'checkpoint.zzz'; known settings: at_end, every_steps, full_every, incremental, "
-            "keep, max_loss, max_overhead, path, storage_options"
+            "job: unknown setting 'checkpoint.zzz'; known settings: at_end, copy_to, every_steps, full_every, "
+            "incremental, keep, max_loss, max_overhead, path, storage_options"
         ),
     ),
     (
@@ -316,3 +316,67 @@ def test_what_cannot_be_kept_is_refused_with_the_setting_named(keep: Any, words:
     with pytest.raises(ConfigError) as error:
         kept(keep)
     assert str(error.value).startswith(words)
+
+
+# --- where checkpoints are copied to ---
+
+
+def copying(*places: Any, **settings: Any) -> dict[str, Any]:
+    return BASE | {"checkpoint": {"path": "runs/c", "copy_to": list(places)} | settings}
+
+
+def test_places_to_copy_to() -> None:
+    places = ({"path": "s3://b/c", "every_steps": 100, "keep": {"newest": 1, "spaced": "24h"}}, {"path": "/far"})
+    job = parse_job(copying(*places))
+    assert job.checkpoint is not None
+    first, second = job.checkpoint.copy_to
+    assert (first.path, first.every_steps, first.storage_options) == ("s3://b/c", 100, {})
+    assert (second.every_steps, second.keep) == (1, 3)
+    assert [where for where, _ in job.checkpoint.kept()] == [
+        "checkpoint.keep",
+        "checkpoint.copy_to.0.keep",
+        "checkpoint.copy_to.1.keep",
+    ]
+    assert parse_job(job.model_dump(mode="json")) == job
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ([{"path": "runs/c/"}], "checkpoint.copy_to.0.path='runs/c/' and checkpoint.path are the same place; "),
+        ([{"path": "file://{cwd}/runs/../runs/c"}], "and checkpoint.path are the same place; "),
+        ([{"path": "runs/c/far"}], "checkpoint.copy_to.0.path='runs/c/far' and checkpoint.path lie one in the other; "),
+        ([{"path": "runs"}], "checkpoint.copy_to.0.path='runs' and checkpoint.path lie one in the other; "),
+        (
+            [{"path": "s3://b/x"}, {"path": "s3://b/x/"}],
+            (
+                "checkpoint.copy_to.1.path='s3://b/x/' and checkpoint.copy_to.0.path are the same place; a copy must "
+                "be somewhere else: set checkpoint.copy_to.1.path to another folder or URL"
+            ),
+        ),
+        ([{"pth": "x"}], "setting 'checkpoint.copy_to.0.path' is missing"),
+        ([{"path": "x", "kep": 3}], "unknown setting 'checkpoint.copy_to.0.kep'; did you mean 'keep'?"),
+        ([{"path": "x", "every_steps": 0}], "checkpoint.copy_to.0.every_steps: Input should be greater than or equal"),
+        ([{"path": "x", "keep": 0}], "checkpoint.copy_to.0.keep: Input should be greater than or equal to 1 (got 0)"),
+        (
+            [{"path": "x", "keep": {"best": {"metric": "evaluation.y"}}}],
+            "checkpoint.copy_to.0.keep.best.metric='evaluation.y', but evaluate_every is not set",
+        ),
+    ],
+)
+def test_places_that_cannot_be_meant_are_refused(places: list[dict[str, Any]], message: str) -> None:
+    for place in places:
+        if "path" in place:
+            place["path"] = str(place["path"]).replace("{cwd}", str(Path.cwd()))
+    with pytest.raises(ConfigError) as error:
+        parse_job(copying(*places))
+    assert message in str(error.value)
+
+
+def test_places_are_a_list() -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_job(BASE | {"checkpoint": {"path": "c", "copy_to": "s3://b"}})
+    assert str(error.value) == "job: checkpoint.copy_to: expected a list of places, each with its path (got 's3://b')"
+    beside = parse_job(copying({"path": "runs/cc"}, {"path": "s3://b/c"}, {"path": "gs://b/c"}))
+    assert beside.checkpoint is not None
+    assert len(beside.checkpoint.copy_to) == 3

@@ -270,6 +270,9 @@ class Cluster:
                 instead = None if plan.restore else plan.step
                 facts = (worker.number, plan.step + 1, plan.generation - 1, plan.generation % 2 == 0, instead)
                 worker.outbox.append(ev.CheckpointGivenUp(self.now_s, plan.generation, *facts))
+            if worker.number == plan.layout.workers[0]:
+                facts = (worker.number, "far", plan.step, (plan.step + 1,), "it is full" if plan.generation % 2 else "")
+                worker.outbox.append(ev.CopiesStand(self.now_s, plan.generation, *facts))
         elif topic == "closing":
             worker.state = "finished"
             facts = (worker.number, worker.applied, f"digest of {worker.applied}")

@@ -80,6 +80,7 @@ def test_messages_of_another_generation_change_nothing(seed: int, shift: int) ->
             ev.CheckpointCommitted(1.0, generation, 4, "p"),
             ev.CheckpointsRemoved(1.0, generation, tuple(machine.core.ledger.checkpoints)),
             ev.CheckpointGivenUp(1.0, generation, worker, 4, 1, True, 5),
+            ev.CopiesStand(1.0, generation, worker, "far", 4, (), ""),
             ev.WorkerFinished(1.0, generation, worker, 5, "d"),
         ):
             before = copy.deepcopy(machine)

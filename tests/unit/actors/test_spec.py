@@ -43,3 +43,9 @@ def test_a_setting_reaches_the_machine(settings: dict[str, Any], field: str, val
     found, default = (machine_spec(et.Job(**(base | more)), FACTS) for more in (settings, {}))
     assert getattr(found, field) == value
     assert getattr(default, field) != value
+
+
+def test_who_may_forget_a_checkpoint_is_not_the_machine_where_another_place_may_have_it() -> None:
+    base = {"recipe": "m:R", "data": {"kind": "jsonl", "path": "d"}, "steps": 1}
+    kept = {"path": "c", "keep": 7, "copy_to": [{"path": "s3://b/c"}]}
+    assert machine_spec(et.Job(**base, checkpoint=kept), FACTS).checkpoints_kept is None

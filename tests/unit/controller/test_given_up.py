@@ -85,3 +85,26 @@ def test_nobody_goes_back_to_what_was_removed() -> None:
     assert scene.ledger.checkpoints == {4: "/c/4", 8: "/c/8"}, "the newest stays, whatever is said"
     scene.send(ev.CheckpointsRemoved(2.0, 2, (4,)))
     assert scene.ledger.checkpoints == {4: "/c/4", 8: "/c/8"}, "of another generation"
+
+
+# --- what may not have been heard ---
+
+
+def test_a_plan_says_what_was_heard_to_have_come_to_nothing() -> None:
+    """The next generation says again what its publisher may have died with, and nothing that was heard."""
+    scene = after_a_loss()
+    assert scene.plan.given_up == (0, 0)
+    scene.send(lost(2), ev.CheckpointCommitted(4.0, 2, 7, "/c/7"))
+    scene.die(1)
+    plan = only(cm.Form, scene.park(2, applied=8)).plan
+    assert plan.given_up == (1, 6), "generation and step, also when a newer one is committed"
+
+
+def test_what_is_said_again_was_heard_and_what_was_begun_later_was_not() -> None:
+    scene = after_a_loss()
+    scene.send(lost(2), ev.CheckpointCommitted(4.0, 2, 7, "/c/7"))
+    again = ev.CheckpointGivenUp(5.0, 2, 1, 6, 1, True, None)
+    assert scene.send(again) == [], "in other words, after the next commit"
+    assert view(scene.machine)["checkpoint_given_up"] is None
+    newer = ev.CheckpointGivenUp(5.0, 2, 1, 4, 2, True, None)
+    assert announced(scene.send(newer), "checkpoint_given_up")["step"] == 4

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastictrain.engine.committing import Account, Begun, Committer, settled
+from elastictrain.engine.committing import Account, Begun, Committer, Open, Statement, settled, still_lost
 from elastictrain.engine.saver import Saver, attempt_of, generation_of
 from elastictrain.errors import ClusterError
-from elastictrain_checkpoint import Store, list_steps, load, running
+from elastictrain_checkpoint import Store, list_steps, load, running, verify
 from elastictrain_checkpoint.posix import PosixBackend
 from tests.unit.engine.test_saving import pieces_of, save, store_of, trained
 from tests.unit.engine.worlds import NetRecipe, make_job
@@ -21,11 +21,18 @@ from tests.unit.engine.worlds import NetRecipe, make_job
 STAY: Any = lambda: None  # noqa: E731
 
 
-def begin_commit(saver: Saver, model: Any, step: int, generation: int, told: list[str], check: Any = STAY) -> None:
+def begin_commit(
+    saver: Saver, model: Any, step: int, generation: int, told: list[str], check: Any = STAY, **rest: Any
+) -> None:
     [owned] = pieces_of(model, [[(0, len(model.space.blocks))]])
     share = saver.begin(owned, step=step, generation=generation, worker=0).share()
-    facts: dict[str, Any] = {"step": step, "generation": generation, "tree": {}, "info": {}}
-    told_of = {"committed": told.append, "removed": lambda _: None, "baseless": told.append, "check": check}
+    facts: dict[str, Any] = {"step": step, "generation": generation, "tree": {}, "info": {}, **rest}
+    told_of = {
+        "committed": lambda step, path: told.append(f"{step}: {path}"),
+        "removed": lambda _: None,
+        "refused": told.append,
+        "check": check,
+    }
     saver.begin_commit([share], **told_of, aliases=model.space.aliases, **facts)
 
 
@@ -54,7 +61,7 @@ def test_training_goes_on_while_the_storage_holds_the_manifest(tmp_path: Path, m
     assert told == []
     gate.go_on.set()
     assert saver.wait_for_commit(STAY) == [2]
-    assert told == [f"{settings.path}/step-00000002"]
+    assert told == [f"2: {settings.path}/step-00000002"]
     assert saver.committed() == [], "said once"
     assert list_steps(Store(settings.path)) == [2]
 
@@ -88,15 +95,17 @@ def test_commits_follow_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     gate.go_on.set()
     second.join(60)
     saver.wait_for_commit(STAY)
-    assert [path[-1] for path in told] == ["2", "4"]
+    assert [(said[0], said[-1]) for said in told] == [("2", "2"), ("4", "4")]
     assert list_steps(Store(settings.path)) == [2, 4]
 
 
-@pytest.mark.parametrize(("verb", "is_there"), [("size", False), ("publish", True)])
+@pytest.mark.parametrize(("verb", "is_there", "left"), [("size", False, None), ("publish", True, Open(2, 1))])
 def test_what_is_given_up_ends_with_the_call_that_it_is_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, is_there: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, is_there: bool, left: Open | None
 ) -> None:
-    """Afterwards nothing changes: the manifest is there, or it never will be. In either case nobody is told."""
+    """Nobody waits for that call. If it may change something, this is known; once it is answered nothing changes any
+    more. In either case nobody is told.
+    """
     model, settings = trained(make_job(NetRecipe(), lanes=2)), store_of(tmp_path)
     saver, told = Saver(settings), []
     [owned] = pieces_of(model, [[(0, len(model.space.blocks))]])
@@ -105,22 +114,76 @@ def test_what_is_given_up_ends_with_the_call_that_it_is_in(
     assert saver.begun == Begun(2, "g000001", 1)
     gate = Gate(monkeypatch, verb)
     facts: dict[str, Any] = {"step": 2, "generation": 1, "tree": {}, "info": {}, "aliases": model.space.aliases}
-    told_of = {"committed": told.append, "removed": told.append, "baseless": told.append, "check": STAY}
+    told_of = {
+        "committed": lambda step, path: told.append(f"{step}: {path}"),
+        "removed": told.append,
+        "refused": told.append,
+        "check": STAY,
+    }
     saver.begin_commit([share], **told_of, **facts)
     saver.travelled(2)
     assert saver.begun == Begun(2, "g000001", 1, travelled=True)
     assert gate.reached.wait(60)
-    leaving = threading.Thread(target=saver.give_up)
-    leaving.start()
-    saver._committer._shut.wait(60)
+    work = saver._committer._work
+    assert work is not None
+    told.clear()
+    saver.give_up()  # would not return before the gate opens if it waited
+    assert saver.open == left
+    assert not work.ended.is_set()
     gate.go_on.set()
-    leaving.join(60)
-    assert not leaving.is_alive()
+    assert work.ended.wait(60)
+    assert saver.open is None
     assert gate.calls == 1, "no further call"
     assert told == []
     assert saver.committed() == []
     assert saver.is_committed(saver.begun) == is_there
     assert (list_steps(Store(settings.path)) == [2]) == is_there
+
+
+def test_the_next_commit_waits_for_what_was_left_open_and_says_what_came_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest of step 2 is created after its generation: its packs are still there, and it is told."""
+    model, settings = trained(make_job(NetRecipe(), lanes=2)), store_of(tmp_path)
+    saver, told = Saver(settings), []
+    with monkeypatch.context() as patch:
+        gate = Gate(patch, "publish")
+        begin_commit(saver, model, 2, 1, told)
+        begun = saver.begun
+        assert gate.reached.wait(60)
+        saver.give_up()
+        assert saver.begun is not None
+        assert not saver.is_committed(saver.begun)
+    begin_commit(saver, model, 3, 2, told, late=begun)
+    with pytest.raises(ClusterError, match="has not ended"):
+        saver._committer.wait(STAY, 0.1)
+    assert told == []
+    gate.go_on.set()
+    assert saver.wait_for_commit(STAY) == [3]
+    assert [(said[0], said[-1]) for said in told] == [("2", "2"), ("3", "3")]
+    for step in (2, 3):
+        assert verify(Store(settings.path), load(Store(settings.path), step)) == []
+
+
+def test_who_publishes_spares_what_another_has_left_open(tmp_path: Path) -> None:
+    """Nothing is committed in that folder, and the packs stay that the open call may make a checkpoint of."""
+    model, settings = trained(make_job(NetRecipe(), lanes=2)), store_of(tmp_path)
+    [owned] = pieces_of(model, [[(0, len(model.space.blocks))]])
+    other, saver, told = Saver(settings), Saver(settings), []
+    other.begin(owned, step=4, generation=1, worker=1).share()
+    begin_commit(saver, model, 4, 2, told, elsewhere=(Open(4, 1),))
+    assert saver.wait_for_commit(STAY) == []
+    assert told == ["a call to the storage that an earlier generation made there is not answered yet"]
+    begin_commit(saver, model, 5, 2, told, elsewhere=(Open(4, 1),))
+    assert saver.wait_for_commit(STAY) == [5]
+    assert packs_in(settings) == ["step-00000004/g000001", "step-00000004/g000002", "step-00000005/g000002"]
+    begin_commit(saver, model, 6, 3, told)
+    assert saver.wait_for_commit(STAY) == [6]
+    assert packs_in(settings) == ["step-00000005/g000002", "step-00000006/g000003"]
+
+
+def packs_in(settings: Any) -> list[str]:
+    return sorted(path.parent.relative_to(settings.path).as_posix() for path in Path(settings.path).rglob("*.saf*"))
 
 
 def test_another_attempt_at_the_step_is_not_the_one_that_was_begun(tmp_path: Path) -> None:
@@ -134,7 +197,7 @@ def test_another_attempt_at_the_step_is_not_the_one_that_was_begun(tmp_path: Pat
 def test_who_waits_hears_that_its_generation_is_over(tmp_path: Path) -> None:
     store = Store(tmp_path)
     committer, go_on = Committer(store), threading.Event()
-    committer.begin(2, lambda _: go_on.wait(60))
+    committer.begin(2, 1, lambda _: go_on.wait(60))
 
     def over() -> None:
         raise KeyError("parked")
@@ -155,8 +218,9 @@ def test_what_older_generations_have_left_goes_with_the_next_commit(tmp_path: Pa
         dead.begin(owned, step=step, generation=generation, worker=1).share()
     begin_commit(saver, model, 5, 2, [])
     assert saver.wait_for_commit(STAY) == [5]
-    packs = sorted(path.parent.relative_to(settings.path).as_posix() for path in Path(settings.path).rglob("*.saf*"))
-    assert packs == ["step-00000005/g000002", "step-00000006/g000002"], "of this generation somebody may still write"
+    assert packs_in(settings) == ["step-00000005/g000002", "step-00000006/g000002"], (
+        "of this generation somebody may still write"
+    )
     assert load(Store(settings.path), 5).generation == 2
 
 
@@ -175,7 +239,7 @@ accounts = st.builds(Account, st.integers(0, 3), st.integers(0, 3), st.booleans(
 
 @given(st.lists(accounts, min_size=1, max_size=5))
 def test_all_members_come_to_the_newest_that_one_of_them_has_begun(found: list[Account]) -> None:
-    what = settled([Account.from_bytes(one.to_bytes()) for one in found])
+    what = settled([Statement.from_bytes(Statement(one).to_bytes()).account for one in found])
     assert what == settled(found[::-1]), "whatever the order"
     assert (what.step, what.generation) == max((one.step, one.generation) for one in found)
     same = [one for one in found if (one.step, one.generation) == (what.step, what.generation)]
@@ -208,3 +272,39 @@ def test_an_update_never_waits_for_the_storage(tmp_path: Path, monkeypatch: pyte
             saver.give_up()
     gate.go_on.set()
     assert writing.share()["attempt"] == attempt_of(2)
+
+
+# --- what has come to nothing ---
+
+statements = st.builds(Statement, accounts, st.lists(accounts.filter(lambda one: one.step > 0), max_size=3).map(tuple))
+places = st.tuples(st.integers(0, 3), st.integers(0, 3))
+
+
+@given(st.lists(statements, min_size=1, max_size=4), st.integers(0, 3), places)
+def test_what_one_member_knows_to_be_lost_all_know(said: list[Statement], known: int, heard: tuple[int, int]) -> None:
+    said = [Statement.from_bytes(one.to_bytes()) for one in said]
+    lost = still_lost(said, known, heard)
+    assert {(one.generation, one.step) for one in lost} == {
+        (one.generation, one.step) for one in still_lost(said[::-1], known, heard)
+    }, "whatever the order"
+    found = {(one.generation, one.step) for one in lost}
+    assert [(one.generation, one.step) for one in lost] == sorted(found), "in the order in which they were begun"
+    newest = settled([one.account for one in said])
+    said_lost = {(one.generation, one.step) for statement in said for one in statement.lost}
+    new = {(newest.generation, newest.step)} if newest.step and not newest.found else set()
+    assert found <= said_lost | new
+    for place in (said_lost | new) - found:
+        assert place <= heard, "who publishes may have died before the controller heard of it"
+        assert place[1] <= known, "and nothing newer is there"
+    assert still_lost([Statement(Account(), lost)], known, heard) == lost, "until something is known"
+
+
+def test_lost_is_lost_until_it_is_said_and_made_up_for() -> None:
+    begun = Statement(Account(4, 1, travelled=True))
+    (lost,) = still_lost([Statement(), begun], 0, (0, 0))
+    assert lost == Account(4, 1, travelled=True)
+    nobody_heard = still_lost([Statement(lost=(lost,)), Statement(Account(5, 2))], 0, (0, 0))
+    assert nobody_heard == (lost, Account(5, 2))
+    assert still_lost([Statement(lost=nobody_heard)], 0, (1, 4)) == nobody_heard, "heard, but nothing newer is stored"
+    assert still_lost([Statement(lost=nobody_heard)], 5, (1, 4)) == (Account(5, 2),)
+    assert still_lost([Statement(lost=nobody_heard)], 5, (2, 5)) == ()

@@ -16,7 +16,7 @@ from elastictrain.errors import ConfigError, CorruptCheckpoint
 from elastictrain.job import Job
 from elastictrain.layout import Shard
 from elastictrain.protocol import Restore, Stage
-from tests.unit.engine.worlds import NetRecipe, make_job, started
+from tests.unit.engine.worlds import NetRecipe, committed, make_job, started
 
 
 @pytest.fixture
@@ -47,7 +47,8 @@ def store(job: Job, step: int, generation: int) -> None:
         "stages": [{"index": 0, "from_step": 0, "lanes": stage.lanes, "lane_batch_size": stage.lane_batch_size}],
     }
     source.close()
-    saver.commit(
+    committed(
+        saver,
         [saver.begin(owned, step=step, generation=generation, worker=0).share()],
         step=step,
         generation=generation,

@@ -18,7 +18,7 @@ from elastictrain.errors import DataError
 from elastictrain.job import Job, Mixture
 from elastictrain.layout import Shard
 from elastictrain.protocol import Stage
-from tests.unit.engine.worlds import NetRecipe, make_job, started
+from tests.unit.engine.worlds import NetRecipe, committed, make_job, started
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def store(job: Job, stages: tuple[Stage, ...], step: int) -> None:
     tree = {"seed": job.seed, "data": dict(source.fingerprint), "stages": [stage.as_json() for stage in stages]}
     source.close()
     share = saver.begin(owned, step=step, generation=step, worker=0).share()
-    saver.commit([share], step=step, generation=step, tree=tree, aliases=model.space.aliases, info={})
+    committed(saver, [share], step=step, generation=step, tree=tree, aliases=model.space.aliases, info={})
 
 
 def rows(job: Job, stages: tuple[Stage, ...], run_steps: range) -> list[tuple[int, int]]:

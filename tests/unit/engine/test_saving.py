@@ -21,7 +21,18 @@ from elastictrain.job import Checkpoint, Job
 from elastictrain.layout import Shard
 from elastictrain_checkpoint import ITEM_BYTES, Store, digest, load, verify
 from tests.unit.engine.optimizer_table import ELEMENT_WISE, with_groups
-from tests.unit.engine.worlds import CPU, Net, NetRecipe, adamw, alone, differing, make_job, started, state_of
+from tests.unit.engine.worlds import (
+    CPU,
+    Net,
+    NetRecipe,
+    adamw,
+    alone,
+    committed,
+    differing,
+    make_job,
+    started,
+    state_of,
+)
 
 
 class Averaged(NetRecipe):
@@ -58,7 +69,8 @@ def save(
     saver = Saver(settings)
     owned = pieces_of(model, shards or [[(0, len(model.space.blocks))]])
     shares = [saver.begin(o, step=step, generation=generation, worker=w).share() for w, o in enumerate(owned)]
-    where = saver.commit(
+    where = committed(
+        saver,
         shares,
         step=step,
         generation=generation,

@@ -14,7 +14,7 @@ from elastictrain.errors import ClusterError
 from elastictrain.job import Checkpoint
 from elastictrain_checkpoint import StaleGeneration, Store, list_steps, load
 from tests.unit.engine.test_saving import pieces_of, save, store_of, trained
-from tests.unit.engine.worlds import NetRecipe, make_job
+from tests.unit.engine.worlds import NetRecipe, committed, make_job
 
 
 def share_of(model: WorkerModel, saver: Saver, step: int, generation: int) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def share_of(model: WorkerModel, saver: Saver, step: int, generation: int) -> di
 
 
 def commit_of(saver: Saver, share: dict[str, Any], model: WorkerModel, step: int, generation: int) -> str:
-    return saver.commit([share], step=step, generation=generation, tree={}, aliases=model.space.aliases, info={})
+    return committed(saver, [share], step=step, generation=generation, tree={}, aliases=model.space.aliases, info={})
 
 
 def said(settings: Checkpoint, step: int, cause: str) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 
 from elastictrain.engine.collective import GroupSet
 from elastictrain.engine.lanes import LaneTree
+from elastictrain.engine.saver import Saver
 from elastictrain.engine.step import Pending, StepRunner
 from elastictrain.engine.vote import Tally, gradient_scale
 from elastictrain.engine.worker_model import WorkerModel, build, build_initial
@@ -118,6 +119,20 @@ def state_of(model: WorkerModel, blocks: Iterable[int] | None = None) -> dict[tu
 def differing(a: Mapping[Any, Any], b: Mapping[Any, Any]) -> list[Any]:
     """The keys under which two states are not the same bits."""
     return [key for key in {**a, **b} if key not in a or key not in b or not same_bits(a[key], b[key])]
+
+
+def committed(saver: Saver, shares: Sequence[Mapping[str, Any]], **facts: Any) -> str:
+    """Commit shares and wait for it; the path."""
+    paths: list[str] = []
+    told = {
+        "committed": lambda _, path: paths.append(path),
+        "removed": lambda _: None,
+        "refused": paths.append,
+        "check": lambda: None,
+    }
+    saver.begin_commit(shares, **told, **facts)  # type: ignore[arg-type]
+    assert saver.wait_for_commit(lambda: None) == [facts["step"]]
+    return paths[-1]
 
 
 # --- worlds ---

@@ -99,6 +99,29 @@ SAID: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("checkpoint", {"step": 5, "path": "/c"}, "checkpoint of step 5 committed at /c"),
     (
+        "checkpoint_copied",
+        {"step": 40, "path": "s3://b/c", "waiting": [20, 30]},
+        "checkpoint of step 40 copied to s3://b/c; still to be copied: 20, 30",
+    ),
+    (
+        "copy_failed",
+        {"path": "s3://b/c", "error": "OSError: it is full", "waiting": [1, 2, 3, 4, 5, 6]},
+        (
+            "checkpoints cannot be copied to s3://b/c: OSError: it is full; the run goes on, and it is tried again; "
+            "still to be copied: 6 steps, the newest 2, 3, 4, 5, 6"
+        ),
+    ),
+    (
+        "copy_works",
+        {"path": "s3://b/c", "waiting": []},
+        "checkpoints can be copied to s3://b/c again",
+    ),
+    (
+        "place_silent",
+        {"path": "s3://b/c", "error": "no answer within 120 s"},
+        "s3://b/c does not answer: no answer within 120 s; the run goes on without what lies there",
+    ),
+    (
         "checkpoint_given_up",
         {"step": 4, "begun_in": 1, "why": "worker 1 died; not all of it was written", "stored_instead": 5},
         "checkpoint of step 4 given up: worker 1 died; not all of it was written; step 5 is stored instead",
