@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.gloo_ranks import on_ranks
+
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
-_context = multiprocessing.get_context("forkserver")
 ROWS, COLUMNS = 1013, 70
 """Neither the rows nor the elements divide by anything, and a shard ends off the digest grid."""
 
@@ -58,42 +56,6 @@ def equal_to_whole(state: dict[str, Any]) -> None:
         found = found.full_tensor() if hasattr(found, "full_tensor") else found
         assert torch.equal(found, value), name
     assert (state["step"], state["list"]) == (7, ["x"])
-
-
-def _rank(rank: int, world: int, folder: Path, work: Callable[..., Any], pipe: Any, more: tuple[Any, ...]) -> None:
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-
-    try:
-        dist.init_process_group("gloo", init_method=f"file://{folder / f'meet-{world}'}", rank=rank, world_size=world)
-        mesh = init_device_mesh("cpu", (world,))
-        pipe.send(("ok", work(mesh, rank, folder, *more)))
-    except BaseException:
-        pipe.send(("error", traceback.format_exc()))
-
-
-def on_ranks(world: int, folder: Path, work: Callable[..., Any], *more: Any) -> list[Any]:
-    """What `work(mesh, rank, folder, *more)` gives on every rank."""
-    (folder / f"meet-{world}").unlink(missing_ok=True)
-    pipes, processes = [], []
-    for rank in range(world):
-        ours, theirs = _context.Pipe()
-        processes.append(_context.Process(target=_rank, args=(rank, world, folder, work, theirs, more), daemon=True))
-        processes[-1].start()
-        theirs.close()
-        pipes.append(ours)
-    said = []
-    try:
-        for rank, pipe in enumerate(pipes):
-            assert pipe.poll(90), f"rank {rank} says nothing"
-            said.append(pipe.recv())
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-    for kind, text in said:
-        assert kind == "ok", text
-    return [value for _, value in said]
 
 
 def save_it(mesh: Any, rank: int, folder: Path) -> tuple[str, list[str]]:

@@ -10,17 +10,21 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from elastictrain_checkpoint.boxes import box_runs
 from elastictrain_checkpoint.commit import load as load_manifest
 from elastictrain_checkpoint.commit import newest
 from elastictrain_checkpoint.dtypes import num_elements
-from elastictrain_checkpoint.errors import NoCheckpoint, StateMismatch
+from elastictrain_checkpoint.errors import InvalidPiece, NoCheckpoint, StateMismatch
+from elastictrain_checkpoint.layouts import Held, boxes_of, runs_of
 from elastictrain_checkpoint.reader import Reader, Request
+from elastictrain_checkpoint.reshard import Want
 from elastictrain_checkpoint.store import Store
+from elastictrain_checkpoint.together import read_boxes
 from elastictrain_checkpoint.torch.saving import before_mutation
-from elastictrain_checkpoint.torch.sharded import local_box
+from elastictrain_checkpoint.torch.sharded import local_held
 from elastictrain_checkpoint.torch.tree import AS_BYTES, NATIVE, Path, as_buffer, leaves, stored_facts
 
+FEW_RUNS = 16
+"""So many flat ranges of a tensor, at most, are read one by one; more are read as boxes, with the bytes in between."""
 _DTYPES = {name: dtype for dtype, name in NATIVE.items()}
 
 
@@ -42,7 +46,7 @@ class _Loading:
         self.rest, self.odd = tree["rest"], tree["dtypes"]
         self.names = {tuple(path): name for path, name in tree["places"]}
         self.problems: list[str] = []
-        self.reads: list[tuple[str, torch.Tensor]] = []
+        self.reads: list[tuple[str, torch.Tensor, Held | None]] = []
         self.made: dict[str, torch.Tensor] = {}
         self.sets: list[tuple[Any, Any, Any]] = []
 
@@ -90,8 +94,11 @@ class _Loading:
                 f"{_shown(path)} is {target.dtype} {list(target.shape)}, in the checkpoint {odd or found[0]} "
                 f"{list(found[1])}"
             )
-        else:
-            self.reads.append((name, target))
+            return target
+        try:
+            self.reads.append((name, target, _held_of(target, name)))
+        except InvalidPiece as error:
+            self.problems.append(str(error))
         return target
 
     def new(self, stored: Any, path: Path) -> Any:
@@ -113,45 +120,72 @@ class _Loading:
             odd = self.odd.get(name)
             made = torch.empty(shape[:-1] if odd else shape, dtype=AS_BYTES[odd] if odd else _DTYPES[dtype])
             self.made[name] = made
-            self.reads.append((name, made))
+            self.reads.append((name, made, None))
         return self.made[name]
 
     def run(self) -> None:
         """Read everything that `fill` has planned, and put it into its places."""
         requests: list[Request] = []
+        wants: list[tuple[Want, torch.Tensor]] = []
         copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for name, target in self.reads:
+        for name, target, held in self.reads:
             local = (target.to_local() if isinstance(target, DTensor) else target).detach()
             direct = local.device.type == "cpu" and local.is_contiguous() and not local.is_conj() and not local.is_neg()
             out = local if direct else torch.empty(local.shape, dtype=local.dtype)
             if not direct:
                 copies.append((local, out))
-            requests += _requests(name, self.reader.tensors[name][1], target, out)
+            if not out.numel():
+                continue
+            shape = self.reader.tensors[name][1]
+            if held is None:
+                requests.append(Request(name, 0, num_elements(shape), as_buffer(out)))
+                continue
+            held = (*held, *(((0, size),) for size in shape[len(held) :]))  # the bytes of an item, where it has them
+            found = _requests(name, shape, held, out)
+            requests += found
+            if not found:
+                for want, part, place in _wants(name, held, out):
+                    wants.append((want, part))
+                    if part is not place:
+                        copies.append((place, part))
         self.reader.read_many(requests)
+        if wants:
+            read_boxes(self.reader, [want for want, _ in wants], [as_buffer(part) for _, part in wants])
         with torch.no_grad():
-            for local, out in copies:
+            for local, out in reversed(copies):  # parts before the whole that they are parts of
                 local.copy_(out)
-        for _, target in self.reads:
+        for _, target, _ in self.reads:
             torch.autograd.graph.increment_version(target)
         for container, key, value in self.sets:
             container[key] = value
 
 
-def _requests(name: str, shape: tuple[int, ...], target: torch.Tensor, out: torch.Tensor) -> list[Request]:
-    """What this process needs of a tensor, and where it goes."""
-    if not out.numel():
+def _held_of(target: torch.Tensor, name: str) -> Held | None:
+    """What this process holds of a DTensor; None for a tensor that is whole, or of which nothing is here."""
+    return local_held(target, name) if isinstance(target, DTensor) else None
+
+
+def _requests(name: str, shape: tuple[int, ...], held: Held, out: torch.Tensor) -> list[Request]:
+    """What this process needs of a tensor as flat ranges, where these are few; else nothing."""
+    runs = runs_of(shape, held)
+    if len(runs.starts) > FEW_RUNS:
         return []
     buffer = as_buffer(out)
-    if not isinstance(target, DTensor):
-        return [Request(name, 0, num_elements(shape), buffer)]
-    offsets, sizes = local_box(target)
-    more = len(shape) - len(sizes)  # the bytes of an item, where they are a dimension
-    starts, run = box_runs(shape, (*offsets, *([0] * more)), (*sizes, *shape[len(sizes) :]))
-    step = len(buffer) // len(starts)
+    item = len(buffer) // int(runs.bounds[-1])
+    bounds = runs.bounds.tolist()
     return [
-        Request(name, int(start), int(start) + run, buffer[number * step : (number + 1) * step])
-        for number, start in enumerate(starts)
+        Request(name, start, start + last - first, buffer[first * item : last * item])
+        for start, first, last in zip(runs.starts.tolist(), bounds[:-1], bounds[1:], strict=True)
     ]
+
+
+def _wants(name: str, held: Held, out: torch.Tensor) -> list[tuple[Want, torch.Tensor, torch.Tensor]]:
+    """The same as boxes: each with the tensor that it is read into, and its place in ``out``."""
+    found = []
+    for box, place in boxes_of(held):
+        part = out[place[: out.dim()]]
+        found.append((Want(name, *box), part if part.is_contiguous() else torch.empty_like(part).contiguous(), part))
+    return found
 
 
 def load(

@@ -20,18 +20,19 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from elastictrain_checkpoint.commit import commit, list_steps
-from elastictrain_checkpoint.dtypes import item_bytes, num_elements
-from elastictrain_checkpoint.errors import CheckpointError, InvalidPiece, StateChanged
+from elastictrain_checkpoint.dtypes import num_elements
+from elastictrain_checkpoint.errors import CheckpointError, StateChanged
 from elastictrain_checkpoint.handle import DEADLINE_S, SaveHandle, SaveState
 from elastictrain_checkpoint.lazy import MAX_COPY, LazySaver, WhenBusy
 from elastictrain_checkpoint.manifest import Manifest
 from elastictrain_checkpoint.pack import Piece
 from elastictrain_checkpoint.part import Part
+from elastictrain_checkpoint.shares import Spread, plan_shares
 from elastictrain_checkpoint.store import Store
 from elastictrain_checkpoint.torch import meeting
 from elastictrain_checkpoint.torch.device import Bounced, CudaEngine, Staging
 from elastictrain_checkpoint.torch.outcome import TorchHandle
-from elastictrain_checkpoint.torch.sharded import Spread, agree, exchange, plan_shares, sharded_dim
+from elastictrain_checkpoint.torch.sharded import Agreed, Facts, agree, exchange, facts_of, spreads_of
 from elastictrain_checkpoint.torch.tree import Flat, as_buffer, describe, flatten, stored_facts
 
 Group = dist.ProcessGroup | Literal["world"] | None
@@ -133,24 +134,28 @@ class AsyncSaver:
 
         """
         problem: Exception | None = None
-        flat, tree = Flat(), {}
+        flat, facts = Flat(), Facts([], [], {}, frozenset())
         try:
             if when_busy == "wait":
                 self._lazy.wait()
             self._lazy.check()
             flat = flatten(state_dict)
-            tree = describe(flat)
-            facts = self._facts(flat)
+            facts = facts_of(flat)
         except CheckpointError as error:
-            problem, facts = error, []
-        step, attempt, busy = self._agree([*facts, ("step", step)], step, problem)
+            problem = error
+        agreed = self._agree(facts, step, problem)
+        for name in agreed.aliases:  # also those that this rank cannot see, because it holds nothing of them
+            flat.tensors.pop(name, None)
+        flat.aliases = agreed.aliases
+        spreads = spreads_of(facts, flat.aliases, agreed.coordinates)
+        step, attempt = self._choose(step)
         self._last_step = max(self._last_step, step)
-        if busy and when_busy == "skip":
+        if agreed.busy and when_busy == "skip":
             handle = SaveHandle(step, self.store.url)
             handle._end(SaveState.SKIPPED)
             return TorchHandle(handle, self)
         taken = self._take(flat, fresh=self._lazy.is_busy)
-        pieces, own = self._pieces(flat, taken)
+        pieces, own = self._pieces(flat, spreads, taken)
         changing = re.compile("|".join(map(translate, eager)) or r"(?!)")
         copied = {name for name in taken.buffers if changing.match(name)}
         if taken.staged:  # a state on devices: the little that is on the host is copied
@@ -162,7 +167,7 @@ class AsyncSaver:
             step=step,
             attempt=attempt,
             writer=self._writer,
-            finish=self._finish(step, attempt, tree, flat.aliases),
+            finish=self._finish(step, attempt, describe(flat), flat.aliases),
             intact=taken.changed,
             eager=[name for name in copied if name in names and name not in own],
             stable=own & names,
@@ -209,25 +214,23 @@ class AsyncSaver:
     def _writer(self) -> str:
         return meeting.writer_name(dist.get_rank(self._group) if self._group else 0)
 
-    def _facts(self, flat: Flat) -> list[Any]:
-        """What must be the same on every rank."""
-        facts = [(name, *stored_facts(t), _dim_of(name, t, self._group)) for name, t in flat.tensors.items()]
-        return [*facts, *flat.aliases.items()]
-
-    def _agree(self, facts: list[Any], step: int | None, problem: Exception | None) -> tuple[int, str, bool]:
-        """Step, attempt, and whether any rank is busy: the same everywhere. Raises the problem of any rank."""
-        chosen: list[Any] = [None, None]
-        busy = self._lazy.is_busy
+    def _agree(self, facts: Facts, step: int | None, problem: Exception | None) -> Agreed:
+        """What all ranks say; raises the problem of any of them."""
         if self._group is not None:
-            busy = agree(facts, busy, problem, self._group)
-        elif problem is not None:
+            return agree(facts, ("step", step), self._lazy.is_busy, problem, self._group)
+        if problem is not None:
             raise problem
+        return Agreed(self._lazy.is_busy, facts.aliases, [facts.coordinates])
+
+    def _choose(self, step: int | None) -> tuple[int, str]:
+        """Step and attempt, the same on every rank."""
+        chosen: list[Any] = [None, None]
         if self._group is None or dist.get_rank(self._group) == 0:
             newest = max([*list_steps(self.store), self._last_step])
             chosen = [step if step is not None else newest + 1, uuid.uuid4().hex[:12]]
         if self._group is not None:
             dist.broadcast_object_list(chosen, group=self._group, group_src=0)
-        return chosen[0], chosen[1], busy
+        return chosen[0], chosen[1]
 
     def _take(self, flat: Flat, *, fresh: bool) -> _Taken:
         """Where the bytes of every tensor are: live, or in a copy where they do not lie together."""
@@ -278,7 +281,7 @@ class AsyncSaver:
 
         return wait
 
-    def _pieces(self, flat: Flat, taken: _Taken) -> tuple[list[Piece], set[str]]:
+    def _pieces(self, flat: Flat, spreads: Sequence[Spread], taken: _Taken) -> tuple[list[Piece], set[str]]:
         """What this process stores, and the names of what lies in memory of the save's own."""
         facts = {name: stored_facts(tensor) for name, tensor in flat.tensors.items()}
         if self._group is None:
@@ -286,19 +289,15 @@ class AsyncSaver:
         if taken.staged:
             self._staging.copied().synchronize()  # type: ignore[union-attr]  # neighbours are sent what is copied
         rank, world = dist.get_rank(self._group), dist.get_world_size(self._group)
-        spreads = [
-            Spread(name, facts[name][1], item_bytes(facts[name][0]), _dim_of(name, tensor, self._group))
-            for name, tensor in flat.tensors.items()
-        ]
         found = exchange(spreads, taken.buffers, plan_shares(spreads, world), self._group)
         pieces, own = [], set(taken.own)
         for spread in spreads:
-            share = found[spread.name]
-            if not share.live and not share.own and (num_elements(spread.shape) or rank):
+            share, (dtype, shape) = found[spread.name], facts[spread.name]
+            if not share.live and not share.own and (num_elements(shape) or rank):
                 continue  # an empty tensor is stored too, by rank 0
             if not share.live:
                 own.add(spread.name)
-            pieces.append(Piece(spread.name, *facts[spread.name], share.start, [share.live, share.own]))
+            pieces.append(Piece(spread.name, dtype, shape, share.start, [share.live, share.own]))
         return pieces, own
 
     def _finish(self, step: int, attempt: str, tree: Any, aliases: Mapping[str, str]) -> Callable[[Part], Manifest]:
@@ -314,23 +313,6 @@ class AsyncSaver:
             return lambda part: commit_all([part])
         rank = dist.get_rank(self._group)
         return lambda part: meeting.meet(self.store, part, rank, world, commit_all, self._deadline_s)
-
-
-def _dim_of(name: str, tensor: torch.Tensor, group: dist.ProcessGroup | None) -> int | None:
-    """The dimension along which the ranks of the group share a tensor.
-
-    Raises:
-        InvalidPiece: placements that are not supported, or over other ranks than the group's.
-
-    """
-    if not isinstance(tensor, DTensor):
-        return None
-    dim = sharded_dim(tensor, name)
-    ranks = tensor.device_mesh.mesh.flatten().tolist()
-    expected = dist.get_process_group_ranks(group) if group is not None else [dist.get_rank()]
-    if dim is not None and ranks != expected:
-        raise InvalidPiece(f"{name} is sharded over ranks {ranks}, the group that saves has ranks {expected}")
-    return dim
 
 
 # --- functions, for who wants no object ---

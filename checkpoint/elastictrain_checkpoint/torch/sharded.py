@@ -1,233 +1,133 @@
-"""Who of several processes stores what: a pure plan, and the one exchange that it needs.
+"""DTensors as layouts, the ranks' agreement on what is saved, and the one exchange of elements that a save needs.
 
-Storage and digest know flat runs that begin on the digest grid; the shards of a DTensor begin anywhere. So the runs are
-moved to the grid: for `Shard(0)` a rank gets the few elements up to the next grid border from its neighbours, for other
-dimensions the tensor is turned into flat runs. This is one `all_to_all` at the time of the call; nothing runs in the
-background. What every rank has (plain tensors, `Replicate`) is shared out without any exchange.
+The exchange is one `all_to_all` at the time of the call; nothing runs in the background. What every rank has (plain
+tensors, `Replicate`) is shared out without any.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Partial, _StridedShard
 
-from elastictrain_checkpoint.boxes import Box, box_runs
-from elastictrain_checkpoint.dtypes import num_elements
+from elastictrain_checkpoint.dtypes import item_bytes
 from elastictrain_checkpoint.errors import InvalidPiece, SaveFailed
-from elastictrain_checkpoint.hashing import DIGEST_BLOCK_ELEMENTS
+from elastictrain_checkpoint.layouts import Cut, Held, Layout, held_by, lay_out, local_shape
+from elastictrain_checkpoint.shares import Moves, Range, Share, Spread, hand_over
+from elastictrain_checkpoint.torch.tree import Flat, stored_facts
 
-SPLIT_BYTES = 1 << 20
-"""A replicated tensor that is smaller is stored whole by one rank."""
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """How a tensor lies in the world.
-
-    Attributes:
-        name: of the tensor.
-        shape: as stored (see `stored_facts`).
-        item: bytes of an element as stored.
-        dim: the dimension that is sharded, or None: every rank has all.
-
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    item: int
-    dim: int | None
+Coordinate = tuple[int, ...] | None
+"""Where a rank stands on a mesh; None: outside of it."""
 
 
-def local_box(tensor: DTensor) -> Box:
-    """(offsets, sizes) of this process's shard.
+def cuts_of(tensor: DTensor, name: str) -> tuple[Cut | None, ...]:
+    """What each axis of a DTensor's mesh does to it.
 
     Raises:
-        InvalidPiece: placements that are not one `Shard` or `Replicate` over a mesh of one dimension.
+        InvalidPiece: a placement that says not which elements a process has, such as `Partial`.
 
     """
-    dim = sharded_dim(tensor, "a DTensor")
-    mesh = tensor.device_mesh
-    return shard_box(tuple(tensor.shape), dim, mesh.size(), mesh.get_local_rank())
-
-
-def sharded_dim(tensor: DTensor, name: str) -> int | None:
-    """The sharded dimension; None for a replicated tensor. Raises InvalidPiece as `local_box`."""
-    placements = tensor.placements
-    if tensor.device_mesh.ndim != 1 or type(placements[0]) not in (Shard, Replicate):
-        raise InvalidPiece(
-            f"{name} is placed as {tuple(placements)} over a mesh of {tensor.device_mesh.ndim} dimensions; supported "
-            "is one of Shard(dim) and Replicate over one dimension: redistribute it first"
-        )
-    placed = placements[0]
-    return placed.dim % max(1, tensor.dim()) if isinstance(placed, Shard) else None
-
-
-def shard_box(shape: tuple[int, ...], dim: int | None, world: int, rank: int) -> Box:
-    """The box of a rank: chunks of equal size along `dim`, the last ones smaller or empty, as DTensor cuts them."""
-    if dim is None:
-        return (0,) * len(shape), shape
-    chunk = -(-shape[dim] // world)
-    low, high = min(rank * chunk, shape[dim]), min((rank + 1) * chunk, shape[dim])
-    offsets, sizes = [0] * len(shape), list(shape)
-    offsets[dim], sizes[dim] = low, high - low
-    return tuple(offsets), tuple(sizes)
-
-
-def plan_shares(spreads: Sequence[Spread], world: int) -> dict[str, list[tuple[int, int]]]:
-    """For each tensor the flat run [start, stop) that each rank stores; all begin on the digest grid. Every rank comes
-    to the same plan from the same names and shapes. Small replicated tensors go, the largest first, to the rank with
-    the least to write (longest processing time first: Graham 1969).
-    """
-    shares: dict[str, list[tuple[int, int]]] = {}
-    load = [0] * world
-    whole: list[Spread] = []
-    for spread in spreads:
-        count = num_elements(spread.shape)
-        if spread.dim is None and (count * spread.item < SPLIT_BYTES * world or count <= DIGEST_BLOCK_ELEMENTS):
-            whole.append(spread)
-            continue
-        if spread.dim == 0 and count:
-            inner = count // spread.shape[0]
-            ends = [sum(pair) for pair in _rows(spread.shape, world)]
-            edges = [_up(end * inner, count) for end in ends]
+    cuts: list[Cut | None] = []
+    for axis, placed in enumerate(tensor.placements):
+        if type(placed) is Replicate:
+            cuts.append(None)
+        elif type(placed) in (Shard, _StridedShard):
+            pieces = int(getattr(placed, "split_factor", 1))
+            cuts.append(Cut(placed.dim % max(1, tensor.dim()), pieces))  # type: ignore[attr-defined]
         else:
-            edges = [_up(count * (rank + 1) // world, count) for rank in range(world)]
-        shares[spread.name] = list(zip([0, *edges[:-1]], edges, strict=True))
-        for rank, (start, stop) in enumerate(shares[spread.name]):
-            load[rank] += (stop - start) * spread.item
-    for spread in sorted(whole, key=lambda s: (-num_elements(s.shape) * s.item, s.name)):
-        count = num_elements(spread.shape)
-        rank = load.index(min(load))
-        load[rank] += count * spread.item
-        shares[spread.name] = [(0, count) if r == rank else (0, 0) for r in range(world)]
-    return shares
+            why = "its ranks hold terms of a sum, not elements" if isinstance(placed, Partial) else "it is not known"
+            raise InvalidPiece(
+                f"{name} is placed as {tuple(tensor.placements)}: axis {axis} of its mesh is {placed}, and {why}; "
+                "redistribute it to Shard or Replicate first"
+            )
+    return tuple(cuts)
 
 
-def _rows(shape: tuple[int, ...], world: int) -> Iterator[tuple[int, int]]:
-    for rank in range(world):
-        offsets, sizes = shard_box(shape, 0, world, rank)
-        yield offsets[0], sizes[0]
+def local_held(tensor: DTensor, name: str) -> Held | None:
+    """What this process holds of a DTensor; None: nothing, because it is outside of the mesh.
 
+    Raises:
+        InvalidPiece: as `cuts_of`, or the local tensor has not the shape that the placements give it.
 
-def _up(at: int, count: int) -> int:
-    return min(count, -(-at // DIGEST_BLOCK_ELEMENTS) * DIGEST_BLOCK_ELEMENTS)
-
-
-def overlaps(box: Box, shape: tuple[int, ...], low: int, high: int) -> list[tuple[int, int, int]]:
-    """Where the flat run [low, high) lies in a box: (place among the box's elements, place in the tensor, elements)."""
-    if low >= high or 0 in box[1]:
-        return []
-    starts, run = box_runs(shape, *box)
-    found = []
-    for number, start in enumerate(starts.tolist()):
-        first, last = max(low, start), min(high, start + run)
-        if first < last:
-            found.append((number * run + first - start, first, last - first))
-    return found
+    """
+    mesh, cuts = tensor.device_mesh, cuts_of(tensor, name)
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return None
+    held = held_by(tuple(tensor.shape), tuple(mesh.shape), cuts, coordinate)
+    found = tuple(tensor.to_local().shape)
+    if found != local_shape(held):
+        raise InvalidPiece(
+            f"{name} is placed as {tuple(tensor.placements)} over a mesh of {tuple(mesh.shape)}; at "
+            f"{tuple(coordinate)} that is a local tensor of {list(local_shape(held))}, but it is of {list(found)}: "
+            "distribute it in chunks as torch cuts them (ceil(size / chunks)), or make the size divisible"
+        )
+    return held
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """What this rank stores of one tensor: the run from `start` on, in live memory, then in memory of its own."""
+class Facts:
+    """What a rank says of the state that it is to save.
 
-    start: int
-    live: memoryview
-    own: memoryview
-
-
-def exchange(
-    spreads: Sequence[Spread],
-    local: Mapping[str, memoryview],
-    shares: Mapping[str, Sequence[tuple[int, int]]],
-    group: dist.ProcessGroup,
-) -> dict[str, Share]:
-    """Bring every rank the elements of its share that lie with others. A collective of `group`; every rank calls it.
-
-    Args:
-        spreads: of all tensors, in the same order everywhere.
-        local: the bytes of this rank's shard of each, row-major.
-        shares: the plan.
-        group: its backend must move CPU tensors.
+    Attributes:
+        tensors: (name, type, shape, placement) of every name; the same on every rank. The placement of a DTensor is
+            (number of its mesh, shape of the mesh, cuts).
+        coordinates: this rank's on each mesh, by number.
+        aliases: further name → name of the tensor that has the same memory here.
+        hollow: names of tensors of which nothing is here, so that nobody can see whether they share memory.
 
     """
-    rank, world = dist.get_rank(group), dist.get_world_size(group)
-    sharded = [spread for spread in spreads if spread.dim is not None]
-    outgoing: list[list[memoryview]] = [[] for _ in range(world)]
-    found: dict[str, Share] = {}
-    awaited: list[list[tuple[memoryview, int, int]]] = [[] for _ in range(world)]
-    for spread in spreads:
-        low, high = shares[spread.name][rank]
-        data, item = local[spread.name], spread.item
-        if spread.dim is None:
-            found[spread.name] = Share(low, data[low * item : high * item], memoryview(b""))
-    for spread in sharded:
-        mine = shard_box(spread.shape, spread.dim, world, rank)
-        data, item = local[spread.name], spread.item
-        for other in range(world):
-            for at, _, count in overlaps(mine, spread.shape, *shares[spread.name][other]) if other != rank else ():
-                outgoing[other].append(data[at * item : (at + count) * item])
-        found[spread.name] = _own_share(spread, mine, data, shares[spread.name][rank])
-        share = found[spread.name]
-        low, high = shares[spread.name][rank]
-        first = low + len(share.live) // item  # where the memory of its own begins
-        for other in range(world):
-            box = shard_box(spread.shape, spread.dim, world, other)
-            for _, flat, count in overlaps(box, spread.shape, low, high) if other != rank else ():
-                awaited[other].append((share.own, (flat - first) * item, count * item))
-    if sharded and world > 1:
-        _swap(outgoing, awaited, group)
-    return found
+
+    tensors: list[Any]
+    coordinates: list[Coordinate]
+    aliases: dict[str, str]
+    hollow: frozenset[str]
 
 
-def _own_share(spread: Spread, mine: Box, data: memoryview, wanted: tuple[int, int]) -> Share:
-    """The share with what this rank has; of a tensor sharded by rows most of it stays where it is."""
-    low, high = wanted
-    item = spread.item
-    held = overlaps(mine, spread.shape, low, high)
-    live = memoryview(b"")
-    first = low
-    if spread.dim == 0 and held and held[0][1] == low:
-        at, _, count = held[0]
-        if low + count < high:  # the rest, from the last grid border on, comes together in memory of its own
-            count -= count % DIGEST_BLOCK_ELEMENTS
-        live, first = data[at * item : (at + count) * item], low + count
-    own = memoryview(bytearray((high - first) * item))
-    for at, flat, count in held:
-        skip = max(0, first - flat)
-        if skip < count:
-            begin = (flat + skip - first) * item
-            own[begin : begin + (count - skip) * item] = data[(at + skip) * item : (at + count) * item]
-    return Share(low, live, own)
+def facts_of(flat: Flat) -> Facts:
+    """Facts about a flat state dict. Raises InvalidPiece as `local_held`."""
+    meshes: list[Any] = []
+    tensors, hollow = [], set()
+    for _, name in flat.places:
+        tensor = flat.tensors[flat.aliases.get(name, name)]
+        placement = None
+        if isinstance(tensor, DTensor):
+            held, mesh = local_held(tensor, name), tensor.device_mesh
+            if mesh not in meshes:
+                meshes.append(mesh)
+            placement = meshes.index(mesh), tuple(mesh.shape), cuts_of(tensor, name)
+            if tensor.numel() and (held is None or not all(held)):
+                hollow.add(name)
+        tensors.append((name, *stored_facts(tensor), placement))
+    coordinates = [None if (at := mesh.get_coordinate()) is None else tuple(at) for mesh in meshes]
+    return Facts(tensors, coordinates, dict(flat.aliases), frozenset(hollow))
 
 
-def _swap(
-    outgoing: Sequence[Sequence[memoryview]],
-    awaited: Sequence[Sequence[tuple[memoryview, int, int]]],
-    group: dist.ProcessGroup,
-) -> None:
-    sizes_out = [sum(map(len, views)) for views in outgoing]
-    sizes_in = [sum(size for _, _, size in places) for places in awaited]
-    raw = bytearray(b"".join(view for views in outgoing for view in views))
-    sent = torch.frombuffer(raw, dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8)
-    got = torch.empty(sum(sizes_in), dtype=torch.uint8)
-    dist.all_to_all_single(got, sent, sizes_in, sizes_out, group=group)
-    data = memoryview(got.numpy())  # type: ignore[arg-type]
-    at = 0
-    for places in awaited:
-        for out, begin, size in places:
-            out[begin : begin + size] = data[at : at + size]
-            at += size
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """What the ranks have found out: whether any is busy, the names that share memory, everybody's coordinates."""
+
+    busy: bool
+    aliases: dict[str, str]
+    coordinates: list[list[Coordinate]]
 
 
-def agree(facts: list[Any], busy: bool, problem: Exception | None, group: dist.ProcessGroup) -> bool:
-    """Refuse state dicts that differ between ranks, and tell whether any rank is busy. A collective of `group`: a rank
-    that has a problem takes part, so that no other waits for it.
+def agree(facts: Facts, more: Any, busy: bool, problem: Exception | None, group: dist.ProcessGroup) -> Agreed:
+    """Refuse state dicts that differ between ranks. A collective of `group`: a rank that has a problem takes part, so
+    that no other waits for it.
+
+    Args:
+        facts: of this rank.
+        more: anything else that must be the same everywhere.
+        busy: whether this rank is.
+        problem: of this rank.
+        group: of all who save.
 
     Raises:
         InvalidPiece: on every rank, naming the first that differs from rank 0.
@@ -236,20 +136,108 @@ def agree(facts: list[Any], busy: bool, problem: Exception | None, group: dist.P
     """
     world = dist.get_world_size(group)
     said: list[Any] = [None] * world
-    mine = (hashlib.sha256(repr(facts).encode()).hexdigest(), busy, "" if problem is None else str(problem))
-    dist.all_gather_object(said, mine, group=group)
+    shown = [*map(repr, facts.tensors), repr(more)]
+    digest = hashlib.sha256("\n".join(shown).encode()).hexdigest()
+    text = "" if problem is None else str(problem)
+    dist.all_gather_object(said, (text, digest, busy, facts.aliases, facts.hollow, facts.coordinates), group=group)
     if problem is not None:
         raise problem
-    for rank, (_, _, text) in enumerate(said):
+    for rank, (text, *_) in enumerate(said):
         if text:
             raise SaveFailed(f"rank {rank} could not begin to save: {text}")
-    if len({digest for digest, _, _ in said}) > 1:
+    if len({digest for _, digest, *_ in said}) > 1:
         whole: list[Any] = [None] * world
-        dist.all_gather_object(whole, [repr(fact) for fact in facts], group=group)
+        dist.all_gather_object(whole, shown, group=group)
         rank = next(rank for rank in range(world) if whole[rank] != whole[0])
         differ = sorted(set(whole[rank]) ^ set(whole[0])) or ["the order of the keys"]
         raise InvalidPiece(
             f"the state dict of rank {rank} differs from that of rank 0: {'; '.join(differ[:3])}; every rank must pass "
             "the same keys, shapes and placements"
         )
-    return any(busy for _, busy, _ in said)
+    aliases = common_aliases([(one[3], one[4]) for one in said])
+    return Agreed(any(one[2] for one in said), aliases, [one[5] for one in said])
+
+
+def common_aliases(said: Sequence[tuple[Mapping[str, str], Iterable[str]]]) -> dict[str, str]:
+    """The names that share memory, from what each rank says: its aliases, and the names of which it has nothing. Pure.
+
+    Raises:
+        InvalidPiece: two names share memory on one rank and have memory of their own on another.
+
+    """
+    found: dict[str, str] = {}
+    for aliases, _ in said:
+        found |= aliases
+    for rank, (aliases, hollow) in enumerate(said):
+        for name, target in found.items():
+            if name not in set(hollow) and aliases.get(name) != target:
+                raise InvalidPiece(
+                    f"{name} and {target} share memory on some ranks, but not on rank {rank}; tie them on every rank, "
+                    "or on none"
+                )
+    return found
+
+
+def spreads_of(facts: Facts, aliases: Mapping[str, str], coordinates: Sequence[Sequence[Coordinate]]) -> list[Spread]:
+    """How every tensor that is stored lies in the world.
+
+    Args:
+        facts: of any rank.
+        aliases: names that are not stored.
+        coordinates: of every rank, on every mesh.
+
+    Raises:
+        InvalidPiece: the ranks do not hold the whole of a tensor.
+
+    """
+    layouts: dict[Any, Layout] = {}
+    spreads = []
+    for name, dtype, shape, placement in facts.tensors:
+        if name in aliases:
+            continue
+        layout = layouts.get((shape, placement))
+        if layout is None:
+            helds = [_held(shape, placement, mine) for mine in coordinates]
+            layout = layouts[shape, placement] = lay_out(name, shape, helds)
+        spreads.append(Spread(name, item_bytes(dtype), layout))
+    return spreads
+
+
+def _held(shape: tuple[int, ...], placement: Any, coordinates: Sequence[Coordinate]) -> Held | None:
+    if placement is None:
+        return held_by(shape, (), (), ())
+    number, mesh, cuts = placement
+    at = coordinates[number]
+    return None if at is None else held_by(shape, mesh, cuts, at)
+
+
+def exchange(
+    spreads: Sequence[Spread],
+    local: Mapping[str, memoryview],
+    shares: Mapping[str, Sequence[Range]],
+    group: dist.ProcessGroup,
+) -> dict[str, Share]:
+    """Bring every rank the elements of its share that lie with others. A collective of `group`, whose backend must move
+    CPU tensors; see `hand_over` for the rest.
+    """
+    moves = hand_over(spreads, local, shares, dist.get_rank(group), dist.get_world_size(group))
+    if any(len(spread.layout.groups) > 1 for spread in spreads):
+        _swap(moves, group)
+    return moves.shares
+
+
+def _swap(moves: Moves, group: dist.ProcessGroup) -> None:
+    sizes_out = [sum(map(len, views)) for views in moves.out]
+    sizes_in = [sum(one.size_bytes for one in places) for places in moves.coming]
+    sent, got = (torch.empty(sum(sizes), dtype=torch.uint8) for sizes in (sizes_out, sizes_in))
+    data = memoryview(sent.numpy())  # type: ignore[arg-type]
+    at = 0
+    for view in (view for views in moves.out for view in views):
+        data[at : at + len(view)] = view
+        at += len(view)
+    dist.all_to_all_single(got, sent, sizes_in, sizes_out, group=group)
+    data = memoryview(got.numpy())  # type: ignore[arg-type]
+    at = 0
+    for one in (one for places in moves.coming for one in places):
+        one.put(data[at : at + one.size_bytes])
+        at += one.size_bytes
