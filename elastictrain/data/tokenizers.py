@@ -22,6 +22,10 @@ from elastictrain.errors import DataError
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 
 
+_LONG_DOCUMENT_BYTES = 2048
+"""From this length on, on average, a copy for each document is cheaper than a mask over all tokens."""
+
+
 class Tokenizer(Protocol):
     """What a source needs of a tokenizer."""
 
@@ -51,7 +55,10 @@ class BytesTokenizer:
 
     def encode_with_offsets(self, documents: pa.ChunkedArray) -> tuple[TokenArray, npt.NDArray[np.int64]]:
         """See `Tokenizer`."""
-        column = pc.fill_null(documents.cast(pa.large_binary()), b"").combine_chunks()
+        column = documents.cast(pa.large_binary())
+        if column.null_count:  # what lies under a null is no text
+            column = pc.fill_null(column, b"")
+        column = column.combine_chunks()
         if isinstance(column, pa.ChunkedArray):  # an empty chunked array stays chunked in some versions
             column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], pa.large_binary())
         count = len(column)
@@ -61,12 +68,25 @@ class BytesTokenizer:
         offsets = np.frombuffer(offsets_buffer, dtype=np.int64)[column.offset : column.offset + count + 1]
         first, last = int(offsets[0]), int(offsets[-1])
         data = np.frombuffer(data_buffer, dtype=np.uint8)[first:last] if last > first else np.zeros(0, np.uint8)
-        tokens = np.full(len(data) + count, self.end_of_document, dtype=np.uint16)
-        is_byte = np.ones(len(tokens), dtype=bool)
         starts = offsets - first + np.arange(count + 1)  # of the documents, an end of document after each
-        is_byte[starts[1:] - 1] = False
+        return _with_ends(data, starts, self.end_of_document), starts
+
+
+def _with_ends(data: npt.NDArray[np.uint8], starts: npt.NDArray[np.int64], end_of_document: int) -> TokenArray:
+    """Return the bytes of all documents as tokens, each document followed by its end."""
+    ends = starts[1:] - 1
+    tokens = np.empty(len(data) + len(ends), dtype=np.uint16)
+    if len(data) < _LONG_DOCUMENT_BYTES * len(ends):
+        is_byte = np.ones(len(tokens), dtype=bool)
+        is_byte[ends] = False
         tokens[is_byte] = data
-        return tokens, starts
+    else:  # a copy for each document: it touches no memory but that of the tokens
+        begin = 0
+        for number, end in enumerate(ends.tolist()):
+            tokens[begin:end] = data[begin - number : end - number]
+            begin = end + 1
+    tokens[ends] = end_of_document
+    return tokens
 
 
 class HuggingFaceTokenizer:
