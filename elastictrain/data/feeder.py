@@ -23,6 +23,9 @@ Place = tuple[int, int]
 """(step, lane)"""
 
 PREFETCH_BYTES = 64 << 20
+_PATIENCE_S = 0.001
+"""Whoever finds nothing ready sleeps this long before the thread wakes it up for a batch. Small batches are read in
+microseconds, and to be woken for each of them takes longer than to read it."""
 
 
 class Tensors(dict[str, torch.Tensor]):
@@ -83,6 +86,7 @@ class Feeder:
         self._ready: dict[Place, Tensors | Exception] = {}
         self._ready_bytes = self._usual_bytes = 0
         self._rests = False  # the thread, since the budget is used up
+        self._impatient = 0  # callers that are to be woken up
         self._in_flight: Place | None = None
         self._keep_in_flight = True
         self._closed = False
@@ -137,6 +141,7 @@ class Feeder:
     def _wait_for(self, place: Place, deadline: float) -> Tensors | Exception:
         """Wait for a batch that is being read, or read one that is not."""
         with self._changed:
+            patient = True
             while place not in self._ready and place == self._in_flight and self._keep_in_flight:
                 remaining = deadline - time.monotonic()
                 if remaining <= 0 or self._closed:
@@ -144,7 +149,10 @@ class Feeder:
                         f"step {place[0]}, lane {place[1]}: the data were not read within {self._deadline_s:.0f} s. "
                         "Look at the storage behind data.path"
                     )
-                self._changed.wait(remaining)
+                self._impatient += not patient
+                self._changed.wait(min(remaining, _PATIENCE_S) if patient else remaining)
+                self._impatient -= not patient
+                patient = False
             result = self._take(place)
             if result is None and place in self._wanted:
                 self._wanted.remove(place)  # asked for out of turn: no need to wait for those before it
@@ -222,4 +230,5 @@ class Feeder:
                     self._ready[place] = result
                     self._ready_bytes += size
                 self._in_flight = None
-                self._changed.notify_all()
+                if self._impatient:
+                    self._changed.notify_all()

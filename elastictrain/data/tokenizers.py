@@ -7,6 +7,8 @@ end-of-document token; an empty or null document gives that token alone.
 from __future__ import annotations
 
 import hashlib
+import weakref
+from collections import deque
 from typing import Any, Protocol
 
 import fsspec
@@ -49,6 +51,9 @@ class BytesTokenizer:
     vocabulary_size = 257
     end_of_document = 256
 
+    def __init__(self) -> None:
+        self._buffers = Buffers()
+
     def encode(self, documents: pa.ChunkedArray) -> TokenArray:
         """Return uint16 tokens; see the class."""
         return self.encode_with_offsets(documents)[0]
@@ -69,13 +74,38 @@ class BytesTokenizer:
         first, last = int(offsets[0]), int(offsets[-1])
         data = np.frombuffer(data_buffer, dtype=np.uint8)[first:last] if last > first else np.zeros(0, np.uint8)
         starts = offsets - first + np.arange(count + 1)  # of the documents, an end of document after each
-        return _with_ends(data, starts, self.end_of_document), starts
+        tokens: npt.NDArray[np.uint16] = self._buffers.take(2 * (len(data) + count)).view(np.uint16)
+        _fill(tokens, data, starts[1:] - 1, self.end_of_document)
+        return tokens, starts
 
 
-def _with_ends(data: npt.NDArray[np.uint8], starts: npt.NDArray[np.int64], end_of_document: int) -> TokenArray:
-    """Return the bytes of all documents as tokens, each document followed by its end."""
-    ends = starts[1:] - 1
-    tokens = np.empty(len(data) + len(ends), dtype=np.uint16)
+class Buffers:
+    """Memory for arrays of many megabytes, used again when whoever had it has let go of it, views of it too.
+
+    To get such memory fresh means that the kernel maps and clears it, which takes longer than to write tokens to it.
+    """
+
+    def __init__(self, kept: int = 2) -> None:
+        """`kept`: how many lie free at most; they are of about one size, that of a block."""
+        self._free: deque[npt.NDArray[np.uint8]] = deque(maxlen=kept)
+
+    def take(self, size: int) -> npt.NDArray[np.uint8]:
+        """Return an array of `size` bytes of any content."""
+        try:
+            memory = self._free.popleft()
+        except IndexError:
+            memory = np.empty(0, dtype=np.uint8)
+        if not size <= memory.nbytes <= 4 * size:
+            memory = np.empty(size + size // 8, dtype=np.uint8)
+        lent = np.frombuffer(memory.data, dtype=np.uint8, count=size)  # what its views refer to, and not `memory`
+        weakref.finalize(lent, self._free.append, memory).atexit = False
+        return lent
+
+
+def _fill(
+    tokens: npt.NDArray[np.uint16], data: npt.NDArray[np.uint8], ends: npt.NDArray[np.int64], end_of_document: int
+) -> None:
+    """Write the bytes of all documents as tokens, each document followed by its end, which lie at `ends`."""
     if len(data) < _LONG_DOCUMENT_BYTES * len(ends):
         is_byte = np.ones(len(tokens), dtype=bool)
         is_byte[ends] = False
@@ -86,7 +116,6 @@ def _with_ends(data: npt.NDArray[np.uint8], starts: npt.NDArray[np.int64], end_o
             tokens[begin:end] = data[begin - number : end - number]
             begin = end + 1
     tokens[ends] = end_of_document
-    return tokens
 
 
 class HuggingFaceTokenizer:
