@@ -51,13 +51,15 @@ def add(digest: Any, batch: Batch) -> None:
     digest.update(batch.ids.astype("<u8").tobytes())
 
 
-def digest_of(spec: Data | Mixture, *, size: int = 4, holes: bool = False, **reader: Any) -> str:
+def digest_of(spec: Data | Mixture, *, size: int = 4, holes: bool = False, ahead_bytes: int = 0) -> str:
     source = open_data(spec, seed=11, lanes=LANES, lane_batch_size=size)
     if holes:
         source.order = HoledOrder(source.order, HOLES)  # type: ignore[union-attr, assignment, arg-type]
-    found, digest = LaneReader(source, **reader), hashlib.sha256()
+    found, digest = LaneReader(source, ahead_bytes=ahead_bytes), hashlib.sha256()
     steps = 30 if isinstance(spec, Mixture) else 2 * source.steps_per_epoch  # type: ignore[union-attr]
     for step in range(steps):
+        if step % 7 == 0:
+            found.expect([(step, lane) for lane in range(LANES)])
         for lane in range(LANES):
             add(digest, found.batch(step, lane))
     for place in PLACES:
@@ -124,6 +126,38 @@ def test_batches_of_parquet_are_these_bits(tmp_path: Path, name: str) -> None:
 def test_batches_of_an_order_with_holes_are_these_bits(tmp_path: Path, name: str) -> None:
     spec = Data(kind="parquet", path=str(write(tmp_path)), **SETTINGS[name])
     assert digest_of(spec, holes=True) == GOLDEN_HOLES[name]
+
+
+@pytest.mark.parametrize("ahead_bytes", [1, 20_000, 1 << 30])
+@pytest.mark.parametrize("name", ["text", "text, strict", "document ids", "table, repeat"])
+def test_they_are_so_however_much_is_read_ahead(tmp_path: Path, name: str, ahead_bytes: int) -> None:
+    spec = Data(kind="parquet", path=str(write(tmp_path)), **SETTINGS[name])
+    assert digest_of(spec, ahead_bytes=ahead_bytes) == GOLDEN[name]
+    assert digest_of(mixture_of("text", tmp_path / "p"), ahead_bytes=ahead_bytes) == GOLDEN_MIXTURES["text"]
+    if name == "text":
+        assert digest_of(spec, ahead_bytes=ahead_bytes, holes=True) == GOLDEN_HOLES["text"]
+
+
+@pytest.mark.parametrize("finished", [1, 3000, 1 << 30])
+@pytest.mark.parametrize("gathered", [1, 700, 1 << 30])
+def test_they_are_so_however_many_are_made_in_one_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: int, gathered: int
+) -> None:
+    monkeypatch.setattr("elastictrain.data.reader._FINISHED_BYTES", finished)
+    monkeypatch.setattr("elastictrain.data.windows.GATHER_BYTES", gathered)
+    folder = write(tmp_path)
+    for name in ("text", "document ids", "table"):
+        spec = Data(kind="parquet", path=str(folder), **SETTINGS[name])
+        assert digest_of(spec) == GOLDEN[name]
+        if name != "document ids":
+            assert digest_of(spec, holes=True) == GOLDEN_HOLES[name]
+    assert digest_of(mixture_of("text", folder)) == GOLDEN_MIXTURES["text"]
+
+
+@pytest.mark.parametrize("name", ["text", "table"])
+def test_they_are_so_from_the_warm_cache(tmp_path: Path, name: str) -> None:
+    spec = Data(kind="parquet", path=str(write(tmp_path)), warm_cache_bytes=1 << 30, **SETTINGS[name])
+    assert [digest_of(spec, ahead_bytes=ahead) for ahead in (0, 0, 1 << 30)] == [GOLDEN[name]] * 3
 
 
 def mixture_of(name: str, folder: Path) -> Mixture:
