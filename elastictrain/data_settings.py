@@ -49,8 +49,8 @@ class Data(Settings):
     """
     max_document_bytes: PositiveInt = 256 << 20
     """A longer text is an error: tokenising it takes many times its size in memory."""
-    prefetch_bytes: PositiveInt = 64 << 20
-    """Batches that a worker has read ahead take at most this much memory."""
+    prefetch_bytes: PositiveInt = 256 << 20
+    """What a worker has read ahead takes at most this much memory: batches a quarter, decoded row groups the rest."""
     warm_cache_bytes: Bytes = 0
     """Disk that decoded, tokenised and packed data may take (in the cache folder); 0: none is kept."""
     storage_options: dict[str, Any] = Field(default_factory=dict)
@@ -134,8 +134,8 @@ class Mixture(Proportions):
 
     sources: dict[str, Data] = Field(min_length=1)
     stages: tuple[MixtureStage, ...] = ()
-    prefetch_bytes: PositiveInt = 64 << 20
-    """Batches that a worker has read ahead take at most this much memory."""
+    prefetch_bytes: PositiveInt = 256 << 20
+    """What a worker has read ahead takes at most this much memory: batches a quarter, decoded row groups the rest."""
     warm_cache_bytes: Bytes = 0
     """Disk that decoded, tokenised and packed data may take (in the cache folder); 0: none is kept."""
 

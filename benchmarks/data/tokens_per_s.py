@@ -78,20 +78,21 @@ def spec_of(folder: Path, *, warm: bool = False) -> Data:
 
 def ours(folder: Path, *, warm: bool = False, ahead: bool = False) -> int:
     """One epoch; returns its tokens."""
-    reader = LaneReader(open_source(spec_of(folder, warm=warm), seed=1, lanes=LANES, lane_batch_size=SIZE))
-    steps = reader.source.steps_per_epoch
+    source = open_source(spec_of(folder, warm=warm), seed=1, lanes=LANES, lane_batch_size=SIZE)
+    steps = source.steps_per_epoch
     places = [(step, lane) for step in range(steps) for lane in range(LANES)]
     if ahead:
-        with Feeder(reader) as feeder:
+        with Feeder.of(source) as feeder:
             for at, place in enumerate(places):
-                if at % (8 * LANES) == 0:
-                    feeder.expect(places[at : at + 32 * LANES])
+                if at % (64 * LANES) == 0:
+                    feeder.expect(places[at : at + 128 * LANES])
                 feeder.batch(*place)
-    else:
-        for place in places:
-            reader.batch(*place)
+        source.close()
+        return steps * LANES * SIZE * (LENGTH + 1)
+    reader = LaneReader(source)
+    for place in places:
+        reader.batch(*place)
     if warm:
-        assert reader.warm is not None
         print(f"   warm: {reader.facts}", flush=True)
     reader.close()
     return steps * LANES * SIZE * (LENGTH + 1)

@@ -14,13 +14,18 @@ import torch
 
 from elastictrain.data.ids import lane_hash
 from elastictrain.data.meter import Meter, waited_for
+from elastictrain.data.mixed import MixedSource
 from elastictrain.data.reader import LaneReader
+from elastictrain.data.source import Source
 from elastictrain.errors import DataError
 
 Place = tuple[int, int]
 """(step, lane)"""
 
 PREFETCH_BYTES = 64 << 20
+_PATIENCE_S = 0.001
+"""Whoever finds nothing ready sleeps this long before the thread wakes it up for a batch. Small batches are read in
+microseconds, and to be woken for each of them takes longer than to read it."""
 
 
 class Tensors(dict[str, torch.Tensor]):
@@ -39,10 +44,7 @@ class Tensors(dict[str, torch.Tensor]):
     ) -> None:
         super().__init__(tensors)
         self.samples_hash, self.waited, self.copied = samples_hash, dict(waited or {}), copied
-
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.values())
+        self.bytes = sum(tensor.nbytes for tensor in self.values())
 
 
 class Feeder:
@@ -52,6 +54,15 @@ class Feeder:
     the caller. An error in the thread is raised by the `batch` call that wanted its result, and by no other.
     On CUDA a batch is copied from pinned memory on a stream of its own, beside the computation.
     """
+
+    @classmethod
+    def of(cls, source: Source | MixedSource, device: torch.device | str = "cpu") -> Self:
+        """A feeder with a reader of its own that together keep to `data.prefetch_bytes`: a quarter for batches that lie
+        ready, for a batch takes several times as much as the tokens that it is made of, the rest for decoded windows.
+        """
+        quarter = max(1, source.spec.prefetch_bytes // 4)
+        ahead_bytes = max(1, source.spec.prefetch_bytes - quarter)
+        return cls(LaneReader(source, ahead_bytes=ahead_bytes), device, budget_bytes=quarter)
 
     def __init__(
         self,
@@ -74,6 +85,8 @@ class Feeder:
         self._wanted: deque[Place] = deque()
         self._ready: dict[Place, Tensors | Exception] = {}
         self._ready_bytes = self._usual_bytes = 0
+        self._rests = False  # the thread, since the budget is used up
+        self._impatient = 0  # callers that are to be woken up
         self._in_flight: Place | None = None
         self._keep_in_flight = True
         self._closed = False
@@ -85,8 +98,10 @@ class Feeder:
 
         When lanes move, only the work done ahead for places that are no longer named is thrown away.
         """
+        places = dict.fromkeys(upcoming)
+        if isinstance(self._reader, LaneReader):
+            self._reader.expect(places)
         with self._changed:
-            places = dict.fromkeys(upcoming)
             for place in [place for place in self._ready if place not in places]:
                 self._take(place)
             self._keep_in_flight = self._in_flight in places
@@ -103,25 +118,17 @@ class Feeder:
         Raises what `LaneReader.batch` raises, and DataError if reading takes longer than the deadline.
         """
         place = (step, lane)
-        begun_s, before = time.monotonic(), self.meter.read()
-        deadline = begun_s + self._deadline_s
         with self._changed:
             if self._closed:
                 raise RuntimeError("the Feeder is closed")
-            while place not in self._ready and place == self._in_flight and self._keep_in_flight:
-                remaining = deadline - time.monotonic()
-                if remaining <= 0 or self._closed:
-                    raise DataError(
-                        f"step {step}, lane {lane}: the data were not read within {self._deadline_s:.0f} s. "
-                        "Look at the storage behind data.path"
-                    )
-                self._changed.wait(remaining)
             result = self._take(place)
-            if result is None and place in self._wanted:
-                self._wanted.remove(place)  # asked for out of turn: no need to wait for those before it
-            self._changed.notify_all()
+            if result is not None and self._rests and not self._is_full():
+                self._changed.notify_all()
         if result is None:
-            result = self._read(place)
+            begun_s, before = time.monotonic(), self.meter.read()
+            result = self._wait_for(place, begun_s + self._deadline_s)
+            if isinstance(result, Tensors):
+                result.waited = waited_for(before, self.meter.read(), time.monotonic() - begun_s)
         if isinstance(result, Exception):
             raise result
         if result.copied is not None:  # what computes waits for the copy; the host does not
@@ -129,17 +136,39 @@ class Feeder:
             current.wait_event(result.copied)
             for tensor in result.values():
                 tensor.record_stream(current)
-        result.waited = waited_for(before, self.meter.read(), time.monotonic() - begun_s)
         return result
 
+    def _wait_for(self, place: Place, deadline: float) -> Tensors | Exception:
+        """Wait for a batch that is being read, or read one that is not."""
+        with self._changed:
+            patient = True
+            while place not in self._ready and place == self._in_flight and self._keep_in_flight:
+                remaining = deadline - time.monotonic()
+                if remaining <= 0 or self._closed:
+                    raise DataError(
+                        f"step {place[0]}, lane {place[1]}: the data were not read within {self._deadline_s:.0f} s. "
+                        "Look at the storage behind data.path"
+                    )
+                self._impatient += not patient
+                self._changed.wait(min(remaining, _PATIENCE_S) if patient else remaining)
+                self._impatient -= not patient
+                patient = False
+            result = self._take(place)
+            if result is None and place in self._wanted:
+                self._wanted.remove(place)  # asked for out of turn: no need to wait for those before it
+            self._changed.notify_all()
+        return self._read(place) if result is None else result
+
     def close(self) -> None:
-        """Stop the thread and wait for it; may be called twice. The reader stays open."""
+        """Stop the thread and wait for it; may be called twice. The reader stays open, but reads no more ahead."""
         with self._changed:
             self._closed = True
             self._wanted.clear()
             self._ready.clear()
             self._ready_bytes = 0
             self._changed.notify_all()
+        if isinstance(self._reader, LaneReader):
+            self._reader.end_ahead()
         self._thread.join(self._deadline_s)
         if self._thread.is_alive():
             raise DataError(f"a read did not end within {self._deadline_s:.0f} s. Look at the storage behind data.path")
@@ -171,14 +200,20 @@ class Feeder:
         return Tensors(tensors, lane_hash(place[1], batch.ids), copied=copied)
 
     def _is_full(self) -> bool:
-        """Whether one more batch, of the size of the last, would take the batches that lie ready over the budget."""
-        return bool(self._ready) and self._ready_bytes + self._usual_bytes > self._budget_bytes
+        """Whether one more batch, of the size of the last, would take the batches that lie ready over the budget. Once
+        it would, there is room again when half of them have gone: the thread is not woken for every batch.
+        """
+        if not self._ready:
+            return False
+        return self._ready_bytes + (self._ready_bytes if self._rests else self._usual_bytes) > self._budget_bytes
 
     def _read_ahead(self) -> None:
         while True:
             with self._changed:
                 while not self._closed and (not self._wanted or self._is_full()):
+                    self._rests = bool(self._wanted)
                     self._changed.wait()  # ended by expect, batch or close; nothing of the run hangs on it
+                self._rests = False
                 if self._closed:
                     return
                 place = self._wanted.popleft()
@@ -195,4 +230,5 @@ class Feeder:
                     self._ready[place] = result
                     self._ready_bytes += size
                 self._in_flight = None
-                self._changed.notify_all()
+                if self._impatient:
+                    self._changed.notify_all()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from elastictrain.data.meter import TimedFile
 from elastictrain.errors import DataError
@@ -52,6 +53,11 @@ class FileSet:
 
     filesystem: Any
     files: tuple[DataFile, ...]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether `path` of every file is one that the operating system opens."""
+        return isinstance(self.filesystem, LocalFileSystem)
 
     def open(self, number: int) -> Any:
         """Open a file for reading. Raises DataError if it has gone, or has changed size, since it was listed."""

@@ -151,6 +151,15 @@ class HoledOrder:
         epoch, start = self.locate_step(step)
         yield from self._layer.runs(epoch, lane, start, start + self.lane_batch_size)
 
+    def after(self, window: Window) -> Window:
+        """Return the window that follows in a window's lane; all of it may lie in a hole."""
+        return self.base.after(window)
+
+    def batches_in(self, window: Window, start: int) -> int:
+        """A hole may lie behind any batch, so no more than that one is known to be at `start`."""
+        del window, start
+        return 1
+
     def samples_of(self, step: int, lane: int) -> tuple[Int64Array, Int64Array]:
         """Return (block, row in the block) of every sample of a batch, in order; shapes [lane_batch_size]."""
         found = [samples_of_run(*run) for run in self.spans(step, lane)]

@@ -69,10 +69,30 @@ class MixedSource:
         """Yield the windows that batch `step` of `lane` touches, each with its `[start, stop)` in the window."""
         for run in self.schedule.runs(step, lane):
             source = self._source(self.schedule.names[run.source], step)
-            first_block = self._first_block[self.schedule.names[run.source]]
             for window, start, stop in source.order.spans_at(run.start, run.stop, lane):
-                pieces = tuple(Piece(first_block + p.block, p.start, p.stop) for p in window.pieces)
-                yield replace(window, pieces=pieces, source=run.source), start, stop
+                yield self._numbered(window, run.source), start, stop
+
+    def _numbered(self, window: Window, number: int) -> Window:
+        """A window of source `number` as one of the mixture."""
+        first_block = self._first_block[self.schedule.names[number]]
+        pieces = tuple(Piece(first_block + p.block, p.start, p.stop) for p in window.pieces)
+        return replace(window, pieces=pieces, source=number)
+
+    def batches_in(self, window: Window, start: int) -> int:
+        """A batch has rows of several windows, so no more than one is known to be in a row."""
+        del window, start
+        return 1
+
+    def after(self, window: Window) -> Window:
+        """Return the window that follows in a window's lane and source."""
+        order = self.sources[self.schedule.names[window.source]].order
+        return self._numbered(order.after(window), window.source)
+
+    def rows_per_step(self, window: Window, step: int) -> float:
+        """Return how many rows of the window's source a lane uses in a step, on average; 0 if it has none now."""
+        weights = self.schedule.segments[self.schedule.segment_at(step)].weights
+        share = weights.get(self.schedule.names[window.source], 0) / sum(weights.values())
+        return share * self.schedule.lane_batch_size
 
     @property
     def content(self) -> dict[str, Any]:

@@ -54,12 +54,23 @@ def derive_key(purpose: str, *numbers: int) -> int:
 
 def permutation(key: int, n: int) -> Int64Array:
     """Return the permutation of `0 … n-1` that belongs to `key`; shape [n], int64."""
+    z = np.arange(1, n + 1, dtype=np.uint64)
     with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is what SplitMix64 asks for
-        z = np.uint64(key) + np.arange(1, n + 1, dtype=np.uint64) * _GAMMA
-        z = (z ^ (z >> np.uint64(30))) * _MIX_1
-        z = (z ^ (z >> np.uint64(27))) * _MIX_2
-        z = z ^ (z >> np.uint64(31))
-    return np.argsort(z, kind="stable").astype(np.int64)
+        z *= _GAMMA
+        z += np.uint64(key)
+        shifted = z >> np.uint64(30)
+        for shift, factor in ((27, _MIX_1), (31, _MIX_2)):
+            z ^= shifted
+            z *= factor
+            np.right_shift(z, np.uint64(shift), out=shifted)
+        z ^= shifted
+    del shifted
+    # Sorting that need not be stable is faster, and it need not be unless two of the 64-bit keys are equal.
+    found = np.argsort(z)
+    ordered = z[found]
+    if n > 1 and bool(np.any(ordered[1:] == ordered[:-1])):
+        found = np.argsort(z, kind="stable")
+    return found.astype(np.int64, copy=False)
 
 
 @dataclass(frozen=True)
@@ -130,7 +141,7 @@ class _Order(ABC):
         self.samples_per_lane = self.steps_per_epoch * lane_batch_size
         self.dropped_per_epoch = max(0, self.samples - self.samples_per_lane * lanes)
         self.repeated_per_epoch = max(0, self.samples_per_lane * lanes - self.samples)
-        self._filled: Int64Array = np.flatnonzero(self.block_rows).astype(np.int64)
+        self._filled: Int64Array = np.flatnonzero(self.block_rows).astype(np.int64, copy=False)
         self._streams: dict[int, _Stream] = {}
         self._last: dict[int, Window] = {}
 
@@ -149,6 +160,16 @@ class _Order(ABC):
             kept = dict(list(self._streams.items())[-1:])  # at an epoch's border lanes are in two epochs
             self._streams = {**kept, epoch: stream}
         return stream
+
+    def after(self, window: Window) -> Window:
+        """Return the window that follows in a window's lane, in its epoch or in the next."""
+        if window.stop < self.samples_per_lane:
+            return self.window_at(window.epoch, window.lane, window.stop)
+        return self.window_at(window.epoch + 1, window.lane, 0)
+
+    def batches_in(self, window: Window, start: int) -> int:
+        """Return how many batches in a row, the first of them at place `start` of a window, it holds."""
+        return (window.stop - window.start - start) // self.lane_batch_size
 
     @abstractmethod
     def window_at(self, epoch: int, lane: int, position: int) -> Window:

@@ -125,6 +125,9 @@ class ParquetFiles:
                     "written to while a run reads them: restore the file, or write to a new data.path"
                 )
             try:
+                if self._files.is_local:  # read without the interpreter: a Python file would take its lock
+                    handle.close()
+                    handle = pa.OSFile(path)
                 parquet = pq.ParquetFile(handle, page_checksum_verification=True)
             except (pa.ArrowException, OSError) as error:
                 raise _corrupt(path, "its footer cannot be read", error) from error

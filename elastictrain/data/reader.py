@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from elastictrain.data.ahead import Ahead
 from elastictrain.data.ids import SampleIds
 from elastictrain.data.meter import Meter
 from elastictrain.data.mixed import MixedSource
-from elastictrain.data.order import Int64Array, Window
+from elastictrain.data.order import Window
 from elastictrain.data.source import Arrays, Source
 from elastictrain.data.warm import WarmCache, cache_root
+from elastictrain.data.windows import Block, Loaded, Place, join, key_of, place_of
 from elastictrain.errors import DataError
 
-_GATHER_BYTES = 1 << 18
 _MAX_DECODED_BLOCKS = 2
 """Blocks kept besides the windows: neighbouring lanes meet inside one, and small sources have few."""
+_FINISHED_BYTES = 1 << 19
+"""Batches of a lane that are made in one go, as its next ones: what costs time by call is paid once for all of them."""
 
 
 class Batch(dict[str, npt.NDArray[Any]]):
@@ -30,64 +35,6 @@ class Batch(dict[str, npt.NDArray[Any]]):
     def __init__(self, arrays: Arrays, ids: SampleIds) -> None:
         super().__init__(arrays)
         self.ids = ids
-
-
-class _Block:
-    """A decoded block; windows share it, and it goes with the last of them."""
-
-    __slots__ = ("__weakref__", "arrays", "number")
-
-    def __init__(self, number: int, arrays: Arrays) -> None:
-        self.number, self.arrays = number, arrays
-
-
-class _Loaded:
-    """A lane's window: its blocks, and where in them each of its places lies.
-
-    Rows are gathered for several batches at once, as many as stay in a processor's cache: a gather of few rows costs
-    more in calls than in copying. Of what was gathered every row is handed out once, so a batch may be a view of it.
-    """
-
-    def __init__(self, source: Source | MixedSource, window: Window, blocks: list[_Block]) -> None:
-        self.key = (window.epoch, window.number)
-        numbers = window.permutation()
-        edges = np.cumsum([0, *(piece.stop - piece.start for piece in window.pieces)], dtype=np.int64)
-        shifts = np.asarray([piece.start for piece in window.pieces]) - edges[:-1]
-        self._blocks = blocks
-        self._which = (np.searchsorted(edges, numbers, side="right") - 1).astype(np.int32)
-        self._rows: Int64Array = numbers + shifts[self._which]
-        numbers_of_blocks = np.asarray([piece.block for piece in window.pieces])
-        self._ids = source.ids_of(window, numbers_of_blocks[self._which], self._rows)
-        for name in blocks[0].arrays:
-            _check_shapes([block.arrays[name] for block in blocks], name)
-        row_bytes = sum(array[:1].nbytes for array in blocks[0].arrays.values())
-        self._at_once = max(1, _GATHER_BYTES // max(1, row_bytes))
-        self._gathered: tuple[int, int, Arrays] = (0, 0, {})
-
-    def rows(self, start: int, stop: int) -> tuple[Arrays, SampleIds]:
-        """Return the rows at the window's places `[start, stop)`, which are the caller's, and their ids."""
-        first, end, arrays = self._gathered
-        if not (first <= start and stop <= end):
-            first = start
-            end = min(len(self._rows), start + max(1, self._at_once // (stop - start)) * (stop - start))
-            arrays = self._gather(first, end)
-        # From here on these rows belong to the caller: who asks for them again gets them from the blocks.
-        self._gathered = (stop, end, {name: array[stop - first :] for name, array in arrays.items()})
-        return {name: array[start - first : stop - first] for name, array in arrays.items()}, self._ids[start:stop]
-
-    def _gather(self, start: int, stop: int) -> Arrays:
-        which, rows = self._which[start:stop], self._rows[start:stop]
-        arrays: Arrays = {}
-        for at, block in enumerate(self._blocks):
-            mine = np.flatnonzero(which == at)
-            for name, array in block.arrays.items() if len(mine) else ():
-                if len(mine) == len(rows):
-                    arrays[name] = array[rows]
-                    continue
-                if name not in arrays:
-                    arrays[name] = np.empty((len(rows), *array.shape[1:]), dtype=array.dtype)
-                arrays[name][mine] = array[rows[mine]]
-        return arrays
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,25 +50,33 @@ class LaneReader:
 
     A lane holds the blocks of its current window, and a batch is gathered from them. Memory: the blocks of one window
     (`window_row_groups`, and one more where a window is cut within one) for each lane in use, lanes that meet in a
-    block sharing it, and `_MAX_DECODED_BLOCKS` blocks. A lane that has not been asked for during two rounds of all
-    lanes has moved to another worker and is forgotten. Blocks in the warm cache (`data.warm_cache_bytes`) are mapped
-    and take no memory of their own.
+    block sharing it, `_MAX_DECODED_BLOCKS` blocks, and `_FINISHED_BYTES` of batches for each lane. A lane that has not
+    been asked for during two rounds of all lanes has moved to another worker and is forgotten. Blocks in the warm cache
+    (`data.warm_cache_bytes`) are mapped and take no memory of their own.
+
+    With `ahead_bytes` the windows that come next are decoded in a thread meanwhile, and their blocks take as much more;
+    such a reader must be closed, or its reading ahead ended.
     """
 
-    def __init__(self, source: Source | MixedSource, *, warm: WarmCache | None = None) -> None:
+    def __init__(self, source: Source | MixedSource, *, warm: WarmCache | None = None, ahead_bytes: int = 0) -> None:
         """`warm`: by default a cache of the size that the job's data setting says, if it says any."""
         self.source = source
         limit_bytes = source.spec.warm_cache_bytes
         if warm is None and limit_bytes:
             warm = WarmCache(cache_root(), source.content, limit_bytes)
         self.warm, self.meter = warm, Meter()
-        self._lock = threading.Lock()
-        self._windows: dict[tuple[int, int], _Loaded] = {}  # by (lane, source of a mixture)
-        self._living: weakref.WeakValueDictionary[int, _Block] = weakref.WeakValueDictionary()
-        self._recent: OrderedDict[int, _Block] = OrderedDict()
+        self._lock = threading.Lock()  # of `batch`; taken before the others
+        self._order_lock = threading.Lock()  # of the source's order, which keeps what it has computed last
+        self._blocks_lock = threading.Lock()  # of the blocks and the source's files
+        self._windows: dict[Place, Loaded] = {}
+        self._prepared: dict[int, tuple[int, deque[Batch]]] = {}  # by lane: a step, and the batches from it on
+        self._finished_row_bytes = _FINISHED_BYTES
+        self._living: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()
+        self._recent: OrderedDict[int, Block] = OrderedDict()
         self._last_use: OrderedDict[int, int] = OrderedDict()  # by lane, the one that was longest idle first
         self._calls = 0
         self._closed = False
+        self._ahead = Ahead(self._load_ahead, self._after, self._steps_of, ahead_bytes) if ahead_bytes else None
         self.blocks_decoded = 0  # how often a block was read, for tests and for tuning
 
     def batch(self, step: int, lane: int) -> Batch:
@@ -132,20 +87,58 @@ class LaneReader:
         each sample, have come the same way as the rows. Raises DataError (see `Source.read_block`), IndexError for a
         lane or step that does not exist.
         """
-        with self._lock, self.meter.stage("pack"):
+        with self._lock:
             if self._closed:
                 raise RuntimeError("the LaneReader is closed")
             self._calls += 1
-            parts = [self._load(window).rows(start, stop) for window, start, stop in self.source.spans(step, lane)]
-            self._forget_idle_lanes(lane)
-            batch = {name: _join([arrays[name] for arrays, _ in parts], name) for name in parts[0][0]}
-            return Batch(self.source.finish(step, lane, batch), np.concatenate([ids for _, ids in parts]))
+            self._last_use[lane] = self._calls
+            self._last_use.move_to_end(lane)
+            at, prepared = self._prepared.get(lane, (-1, None))
+            if prepared and at == step:
+                batch = prepared.popleft()
+                self._prepared[lane] = (step + 1, prepared)
+            else:
+                batch = self._make(step, lane)
+            self._forget_idle_lanes()
+            return batch
+
+    def expect(self, places: Iterable[tuple[int, int]]) -> None:
+        """Say which (step, lane) are asked for next, in order: their windows are read ahead, and those of other lanes
+        are not any more. Does nothing without `ahead_bytes`; does not wait for anything that is being read.
+        """
+        if self._ahead is None:
+            return
+        first: dict[int, int] = {}
+        for step, lane in places:
+            first.setdefault(lane, step)
+        needed: list[tuple[int, Window]] = []
+        with self._order_lock:
+            for lane, step in first.items():
+                at, prepared = self._prepared.get(lane, (-1, None))
+                if at == step and prepared:  # the lane goes on as it has
+                    continue
+                try:
+                    windows = [window for window, _, _ in self.source.spans(step, lane)]
+                except (DataError, IndexError):  # who asks for that batch gets it
+                    continue
+                for window in windows:
+                    loaded = self._windows.get(place_of(window))
+                    if loaded is None or loaded.key != key_of(window):
+                        needed.append((step, window))
+        self._ahead.expect(needed, first)
+
+    def end_ahead(self) -> None:
+        """End reading ahead, and wait for its thread; batches come as before. May be called twice."""
+        if self._ahead is not None:
+            self._ahead.close()
 
     def close(self) -> None:
         """Close all files and drop what is decoded; may be called twice."""
-        with self._lock:
+        self.end_ahead()
+        with self._lock, self._blocks_lock:
             self._closed = True
             self._windows.clear()
+            self._prepared.clear()
             self._recent.clear()
             self.source.close()
 
@@ -153,28 +146,83 @@ class LaneReader:
     def facts(self) -> ReaderFacts:
         return ReaderFacts(self.blocks_decoded, self.warm.hits if self.warm else 0)
 
-    def _load(self, window: Window) -> _Loaded:
-        key = (window.epoch, window.number)
-        place = (window.lane, window.source)
+    def _make(self, step: int, lane: int) -> Batch:
+        self._prepared.pop(lane, None)
+        with self._order_lock:
+            spans = list(self.source.spans(step, lane))
+        if len(spans) == 1:
+            window, start, stop = spans[0]
+            loaded = self._load(window, step, start)
+            with self.meter.stage("pack"):
+                return self._cut(step, lane, loaded, (start, stop), self.source.batches_in(window, start))
+        parts = []
+        for window, start, stop in spans:
+            loaded = self._load(window, step, start)
+            with self.meter.stage("pack"):
+                parts.append(loaded.rows(start, stop))
+            del loaded  # its memory goes before the next window comes
+        with self.meter.stage("pack"):
+            batch = {name: join([arrays[name] for arrays, _ in parts], name) for name in parts[0][0]}
+            return Batch(self.source.finish(step, lane, batch), np.concatenate([ids for _, ids in parts]))
+
+    def _cut(self, step: int, lane: int, loaded: Loaded, rows: tuple[int, int], batches: int) -> Batch:
+        """Make a batch, and as many of the `batches` that lie in a row as shall be made in one go."""
+        start, size = rows[0], rows[1] - rows[0]
+        count = max(1, min(batches, _FINISHED_BYTES // (size * self._finished_row_bytes)))
+        arrays, ids = loaded.rows(start, start + count * size)
+        arrays = self.source.finish(step, lane, arrays)
+        self._finished_row_bytes = max(1, sum(array.nbytes for array in arrays.values()) // (count * size))
+        if count == 1:
+            return Batch(arrays, ids)
+        cuts = [slice(at, at + size) for at in range(0, count * size, size)]
+        first, *others = [Batch({name: array[cut] for name, array in arrays.items()}, ids[cut]) for cut in cuts]
+        self._prepared[lane] = (step + 1, deque(others))
+        return first
+
+    def _load(self, window: Window, step: int, start: int) -> Loaded:
+        place = place_of(window)
         loaded = self._windows.get(place)
-        if loaded is None or loaded.key != key:
+        if loaded is None or loaded.key != key_of(window):
             self._windows.pop(place, None)  # its memory goes before the next window comes
-            loaded = _Loaded(self.source, window, [self._block(piece.block) for piece in window.pieces])
+            loaded = self._ahead.take(window) if self._ahead else None
+            if loaded is None:
+                loaded = Loaded(self.source, window, [self._block(piece.block) for piece in window.pieces])
             self._windows[place] = loaded
+            if self._ahead:
+                left = 1 - start / (window.stop - window.start)
+                self._ahead.follow(window, step + left * self._steps_of(window, step))
         return loaded
 
-    def _block(self, number: int) -> _Block:
-        block = self._living.get(number)
-        if block is None:
-            while len(self._recent) >= _MAX_DECODED_BLOCKS:
+    def _load_ahead(self, window: Window) -> Loaded:
+        assert self._ahead is not None
+        blocks = []
+        for piece in window.pieces:
+            self._ahead.check()
+            blocks.append(self._block(piece.block))
+        return Loaded(self.source, window, blocks)
+
+    def _after(self, window: Window) -> Window:
+        with self._order_lock:
+            return self.source.after(window)
+
+    def _steps_of(self, window: Window, step: int) -> float:
+        """For how many steps a window lasts."""
+        rows = self.source.rows_per_step(window, step)
+        return (window.stop - window.start) / rows if rows else math.inf
+
+    def _block(self, number: int) -> Block:
+        with self._blocks_lock:
+            block = self._living.get(number)
+            if block is None:
+                while len(self._recent) >= _MAX_DECODED_BLOCKS:
+                    self._recent.popitem(last=False)
+                block = Block(number, self._read(number))
+                self._living[number] = block
+            self._recent[number] = block
+            self._recent.move_to_end(number)
+            while len(self._recent) > _MAX_DECODED_BLOCKS:
                 self._recent.popitem(last=False)
-            block = _Block(number, self._read(number))
-            self._living[number] = block
-        self._recent[number] = block
-        self._recent.move_to_end(number)
-        while len(self._recent) > _MAX_DECODED_BLOCKS:
-            self._recent.popitem(last=False)
-        return block
+            return block
 
     def _read(self, number: int) -> Arrays:
         if self.warm is not None:
@@ -190,26 +238,10 @@ class LaneReader:
                 self.warm.store(number, arrays)
         return arrays
 
-    def _forget_idle_lanes(self, used: int) -> None:
+    def _forget_idle_lanes(self) -> None:
         """Of a lane in use every window is kept: a rare source of a mixture waits for its turn."""
-        self._last_use[used] = self._calls
-        self._last_use.move_to_end(used)
         while (idle := next(iter(self._last_use.items())))[1] < self._calls - 2 * self.source.lanes:
             del self._last_use[idle[0]]
+            self._prepared.pop(idle[0], None)
             for place in [place for place in self._windows if place[0] == idle[0]]:
                 del self._windows[place]
-
-
-def _check_shapes(parts: list[npt.NDArray[Any]], name: str) -> None:
-    shapes = sorted({part.shape[1:] for part in parts})
-    if len(shapes) > 1:
-        raise DataError(
-            f"column {name!r}: rows of different shapes {shapes} in two row groups. Expected lists of equal "
-            "length in all files. Pad them before, or leave the column out of data.columns"
-        )
-
-
-def _join(parts: list[npt.NDArray[Any]], name: str) -> npt.NDArray[Any]:
-    """Join rows of several windows."""
-    _check_shapes(parts, name)
-    return np.concatenate(parts) if len(parts) > 1 else parts[0]

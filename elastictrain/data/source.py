@@ -145,6 +145,19 @@ class Source:
         """Yield the windows that batch `step` of `lane` touches, each with its `[start, stop)` in the window."""
         return self.order.spans(step, lane)
 
+    def batches_in(self, window: Window, start: int) -> int:
+        """Return how many batches in a row, the first of them at place `start` of a window, it surely holds."""
+        return self.order.batches_in(window, start)
+
+    def after(self, window: Window) -> Window:
+        """Return the window that follows in a window's lane."""
+        return self.order.after(window)
+
+    def rows_per_step(self, window: Window, step: int) -> float:
+        """Return how many rows of the window's source a lane uses in a step, on average."""
+        del window, step
+        return self.order.lane_batch_size
+
     def finish(self, step: int, lane: int, batch: Arrays) -> Arrays:
         """Turn the gathered rows of a batch, arrays of its own, into what a recipe gets."""
         del step, lane

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from itertools import count, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +12,6 @@ from torch.utils.data import IterableDataset, get_worker_info
 from elastictrain.data.feeder import Feeder
 from elastictrain.data.mixed import MixedSource, open_mixture
 from elastictrain.data.mixture import Segment, join_plans
-from elastictrain.data.reader import LaneReader
 from elastictrain.data.source import Source, open_source
 from elastictrain.data_settings import Mixture
 from elastictrain.errors import ConfigError, DataError
@@ -22,7 +20,8 @@ if TYPE_CHECKING:
     from elastictrain.data_settings import Data
 
 STATE_VERSION = 1
-_STEPS_AHEAD = 2
+_STEPS_AHEAD = 64
+"""Steps whose batches are named to the feeder; how many of them it has ready follows from its bytes."""
 
 
 class Stream(IterableDataset[dict[str, torch.Tensor]]):
@@ -76,10 +75,12 @@ class Stream(IterableDataset[dict[str, torch.Tensor]]):
         last = None
         if self._epochs is not None and isinstance(self.source, Source):
             last = self._epochs * self.source.steps_per_epoch
-        with Feeder(LaneReader(self.source), self._device, budget_bytes=self._spec.prefetch_bytes) as feeder:
+        with Feeder.of(self.source, self._device) as feeder:
+            expected = self._step
             while last is None or self._step < last:
-                places = ((step, lane) for step in count(self._step) for lane in self._mine)
-                feeder.expect(islice(places, (_STEPS_AHEAD + 1) * len(self._mine)))
+                if self._step + _STEPS_AHEAD // 2 >= expected:
+                    expected = self._step + _STEPS_AHEAD if last is None else min(last, self._step + _STEPS_AHEAD)
+                    feeder.expect((step, lane) for step in range(self._step, expected) for lane in self._mine)
                 parts = [feeder.batch(self._step, lane) for lane in self._mine]
                 self._step += 1
                 yield {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

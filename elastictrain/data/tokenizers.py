@@ -7,6 +7,8 @@ end-of-document token; an empty or null document gives that token alone.
 from __future__ import annotations
 
 import hashlib
+import weakref
+from collections import deque
 from typing import Any, Protocol
 
 import fsspec
@@ -20,6 +22,10 @@ from elastictrain.errors import DataError
 
 # Names that widely used vocabularies give to the end of a document, the most specific first.
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+
+
+_LONG_DOCUMENT_BYTES = 2048
+"""From this length on, on average, a copy for each document is cheaper than a mask over all tokens."""
 
 
 class Tokenizer(Protocol):
@@ -45,13 +51,19 @@ class BytesTokenizer:
     vocabulary_size = 257
     end_of_document = 256
 
+    def __init__(self) -> None:
+        self._buffers = Buffers()
+
     def encode(self, documents: pa.ChunkedArray) -> TokenArray:
         """Return uint16 tokens; see the class."""
         return self.encode_with_offsets(documents)[0]
 
     def encode_with_offsets(self, documents: pa.ChunkedArray) -> tuple[TokenArray, npt.NDArray[np.int64]]:
         """See `Tokenizer`."""
-        column = pc.fill_null(documents.cast(pa.large_binary()), b"").combine_chunks()
+        column = documents.cast(pa.large_binary())
+        if column.null_count:  # what lies under a null is no text
+            column = pc.fill_null(column, b"")
+        column = column.combine_chunks()
         if isinstance(column, pa.ChunkedArray):  # an empty chunked array stays chunked in some versions
             column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], pa.large_binary())
         count = len(column)
@@ -61,12 +73,49 @@ class BytesTokenizer:
         offsets = np.frombuffer(offsets_buffer, dtype=np.int64)[column.offset : column.offset + count + 1]
         first, last = int(offsets[0]), int(offsets[-1])
         data = np.frombuffer(data_buffer, dtype=np.uint8)[first:last] if last > first else np.zeros(0, np.uint8)
-        tokens = np.full(len(data) + count, self.end_of_document, dtype=np.uint16)
-        is_byte = np.ones(len(tokens), dtype=bool)
         starts = offsets - first + np.arange(count + 1)  # of the documents, an end of document after each
-        is_byte[starts[1:] - 1] = False
-        tokens[is_byte] = data
+        tokens: npt.NDArray[np.uint16] = self._buffers.take(2 * (len(data) + count)).view(np.uint16)
+        _fill(tokens, data, starts[1:] - 1, self.end_of_document)
         return tokens, starts
+
+
+class Buffers:
+    """Memory for arrays of many megabytes, used again when whoever had it has let go of it, views of it too.
+
+    To get such memory fresh means that the kernel maps and clears it, which takes longer than to write tokens to it.
+    """
+
+    def __init__(self, kept: int = 2) -> None:
+        """`kept`: how many lie free at most; they are of about one size, that of a block."""
+        self._free: deque[npt.NDArray[np.uint8]] = deque(maxlen=kept)
+
+    def take(self, size: int) -> npt.NDArray[np.uint8]:
+        """Return an array of `size` bytes of any content."""
+        try:
+            memory = self._free.popleft()
+        except IndexError:
+            memory = np.empty(0, dtype=np.uint8)
+        if not size <= memory.nbytes <= 4 * size:
+            memory = np.empty(size + size // 8, dtype=np.uint8)
+        lent = np.frombuffer(memory.data, dtype=np.uint8, count=size)  # what its views refer to, and not `memory`
+        weakref.finalize(lent, self._free.append, memory).atexit = False
+        return lent
+
+
+def _fill(
+    tokens: npt.NDArray[np.uint16], data: npt.NDArray[np.uint8], ends: npt.NDArray[np.int64], end_of_document: int
+) -> None:
+    """Write the bytes of all documents as tokens, each document followed by its end, which lie at `ends`."""
+    if len(data) < _LONG_DOCUMENT_BYTES * len(ends):
+        is_byte = np.ones(len(tokens), dtype=bool)
+        is_byte[ends] = False
+        tokens[is_byte] = data
+    else:  # a copy for each document: it touches no memory but that of the tokens
+        begin = 0
+        for number, end in enumerate(ends.tolist()):
+            tokens[begin:end] = data[begin - number : end - number]
+            begin = end + 1
+    tokens[ends] = end_of_document
 
 
 class HuggingFaceTokenizer:

@@ -22,6 +22,7 @@ import os
 import shutil
 import struct
 import tempfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ _ORDER_ONLY = (
 )  # fmt: skip
 """Keys of a fingerprint that say in which order samples come, and those that others imply."""
 _NUMBERS = "biuf"
+_MAPPED_BLOCKS = 4096
+"""Files that stay mapped; a process may have 65,530 of them by default."""
 
 _log = logging.getLogger(__name__)
 
@@ -68,13 +71,29 @@ class WarmCache:
     def __init__(self, root: Path, fingerprint: Mapping[str, Any], limit_bytes: int) -> None:
         self.root, self.folder, self.limit_bytes = root, root / cache_key(fingerprint), limit_bytes
         self._full = False
+        self._mapped: OrderedDict[int, Arrays] = OrderedDict()  # those that were used least recently first
         self.hits = self.stored = self.damaged = 0
 
     def load(self, block: int) -> Arrays | None:
-        """Return the arrays of a block, read-only and mapped from its file; None if it is not there."""
+        """Return the arrays of a block, read-only and mapped from its file; None if it is not there.
+
+        A block that was opened stays mapped, which takes no memory that the kernel could not use otherwise: a second
+        epoch neither opens nor checks it again.
+        """
+        arrays = self._mapped.pop(block, None)
+        if arrays is None:
+            arrays = self._open(block)
+            while len(self._mapped) >= _MAPPED_BLOCKS:
+                self._mapped.popitem(last=False)
+        if arrays is not None:
+            self._mapped[block] = arrays
+            self.hits += 1
+        return arrays
+
+    def _open(self, block: int) -> Arrays | None:
         path = self._path(block)
         try:
-            arrays = _open(path, block)
+            return _open(path, block)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -85,8 +104,6 @@ class WarmCache:
             except OSError:
                 self._full = True
             return None
-        self.hits += 1
-        return arrays
 
     def store(self, block: int, arrays: Arrays) -> bool:
         """Write a block; False if it was not: no room, arrays that are no numbers, a folder that cannot be written."""

@@ -16,7 +16,7 @@ from itertools import pairwise
 
 import torch
 
-from elastictrain.data import LaneReader, MixedSource, Source
+from elastictrain.data import MixedSource, Source
 from elastictrain.data.feeder import Feeder
 from elastictrain.data.stages import first_stage, open_stage, stage_of
 from elastictrain.engine.collective import Rendezvous
@@ -139,7 +139,7 @@ class WorkerHost:
         return open_stage(self.job, stage, [one for one in self.stages if one.index < stage.index])
 
     def _feeder(self, source: Source | MixedSource, device: torch.device) -> Feeder:
-        return Feeder(LaneReader(source), device, budget_bytes=self.job.data.prefetch_bytes)
+        return Feeder.of(source, device)
 
     @property
     def store(self) -> str:

@@ -210,3 +210,60 @@ def test_the_wait_for_a_batch_is_told_by_stage() -> None:
         feeder.expect([(0, 1)])
         reader.wait_for_reads(2)
         assert set(feeder.batch(0, 1).waited) <= {"other"}, "it was read before anybody waited"
+
+
+def test_the_thread_goes_on_when_half_of_what_lay_ready_has_gone() -> None:
+    feeder = feeder_of(FakeReader(), budget_bytes=4 * BATCH_BYTES)
+    feeder.close()
+    batch = feeder._read((0, 0))
+    assert batch.bytes == feeder._usual_bytes or feeder._usual_bytes == 0
+    feeder._usual_bytes = batch.bytes
+    full = {}
+    for rests in (False, True):
+        feeder._rests = rests
+        for count in range(5):
+            feeder._ready = {(0, lane): batch for lane in range(count)}
+            feeder._ready_bytes = count * BATCH_BYTES
+            full[rests, count] = feeder._is_full()
+    assert [full[False, count] for count in range(5)] == [False, False, False, False, True]
+    assert [full[True, count] for count in range(5)] == [False, False, False, True, True]
+
+
+def test_who_has_waited_for_a_while_is_woken_by_the_batch() -> None:
+    reader = FakeReader()
+    reader.gates[0, 0] = threading.Event()
+    with feeder_of(reader) as feeder:
+        plain, sleeps = feeder._changed.wait, threading.Event()
+
+        def wait(timeout: float | None = None) -> bool:
+            if feeder._impatient:
+                sleeps.set()
+            return plain(timeout)
+
+        feeder._changed.wait = wait  # type: ignore[method-assign]
+        feeder.expect([(0, 0), (0, 1)])
+        reader.wait_for_reads(1)
+        found: list[list[int]] = []
+        caller = threading.Thread(target=lambda: found.append(feeder.batch(0, 0)["x"].tolist()), daemon=True)
+        caller.start()
+        assert sleeps.wait(30)
+        reader.gates[0, 0].set()
+        caller.join(30)
+        assert found == [[0, 0]]
+        assert feeder._impatient == 0
+
+
+def test_a_feeder_of_its_own_gives_the_same_bits_and_shares_the_budget(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"n": np.arange(400)}), tmp_path / "a.parquet", row_group_size=20)
+    spec = Data(kind="parquet", path=str(tmp_path), prefetch_bytes=4000)
+    source = open_source(spec, seed=1, lanes=3, lane_batch_size=2)
+    plain = LaneReader(open_source(spec, seed=1, lanes=3, lane_batch_size=2))
+    places = [(step, lane) for step in range(2 * source.steps_per_epoch) for lane in range(3)]
+    with Feeder.of(source) as feeder:
+        assert feeder._budget_bytes == 1000
+        assert feeder._reader._ahead is not None
+        assert feeder._reader._ahead._budget_bytes == 3000
+        for at, place in enumerate(places):
+            if at % 17 == 0:
+                feeder.expect(places[at : at + 40])
+            assert feeder.batch(*place)["n"].tolist() == plain.batch(*place)["n"].tolist()

@@ -65,19 +65,44 @@ def test_any_damaged_byte_is_seen_and_the_file_goes(tmp_path: Path) -> None:
     zeros = {at for at in range(len(whole)) if whole[at] == 0}
     for at in content:
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x40]) + whole[at + 1 :])
-        if (found := warm.load(3)) is not None:
+        if (found := cache(tmp_path).load(3)) is not None:
             assert at in zeros, "only padding may differ"
             same(found, ARRAYS)
         else:
             assert not path.exists()
     for cut in (0, 5, 31, 100, len(whole) - 1):
         path.write_bytes(whole[:cut])
-        assert warm.load(3) is None
+        assert cache(tmp_path).load(3) is None
         assert not path.exists()
     path.write_bytes(whole + b"x")
-    assert warm.load(3) is None
+    assert cache(tmp_path).load(3) is None
     (warm.folder / "block-00000004").write_bytes(whole)  # a block under another one's name
-    assert warm.load(4) is None
+    assert cache(tmp_path).load(4) is None
+
+
+def test_a_block_that_was_opened_stays_mapped_and_a_new_process_checks_it_again(tmp_path: Path) -> None:
+    cache(tmp_path).store(3, ARRAYS)
+    warm = cache(tmp_path)
+    first = warm.load(3)
+    (path,) = warm.folder.iterdir()
+    whole = path.read_bytes()
+    path.unlink()
+    same(warm.load(3), ARRAYS)
+    assert warm.load(3) is first
+    assert warm.hits == 3
+    path.write_bytes(whole[:-3])
+    assert cache(tmp_path).load(3) is None
+
+
+def test_no_more_blocks_stay_mapped_than_a_process_may_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("elastictrain.data.warm._MAPPED_BLOCKS", 2)
+    warm = cache(tmp_path)
+    for block in range(4):
+        warm.store(block, ARRAYS)
+    for block in (0, 1, 0, 2, 3):
+        same(warm.load(block), ARRAYS)
+    assert list(warm._mapped) == [2, 3]
+    same(warm.load(0), ARRAYS)
 
 
 def test_what_is_no_number_is_not_stored(tmp_path: Path) -> None:

@@ -1,0 +1,165 @@
+"""Windows that are decoded before anybody asks for them, in a thread, within a budget of bytes.
+
+Without this a lane that comes to the end of its window waits for the next one to be decoded, and as the lanes of a
+source come there at about the same step, all of them wait then and none of them later. So the window that follows the
+current one is decoded meanwhile, that of the lane which will need it first before the others.
+
+What is decoded here is only ever early: who asks for a window that is not here, or whose reading failed here, reads it
+and gets the error that belongs to it.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from elastictrain.data.order import Window
+from elastictrain.data.windows import Key, Loaded, Place, key_of, place_of
+
+_JOIN_S = 60.0
+_LOOK_S = 1.0
+
+
+class Ended(Exception):
+    """The thread was told to end while it was reading."""
+
+
+@dataclass(slots=True)
+class _Coming:
+    window: Window
+    due: float  # the step that needs it
+    reading: bool = False
+    loaded: Loaded | None = None
+
+
+class Ahead:
+    """Reads windows in the order in which they are needed. Thread-safe.
+
+    `load` reads one; it is called in the thread, and may call `check`. `after` says which one follows in a lane, and
+    `steps_of` for how many steps a window lasts that is begun at some step. `budget_bytes`: what the blocks of windows
+    that nobody uses yet may take; one window may always be ready, whatever its size.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[Window], Loaded],
+        after: Callable[[Window], Window],
+        steps_of: Callable[[Window, int], float],
+        budget_bytes: int,
+    ) -> None:
+        if budget_bytes < 1:
+            raise ValueError(f"budget_bytes is {budget_bytes}; expected at least 1")
+        self._load, self._after, self._steps_of, self._budget_bytes = load, after, steps_of, budget_bytes
+        self._changed = threading.Condition()
+        self._coming: dict[Place, dict[Key, _Coming]] = {}
+        self._largest_bytes = 0  # block that was seen
+        self._ended = False
+        self._thread: threading.Thread | None = None
+
+    def expect(self, needed: Iterable[tuple[int, Window]], lanes: Iterable[int]) -> None:
+        """Say which windows are needed at which steps. Of lanes that are not among `lanes` nothing is kept."""
+        kept = set(lanes)
+        with self._changed:
+            for place in [place for place in self._coming if place[0] not in kept]:
+                del self._coming[place]
+            for step, window in needed:
+                self._add(window, step)
+            self._changed.notify_all()
+
+    def take(self, window: Window) -> Loaded | None:
+        """Return a window if it is here, waiting for it while it is being read; None if the caller must read it."""
+        place, key = place_of(window), key_of(window)
+        with self._changed:
+            here = self._coming.get(place, {})
+            while (coming := here.get(key)) is not None and coming.reading and not self._ended:
+                self._changed.wait(_LOOK_S)
+            for passed in [one for one in here if one <= key]:
+                del here[passed]
+            self._changed.notify_all()
+        return coming.loaded if coming is not None else None
+
+    def follow(self, window: Window, due: float) -> None:
+        """Say that a window is being used, until step `due`: those after it are wanted."""
+        following = self._after(window)
+        with self._changed:
+            if key_of(following) not in self._coming.get(place_of(window), {}):
+                self._coming[place_of(window)] = {}
+                self._add(following, due)
+            self._changed.notify_all()
+
+    def check(self) -> None:
+        """Raise Ended if the thread shall end."""
+        if self._ended:
+            raise Ended
+
+    def close(self) -> None:
+        """End the thread and drop what was read; may be called twice."""
+        with self._changed:
+            self._ended = True
+            self._coming.clear()
+            self._changed.notify_all()
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(_JOIN_S)
+
+    @property
+    def ready(self) -> list[Loaded]:
+        """The windows that lie ready."""
+        with self._changed:
+            return [coming.loaded for coming in self._all() if coming.loaded is not None]
+
+    def _all(self) -> list[_Coming]:
+        return [coming for here in self._coming.values() for coming in here.values()]
+
+    def _add(self, window: Window, due: float) -> None:
+        if self._ended or math.isinf(due):
+            return
+        self._coming.setdefault(place_of(window), {}).setdefault(key_of(window), _Coming(window, due))
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="elastictrain-ahead", daemon=True)
+            self._thread.start()
+
+    def _next(self) -> _Coming | None:
+        """The window to read now: the one that is needed first, if the budget has room for it."""
+        everything = self._all()
+        queued = [coming for coming in everything if coming.loaded is None and not coming.reading]
+        if not queued:
+            return None
+        first = min(queued, key=lambda coming: coming.due)
+        taken = {block.number: block.bytes for c in everything if c.loaded is not None for block in c.loaded.blocks}
+        more = {piece.block for piece in first.window.pieces} - taken.keys()
+        if taken and sum(taken.values()) + len(more) * self._largest_bytes > self._budget_bytes:
+            return None
+        return first
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._ended and (coming := self._next()) is None:
+                    self._changed.wait()  # ended by expect, take, follow or close; nobody waits for this thread here
+                if self._ended:
+                    return
+                assert coming is not None
+                coming.reading = True
+            loaded = following = None
+            try:
+                loaded = self._load(coming.window)
+                following = self._after(coming.window)
+            except Exception:  # who asks for the window reads it, and gets the error if there still is one
+                loaded = None
+            with self._changed:
+                self._done(coming, loaded, following)
+
+    def _done(self, coming: _Coming, loaded: Loaded | None, following: Window | None) -> None:
+        here = self._coming.get(place_of(coming.window), {})
+        coming.reading = False
+        if here.get(key_of(coming.window)) is coming:
+            if loaded is None or following is None:
+                del here[key_of(coming.window)]
+            else:
+                coming.loaded = loaded
+                self._largest_bytes = max(self._largest_bytes, *(block.bytes for block in loaded.blocks))
+                self._add(following, coming.due + self._steps_of(coming.window, int(coming.due)))
+        self._changed.notify_all()
