@@ -234,7 +234,7 @@ def _schema_of(parts: list[dict[str, Any]]) -> pa.Schema | None:
             continue
         found = pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(part["schema"])))
         if schema is not None and found != schema:
-            raise types_differ(f"part {part['part']} of the input", found, schema, "other columns or types")
+            raise types_differ(f"part {part['part']} of the input", found, schema)
         schema = schema or found
     return schema
 

@@ -95,12 +95,10 @@ class _Collected:
         self.holes: list[list[Any]] = []
 
     def add(self, table: pa.Table, where: str) -> None:
+        table = table.replace_schema_metadata()
         if self._schema is None:
-            self._schema = table.schema.remove_metadata()
-        try:
-            table = table.cast(self._schema)
-        except (pa.ArrowException, ValueError) as error:
-            raise types_differ(where, table.schema, self._schema, error) from error
+            self._schema = table.schema
+        table = _as_before(table, self._schema, where)
         if table.num_rows:
             self._tables.append(table)
             self._bytes += table.nbytes
@@ -138,11 +136,21 @@ def bytes_of_slots(table: pa.Table, edges: np.ndarray[Any, Any]) -> np.ndarray[A
     return np.asarray([max(1, table.slice(a, b - a).nbytes) if b > a else 0 for a, b in pairs], dtype=np.int64)
 
 
-def types_differ(where: str, got: pa.Schema, expected: pa.Schema, error: object) -> DataError:
+def _as_before(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
+    """The table with the columns of the rows before; a column of nulls alone takes any type. Raises DataError."""
+    same = table.column_names == schema.names and all(
+        kind in (expected, pa.null()) for kind, expected in zip(table.schema.types, schema.types, strict=True)
+    )
+    if not same:
+        raise types_differ(where, table.schema, schema)
+    return table.cast(schema)
+
+
+def types_differ(where: str, got: pa.Schema, expected: pa.Schema) -> DataError:
     """Of what `map` returned here and before."""
     before, now = (show_schema(pair for pair in as_pairs(one) if pair[0] not in HELPERS) for one in (expected, got))
     return DataError(
-        f"{where}: the columns are not those of the rows before: got {now}; expected {before} ({error}). map must "
+        f"{where}: the columns are not those of the rows before: got {now}; expected {before}. map must "
         "return the same columns and types for all rows"
     )
 

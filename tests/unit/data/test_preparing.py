@@ -1,0 +1,489 @@
+"""`elastictrain data prepare` without Ray: what is written, and that it does not depend on how."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import elastictrain as et
+from elastictrain.data import LaneReader, open_data
+from elastictrain.data.preparing.driver import in_this_process, prepare_data
+from elastictrain.data.preparing.part import TRIES
+from elastictrain.data.tokenizers import BytesTokenizer
+from elastictrain.errors import ClusterError, ConfigError, DataError
+from elastictrain.prepare_settings import parse_preparation
+from tests.support.preparing import (
+    DIFFERENT,
+    DOCUMENTS,
+    Interrupted,
+    StopsAfter,
+    backwards,
+    bytes_in,
+    rows_in,
+    settings_for,
+    text_of,
+    write_input,
+)
+
+HERE = "tests.support.preparing"
+
+
+def test_every_row_is_written_once_in_another_order(tmp_path: Path) -> None:
+    settings = settings_for(write_input(tmp_path / "in"), tmp_path / "out")
+    index = prepare_data(settings)
+    rows = rows_in(tmp_path / "out")
+    assert sorted(row["n"] for row in rows) == list(range(DOCUMENTS))
+    assert all(row["text"] == text_of(row["n"]) for row in rows)
+    order = [row["n"] for row in rows]
+    assert order != sorted(order)
+    # Uniformly shuffled: neighbours are a third of the rows apart in the mean, with 3 % of standard error.
+    assert 0.27 < np.abs(np.diff(order)).mean() / DOCUMENTS < 0.40
+    assert index["counts"]["read"] == index["counts"]["rows"] == DOCUMENTS
+    assert len(index["files"]) > 3
+    assert len(index["plan"]["parts"]) > 3
+    assert not (tmp_path / "out" / "_work").exists()
+    assert json.loads((tmp_path / "out" / "_index.json").read_text()) == index
+    assert [file["name"] for file in index["files"]] == sorted(p.name for p in (tmp_path / "out").glob("*.parquet"))
+
+
+def test_the_seed_decides_the_order_and_the_size_of_parts_does_not(tmp_path: Path) -> None:
+    source = write_input(tmp_path / "in")
+    orders = []
+    for number, more in enumerate(({}, {"part_bytes": 700}, {"part_bytes": 1 << 20}, {"batch_rows": 3}, {"seed": 6})):
+        prepare_data(settings_for(source, tmp_path / str(number), **more))
+        orders.append([row["n"] for row in rows_in(tmp_path / str(number))])
+    assert orders[0] == orders[1] == orders[2] == orders[3] != orders[4]
+
+
+@pytest.mark.parametrize("deduplicate", ["no", "exact"])
+def test_the_same_bytes_whatever_the_order_of_the_work(tmp_path: Path, deduplicate: str) -> None:
+    source, out = write_input(tmp_path / "in"), tmp_path / "out"
+    settings = settings_for(source, out, deduplicate=deduplicate, tokenizer="bytes")
+    prepare_data(settings)
+    out.rename(tmp_path / "first")
+    prepare_data(settings, backwards)
+    assert bytes_in(out) == bytes_in(tmp_path / "first")
+
+
+def test_interrupted_after_any_unit_and_taken_up_it_writes_the_same_bytes(tmp_path: Path) -> None:
+    source, out = write_input(tmp_path / "in"), tmp_path / "out"
+    settings = settings_for(source, out, deduplicate="exact", map=f"{HERE}:lower", part_bytes=4000, file_bytes=6000)
+    index = prepare_data(settings)
+    out.rename(tmp_path / "undisturbed")
+    units = len(index["plan"]["parts"]) + len(index["files"])
+    assert units > 5
+    for after in range(units):
+        with pytest.raises(Interrupted):
+            prepare_data(settings, StopsAfter(after))
+        done: list[int] = []
+
+        def counting(new_maker: Any, numbers: Any, done: list[int] = done) -> Any:
+            done.extend(numbers)
+            return in_this_process(new_maker, numbers)
+
+        assert prepare_data(settings, counting, resume=True)["digest"] == index["digest"]
+        assert len(done) == units - after, "only what was unfinished is done"
+        assert bytes_in(out) == bytes_in(tmp_path / "undisturbed")
+        out.rename(tmp_path / f"after-{after}")
+
+
+def test_a_finished_preparation_taken_up_is_left_as_it_is(tmp_path: Path) -> None:
+    settings = settings_for(write_input(tmp_path / "in"), tmp_path / "out")
+    index = prepare_data(settings)
+    before = bytes_in(tmp_path / "out")
+
+    def nothing(*_: Any) -> Any:
+        raise AssertionError("there is nothing to do")
+
+    assert prepare_data(settings, nothing, resume=True) == index
+    assert bytes_in(tmp_path / "out") == before
+
+
+def test_what_was_lost_since_is_made_again(tmp_path: Path) -> None:
+    settings = settings_for(write_input(tmp_path / "in"), tmp_path / "out")
+    index = prepare_data(settings)
+    (tmp_path / "out").rename(tmp_path / "undisturbed")
+    parts = len(index["plan"]["parts"])
+    with pytest.raises(Interrupted):
+        prepare_data(settings, StopsAfter(parts + 2))
+    next((tmp_path / "out" / "_work").glob("*.run")).unlink()
+    (tmp_path / "out" / "part-000001.parquet").write_bytes(b"cut short")
+    prepare_data(settings, resume=True)
+    assert bytes_in(tmp_path / "out") == bytes_in(tmp_path / "undisturbed")
+
+
+def test_a_damaged_run_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    settings = settings_for(write_input(tmp_path / "in"), tmp_path / "out")
+    parts = prepare_data(settings.model_copy(update={"out": str(tmp_path / "plan")}))["plan"]["parts"]
+    with pytest.raises(Interrupted):
+        prepare_data(settings, StopsAfter(len(parts)))
+    run = sorted((tmp_path / "out" / "_work").glob("*.run"))[0]
+    content = bytearray(run.read_bytes())
+    content[-20] ^= 1
+    run.write_bytes(content)
+    with pytest.raises(
+        DataError, match=r"\.run: an intermediate file is missing or damaged \(slot \d+ differs from"
+    ) as e:
+        prepare_data(settings, resume=True)
+    record = re.search(r"Remove the record of its part \((\S+)\)", str(e.value))
+    assert record is not None
+    (tmp_path / "out" / record[1]).unlink()
+    prepare_data(settings, resume=True)
+    assert sorted(row["n"] for row in rows_in(tmp_path / "out")) == list(range(DOCUMENTS))
+
+
+def test_of_equal_documents_the_first_one_stays(tmp_path: Path) -> None:
+    settings = settings_for(write_input(tmp_path / "in"), tmp_path / "out", deduplicate="exact")
+    index = prepare_data(settings)
+    rows = rows_in(tmp_path / "out")
+    assert sorted(row["n"] for row in rows) == list(range(DIFFERENT))
+    assert index["counts"]["duplicates"] == DOCUMENTS - DIFFERENT
+
+
+def test_what_map_makes_equal_is_one_document(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    pq.write_table(pa.table({"text": ["A", "a", None, "", "b"], "n": [0, 1, 2, 3, 4]}), source / "a.parquet")
+    prepare_data(settings_for(source, tmp_path / "out", deduplicate="exact", map=f"{HERE}:lower"))
+    assert sorted(row["n"] for row in rows_in(tmp_path / "out")) == [0, 2, 4], "a null counts as an empty text"
+
+
+def test_filters_and_maps_that_make_more_rows(tmp_path: Path) -> None:
+    source = write_input(tmp_path / "in")
+    index = prepare_data(settings_for(source, tmp_path / "a", filter=f"{HERE}:even", map=f"{HERE}:twice"))
+    found = [row["n"] for row in rows_in(tmp_path / "a")]
+    assert sorted(found) == sorted([*range(0, DOCUMENTS, 2)] * 2)
+    assert index["counts"] | {"bytes": 0} == {
+        "read": DOCUMENTS, "filtered": DOCUMENTS, "duplicates": 0, "rows": DOCUMENTS, "tokens": None, "bytes": 0,
+    }  # fmt: skip
+    prepare_data(settings_for(source, tmp_path / "b", filter=f"{HERE}:DropsThrees"))
+    assert sorted(row["n"] for row in rows_in(tmp_path / "b")) == [n for n in range(DOCUMENTS) if n % 3]
+
+
+def test_without_a_shuffle_the_order_stays(tmp_path: Path) -> None:
+    settings = settings_for(write_input(tmp_path / "in"), tmp_path / "out", shuffle="none", filter=f"{HERE}:even")
+    assert len(prepare_data(settings)["files"]) > 1
+    assert [row["n"] for row in rows_in(tmp_path / "out")] == list(range(0, DOCUMENTS, 2))
+
+
+def test_tokens_are_those_of_the_tokenizer_and_can_be_trained_on(tmp_path: Path) -> None:
+    source, out = write_input(tmp_path / "in"), tmp_path / "out"
+    prepare_data(settings_for(source, out, tokenizer="bytes"))
+    rows = rows_in(out)
+    assert set(rows[0]) == {"tokens", "n"}
+    for row in rows:
+        assert row["tokens"] == [*text_of(row["n"]).encode(), 256]
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for path in sorted(out.glob("*.parquet")):  # the same documents in the same row groups, as text
+        table = pq.read_table(path)
+        texts = pa.array([text_of(n) for n in table.column("n").to_pylist()])
+        size = pq.ParquetFile(path).metadata.row_group(0).num_rows
+        pq.write_table(pa.table({"text": texts}), raw / path.name, row_group_size=size)
+    common = {"sequence_length": 32, "packing": "best_fit"}
+    tokenised = et.data.parquet(str(out), text_column="tokens", tokenizer=str(out / "_tokenizer.json"), **common)
+    with_text = et.data.parquet(str(raw), text_column="text", **common)
+    readers = [LaneReader(open_data(d, seed=1, lanes=2, lane_batch_size=3)) for d in (tokenised, with_text)]
+    for step in range(readers[0].source.steps_per_epoch):
+        for lane in range(2):
+            one, other = (reader.batch(step, lane) for reader in readers)
+            assert one.keys() == other.keys()
+            assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_tokens_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare_data(settings_for(write_input(tmp_path / "in"), out, tokenizer="bytes"))
+    path = out / "_tokenizer.json"
+    right = json.loads(path.read_text())
+
+    def opened(tokenizer: str = str(path)) -> None:
+        data = et.data.parquet(str(out), text_column="tokens", tokenizer=tokenizer, sequence_length=32)
+        open_data(data, seed=1, lanes=2, lane_batch_size=3).close()
+
+    path.write_text(json.dumps(right | {"end_of_document": 7}))
+    with pytest.raises(DataError, match=r"a document does not end with token 7; data\.tokenizer \S+ is not the one"):
+        opened()
+    path.write_text(json.dumps(right | {"vocabulary_size": 100, "end_of_document": 256}))
+    with pytest.raises(DataError, match=r"tokens from 32 to 256, but data\.tokenizer \S+ has 100"):
+        opened()
+    path.write_text(json.dumps({"elastictrain_tokens": 1}))
+    with pytest.raises(DataError, match=r"is damaged \(KeyError\('vocabulary_size'\)\); prepare the data again"):
+        opened()
+    with pytest.raises(
+        DataError, match=r"the documents are tokens already \(.*\), and data\.tokenizer is bytes; set it"
+    ):
+        opened("bytes")
+    path.write_text(json.dumps(right))
+    data = et.data.parquet(str(tmp_path / "in"), text_column="text", tokenizer=str(path), sequence_length=32)
+    with pytest.raises(
+        DataError, match=r"data\.text_column has type string, and data\.tokenizer \S+ says that it holds"
+    ):
+        open_data(data, seed=1, lanes=2, lane_batch_size=3)
+
+
+def test_sizes_of_row_groups_and_files(tmp_path: Path) -> None:
+    prepare_data(settings_for(write_input(tmp_path / "in"), tmp_path / "out", file_bytes=4000, row_group_bytes=1000))
+    for path in (tmp_path / "out").glob("*.parquet"):
+        file = pq.ParquetFile(path)
+        assert pq.read_table(path).nbytes <= 4200
+        rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        assert max(rows[:-1], default=rows[0]) == min(rows[:-1], default=rows[0]) >= rows[-1]
+        assert all(file.read_row_group(group).nbytes < 1500 for group in range(file.num_row_groups))
+
+
+def test_files_are_told_in_order_as_soon_as_all_before_them_are_there(tmp_path: Path) -> None:
+    told: list[str] = []
+    settings = settings_for(write_input(tmp_path / "in"), tmp_path / "out")
+    there_when_told: list[bool] = []
+
+    def finished(record: dict[str, Any]) -> None:
+        told.append(record["name"])
+        there_when_told.append((tmp_path / "out" / record["name"]).stat().st_size == record["bytes"])
+
+    index = prepare_data(settings, backwards, finished=finished)
+    assert told == [file["name"] for file in index["files"]]
+    assert all(there_when_told)
+    first: list[str] = []
+    prepare_data(
+        settings.model_copy(update={"out": str(tmp_path / "b")}), finished=lambda record: first.append(record["name"])
+    )
+    assert first == told
+
+
+def test_memory_is_given_up_in_runs_when_a_part_grows(tmp_path: Path) -> None:
+    """A part whose rows take more than `part_bytes` in memory has several runs, and the same rows come out."""
+    source = write_input(tmp_path / "in")
+    settings = settings_for(source, tmp_path / "a", part_bytes=1000, map=f"{HERE}:twice")
+    with pytest.raises(Interrupted):
+        prepare_data(settings, StopsAfter(1))
+    record = json.loads((tmp_path / "a" / "_work" / "part-000000.json").read_text())
+    assert len(record["runs"]) > 1
+    prepare_data(settings, resume=True)
+    prepare_data(settings_for(source, tmp_path / "b", part_bytes=1 << 20, map=f"{HERE}:twice"))
+    assert rows_in(tmp_path / "a") == rows_in(tmp_path / "b")
+
+
+# Bad input, and wrong use
+
+
+def refused(settings: Any, kind: type[Exception], words: str, **more: Any) -> None:
+    with pytest.raises(kind, match=words):
+        prepare_data(settings, **more)
+
+
+def test_a_folder_that_is_in_use_is_refused(tmp_path: Path) -> None:
+    source, out = write_input(tmp_path / "in"), tmp_path / "out"
+    settings = settings_for(source, out)
+    with pytest.raises(Interrupted):
+        prepare_data(settings, StopsAfter(1))
+    refused(settings, ConfigError, r"there is an unfinished preparation in it; finish it with --resume, or choose")
+    changed = settings_for(source, out, seed=6, deduplicate="exact")
+    refused(changed, ConfigError, r"\n  deduplicate was 'no' and is now 'exact'\n  seed was 5 and is now 6\n",
+            resume=True)  # fmt: skip
+    prepare_data(settings, resume=True)
+    refused(settings, ConfigError, r"there is a finished preparation in it; choose another folder$")
+    refused(changed, ConfigError, r"seed was 5 and is now 6", resume=True)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "letters.parquet").write_bytes(b"mine")
+    mine = settings_for(source, other)
+    refused(mine, ConfigError, r"the folder holds something else \(letters\.parquet\)")
+    refused(mine, ConfigError, r"the folder holds something else", resume=True)
+    assert (other / "letters.parquet").read_bytes() == b"mine"
+
+
+def test_an_input_or_function_that_changes_in_between_is_refused(tmp_path: Path) -> None:
+    source, out = write_input(tmp_path / "in"), tmp_path / "out"
+    function = tmp_path / "mine.py"
+    function.write_text("def keep(rows):\n    return [True] * rows.num_rows\n")
+    settings = settings_for(source, out, filter=f"{function}:keep")
+    with pytest.raises(Interrupted):
+        prepare_data(settings, StopsAfter(1))
+    function.write_text("def keep(rows):\n    return [False] * rows.num_rows\n")
+    refused(settings, ConfigError, r"\n  the file of filter \(.*mine\.py:keep\) has changed\n", resume=True)
+    function.write_text("def keep(rows):\n    return [True] * rows.num_rows\n")
+    write_input(source, row_group_size=10)
+    (source / "1.parquet").unlink()
+    refused(settings, ConfigError, r"\n  1\.parquet is missing\n  0\.parquet has changed\n", resume=True)
+
+
+def test_errors_of_functions_name_file_row_group_and_row(tmp_path: Path) -> None:
+    source = write_input(tmp_path / "in")
+    # 80 documents a file, 20 a row group: number 77 is row 17 of row group 3 of the first file.
+    settings = settings_for(source, tmp_path / "a", map=f"{HERE}:fails_at_77")
+    refused(settings, DataError, r"0\.parquet, row group 3, row 17: map failed: ValueError: seventy-seven\. Let the")
+    settings = settings_for(source, tmp_path / "b", filter=f"{HERE}:lower")
+    refused(settings, DataError, r"0\.parquet, row group 0: filter returned Table, which is no array")
+    settings = settings_for(source, tmp_path / "c", map=f"{HERE}:even")
+    refused(settings, DataError, r"row group 0: map returned a ChunkedArray; expected a pyarrow\.Table")
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import pyarrow as pa\n"
+        "def short(rows):\n    return [True]\n"
+        "def other(rows):\n    return rows.drop_columns(['text'])\n"
+        "def changing(rows):\n"
+        "    kind = pa.string() if 100 in rows.column('n').to_pylist() else pa.int64()\n"
+        "    return rows.set_column(1, 'n', rows.column('n').cast(kind))\n"
+        "class Broken:\n    def __init__(self):\n        raise OSError('no model')\n"
+        "number = 7\n"
+    )
+    refused(settings_for(source, tmp_path / "d", filter=f"{file}:short"), DataError,
+            r"row group 0: filter returned 1 values of type bool for 8 rows; expected a boolean for")  # fmt: skip
+    refused(settings_for(source, tmp_path / "e", map=f"{file}:other"), DataError,
+            r"row group 0: map returned n: int64; expected a column 'text' of strings or bytes")  # fmt: skip
+    refused(settings_for(source, tmp_path / "f", map=f"{file}:changing", part_bytes=1 << 20), DataError,
+            r"1\.parquet, row group 1: the columns are not those .* got text: string, n: string; expected text: "
+            r"string, n: int64\. map must return the same")  # fmt: skip
+    refused(settings_for(source, tmp_path / "g", map=f"{file}:Broken"), ConfigError,
+            r"map: Broken\(\) failed: OSError: no model")  # fmt: skip
+    refused(settings_for(source, tmp_path / "h", map=f"{file}:nothing"), ConfigError, r"mine\.py has no 'nothing'")
+    refused(settings_for(source, tmp_path / "i", map=f"{file}:number"), ConfigError, r"got a int; expected a function")
+    refused(
+        settings_for(source, tmp_path / "j", map="no.such.module:f"), ConfigError, r"'no\.such\.module' does not import"
+    )
+    refused(
+        settings_for(source, tmp_path / "k", map=f"{tmp_path}/no.py:f"), ConfigError, r"map: no such file \S+no\.py"
+    )
+
+
+def test_parts_whose_columns_differ_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def changing(rows):\n"
+        "    return rows if 100 not in rows.column('n').to_pylist() else rows.rename_columns(['text', 'm'])\n"
+    )
+    settings = settings_for(write_input(tmp_path / "in"), tmp_path / "out", map=f"{file}:changing", part_bytes=100,
+                            batch_rows=1000)  # fmt: skip
+    refused(
+        settings, DataError, r"^part 5 of the input: the columns are not those of the rows before: got text: string, m"
+    )
+
+
+def test_corrupt_row_groups_are_named_or_left_out(tmp_path: Path) -> None:
+    source = write_input(tmp_path / "in")
+    path = source / "1.parquet"
+    place = pq.ParquetFile(path).metadata.row_group(2).column(0)
+    content = bytearray(path.read_bytes())
+    at = place.dictionary_page_offset
+    content[at : at + place.total_compressed_size] = b"\xff" * place.total_compressed_size
+    path.write_bytes(content)
+    refused(settings_for(source, tmp_path / "a"), DataError, r"1\.parquet: corrupt Parquet file: row group 2 cannot be")
+    index = prepare_data(settings_for(source, tmp_path / "b", on_corrupt="skip"))
+    assert [hole[:2] for hole in index["holes"]] == [["1.parquet", 2]]
+    assert sorted(row["n"] for row in rows_in(tmp_path / "b")) == [*range(120), *range(140, DOCUMENTS)]
+    (source / "2.parquet").write_bytes(b"no Parquet at all")
+    index = prepare_data(settings_for(source, tmp_path / "c", on_corrupt="skip"))
+    assert [hole[:2] for hole in index["holes"]] == [["2.parquet", -1], ["1.parquet", 2]]
+
+
+def test_texts_that_are_too_long_or_no_utf8_are_named(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    source = tmp_path / "in"
+    source.mkdir()
+    raw = pa.array([b"fine", b"fine too", b"not \xff fine", b"a longer one"], pa.binary())
+    table = pa.table({"text": pa.StringArray.from_buffers(4, *raw.buffers()[1:]), "n": range(4)})
+    pq.write_table(table, source / "a.parquet", row_group_size=4)
+    vocabulary = tokenizers.Tokenizer(tokenizers.models.WordLevel({"fine": 0, "?": 1}, unk_token="?"))
+    vocabulary.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    vocabulary.save(str(tmp_path / "t.json"))
+    settings = settings_for(source, tmp_path / "a", tokenizer=str(tmp_path / "t.json"))
+    refused(
+        settings,
+        DataError,
+        r"a\.parquet, row group 0, row 2: the text is not valid UTF-8 \(invalid start byte, byte 0xff",
+    )
+    settings = settings_for(source, tmp_path / "b", tokenizer="bytes", max_document_bytes=11)
+    refused(
+        settings, DataError, r"a\.parquet, row group 0, row 3: the text has 12 bytes, more than max_document_bytes=11"
+    )
+    prepare_data(settings_for(source, tmp_path / "c", tokenizer="bytes"))
+    assert len(rows_in(tmp_path / "c")) == 4
+
+
+def test_nothing_left_is_an_error(tmp_path: Path) -> None:
+    function = tmp_path / "mine.py"
+    function.write_text("def none(rows):\n    return [False] * rows.num_rows\n")
+    settings = settings_for(write_input(tmp_path / "in"), tmp_path / "out", filter=f"{function}:none")
+    refused(settings, DataError, r"^no row is left of the 240 that were read; look at map and filter, or at path$")
+
+
+def test_a_unit_that_never_ends_is_given_up(tmp_path: Path) -> None:
+    settings = settings_for(write_input(tmp_path / "in"), tmp_path / "out")
+    with pytest.raises(Interrupted):
+        prepare_data(settings, StopsAfter(0))
+
+    def died_before(new_maker: Any, numbers: Any) -> Any:
+        for attempt in range(TRIES):
+            (tmp_path / "out" / "_work" / f"try-part-{numbers[0]:06d}-{attempt}").write_bytes(b"")
+        return in_this_process(new_maker, numbers)
+
+    refused(settings, ClusterError, r"^part 0 was begun 4 times, and each time its process died\.", execute=died_before,
+            resume=True)  # fmt: skip
+    prepare_data(settings, resume=True)
+    assert len(rows_in(tmp_path / "out")) == DOCUMENTS
+
+
+def test_columns_that_are_not_there_and_columns_that_clash(tmp_path: Path) -> None:
+    source = write_input(tmp_path / "in")
+    refused(settings_for(source, tmp_path / "a", columns=["m"]), DataError,
+            r"0\.parquet: text_column or columns name 'm'.*The columns are: text: string, n: int64")  # fmt: skip
+    refused(settings_for(source, tmp_path / "b", text_column="n", columns=None), DataError,
+            r"0\.parquet: text_column 'n' has type int64; expected strings or bytes")  # fmt: skip
+    refused(
+        settings_for(source, tmp_path / "c", columns={"n": "whole"}),
+        ConfigError,
+        r"columns\.n: 'whole' is no Arrow type",
+    )
+    rename = tmp_path / "mine.py"
+    rename.write_text("def tokens(rows):\n    return rows.rename_columns(['text', 'tokens'])\n")
+    refused(settings_for(source, tmp_path / "d", map=f"{rename}:tokens", tokenizer="bytes"), DataError,
+            r"behind map: there is a column 'tokens' already; rename it in map")  # fmt: skip
+    prepare_data(settings_for(source, tmp_path / "e", columns={"n": "double"}))
+    assert pq.read_schema(tmp_path / "e" / "part-000000.parquet").field("n").type == pa.float64()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"deduplicate": "exact", "shuffle": "none"}, "deduplicate brings equal documents together by the shuffle"),
+        ({"text_column": None, "tokenizer": "bytes"}, "tokenizer is about documents; set text_column"),
+        ({"text_column": None, "deduplicate": "exact"}, "deduplicate is about documents; set text_column"),
+        ({"map": "nothing"}, 'map=\'nothing\': expected "module:function" or "file.py:function"'),
+        ({"kind": "text", "text_column": "t"}, "kind: text has one column, called text"),
+        ({"sed": 1}, "unknown setting 'sed'; did you mean 'seed'?"),
+        ({"file_bytes": 0}, "file_bytes: Input should be greater than or equal to 1"),
+    ],
+)
+def test_settings_that_do_not_fit(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        parse_preparation({"kind": "parquet", "path": "a", "out": "b", "text_column": "text", **settings})
+
+
+def test_rows_of_a_table_are_prepared_too(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    pq.write_table(pa.table({"x": np.arange(50.0), "tag": ["a", "b"] * 25}), source / "a.parquet", row_group_size=10)
+    settings = settings_for(source, tmp_path / "out", text_column=None, columns=None)
+    prepare_data(settings)
+    rows = rows_in(tmp_path / "out")
+    assert sorted(row["x"] for row in rows) == list(range(50))
+    assert all(row["tag"] == "ab"[int(row["x"]) % 2] for row in rows)
+
+
+def test_dictionaries_become_their_values(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    texts = pa.array(["b", "a", "b", None]).dictionary_encode()
+    pq.write_table(pa.table({"text": texts, "n": range(4)}), source / "a.parquet")
+    prepare_data(settings_for(source, tmp_path / "out", tokenizer="bytes"))
+    found = {row["n"]: row["tokens"] for row in rows_in(tmp_path / "out")}
+    assert found == {0: [98, 256], 1: [97, 256], 2: [98, 256], 3: [256]}
+    assert BytesTokenizer.end_of_document == 256
