@@ -137,6 +137,22 @@ def test_a_damaged_run_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
     assert sorted(row["n"] for row in rows_in(tmp_path / "out")) == list(range(DOCUMENTS))
 
 
+def test_a_part_that_two_tasks_make_is_there_once(tmp_path: Path) -> None:
+    """Ray begins a unit again that it believes to be lost: its first task may still be at work."""
+
+    def each_twice(new_maker: Any, numbers: Any) -> Any:
+        one, other = new_maker(), new_maker()
+        for number in numbers:
+            first = one.make(number)
+            assert other.make(number) == first
+            yield first
+
+    settings = settings_for(write_input(tmp_path / "in"), tmp_path / "a", deduplicate="exact")
+    prepare_data(settings, each_twice)
+    prepare_data(settings.model_copy(update={"out": str(tmp_path / "b")}))
+    assert bytes_in(tmp_path / "a") == bytes_in(tmp_path / "b")
+
+
 def test_of_equal_documents_the_first_one_stays(tmp_path: Path) -> None:
     settings = settings_for(write_input(tmp_path / "in"), tmp_path / "out", deduplicate="exact")
     index = prepare_data(settings)

@@ -16,7 +16,7 @@ import pytest
 from elastictrain.data.preparing.driver import prepare_data
 from elastictrain.errors import DataError
 from elastictrain.prepare_settings import parse_preparation
-from tests.support.preparing import rows_in
+from tests.support.preparing import Interrupted, StopsAfter, rows_in
 
 ROWS = [{"text": f'row {n}, "quoted"', "score": n / 2, "tag": "ab"[n % 2]} for n in range(50)]
 
@@ -169,3 +169,26 @@ def test_no_rows_at_all(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n\n")
     with pytest.raises(DataError, match=r"path: no rows in 1 file\(s\), the first being .*a\.jsonl"):
         prepared(tmp_path, "jsonl", tmp_path / "a.jsonl")
+
+
+def test_from_and_to_s3_with_an_interruption(tmp_path: Path, bucket: str, options: dict[str, Any]) -> None:
+    import fsspec
+
+    _written(tmp_path)
+    system = fsspec.filesystem("s3", **options)
+    system.put(str(tmp_path / "a.parquet"), f"{bucket}/in/a.parquet")
+    settings = parse_preparation(
+        {"kind": "parquet", "path": f"s3://{bucket}/in", "out": f"s3://{bucket}/out", "text_column": "text", "seed": 1,
+         "columns": ["score", "tag"], "part_bytes": 300, "file_bytes": 500, "storage_options": options,
+         "out_options": options}
+    )  # fmt: skip
+    with pytest.raises(Interrupted):
+        prepare_data(settings, StopsAfter(2))
+    index = prepare_data(settings, resume=True)
+    names = sorted(name.rpartition("/")[2] for name in system.find(f"{bucket}/out"))
+    assert names == ["_index.json", *(file["name"] for file in index["files"])]
+    rows: list[dict[str, Any]] = []
+    for file in index["files"]:
+        rows += pq.read_table(io.BytesIO(system.cat_file(f"{bucket}/out/{file['name']}"))).to_pylist()
+    assert rows == prepared(tmp_path, "parquet", tmp_path / "a.parquet", part_bytes=300)
+    assert "client_kwargs" not in json.dumps(index), "access is nobody's business"
