@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from elastictrain.data_inspect import bars, inspect, telling
+from elastictrain.data_prepare import prepare
 from elastictrain.errors import ConfigError, DataError
 from elastictrain.terminal import AsJson, Commands, Run
 
@@ -34,6 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(inspect)
+app.command()(prepare)
 Steps = Annotated[
     str | None, typer.Option("--steps", metavar="A:B", help="Steps A up to, but not including, B; or one step A.")
 ]

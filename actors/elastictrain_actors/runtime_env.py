@@ -95,7 +95,7 @@ def prepare(
     recipe = job.recipe
     if needs_shipping(address) if ship is None else ship:
         there = Path.cwd() if in_place else None
-        ours["py_modules"] = [*_own_modules(parent), *recipe_modules(recipe, there, package_folders())]
+        ours["py_modules"] = [*own_modules(parent), *recipe_modules(recipe, there, package_folders())]
         if choice == "pip":
             ours["pip"] = beyond_ray_and_torch()
         if not in_place:
@@ -219,7 +219,7 @@ def _packages(pip: Any) -> list[str]:
     return list(pip["packages"] if isinstance(pip, Mapping) else pip)
 
 
-def _own_modules(parent: Mapping[str, Any]) -> list[str]:
+def own_modules(parent: Mapping[str, Any]) -> list[str]:
     """Our packages, unless this process itself has them from the Ray job's own modules or working_dir."""
     uris = [*(parent.get("py_modules") or ()), *([parent["working_dir"]] if parent.get("working_dir") else ())]
     unpacked = {str(uri).rsplit("/", 1)[-1].split(".", 1)[0] for uri in uris}

@@ -103,7 +103,11 @@ def register_recipe(job: Job, ours: Sequence[Path]) -> list[str]:
     """
     if isinstance(job.recipe, str):
         return []
-    kind = job.recipe if isinstance(job.recipe, type) else type(job.recipe)
+    return register_code(job.recipe if isinstance(job.recipe, type) else type(job.recipe), ours)
+
+
+def register_code(kind: Any, ours: Sequence[Path]) -> list[str]:
+    """As `register_recipe`, for any class or function of the user's."""
     home = sys.modules.get(kind.__module__)
     file = getattr(home, "__file__", None)
     if home is None or file is None or is_installed(Path(file)):

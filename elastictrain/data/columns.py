@@ -23,6 +23,11 @@ def is_text(kind: pa.DataType) -> bool:
     return str(kind) in ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
 
 
+def is_documents(kind: pa.DataType) -> bool:
+    """Whether a column of this type can hold documents that are tokenised already: lists of whole numbers."""
+    return bool((pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_integer(kind.value_type))
+
+
 def is_tensor(kind: pa.DataType) -> bool:
     """Whether a column of this type can be stacked: numbers, booleans, and lists of them."""
     if _is_list(kind):
@@ -94,7 +99,7 @@ def select_columns(
                 f"The columns are: {show_schema(there)}"
             )
         kind = schema.field(name).type
-        if text_column and not is_text(kind):
+        if text_column and not (is_text(kind) or is_documents(kind)):
             raise DataError(
                 f"{file}: data.text_column {name!r} has type {kind}; expected a string. "
                 f"The columns are: {show_schema(there)}"

@@ -71,7 +71,7 @@ def open_blocks(
     if spec.kind == "parquet":
         blocks = ParquetFiles(files, text_column=spec.text_column, columns=spec.columns, on_corrupt=spec.on_corrupt)
     else:
-        blocks = _byte_blocks(spec, files)
+        blocks = byte_blocks(spec, files)
     if tokenizer is None and spec.kind == "parquet" and spec.on_corrupt == "stop" and len(files.files) <= _FEW_FILES:
         blocks.index(progress)  # a few footers are read as fast as the cache
         return blocks, None
@@ -102,7 +102,7 @@ def first_schema(spec: Data, files: FileSet) -> pa.Schema:
                 raise DataError(f"{files.files[0].path}: not a Parquet file ({error})") from error
     if spec.kind == "text":
         return pa.schema([("text", pa.string())])
-    blocks = _byte_blocks(spec.model_copy(update={"text_column": None, "columns": None}), files)
+    blocks = byte_blocks(spec.model_copy(update={"text_column": None, "columns": None}), files)
     for number in range(len(files.files)):
         for start, stop in itertools.islice(blocks.ranges(number), 1):
             table = blocks.parse(blocks.bytes_of(number, start, stop), number, start, None)
@@ -111,7 +111,8 @@ def first_schema(spec: Data, files: FileSet) -> pa.Schema:
     raise DataError(f"{files.files[0].path}: no rows in any of {len(files.files)} file(s)")
 
 
-def _byte_blocks(spec: Data, files: FileSet) -> ByteBlocks:
+def byte_blocks(spec: Data, files: FileSet) -> ByteBlocks:
+    """Return what reads the files of any format but Parquet; nothing is read yet."""
     kind = TextFiles if spec.kind == "text" and spec.document == "file" else _BYTE_FORMATS[spec.kind]
     return kind(
         with_unpacking(files, cache_path({}).parent),

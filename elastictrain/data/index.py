@@ -26,10 +26,10 @@ import pyarrow.compute as pc
 import xxhash
 
 from elastictrain.data.best_fit import cut_documents, gather, lay_out
-from elastictrain.data.columns import Schema
+from elastictrain.data.columns import Schema, is_documents
 from elastictrain.data.meter import timed
 from elastictrain.data.packing import TokenArray, tail_of_block
-from elastictrain.data.tokenizers import Tokenizer
+from elastictrain.data.tokenizers import StoredTokens, Tokenizer
 from elastictrain.errors import DataError
 
 INDEX_VERSION = 2
@@ -125,7 +125,7 @@ def encode_documents(
     Raises DataError for a document of more than `max_document_bytes`, and for one that is no UTF-8 where it must be.
     """
     column = read_texts(source, block, text_column)
-    lengths = pc.binary_length(column.cast(pa.large_binary()))
+    lengths = _document_bytes(column, tokenizer, source.where(block))
     longest = pc.max(lengths).as_py() or 0
     if max_document_bytes is not None and longest > max_document_bytes:
         row = pc.index(lengths, longest).as_py()
@@ -143,6 +143,17 @@ def encode_documents(
             "set data.tokenizer: bytes, or set data.on_corrupt: skip"
         ) from error
     return tokens, starts, column.null_count
+
+
+def _document_bytes(column: pa.ChunkedArray, tokenizer: Tokenizer, where: str) -> pa.ChunkedArray:
+    if not is_documents(column.type):
+        return pc.binary_length(column.cast(pa.large_binary()))
+    if not isinstance(tokenizer, StoredTokens):
+        raise DataError(
+            f"{where}: the documents are tokens already ({column.type}), and data.tokenizer is {tokenizer.name}; set "
+            "it to the _tokenizer.json that lies beside them, or name a column of strings in data.text_column"
+        )
+    return pc.multiply(pc.list_value_length(column), column.type.value_type.bit_width // 8)
 
 
 def read_texts(source: BlockFormat, block: int, text_column: str) -> pa.ChunkedArray:

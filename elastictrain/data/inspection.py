@@ -227,7 +227,9 @@ def _read_texts(
     return texts, tuple(samples)
 
 
-def _shown(value: str | bytes | None) -> str:
+def _shown(value: str | bytes | list[int] | None) -> str:
+    if isinstance(value, list):  # tokenised already
+        value = " ".join(map(str, value))
     text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value or ""
     flat = " ".join(text.split())
     return flat if len(flat) <= _SHOWN_CHARACTERS else flat[: _SHOWN_CHARACTERS - 1] + "…"

@@ -52,7 +52,7 @@ class ParquetFiles:
             parquet = self._parquet_or_hole(number)
             if parquet is None:
                 continue
-            schema = _selected(parquet.schema_arrow, file.path, self._text_column, self._columns, expected)
+            schema = self._select(parquet.schema_arrow, file.path, expected)
             if expected is None:
                 expected, first = schema, file.path
             elif as_pairs(schema) != as_pairs(expected):
@@ -67,6 +67,9 @@ class ParquetFiles:
         self._take(expected, BlockTable.of(entries))
         if self._on_corrupt == "skip":
             self._check_row_groups(progress)
+
+    def _select(self, schema: pa.Schema, path: str, expected: pa.Schema | None) -> pa.Schema:
+        return _selected(schema, path, self._text_column, self._columns, expected)
 
     def save(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
         """Return what `restore` takes."""

@@ -1,4 +1,4 @@
-"""Tokenizers: `bytes`, or a Hugging Face `tokenizers` JSON file.
+"""Tokenizers: `bytes`, a Hugging Face `tokenizers` JSON file, or what `elastictrain data prepare` has tokenised.
 
 A tokenizer turns a column of documents into one array of tokens, every document followed by the
 end-of-document token; an empty or null document gives that token alone.
@@ -7,6 +7,7 @@ end-of-document token; an empty or null document gives that token alone.
 from __future__ import annotations
 
 import hashlib
+import json
 import weakref
 from collections import deque
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from elastictrain.data.columns import is_documents
 from elastictrain.data.packing import TokenArray
 from elastictrain.errors import DataError
 
@@ -166,6 +168,72 @@ class HuggingFaceTokenizer:
         return (np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)), starts
 
 
+class StoredTokens:
+    """Documents that are lists of tokens already, each with its end of document (`elastictrain data prepare`)."""
+
+    def __init__(self, path: str, record: dict[str, Any]) -> None:
+        """`record`: what `tokens_record` gave. Raises DataError if it is not whole."""
+        try:
+            self.vocabulary_size, self.end_of_document = int(record["vocabulary_size"]), int(record["end_of_document"])
+            self.fingerprint = "stored-1-" + str(record["fingerprint"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"data.tokenizer: {path!r} is damaged ({error!r}); prepare the data again") from error
+        self.name = path
+
+    def encode(self, documents: pa.ChunkedArray) -> TokenArray:
+        """Return the tokens as they are stored; see the class."""
+        return self.encode_with_offsets(documents)[0]
+
+    def encode_with_offsets(self, documents: pa.ChunkedArray) -> tuple[TokenArray, npt.NDArray[np.int64]]:
+        """See `Tokenizer`. Raises DataError for tokens that are not of this tokenizer."""
+        if not is_documents(documents.type):
+            raise DataError(
+                f"data.text_column has type {documents.type}, and data.tokenizer {self.name} says that it holds "
+                "tokens; expected lists of whole numbers, as `elastictrain data prepare` writes them"
+            )
+        if documents.null_count:
+            raise DataError(f"{documents.null_count} null(s) among documents that are tokenised already")
+        parts = [chunk.flatten() for chunk in documents.chunks]
+        tokens = np.concatenate([np.asarray(part) for part in parts]) if parts else np.zeros(0, dtype=np.int32)
+        starts = np.zeros(len(documents) + 1, dtype=np.int64)
+        np.cumsum(np.asarray(pc.list_value_length(documents)), out=starts[1:])
+        last = tokens[starts[1:] - 1] if len(tokens) else tokens
+        if len(documents) and (not np.diff(starts).all() or (last != self.end_of_document).any()):
+            raise DataError(
+                f"a document does not end with token {self.end_of_document}; data.tokenizer {self.name} is not the one "
+                "that these tokens were made with"
+            )
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocabulary_size:
+            raise DataError(
+                f"tokens from {tokens.min()} to {tokens.max()}, but data.tokenizer {self.name} has "
+                f"{self.vocabulary_size}; it is not the one that these tokens were made with"
+            )
+        return tokens, starts
+
+
+def tokens_record(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what `StoredTokens` must know of the tokenizer that the tokens were made with; JSON."""
+    return {
+        _STORED: 1,
+        "fingerprint": tokenizer.fingerprint,
+        "vocabulary_size": tokenizer.vocabulary_size,
+        "end_of_document": tokenizer.end_of_document,
+    }
+
+
+_STORED = "elastictrain_tokens"
+
+
+def _stored(content: bytes) -> dict[str, Any] | None:
+    if _STORED.encode() not in content[:256]:
+        return None
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and _STORED in found else None
+
+
 def _read_tokenizer_file(path: str, storage_options: dict[str, Any]) -> bytes:
     try:
         with fsspec.open(path, "rb", **storage_options) as file:
@@ -183,4 +251,7 @@ def load_tokenizer(name: str, storage_options: dict[str, Any] | None = None) -> 
 
     Raises DataError: the file is missing or is no tokenizers file, or the package is not installed.
     """
-    return BytesTokenizer() if name == "bytes" else HuggingFaceTokenizer(name, storage_options or {})
+    if name == "bytes":
+        return BytesTokenizer()
+    stored = _stored(_read_tokenizer_file(name, storage_options or {}))
+    return HuggingFaceTokenizer(name, storage_options or {}) if stored is None else StoredTokens(name, stored)
