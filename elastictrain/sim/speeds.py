@@ -62,8 +62,9 @@ class SpeedScenario:
 
 @dataclass(slots=True)
 class SpeedReport:
-    """`none_s`, `ours_s`, `oracle_s`: the run with lanes as they were at first, as the watch moved them, and as somebody
-    would who knows every speed at once. `rejected`: switches of direction of a worker's lanes beyond its true changes.
+    """`none_s`, `ours_s`, `oracle_s`: the run with lanes as they were at first, as the watch moved them, and as
+    somebody would who knows every speed at once. `reversals`: how often a worker's lanes went the
+    other way than at their last move, although no speed had changed in between.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -118,7 +119,7 @@ class _Devices:
         )
 
     def draw(self, step: int) -> list[tuple[float, float, float, int]]:
-        """(noise factor, tokens per lane, Σ squares per lane, flags) of every worker: the same whoever has the lanes."""
+        """(noise, tokens per lane, Σ squares per lane, flags) of every worker: the same whoever has the lanes."""
         s, rng = self.scenario, self.rng
         shared = 0
         if s.checkpoint_every and step % s.checkpoint_every == 0:
@@ -154,7 +155,8 @@ def run_speeds(scenario: SpeedScenario, policy: Policy | None = None) -> SpeedRe
     first = tuple(base + (worker < more) for worker in workers)
     lanes, coming = first, list[tuple[int, tuple[int, ...]]]()
     best_for: dict[tuple[float, ...], tuple[int, ...]] = {}
-    turns = [0] * scenario.workers
+    last = [(0, 0)] * scenario.workers
+    changes = [step for slow in scenario.slowness for step in (slow.begin, slow.end)]
     for step in range(1, scenario.steps + 1):
         while coming and coming[0][0] <= step:
             lanes = coming.pop(0)[1]
@@ -175,20 +177,25 @@ def run_speeds(scenario: SpeedScenario, policy: Policy | None = None) -> SpeedRe
             report.decisions.append(decision)
             if decision.lanes:
                 coming.append((step + 2, decision.lanes))
-                report.reversals += _turned(turns, lanes, decision.lanes)
+                report.reversals += _turned(last, lanes, decision.lanes, step, changes)
     assert watch.decider is not None
     report.outcomes, report.lanes = watch.decider.outcomes, lanes
     return report
 
 
-def _turned(turns: list[int], before: Sequence[int], after: Sequence[int]) -> int:
-    """How many workers' lanes go the other way than at their last move."""
+def _turned(
+    last: list[tuple[int, int]], before: Sequence[int], after: Sequence[int], step: int, changes: Sequence[int]
+) -> int:
+    """How many workers' lanes go the other way than at their last move, although no speed has changed in between."""
     found = 0
     for worker, (old, new) in enumerate(zip(before, after, strict=True)):
         sign = (new > old) - (new < old)
-        if sign and turns[worker] == -sign:
+        if not sign:
+            continue
+        way, at = last[worker]
+        if way == -sign and not any(at <= change <= step for change in changes):
             found += 1
-        turns[worker] = sign or turns[worker]
+        last[worker] = (sign, step)
     return found
 
 

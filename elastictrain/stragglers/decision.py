@@ -129,9 +129,7 @@ class Decider:
 
     # --- lanes ---
 
-    def _move(
-        self, now: Situation, lanes: tuple[int, ...], before_s: float, after_s: float
-    ) -> Decision | None:
+    def _move(self, now: Situation, lanes: tuple[int, ...], before_s: float, after_s: float) -> Decision | None:
         if lanes == now.lanes or after_s > (1 - self.policy.min_gain) * before_s:
             return None
         cost_s = self.policy.lanes_cost_steps * before_s
@@ -199,7 +197,7 @@ class Decider:
         self._known_slow = set(now.slow)
 
     def _trusted(self, now: Situation) -> list[float]:
-        """Seconds per lane, for dealing out: of one that was slow lately, as slow as it was until it has stayed fast."""
+        """Seconds per lane, for dealing out: who was slow lately counts as slow until it has stayed fast."""
         units = list(now.unit_s)
         for worker, (unit_s, until) in self._slow_unit.items():
             if worker not in now.slow and now.step < until:
@@ -229,7 +227,8 @@ class Decider:
                 options.append((self.policy.replace_cost_s, "replace", worker, self._replaced(now, worker)))
             if self.workers > max(1, now.least_workers):
                 options.append((self.policy.leave_cost_s, "leave_out", worker, self._without(now, worker)))
-        return sorted(o for o in options if o[3] < (1 - self.policy.min_gain) * with_lanes_s)
+        worth = [option for option in options if option[3] < (1 - self.policy.min_gain) * with_lanes_s]
+        return sorted(worth, key=lambda option: (option[0], option[3], option[2]))
 
     def _count_losses(self, now: Situation, before_s: float, after_s: float) -> None:
         """What is lost in this step for want of each change."""

@@ -173,8 +173,8 @@ class Detector:
     # --- what is taken from the records ---
 
     def _lanes_moved(self, records: Records) -> None:
-        """A worker with another number of lanes: what a step costs it whatever its lanes shifts its time per lane, which
-        is no slowness. Its level is learned anew, in the next few steps.
+        """A worker with another number of lanes: what a step costs it whatever its lanes shifts its time per lane,
+        which is no slowness. Its level is learned anew, in the next few steps.
         """
         lanes = records["lanes"].astype(np.int64)
         if self._lanes is not None:
@@ -194,9 +194,7 @@ class Detector:
     def _values(self, records: Records, sound: Flags, used: Flags) -> tuple[Floats, Flags]:
         work = self.model.work(records)
         compute = np.maximum(records["compute_s"].astype(np.float64), 1e-9)
-        ordinary = np.where(
-            self._seen[COMPUTE] >= self.tuning.warm_up, np.exp(self.level[COMPUTE]) * work, compute
-        )
+        ordinary = np.where(self._seen[COMPUTE] >= self.tuning.warm_up, np.exp(self.level[COMPUTE]) * work, compute)
         _, transfer = parts(records, sound)
         longest = float(np.median(ordinary[used])) if used.any() else 1.0
         with np.errstate(divide="ignore", invalid="ignore"):

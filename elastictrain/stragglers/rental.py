@@ -18,7 +18,8 @@ hundreds of GPUs in the fleet that Greyhound's authors describe (ATC 2025)."""
 @dataclass(frozen=True, slots=True)
 class Case:
     """A change that could be made. `saved_s`: per step. `cost_s`, `undo_s`: of making it, and of taking it back.
-    `lost_s`: lost so far for want of it. `lasted_s`: since the onset. `left_s`: what is left of the run, as it goes now.
+    `lost_s`: lost so far for want of it. `lasted_s`: since the onset. `left_s`: what is left of the run, as it goes
+    now.
     """
 
     saved_s: float

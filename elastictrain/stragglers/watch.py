@@ -90,10 +90,11 @@ class StragglerWatch:
         return {worker: middle / unit for worker, unit in units.items()}
 
     def feed(
-        self, generation: int, workers: Sequence[int], step: int, raw: bytes, *, spares: int = 0, least_workers: int = 1
-    ) -> Verdict:
-        """The records of all workers for `step`, in rank order. What is older than what is known says nothing; nor do
-        records whose number is not that of the workers.
+        self, generation: int, workers: Sequence[int], step: int, raw: bytes, *, spares: int = 0, least_workers: int =
+        1, acts: bool = True,
+    ) -> Verdict:  # fmt: skip
+        """The records of all workers for `step`, in rank order. `acts`: False for findings alone. What is older than
+        what is known says nothing; nor do records whose number is not that of the workers.
         """
         if generation < self.generation or len(raw) != RECORD_BYTES * len(workers):
             return Verdict()
@@ -106,7 +107,8 @@ class StragglerWatch:
         records = decode(raw)
         alarms = self.detector.observe(step, records)
         findings = [*self._nonsense(step, records), *(self._finding(alarm) for alarm in alarms)]
-        return Verdict(tuple(findings), self._decide(step, records, spares, least_workers))
+        decision = self._decide(step, records, spares, least_workers) if acts else None
+        return Verdict(tuple(findings), decision)
 
     def _nonsense(self, step: int, records: Records) -> list[Finding]:
         """Said once of each worker, when it has happened a few times."""
@@ -137,7 +139,8 @@ class StragglerWatch:
         return Finding(kind, alarm.step, worker, alarm.cause, alarm.factor, alarm.onset, words)
 
     def _decide(self, step: int, records: Records, spares: int, least_workers: int) -> Decision | None:
-        assert self.detector is not None and self.decider is not None
+        assert self.detector is not None
+        assert self.decider is not None
         sound = checked(records)
         units = self.detector.unit_s
         quiet = bool(sound.all()) and not bool((records["flags"] & EXCUSED).any())
@@ -158,4 +161,3 @@ class StragglerWatch:
             least_workers=least_workers,
         )
         return self.decider.decide(situation)
-

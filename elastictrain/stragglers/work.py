@@ -1,9 +1,9 @@
 """How much work a worker's lanes are: so that long sequences are not taken for a slow device, nor the other way. Pure.
 
-Time of a lane ≈ θ · (1, tokens, Σ squares of lengths): attention grows with the squares (ByteDance's study of stragglers,
-OSDI 2025, finds the two sums an accurate predictor). θ is fitted to all workers together by least squares that forget,
-each worker divided by its own speed, with a small pull towards "every lane is the same", which is what remains where
-lengths do not vary. Coefficients are never negative.
+Time of a lane ≈ θ · (1, tokens, Σ squares of lengths): attention grows with the squares (ByteDance's study of
+stragglers, OSDI 2025, finds the two sums an accurate predictor). θ is fitted to all workers together by least squares
+that forget, each worker divided by its own speed, with a small pull towards "every lane is the same", which is what
+remains where lengths do not vary. Coefficients are never negative.
 """
 
 from __future__ import annotations
