@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from math import sqrt
+from statistics import median, stdev
 from typing import Literal
 
 from elastictrain.planner.split import split_affine
@@ -18,6 +19,9 @@ from elastictrain.stragglers.rental import Case, pays, prior_s
 
 Action = Literal["move_lanes", "move_back", "replace", "leave_out"]
 _PENDING_STEPS = 50
+_USUAL_STEPS = 15
+_MOST_VERIFYING = 8
+"""A move is judged after at most so many times `verify_steps`, however noisy the steps are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +50,9 @@ class Situation:
 
     `lanes`: in force. `unit_s`: seconds that each needs for a lane. `arrived_s`: when the last of them had computed its
     lanes in this step; None if the step says nothing (a checkpoint, an evaluation). `elapsed_s`: since the start, as
-    the steps add up. `left_steps`: of the run. `slow`: whose slowness is known, with the step of its onset. `spares`:
-    that wait. `least_workers`: fewer must not be left.
+    the steps add up. `left_steps`: of the run. `work`: of this step's lanes, in mean lanes (default: their number).
+    `slow`: whose slowness is known, with the step of its onset. `spares`: that wait. `least_workers`: fewer must not be
+    left.
     """
 
     step: int
@@ -56,6 +61,7 @@ class Situation:
     arrived_s: float | None
     elapsed_s: float
     left_steps: int
+    work: tuple[float, ...] = ()
     slow: Mapping[int, int] = field(default_factory=dict)
     spares: int = 0
     least_workers: int = 1
@@ -78,13 +84,29 @@ class Decision:
 
 @dataclass(slots=True)
 class _Trial:
-    """A move whose gain is being looked at. `began`: the step from which its lanes were in force."""
+    """A move whose gain is being looked at. `unit_s`, `slow`: as known when it was decided. `usual`: how much later
+    than expected the last worker arrives anyway (the largest of many noisy times is above its mean). `began`: the step
+    from which its lanes were in force. `won`, `promised`: seconds of each step since, for the work that it had.
+    """
 
     decision: Decision
     lanes_before: tuple[int, ...]
-    measured_before_s: float
+    unit_s: tuple[float, ...]
+    slow: dict[int, int]
+    usual: float
     began: int | None = None
-    measured: list[float] = field(default_factory=list)
+    won: list[float] = field(default_factory=list)
+    promised: list[float] = field(default_factory=list)
+
+    def add(self, arrived_s: float, work: Sequence[float]) -> None:
+        """One step: what it would have taken before the move, what it should take now, and what it took."""
+        now_s = max(unit * own for unit, own in zip(self.unit_s, work, strict=True))
+        before_s = max(
+            unit * own * old / new
+            for unit, own, old, new in zip(self.unit_s, work, self.lanes_before, self.decision.lanes, strict=True)
+        )
+        self.won.append(before_s - arrived_s / self.usual)
+        self.promised.append(before_s - now_s)
 
 
 class Decider:
@@ -114,9 +136,10 @@ class Decider:
             back = self._verify(now, trial)
             if back is not None or self._trial is not None:
                 return back
-        elif now.arrived_s is not None:
-            self._recent = [*self._recent[-4:], now.arrived_s]
         before_s = max(unit * lanes for unit, lanes in zip(now.unit_s, now.lanes, strict=True))
+        if now.arrived_s is not None and trial is None:
+            expected_s = max(unit * own for unit, own in zip(now.unit_s, now.work or now.lanes, strict=True))
+            self._recent = [*self._recent[1 - _USUAL_STEPS :], now.arrived_s / max(expected_s, 1e-9)]
         best = split_affine(
             sum(now.lanes), [0.0] * self.workers, self._trusted(now),
             least=[min(1, lanes) for lanes in now.lanes], before=now.lanes,
@@ -142,7 +165,8 @@ class Decider:
         if why is None:
             return None
         decision = Decision("move_lanes", now.step, why, before_s, after_s, lanes)
-        self._trial = _Trial(decision, now.lanes, median(self._recent) if self._recent else before_s)
+        usual = max(1.0, median(self._recent)) if self._recent else 1.0
+        self._trial = _Trial(decision, now.lanes, now.unit_s, dict(now.slow), usual)
         self._lost_s.pop(("lanes", -1), None)
         return decision
 
@@ -156,28 +180,28 @@ class Decider:
         if trial.began is None:
             trial.began = now.step
             return None  # the first step under a new split reads data that nobody has asked for ahead
-        if any(onset >= decision.step for onset in now.slow.values()):
+        if dict(now.slow) != trial.slow:
             self._end_trial(now, "overtaken")
             return None
         if now.arrived_s is not None:
-            trial.measured.append(now.arrived_s)
-        if len(trial.measured) < self.policy.verify_steps:
+            trial.add(now.arrived_s, now.work or now.lanes)
+        promised_s = median(trial.promised) if trial.promised else 0.0
+        if not _known_well(trial.won, abs(promised_s) / 4, self.policy.verify_steps):
             return None
-        promised_s = decision.before_s - decision.after_s
-        won_s = trial.measured_before_s - median(trial.measured)
+        won_s = median(trial.won)
         if decision.action == "move_back" or won_s >= promised_s / 2:
             self._end_trial(now, "confirmed" if decision.action == "move_lanes" else "moved back")
             return None
         why = f"it won {won_s:.3g} s a step instead of {promised_s:.3g} s"
         self._hold_steps *= 4
-        back = Decision("move_back", now.step, why, median(trial.measured), trial.measured_before_s, trial.lanes_before)
+        back = Decision("move_back", now.step, why, decision.after_s, decision.before_s, trial.lanes_before)
         self.outcomes.append("taken back")
-        self._trial = _Trial(back, now.lanes, back.before_s)
+        self._trial = _Trial(back, now.lanes, trial.unit_s, dict(now.slow), trial.usual)
         return back
 
     def _end_trial(self, now: Situation, outcome: str) -> None:
         self.outcomes.append(outcome)
-        self._trial, self._recent = None, []
+        self._trial = None
         self._hold_until = now.step + (0 if outcome == "overtaken" else self._hold_steps)
         if outcome == "confirmed":
             self._hold_steps = max(self.policy.hold_steps, self._hold_steps // 2)
@@ -258,6 +282,8 @@ class Decider:
         return None
 
 
-def share_of(lanes: Sequence[int]) -> str:
-    """Lane counts in words: the fewest and the most."""
-    return f"{min(lanes)} to {max(lanes)} lanes each"
+def _known_well(measured: Sequence[float], error_s: float, least: int) -> bool:
+    """Whether the median of these is known to about `error_s` (its standard error, were they normal)."""
+    if len(measured) < least:
+        return False
+    return len(measured) >= _MOST_VERIFYING * least or 1.25 * stdev(measured) / sqrt(len(measured)) <= error_s

@@ -10,7 +10,7 @@ Each step gives four numbers per worker, logarithms so that 0.1 is about 10 %:
 From each is taken the worker's own usual level, and what all its peers (same role) have in common in this step: the
 median, or, where there are only two, the change nearest to none. What is left drives Page's CUSUM (Biometrika 1954) of
 the likelihood ratio against a shift of 15 %, in both directions, in units of the noise. An alarm needs three steps at
-least (a step counts at most 0.4 of the threshold, so hiccups never add up to one), and a median since its onset of 10 %
+least (a step counts at most 0.4 of the threshold, so hiccups never add up to one), and a median since its onset of 11 %
 or more: the verification of Greyhound (ATC 2025). Then the level is the new one. So the levels are also the learned
 speeds, from the first steps on.
 """
@@ -34,6 +34,11 @@ COMPUTE, DATA, LINK, WORK = range(4)
 _MEMORY = 32
 _STEP_SHARE = 0.4
 _HICCUP = math.log(1.5)
+_APART = 3.0
+"""Standard errors by which a worker's level differs from the median one where its speed counts as another."""
+_JUMP = math.log(1.2)
+_LENGTHS = 20
+"""Steps with unequal lengths after which it is known how much they vary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +50,7 @@ class Tuning:
     """
 
     shift: float = math.log(1.15)
-    verified: float = math.log(1.10)
+    verified: float = math.log(1.11)
     warm_up: int = 5
     skip: int = 2
     noise: float = 0.01
@@ -69,6 +74,7 @@ class Alarm:
 
     @property
     def is_slow(self) -> bool:
+        """Whether the worker is slower now than at its best."""
         return self.slowness >= 1.1
 
 
@@ -94,7 +100,7 @@ class Detector:
         self._groups = [np.flatnonzero(role == one) for one in np.unique(role)]
         self.level: Floats = np.zeros((4, workers))
         self._seen = np.zeros((4, workers), dtype=np.int64)
-        self._seen[WORK] = self.tuning.warm_up  # the level of the work is 0: it needs no learning
+        self._lengths_seen = 0
         if known is not None:
             there = np.isfinite(np.asarray(known, dtype=np.float64))
             self.level[COMPUTE, there] = np.asarray(known, dtype=np.float64)[there]
@@ -107,8 +113,11 @@ class Detector:
         self._down_since = np.zeros((4, workers), dtype=np.int64)
         self._recent = np.full((_MEMORY, 4, workers), np.nan)
         self._best = np.full((4, workers), np.inf)
+        self._best[WORK] = 0.0  # equal lanes
         self._excused = np.zeros(workers, dtype=np.int64)
         self._spiked = np.zeros(workers, dtype=bool)
+        self._counted = np.zeros(workers, dtype=np.int64)
+        self._more_lanes = np.zeros(workers, dtype=np.int64)
         self._lanes: npt.NDArray[np.int64] | None = None
         self._together = _Together(self.tuning)
         self._turn = 0
@@ -129,6 +138,19 @@ class Detector:
     def unit_s(self) -> Floats:
         """Seconds per unit of work of every worker, as things stand; NaN while it is not learned."""
         return np.where(self.ready, np.exp(self.level[COMPUTE] + self.common[COMPUTE]), np.nan)
+
+    @property
+    def dealt_unit_s(self) -> Floats:
+        """`unit_s` for dealing lanes out: a worker that cannot be told from its peers counts as the median one, so that
+        noise moves no lanes.
+        """
+        level = self.level[COMPUTE]
+        error = np.maximum(self._noise[COMPUTE], self.tuning.noise) / np.sqrt(np.clip(self._counted, 1, 64))
+        middle = np.zeros(self.workers)
+        for group in self._groups:
+            middle[group] = np.median(level[group])
+        told = np.abs(level - middle) > _APART * error
+        return np.where(self.ready, np.exp(np.where(told, level, middle) + self.common[COMPUTE]), np.nan)
 
     @property
     def slowness(self) -> Floats:
@@ -158,12 +180,18 @@ class Detector:
             return []
         used = sound & (records["lanes"] > 0) & self._not_excused(records)
         values, usable = self._values(records, sound, used)
-        learned = usable & (self._seen >= self.tuning.warm_up)
         change = np.where(usable, values - self.level, np.nan)
+        learned = usable & (self._seen >= self.tuning.warm_up)
+        learned[WORK] = usable[WORK]
         self.common = self._in_common(np.where(learned, change, np.nan))
         rest = change - self.common
-        self._warm_up(values, usable & ~learned)
-        alarms = self._accumulate(step, np.where(learned, rest, np.nan))
+        self._learn_lengths(rest[WORK], usable[WORK])
+        learned[WORK] &= self._seen[WORK] >= self.tuning.warm_up
+        new = usable & ~learned
+        new[WORK] = False
+        self._counted += usable[COMPUTE]
+        alarms = self._warm_up(step, values, new)
+        alarms += self._accumulate(step, np.where(learned, rest, np.nan))
         alarms += self._together.observe(step, float(self.common[LINK].mean()), bool(usable[LINK].any()))
         relative = np.exp(self.level[COMPUTE] - np.median(self.level[COMPUTE]))
         calm = np.abs(np.nan_to_num(rest[COMPUTE], nan=np.inf)) < 3 * self._noise[COMPUTE]
@@ -180,6 +208,7 @@ class Detector:
         if self._lanes is not None:
             moved = (lanes != self._lanes) & (self._seen[COMPUTE] >= self.tuning.warm_up)
             if moved.any():
+                self._more_lanes = np.where(moved, np.sign(lanes - self._lanes), self._more_lanes)
                 self._seen[:3, moved] = np.minimum(self._seen[:3, moved], self.tuning.warm_up - 3)
                 self._warm[:3, moved] = np.nan
                 self._up[:, moved] = self._down[:, moved] = 0.0
@@ -207,6 +236,7 @@ class Detector:
                 ]
             )
         usable = np.broadcast_to(used, values.shape).copy()
+        usable[WORK] &= self.model.by_length
         usable[LINK] &= bool(((records["flags"] & EXCUSED) == 0)[sound].all())  # others would be waited for
         return values, usable & np.isfinite(values)
 
@@ -230,31 +260,55 @@ class Detector:
 
     # --- levels ---
 
-    def _warm_up(self, values: Floats, new: Flags) -> None:
+    def _warm_up(self, step: int, values: Floats, new: Flags) -> list[Alarm]:
         """Collect the first values of whoever has no level yet; their median is the level."""
         if not new.any():
-            return
+            return []
         causes, places = np.nonzero(new)
         slots = self._seen[causes, places]
         self._warm[causes, places, slots] = values[causes, places]
         self._seen[causes, places] += 1
         done = self._seen[causes, places] >= self.tuning.warm_up
         if not done.any():
-            return
+            return []
         causes, places = causes[done], places[done]
         samples = self._warm[causes, places]
         level = np.nanmedian(samples, axis=1)
         before = self.level[causes, places]
         known = np.isfinite(self._best[causes, places])
-        # Of one whose lanes were moved, the best level shifts along: the move is what has changed it.
-        self._best[causes, places] = np.where(
-            known, self._best[causes, places] + (level - self.common[causes, places]) - before, level
-        )
-        self.level[causes, places] = level - np.where(known, self.common[causes, places], 0.0)
-        spread = 1.4826 * np.nanmedian(np.abs(samples - level[:, None]), axis=1)
+        level = level - np.where(known, self.common[causes, places], 0.0)
+        shift = np.where(known, level - before, 0.0)
+        # Of one whose lanes were moved, the best level shifts along: the move is what has changed it. Unless it cannot
+        # be: with more lanes a lane should not take longer, nor with fewer of them less.
+        more = self._more_lanes[places]
+        jumped = (causes == COMPUTE) & (((shift > _JUMP) & (more > 0)) | ((shift < -_JUMP) & (more < 0)))
+        best = self._best[causes, places]
+        self._best[causes, places] = np.where(known, np.where(jumped, np.minimum(best, level), best + shift), level)
+        self.level[causes, places] = level
+        middle = np.nanmedian(samples, axis=1)
+        spread = 1.4826 * np.nanmedian(np.abs(samples - middle[:, None]), axis=1)
         self._noise[causes, places] = np.maximum(self._noise[causes, places], 1.5 * spread)
         for cause in np.unique(causes):  # few samples each: nobody is assumed to be much steadier than the others
             self._noise[cause] = np.maximum(self._noise[cause], np.median(self._noise[cause]))
+        return [
+            Alarm(step, step - 2, int(place), "compute", math.exp(change), math.exp(now - self._best[COMPUTE, place]))
+            for place, change, now in zip(places[jumped], shift[jumped], level[jumped], strict=True)
+        ]
+
+    def _learn_lengths(self, rest: Floats, there: Flags) -> None:
+        """How much the work of a step varies for all alike; only then is too much of it worth a word. Its usual level
+        is that of equal lanes.
+        """
+        self._seen[WORK] = 0
+        if not there.any():
+            return
+        self._lengths_seen += 1
+        spread = 1.2533 * float(np.mean(np.abs(rest[there])))
+        if self._lengths_seen == 1:
+            self._noise[WORK] = spread
+        self._noise[WORK] += (spread - self._noise[WORK]) / min(self._lengths_seen, 64)
+        if self._lengths_seen >= _LENGTHS:
+            self._seen[WORK] = self.tuning.warm_up
 
     def _accumulate(self, step: int, rest: Floats) -> list[Alarm]:
         """One CUSUM step of everybody, in both directions; then the levels follow whoever is calm."""
@@ -263,7 +317,8 @@ class Detector:
         self._recent[self._turn % _MEMORY] = rest
         noise = np.maximum(self._noise, t.noise)
         pace = t.shift / (noise * noise)
-        most = _STEP_SHARE * threshold
+        most = np.full((4, 1), _STEP_SHARE * threshold)
+        most[WORK] /= 4  # many steps: lengths are drawn anew in each
         value = np.where(there, rest, t.shift / 2)  # what is not there moves nothing
         up = np.maximum(0.0, self._up + np.minimum(pace * (value - t.shift / 2), most))
         down = np.maximum(0.0, self._down + np.where(there, np.minimum(pace * (-value - t.shift / 2), most), 0.0))
@@ -275,11 +330,12 @@ class Detector:
         calm = there & (np.maximum(self._up, self._down) < threshold / 4)
         self._seen += there
         gain = 1.0 / np.minimum(np.maximum(self._seen, 1), 64)
+        follow = np.array([[0.02], [0.02], [0.02], [0.0]])
         gain[WORK] = 0.0
         bounded = np.clip(np.nan_to_num(rest), -3 * noise, 3 * noise)
-        self.level += np.where(calm, gain * bounded, 0.0) + 0.02 * self.common * (self._seen >= t.warm_up)
-        self.level[WORK] = np.where(calm[WORK] & (self._best[WORK] == np.inf), 0.0, self.level[WORK])
+        self.level += np.where(calm, gain * bounded, 0.0) + follow * self.common * (self._seen >= t.warm_up)
         spread = 1.2533 * np.minimum(np.abs(np.nan_to_num(rest)), 4 * noise)
+        calm[WORK] = False
         self._noise += np.where(calm, (spread - self._noise) / 64, 0.0)
         return alarms
 
@@ -306,12 +362,19 @@ class Detector:
                 continue
             best = self._best[cause, place]
             best = self.level[cause, place] if not np.isfinite(best) else best
+            before = self.level[cause, place] - best
             self.level[cause, place] += change
-            self._best[cause, place] = min(best, self.level[cause, place])
+            if change < 0 and self.level[cause, place] - best < before / 2:
+                best = self.level[cause, place]  # most of the slowness is over; the rest is what moving lanes has added
+            self._best[cause, place] = 0.0 if cause == WORK else min(best, self.level[cause, place])
             self._up[cause, place] = self._down[cause, place] = 0.0
+            if cause == COMPUTE:
+                self._counted[place] = int(np.isfinite(samples).sum())
             self._seen[cause, place] = max(self.tuning.warm_up, int(np.isfinite(samples).sum()))
             slowness = math.exp(self.level[cause, place] - self._best[cause, place])
             onset = step - (self._turn - int(since))
+            if cause == WORK and not (up and slowness >= math.exp(self.tuning.verified)):
+                continue  # less work than before is nothing to be told
             alarms.append(Alarm(step, onset, int(place), CAUSES[cause], math.exp(change), slowness))
         return alarms
 

@@ -142,7 +142,7 @@ class StragglerWatch:
         assert self.detector is not None
         assert self.decider is not None
         sound = checked(records)
-        units = self.detector.unit_s
+        units = self.detector.dealt_unit_s
         quiet = bool(sound.all()) and not bool((records["flags"] & EXCUSED).any())
         arrived = float((records["compute_s"] + records["data_s"]).max()) if quiet else None
         self._elapsed_s += arrived or 0.0
@@ -156,6 +156,7 @@ class StragglerWatch:
             arrived_s=arrived,
             elapsed_s=self._elapsed_s,
             left_steps=max(0, self.steps - step),
+            work=tuple(float(work) for work in self._model.work(records)),
             slow={places[worker]: since for worker, since in self._slow.items() if worker in places},
             spares=spares,
             least_workers=least_workers,

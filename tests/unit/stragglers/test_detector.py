@@ -30,7 +30,7 @@ def step_records(rng: Random, step: int, workers: int, change: Change | None, la
     if change is not None:
         change(step, columns)
     columns["arrive_s"] = [c + d for c, d in zip(columns["compute_s"], columns["data_s"], strict=True)]
-    last = max(one for one in columns["arrive_s"] if one == one)
+    last = max(one for one in columns["arrive_s"] if math.isfinite(one))
     transfer = columns.pop("transfer")
     columns["exchange_s"] = [last - a + t for a, t in zip(columns["arrive_s"], transfer, strict=True)]
     return table(**columns)
@@ -222,9 +222,9 @@ def test_the_work_model_finds_what_lengths_cost():
         model.learn(records, np.ones(6), np.ones(6, dtype=bool))
     assert model.by_length
     unit = records["compute_s"] / model.work(records)
-    assert unit.max() / unit.min() < 1.02
+    assert unit.max() / unit.min() < 1.05
     flat = records["compute_s"] / records["lanes"]
-    assert flat.max() / flat.min() > 1.1, "these lengths make a difference"
+    assert flat.max() / flat.min() > 1.4, "these lengths make a difference"
 
 
 def test_alarms_say_what_is_slow_now():
