@@ -27,7 +27,8 @@ _MOST_VERIFYING = 8
 @dataclass(frozen=True, slots=True)
 class Policy:
     """`min_gain`: share of a step that a move must win. `hold_steps`: between two moves. `verify_steps`: over which a
-    move is judged. `lanes_cost_steps`: what moving lanes costs. `replace_cost_s`, `leave_cost_s`: a pause. `evict`:
+    move is judged. `lanes_cost_steps`: what moving lanes costs, in steps
+    (batches of the new lanes have not been read ahead). `replace_cost_s`, `leave_cost_s`: a pause. `evict`:
     whether workers may be replaced or left out at all. `evicted_share`, `per_s`: at most this share of the workers (and
     always one) within that time. `memory_steps`: for how long a worker's slow times count against it.
     """
@@ -35,7 +36,7 @@ class Policy:
     min_gain: float = 0.03
     hold_steps: int = 10
     verify_steps: int = 6
-    lanes_cost_steps: float = 2.0
+    lanes_cost_steps: float = 1.0
     replace_cost_s: float = 5.0
     leave_cost_s: float = 5.0
     evict: bool = False
@@ -155,7 +156,7 @@ class Decider:
     def _move(self, now: Situation, lanes: tuple[int, ...], before_s: float, after_s: float) -> Decision | None:
         if lanes == now.lanes or after_s > (1 - self.policy.min_gain) * before_s:
             return None
-        cost_s = self.policy.lanes_cost_steps * before_s
+        cost_s = self.policy.lanes_cost_steps * after_s
         onset = min(now.slow.values(), default=now.step)
         case = Case(
             before_s - after_s, cost_s, cost_s, before_s, self._lost_s.get(("lanes", -1), 0.0),

@@ -146,6 +146,8 @@ class Detector:
         """
         level = self.level[COMPUTE]
         error = np.maximum(self._noise[COMPUTE], self.tuning.noise) / np.sqrt(np.clip(self._counted, 1, 64))
+        if self.model.by_length:  # what lengths cost is not known well at first
+            error = error * (1.0 + 3.0 * max(0.0, 1.0 - self._lengths_seen / (3 * _LENGTHS)))
         middle = np.zeros(self.workers)
         for group in self._groups:
             middle[group] = np.median(level[group])
