@@ -150,9 +150,22 @@ class Miscompute(_Fault):
     seed: int = 0
 
 
+class Slow(_Fault):
+    """From `step` on, for `steps` steps (default: to the end), the "compute" (or the wait for "data") of `worker`'s
+    lanes takes `factor` times as long. Emulated: it waits after each of them.
+    """
+
+    do: Literal["slow"] = "slow"
+    worker: WorkerNumber
+    step: PositiveInt = 1
+    steps: PositiveInt | None = None
+    factor: Annotated[float, BeforeValidator(not_a_switch), Field(gt=1, le=1000.0)] = 2.0
+    what: Literal["compute", "data"] = "compute"
+
+
 AtPhase = Kill | Fail | Freeze | Terminate | LoseNode
 """What a worker does to itself (or, `LoseNode`, to its whole node) in the middle of a phase."""
-OwnFault = AtPhase | Flip | Miscompute
+OwnFault = AtPhase | Flip | Miscompute | Slow
 """What a worker does to itself."""
 Fault = OwnFault | Add | Drain | KillController
 
@@ -192,6 +205,10 @@ def miscompute(worker: int, step: int = 1, *, one_in: int = 10, seed: int = 0) -
     return _checked(Miscompute, worker=worker, step=step, one_in=one_in, seed=seed)
 
 
+def slow(worker: int, step: int = 1, *, factor: float = 2.0, steps: int | None = None, what: str = "compute") -> Slow:
+    return _checked(Slow, worker=worker, step=step, factor=factor, steps=steps, what=what)
+
+
 def add(step: int) -> Add:
     return _checked(Add, step=step)
 
@@ -203,7 +220,7 @@ def drain(worker: int, step: int) -> Drain:
 _OneFault = TypeVar("_OneFault", bound=_Fault)
 _KINDS: dict[str, type[_Fault]] = {
     "kill": Kill, "fail": Fail, "freeze": Freeze, "terminate": Terminate, "lose_node": LoseNode, "flip": Flip,
-    "miscompute": Miscompute, "add": Add, "drain": Drain, "kill_controller": KillController,
+    "miscompute": Miscompute, "slow": Slow, "add": Add, "drain": Drain, "kill_controller": KillController,
 }  # fmt: skip
 
 

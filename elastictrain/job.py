@@ -243,6 +243,17 @@ class Integrity(Settings):
     than the last check that it passed, or than its first step (certain, also when it is wrong only now and then)."""
 
 
+class Stragglers(Settings):
+    """What is done about workers that are slow, or slower than others from the start (docs/stragglers.md)."""
+
+    action: Literal["off", "watch", "lanes", "evict"] = "watch"
+    """"watch": say who is slow, and why. "lanes": also deal the lanes out by speed, between two steps; no bit changes.
+    "evict": also replace a worker by a spare that waits, or leave it out, where moving lanes is not enough.
+    """
+    min_gain: Annotated[float, BeforeValidator(a_number), Field(gt=0, lt=1)] = 0.03
+    """Share of a step's computation that a change must win."""
+
+
 class Job(Settings):
     """A training job. See the field docs; `load_job` reads the same from YAML."""
 
@@ -271,6 +282,7 @@ class Job(Settings):
     """Weights to begin with, of any checkpoint that can be read. Default: the recipe's initial values."""
     numerics: Numerics = Numerics()
     integrity: Integrity = Integrity()
+    stragglers: Stragglers = Stragglers()
     gradients: Literal["sum", "hand_over"] = "sum"
     """Sum lanes locally before the exchange (less traffic), or hand them to their owners one by one (less memory)."""
     ownership: Literal["sliced", "whole"] = "sliced"

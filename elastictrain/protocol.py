@@ -80,6 +80,15 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class StepSignals:
+    """What all workers of `generation` said of `step` with their votes: `stragglers.signals` records in rank order."""
+
+    generation: int
+    step: int
+    records: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Restore:
     """Where a generation takes its state from when it does not come from live holders.
 

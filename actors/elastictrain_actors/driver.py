@@ -24,8 +24,9 @@ from elastictrain.controller.machine import Machine
 from elastictrain.controller.view import view
 from elastictrain.errors import ElasticTrainError
 from elastictrain.faults import Add, Drain, Fault, KillController
-from elastictrain.protocol import Ready, Row
+from elastictrain.protocol import Ready, Row, StepSignals
 from elastictrain_actors.journal_file import Replaced
+from elastictrain_actors.slowness import Slowness
 
 Heard = Message | cmd.Announce
 """What effects hand to the driver: what workers say, and lines for events.jsonl."""
@@ -99,6 +100,7 @@ class Driver:
         self.machine, self.effects, self.record, self.journal = machine, effects, record, journal
         self._script = [fault for fault in script if isinstance(fault, Add | Drain | KillController)]
         self._clock, self._die = clock, die
+        self._slowness = None if machine.spec.stragglers is None else Slowness(machine, machine.spec.stragglers)
         self._requests: queue.SimpleQueue[ev.Event] = queue.SimpleQueue()
         self._outcome: Outcome | None = None
         self._status_at_s = 0.0
@@ -181,8 +183,20 @@ class Driver:
                 self.record.row(message.values)
             elif isinstance(message, cmd.Announce):
                 self.record.event(message.kind, message.data, self.machine.generation or None)
+            elif isinstance(message, StepSignals):
+                self._watch(message)
             elif not isinstance(message, Ready):  # effects have made a WorkerReady of it
                 self._handle(message)
+
+    def _watch(self, signals: StepSignals) -> None:
+        """They are not journalled: what follows from them is."""
+        if self._slowness is None:
+            return
+        said, event = self._slowness.hear(signals)
+        for announce in said:
+            self._perform(announce)
+        if event is not None:
+            self._handle(event)
 
     def _last_words(self) -> list[Heard]:
         """An error may end the run at once; what others have published by then must still be heard."""

@@ -110,6 +110,9 @@ class RayEffects:
                     self._order(worker, "park", generation)
             case cmd.AskPause(generation, worker, store):
                 self._order(worker, "ask_pause", generation, store)
+            case cmd.OfferLanes(generation, plan, lanes, workers):
+                for worker in workers:
+                    self._order(worker, "offer_lanes", generation, plan, lanes)
             case cmd.Retire(worker):
                 self._order(worker, "retire")
                 self._forget(worker)

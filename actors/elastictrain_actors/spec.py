@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from elastictrain.controller.facts import MachineSpec
+from elastictrain.controller.facts import MachineSpec, StragglerSpec
 from elastictrain.job import Job
 from elastictrain.protocol import ModelFacts
 
 
 def machine_spec(job: Job, facts: ModelFacts, *, base_generation: int = 0) -> MachineSpec:
     """The controller's fixed facts of a run."""
+    slow = job.stragglers
     workers, keep = job.workers, job.checkpoint.keep if job.checkpoint else None
     if job.checkpoint is not None and job.checkpoint.copy_to:
         keep = None  # what the first store lets go may be in another one: whoever publishes says what is gone
@@ -31,4 +32,7 @@ def machine_spec(job: Job, facts: ModelFacts, *, base_generation: int = 0) -> Ma
         checkpoint=job.checkpoint is not None,
         checkpoints_kept=keep if isinstance(keep, int) else None,
         base_generation=base_generation,
+        stragglers=None
+        if slow.action == "off"
+        else StragglerSpec(slow.action in ("lanes", "evict"), slow.action == "evict", slow.min_gain),
     )

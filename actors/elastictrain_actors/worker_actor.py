@@ -164,6 +164,10 @@ class WorkerActor:
         self._check(epoch)
         self.host.ask_pause(generation, store)
 
+    def offer_lanes(self, epoch: int, generation: int, plan: int, lanes: tuple[tuple[int, ...], ...]) -> None:
+        self._check(epoch)
+        self.host.offer_lanes(generation, plan, lanes)
+
     def retire(self, epoch: int) -> None:
         """End without a word: what this worker held is held by others."""
         self._check(epoch)

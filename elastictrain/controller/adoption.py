@@ -15,6 +15,7 @@ from elastictrain.controller.facts import MachineSpec, Role
 from elastictrain.controller.journal import read_events
 from elastictrain.controller.machine import Machine
 from elastictrain.controller.phases import Ended, Forming, Parking, Phase, Running
+from elastictrain.controller.speeds import offers
 
 
 def outstanding(machine: Machine) -> list[Command]:
@@ -36,8 +37,10 @@ def outstanding(machine: Machine) -> list[Command]:
         core.tell_to_park(out)
     elif isinstance(state, Parking):
         out += [Park(ledger.generation, (worker,)) for worker in sorted(state.nudged) if worker in core.waiting()]
-    elif isinstance(state, Running) and state.asked is not None:
-        core.ask_pause(state.asked, out)
+    elif isinstance(state, Running):
+        out += offers(core)
+        if state.asked is not None:
+            core.ask_pause(state.asked, out)
     return out
 
 

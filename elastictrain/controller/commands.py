@@ -47,6 +47,18 @@ class AskPause:
 
 
 @dataclass(frozen=True, slots=True)
+class OfferLanes:
+    """Tell `workers` of split number `plan` of the lanes of `generation` (by rank; numbers begin at 1). All switch to
+    it at the first step at which every vote has seen it; in another generation it changes nothing.
+    """
+
+    generation: int
+    plan: int
+    lanes: tuple[tuple[int, ...], ...]
+    workers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Retire:
     """The worker holds nothing any more: let its process end."""
 
@@ -79,4 +91,4 @@ class EndRun:
     error: str | None = None
 
 
-Command = StartWorker | Park | Form | AskPause | Retire | Kill | Announce | EndRun
+Command = StartWorker | Park | Form | AskPause | OfferLanes | Retire | Kill | Announce | EndRun

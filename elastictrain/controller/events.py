@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from elastictrain.protocol import Doubt, ParkReport, ReadBytes, Ready, Restore, Row
+from elastictrain.protocol import Doubt, ParkReport, ReadBytes, Ready, Restore, Row, StepSignals
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +272,38 @@ class ClusterChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class LanesProposed:
+    """The straggler watch would deal the lanes of `generation` out otherwise. `lanes`: how many each rank gets;
+    `speeds`: (worker, relative speed), as learned. `action`: "move_lanes", or "move_back" for a move that did not bring
+    what was expected. `step`: that has shown it; `before_s`, `after_s`: computation of a step now, and expected.
+    """
+
+    now_s: float
+    generation: int
+    step: int
+    lanes: tuple[int, ...]
+    speeds: tuple[tuple[int, float], ...]
+    action: str
+    reason: str
+    before_s: float = 0.0
+    after_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StragglerLeaves:
+    """The straggler watch would do without `worker`: "replace" it by a spare that waits, or "leave_out"."""
+
+    now_s: float
+    generation: int
+    step: int
+    worker: int
+    action: str
+    reason: str
+    before_s: float = 0.0
+    after_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class ControllerBack:
     """The controller was away for `gone_s`: it was dead, or its process or its machine stood still. The first event of
     a new controller after replay. Deadlines move by the gap; those of preemptions do not.
@@ -313,9 +345,13 @@ Event = (
     | GenerationHung
     | PreemptionNotice
     | ClusterChanged
+    | LanesProposed
+    | StragglerLeaves
     | ControllerBack
     | Tick
 )
 
-Message = Event | Row | Ready
-"""What a worker's outbox carries: events for the machine, rows for the run directory, and once what it is."""
+Message = Event | Row | Ready | StepSignals
+"""What a worker's outbox carries: events for the machine, rows for the run directory, signals for the straggler watch,
+and once what it is.
+"""

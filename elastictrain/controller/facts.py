@@ -16,6 +16,17 @@ from elastictrain.protocol import Doubt, FormPlan, ParkReport, Restore
 
 
 @dataclass(frozen=True, slots=True)
+class StragglerSpec:
+    """What is done about slow workers. `moves`: lanes are dealt out again; `evicts`: workers may be replaced or left
+    out; `min_gain`: the least share of a step that is worth a move.
+    """
+
+    moves: bool = False
+    evicts: bool = False
+    min_gain: float = 0.03
+
+
+@dataclass(frozen=True, slots=True)
 class MachineSpec:
     """All that the controller must know about a job; it never changes during a run.
 
@@ -26,7 +37,8 @@ class MachineSpec:
     long forming or parking may take, or 20 x the longest seen if that is more.
     `base_generation`: the newest generation of an earlier controller of this run; ours are above it. `domain_label`:
     the label of a node whose value is its failure domain (rack, zone); None: the node is. `last_holder_grace_s`: what
-    a frozen worker gets to answer when it alone holds some blocks. `budget`: how much failure the run puts up with.
+    a frozen worker gets to answer when it alone holds some blocks. `stragglers`: what is done about slow workers; None:
+    nobody looks. `budget`: how much failure the run puts up with.
     """
 
     lane_count: int
@@ -52,6 +64,7 @@ class MachineSpec:
     base_generation: int = 0
     domain_label: str | None = None
     last_holder_grace_s: float = 2.0
+    stragglers: StragglerSpec | None = None
     budget: FailureBudget = field(default_factory=FailureBudget)
 
     def __post_init__(self) -> None:
@@ -220,7 +233,8 @@ class Ledger:
     troubled in this generation. `vain`: generations in a row that ended without a commit although nobody was lost;
     `counted_in_vain`: the newest that is counted there, or that has a limit of its own; `vain_replaced`: workers, with
     reasons, replaced for it since the job came to step `reached`. `closing`: generations that a run which is stopped
-    has formed only to store its state.
+    has formed only to store its state. `lane_offers`: lane counts by rank of every split that was offered in this
+    generation; `speeds`: by worker, as learned with the last of them.
     """
 
     target: int
@@ -270,6 +284,8 @@ class Ledger:
     longest_forming_s: float = 0.0
     longest_parking_s: float = 0.0
     patience: int = 1
+    lane_offers: tuple[tuple[int, ...], ...] = ()
+    speeds: dict[int, float] = field(default_factory=dict)
 
     @property
     def generation(self) -> int:

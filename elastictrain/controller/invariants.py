@@ -51,6 +51,7 @@ from elastictrain.controller.commands import (
     EndRun,
     Form,
     Kill,
+    OfferLanes,
     Park,
     Retire,
     StartWorker,
@@ -195,7 +196,7 @@ class Watch:
                 continue  # another was asked, or for something else, in the same event
             if isinstance(command, StartWorker | Form | AskPause) and self.machine.phase.is_terminal:
                 continue  # the end came in the same event
-            if isinstance(command, StartWorker | Form | AskPause | EndRun):
+            if isinstance(command, StartWorker | Form | AskPause | OfferLanes | EndRun):
                 _require(command in again, "I19", (command, again))
             elif isinstance(command, Kill) and command.worker in known:
                 _require(any(isinstance(c, Kill) and c.worker == command.worker for c in again), "I19", command)

@@ -24,6 +24,7 @@ from elastictrain.controller.core import Core
 from elastictrain.controller.facts import Ledger, MachineSpec
 from elastictrain.controller.phases import Gathering, Phase
 from elastictrain.controller.settle import settle
+from elastictrain.controller.speeds import on_lanes, on_let_go
 
 HANDLERS: dict[type[Any], Callable[[Core, Any, list[Command]], bool]] = {
     ev.Begun: moves.on_begun,
@@ -50,6 +51,8 @@ HANDLERS: dict[type[Any], Callable[[Core, Any, list[Command]], bool]] = {
     ev.GenerationHung: alarms.on_hung,
     ev.PreemptionNotice: alarms.on_preemption,
     ev.ClusterChanged: alarms.on_cluster,
+    ev.LanesProposed: on_lanes,
+    ev.StragglerLeaves: on_let_go,
     ev.ControllerBack: alarms.on_back,
     ev.Tick: on_tick,
 }

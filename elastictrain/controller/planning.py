@@ -26,6 +26,7 @@ from elastictrain.controller.policies import (
     world_cap,
 )
 from elastictrain.controller.recovery import Standing
+from elastictrain.controller.speeds import by_speed
 from elastictrain.layout import Layout, moves_between
 from elastictrain.protocol import FormPlan, ParkReport
 
@@ -51,6 +52,7 @@ def plan_next(
     `reports`: of the parked members. `standing`: of them and of the leaving workers, without lost shards. `planned`:
     nobody was lost since the last seal, so that holders may change.
     """
+    spec = by_speed(spec, ledger)
     if standing.truth is None:
         return _plan_restore(spec, ledger, reports)
     truth, generation = standing.truth, ledger.generation + 1
@@ -105,7 +107,7 @@ def propose_now(
     if not (room or rebalance or ledger.draining):
         return None  # asked at every event: nobody may come, nobody leaves
     return propose(
-        spec,
+        by_speed(spec, ledger),
         truth,
         generation,
         newcomers=[*first, *ledger.with_role(Role.READY)],

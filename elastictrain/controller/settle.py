@@ -294,7 +294,7 @@ def _form(core: Core, plan: FormPlan, reports: Mapping[int, ParkReport], now_s: 
             ledger.workers.update_facts(worker, role=Role.READY)
     if ledger.incident is not None:
         _note_plan(core, ledger.incident, plan, now_s)
-    ledger.plan, ledger.accused = plan, ()
+    ledger.plan, ledger.accused, ledger.lane_offers = plan, (), ()
     ledger.layouts = {plan.generation: plan.layout} | ({} if truth is None else {truth.generation: truth})
     if plan.restore is not None:
         ledger.published_step = min(ledger.published_step, plan.restore.step)

@@ -8,6 +8,7 @@ from typing import Any
 from elastictrain.controller.facts import Role
 from elastictrain.controller.machine import Machine
 from elastictrain.controller.phases import Ended, Gathering
+from elastictrain.controller.speeds import lanes_in_force
 
 
 def view(machine: Machine) -> dict[str, Any]:
@@ -18,11 +19,12 @@ def view(machine: Machine) -> dict[str, Any]:
     wrong), `world`, `workers` (rank order: worker, lanes, blocks owned, failure domain, node), `held_once` (blocks with
     a single live holder), `spares`, `starting`, `draining`,
     `preempted` (worker and the time at which it goes), `fenced`, `nodes_set_aside` (node, its failures), `target`,
+    `speeds` (relative, by worker, once lanes were dealt out by them),
     `last_recovery`, `recoveries` and `incidents` (the last hundred), `digest` and `error` (at the end).
     """
     core = machine.core
     ledger, state = core.ledger, core.state
-    layout = None if ledger.plan is None else ledger.plan.layout
+    layout = lanes_in_force(core.spec, ledger)
     workers = []
     members, owned = set(ledger.members()), Counter[int]()
     for shard in layout.shards if layout is not None else ():
@@ -55,6 +57,7 @@ def view(machine: Machine) -> dict[str, Any]:
             if facts.aside_until_s is not None
         },
         "target": ledger.target,
+        "speeds": {worker: round(share, 4) for worker, share in sorted(ledger.speeds.items())},
         "last_recovery": dict(ledger.recoveries[-1]) if ledger.recoveries else None,
         "recoveries": [dict(recovery) for recovery in ledger.recoveries],
         "incidents": [dict(incident) for incident in ledger.incidents],

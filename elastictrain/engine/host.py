@@ -161,6 +161,9 @@ class WorkerHost:
     def ask_pause(self, generation: int, store: bool) -> None:
         self.session.ask_pause(generation, store)
 
+    def offer_lanes(self, generation: int, plan: int, lanes: tuple[tuple[int, ...], ...]) -> None:
+        self.session.offer_lanes(generation, plan, lanes)
+
     def stop(self) -> None:
         """End the training thread; the process may then go."""
         if self._session is not None:

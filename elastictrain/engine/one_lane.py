@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -39,7 +40,7 @@ def seed_everything(seed: int) -> None:
 class LaneResult:
     """`total`, `weight`: the loss sum and its weight. `tokens`: that the lane has learned from. `samples_hash`: of the
     ids of its samples (`data.ids`), 0 where the batches have none. `waited`: seconds that they were waited for, by
-    stage of feeding (`data.meter`).
+    stage of feeding (`data.meter`). `squares`: Σ of the squared lengths of its sequences.
     """
 
     total: float
@@ -47,11 +48,13 @@ class LaneResult:
     tokens: int
     samples_hash: int
     waited: Mapping[str, float]
+    squares: float = 0.0
 
 
 class OneLane:
     """Runs lanes; `check` raises when the session has parked, `enter` says what this worker is doing, `spoils(step)`
-    whether the next lane is to come out wrong (an injected fault).
+    whether the next lane is to come out wrong, `drags(step, what)` by what factor its "compute" or its "data" are to
+    take longer (injected faults).
     """
 
     def __init__(
@@ -64,9 +67,10 @@ class OneLane:
         check: Callable[[], None],
         enter: Callable[[Activity], None],
         spoils: Callable[[int], bool],
+        drags: Callable[[int, str], float] = lambda _, __: 1.0,
     ) -> None:
         self._job, self._recipe, self._flat, self._tree, self._batches = job, recipe, flat, tree, batches
-        self._check, self._enter, self._spoils = check, enter, spoils
+        self._check, self._enter, self._spoils, self._drags = check, enter, spoils, drags
 
     def run(
         self, step: int, lane: int, *, first: bool, merge: bool, shown: LaneSum | None = None, keep: bool = True
@@ -76,8 +80,11 @@ class OneLane:
         """
         self._check()
         self._enter(Activity.DATA)
+        begun = time.perf_counter()
         batch = self._batches.batch(step, lane)
+        dragged_s = self._drag(step, "data", begun)
         self._enter(Activity.COMPUTE)
+        begun = time.perf_counter()
         self._flat.before_lane()
         seed_everything(lane_seed(self._job.seed, step, lane))
         show = None if shown is None else shown.add
@@ -90,9 +97,23 @@ class OneLane:
             self._tree.end_micro_batch()
             total, weight = total + float(loss.detach()), weight + part
         self._tree.end(self._flat.after_lane(first))
+        self._drag(step, "compute", begun)
         tokens = batch.get("tokens")
-        learned = tokens.shape[0] * (tokens.shape[1] - 1) if tokens is not None and tokens.dim() == 2 else 0
-        return LaneResult(total, weight, learned, getattr(batch, "samples_hash", 0), getattr(batch, "waited", {}))
+        rows, length = (tokens.shape[0], tokens.shape[1] - 1) if tokens is not None and tokens.dim() == 2 else (0, 0)
+        waited = getattr(batch, "waited", {})
+        if dragged_s:
+            waited = {**waited, "dragged": dragged_s}
+        samples_hash = getattr(batch, "samples_hash", 0)
+        return LaneResult(total, weight, rows * length, samples_hash, waited, float(rows * length * length))
+
+    def _drag(self, step: int, what: str, begun: float) -> float:
+        """Wait, where a fault asks for it: emulates a slower device or slower data. Returns the seconds waited."""
+        factor = self._drags(step, what)
+        if factor <= 1.0:
+            return 0.0
+        wait_s = (factor - 1.0) * (time.perf_counter() - begun)
+        time.sleep(wait_s)
+        return wait_s
 
     def sum(self, step: int, lane: int) -> int:
         """Compute a lane only for the sum of its gradient: nothing of it stays."""

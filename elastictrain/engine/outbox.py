@@ -6,7 +6,7 @@ import threading
 
 from elastictrain.controller import events as ev
 from elastictrain.controller.events import Message
-from elastictrain.protocol import Row
+from elastictrain.protocol import Row, StepSignals
 
 
 class Outbox:
@@ -25,7 +25,7 @@ class Outbox:
         commit after a seal is news: it ends a recovery.
         """
         with self._changed:
-            urgent = not isinstance(message, Row | ev.Progress)
+            urgent = not isinstance(message, Row | StepSignals | ev.Progress)
             if isinstance(message, ev.Progress):
                 urgent, self._progress_is_news = self._progress_is_news, False
             elif isinstance(message, ev.Sealed):

@@ -20,6 +20,7 @@ from elastictrain.faults import (
     LoseNode,
     Miscompute,
     OwnFault,
+    Slow,
     Terminate,
 )
 
@@ -47,6 +48,7 @@ class Probes:
         self._waiting = [fault for fault in mine if isinstance(fault, AtPhase)]
         self._flips = [fault for fault in mine if isinstance(fault, Flip)]
         self._miscomputes = [fault for fault in mine if isinstance(fault, Miscompute)]
+        self._slow = [fault for fault in mine if isinstance(fault, Slow)]
         self._lanes = 0
 
     def at(self, step: int, phase: str) -> None:
@@ -85,6 +87,14 @@ class Probes:
         """
         self._lanes += bool(self._miscomputes)
         return any(f.step <= step and mix(f.seed, self._lanes) % f.one_in == 0 for f in self._miscomputes)
+
+    def drags(self, step: int, what: str) -> float:
+        """By what factor this worker's "compute" or "data" take longer in `step`."""
+        factor = 1.0
+        for fault in self._slow:
+            if fault.what == what and fault.step <= step and (fault.steps is None or step < fault.step + fault.steps):
+                factor *= fault.factor
+        return factor
 
 
 def flip_bit(tensor: torch.Tensor, bit: int) -> None:

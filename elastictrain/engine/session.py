@@ -42,7 +42,7 @@ from elastictrain.errors import (
 )
 from elastictrain.job import Job
 from elastictrain.layout import Layout, Shard
-from elastictrain.protocol import Doubt, FormPlan, ParkReport, Row
+from elastictrain.protocol import Doubt, FormPlan, ParkReport, Row, StepSignals
 from elastictrain.pulse import Pulse
 from elastictrain.signs import Activity
 
@@ -63,7 +63,7 @@ class Session:
         *,
         device: torch.device,
         host: str,
-        emit: Callable[[ev.Event | Row], None],
+        emit: Callable[[ev.Event | Row | StepSignals], None],
         probes: Probes | None = None,
         data_fingerprint: Mapping[str, Any] | None = None,
         stages: Sequence[Mapping[str, Any]] = (),
@@ -167,6 +167,15 @@ class Session:
         """
         if generation == self.generation:
             self.offers[plan] = lanes
+
+    def newest_offer(self) -> int:
+        """The newest split of which this worker has all before it too: 0 for none. So whatever split all members have
+        in common, each of them has it.
+        """
+        number = 0
+        while number + 1 in self.offers:
+            number += 1
+        return number
 
     def stop(self) -> None:
         """Let the training thread end."""

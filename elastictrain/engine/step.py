@@ -23,6 +23,7 @@ from elastictrain.engine.integrity import LaneSum
 from elastictrain.engine.lane_checks import LaneCheck, lane_check
 from elastictrain.engine.lanes import LaneTree, SpareBuffers
 from elastictrain.engine.one_lane import Batches, OneLane
+from elastictrain.engine.signals import StepClock
 from elastictrain.engine.verdict import Claims
 from elastictrain.engine.vote import Ballot, VoteFormat, root_sums
 from elastictrain.job import Job
@@ -38,7 +39,8 @@ SLICES = 4
 class Pending:
     """A step that this worker has computed and exchanged but not applied: the redo-log entry (R1). `reduced`: for every
     held shard its reduced gradient, fp32, one flat run over the shard's active span. `lane_sum`: of the gradient of the
-    lane that is computed twice in this step, if this worker is one of the two. `samples_hash`: of its lanes' samples.
+    lane that is computed twice in this step, if this worker is one of the two. `squares`: Σ of squared lengths.
+    `samples_hash`: of its lanes' samples.
     """
 
     step: int
@@ -46,6 +48,7 @@ class Pending:
     reduced: dict[Shard, torch.Tensor] = field(default_factory=dict)
     lanes: list[tuple[float, float]] = field(default_factory=list)
     tokens: int = 0
+    squares: float = 0.0
     lane_sum: int = 0
     samples_hash: int = 0
 
@@ -53,7 +56,8 @@ class Pending:
 class StepRunner:
     """The phases of a step under one layout. `probe(phase)` is called in the middle of each phase (fault injection);
     `check` raises when the session has parked; `enter` says what this worker is doing (its sign of life). With `guard`
-    the vote carries sums of the state. `kinds`: of numerics, by worker. `spoils(step)`: the next lane is to be wrong.
+    the vote carries sums of the state. `kinds`: of numerics, by worker. `spoils(step)`: the next lane is to be wrong;
+    `drags(step, what)`: by what factor its computation or its data are to take longer. `clock`: measures for the watch.
     """
 
     def __init__(
@@ -74,14 +78,20 @@ class StepRunner:
         guard: Guard | None = None,
         kinds: Mapping[int, str] | None = None,
         spoils: Callable[[int], bool] = lambda _: False,
+        drags: Callable[[int, str], float] = lambda _, __: 1.0,
+        clock: StepClock | None = None,
     ) -> None:
         self.job, self.recipe, self.worker = job, recipe, worker
         self.layout, self.groups, self.flat, self.held, self.tree = layout, groups, flat, held, tree
         self.probe, self.enter, self.guard, self.kinds = probe, enter, guard, kinds
-        self.lane = OneLane(job, recipe, flat, tree, batches, check, enter, spoils)
+        self.lane = OneLane(job, recipe, flat, tree, batches, check, enter, spoils, drags)
+        self.clock = clock or StepClock()
         self.rank = layout.rank(worker)
         checks = guard is not None or job.integrity.recompute_every is not None
-        self.vote_format = VoteFormat(layout, flat.space.active_blocks, flat.largest_size, claims=checks)
+        self.vote_format = VoteFormat(
+            layout, flat.space.active_blocks, flat.largest_size, claims=checks,
+            signals=job.stragglers.action != "off",
+        )  # fmt: skip
         self.seconds: dict[str, float] = {}
         self.data_wait: dict[str, float] = {}  # of the step's seconds: waited for batches, by stage of feeding
         self._spare = SpareBuffers(flat.device)
@@ -96,6 +106,7 @@ class StepRunner:
     def run(self, step: int) -> Pending:
         """Compute this worker's lanes, exchange, mirror. Afterwards the host knows that all data is here (R2)."""
         self.seconds, self.data_wait = {}, {}
+        self.clock.begin()
         self.tree.reset()
         pending = Pending(step, self.layout.generation)
         check = self.lane_check(step)
@@ -112,6 +123,7 @@ class StepRunner:
         with self._timed("compute"):
             for turn, lane in enumerate(self.layout.lanes[self.rank]):
                 self.run_lane(step, lane, pending, first=turn == 0, merge=True)
+        self.clock.arrive()
         with self._timed("exchange"):
             nodes = [roots(lanes, self.layout.lane_count) for lanes in self.layout.lanes]
             # All lanes are done: what comes may lie in the tree's spare buffers.
@@ -228,6 +240,7 @@ class StepRunner:
         result = self.lane.run(step, lane, first=first, merge=merge, shown=shown)
         pending.lanes.append((result.total, result.weight))
         pending.tokens += result.tokens
+        pending.squares += result.squares
         for stage, seconds in result.waited.items():
             self.data_wait[stage] = self.data_wait.get(stage, 0.0) + seconds
         pending.samples_hash = step_hash((pending.samples_hash, result.samples_hash))
@@ -243,9 +256,9 @@ class StepRunner:
 
     # --- vote, gather ---
 
-    def vote(self, pending: Pending, *, flags: int, plan: int) -> bytes:
+    def vote(self, pending: Pending, *, flags: int, plan: int, stores: bool = False, evaluates: bool = False) -> bytes:
         """Send this worker's ballot and return the whole vote, byte for byte. After it the step may be applied, if the
-        sums in it (`VoteFormat.claims`) agree.
+        sums in it (`VoteFormat.claims`) agree. `stores`, `evaluates`: beside or just before this step.
         """
         claims = Claims(True, 0, lane=pending.lane_sum)
         if self.guard is not None:
@@ -265,9 +278,20 @@ class StepRunner:
                 largest=self.flat.largest_counters(),
                 claims=claims,
                 samples_hash=pending.samples_hash,
+                signal=self._signal(pending, stores, evaluates),
             )
             self.probe("vote")
-            return b"".join(self.groups.all_gather_equal(self.vote_format.encode(ballot)))
+            result = b"".join(self.groups.all_gather_equal(self.vote_format.encode(ballot)))
+        self.clock.voted()
+        return result
+
+    def _signal(self, pending: Pending, stores: bool, evaluates: bool) -> bytes:
+        if self.job.stragglers.action == "off":
+            return b""
+        lanes = len(self.layout.lanes[self.rank])
+        return self.clock.signal(
+            lanes, self.seconds, self.data_wait, pending.tokens, pending.squares, stores=stores, evaluates=evaluates
+        ).encode()
 
     def _squares(self, pending: Pending) -> dict[int, float]:
         """Sum of squares of every owned active block of the reduced gradient, in fp64; 0 for buffers."""

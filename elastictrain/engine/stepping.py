@@ -15,10 +15,11 @@ from elastictrain.engine.commit import apply_step
 from elastictrain.engine.inquest import check_claims, check_lane, gather_claims, settle
 from elastictrain.engine.keeping import FIRST_STEP_DEADLINE_S, Keeper
 from elastictrain.engine.reports import StepReport
+from elastictrain.engine.signals import StepClock
 from elastictrain.engine.step import StepRunner, Timer
-from elastictrain.engine.vote import FLAG_PAUSE, FLAG_STORE, Tally
+from elastictrain.engine.vote import FLAG_PAUSE, FLAG_STORE, FLAG_STORING, Tally
 from elastictrain.engine.worker_model import hook
-from elastictrain.protocol import FormPlan, Row
+from elastictrain.protocol import FormPlan, Row, StepSignals
 from elastictrain.signs import Activity
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Stepping:
         self.layout = plan.layout
         self.first_step = True
         self.lane_plan = 0
+        self.clock = StepClock()
         self.expected: tuple[tuple[int, ...], int] = ((), 0)  # lanes, and the step up to which they are expected
         self.runner = self._runner()
         self.keeper = Keeper(session, plan, groups, self._owned)
@@ -51,6 +53,7 @@ class Stepping:
             self.job, s.model.recipe, s.worker, self.layout, self.groups, s.model.flat, s.model.held, s.tree, s.batches,
             probe=lambda phase: self._probe(phase), check=s.check, enter=s.pulse.enter,
             guard=s.guard if self.job.integrity.state else None, kinds=s.knowledge.kinds, spoils=s.probes.spoils_lane,
+            drags=s.probes.drags, clock=self.clock,
         )  # fmt: skip
         s.vote_format = runner.vote_format
         s.layout = self.layout
@@ -101,9 +104,10 @@ class Stepping:
             s.check()
             s.pending = pending
         s.probes.flips(s, self.step, "reduced")
-        offered = max(s.offers, default=0)
         flags = s.pause_flags() | self.keeper.flags | s.pacing.flags(is_publisher=self.is_publisher)
-        vote = self.runner.vote(pending, flags=flags, plan=offered)
+        storing = report.stores or bool(self.keeper.flags & FLAG_STORING)
+        vote = self.runner.vote(pending, flags=flags, plan=s.newest_offer(), stores=storing, evaluates=report.evaluates)
+        self._tell_signals(vote)
         self._check_sums(vote)
         stored = self._gather_shares(vote)
         s.probes.at(self.step, "voted")
@@ -131,6 +135,7 @@ class Stepping:
         settle(s, self.layout, self.groups, self.step)
         s.pulse.end_step()
         self.runner.seconds["step_s"] = time.perf_counter() - started
+        self.clock.end(self.runner.seconds)
         if not self.first_step:
             s._longest_s = max(s._longest_s, self.runner.seconds["step_s"])
             s.pacing.stepped(self.runner.seconds["step_s"])
@@ -184,6 +189,14 @@ class Stepping:
             self.lane_plan = plan
             self.layout = self.layout.with_lanes(self.session.offers[plan])
             self.runner = self._runner()
+            self.clock.changed()
+
+    def _tell_signals(self, vote: bytes) -> None:
+        """One member hands all workers' signals to the watch: what a step was like is known before it is applied."""
+        if self.is_publisher and self.layout.world_size > 1:
+            records = self.runner.vote_format.signals(vote)
+            if records:
+                self.session.emit(StepSignals(self.plan.generation, self.step, records))
 
     # --- at a commit ---
 

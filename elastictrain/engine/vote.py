@@ -16,6 +16,7 @@ import numpy as np
 from elastictrain.engine.verdict import Claims
 from elastictrain.errors import InternalError
 from elastictrain.layout import Layout
+from elastictrain.stragglers.signals import RECORD_BYTES
 from elastictrain.tree import Node, finish, roots, whole
 
 FLAG_PAUSE = 1
@@ -33,8 +34,9 @@ _HEADER = 7  # generation, step, flags, plan, counter hash, tokens, hash of the 
 class Ballot:
     """One worker's part. `lanes`: (loss sum, weight) of each of its lanes, ascending; `norms`: sums of squares (fp64)
     of the reduced gradient over its roots of the block tree; `counter_hash`: of its integer buffers after this step;
-    `claims`: sums of its state and of its reduced gradients, where the format has room for them; `samples_hash`: of
-    the sample ids of its lanes, unsigned 64 bits, of which all workers' sum modulo 2**64 is the step's.
+    `signal`: how its step went (`stragglers.signals`), where the format has room; `claims`: sums of its state and of
+    its reduced gradients, where the format has room for them; `samples_hash`: of the sample ids of its lanes, unsigned
+    64 bits, of which all workers' sum modulo 2**64 is the step's.
     """
 
     generation: int
@@ -48,6 +50,7 @@ class Ballot:
     largest: tuple[int, ...] = ()
     claims: Claims | None = None
     samples_hash: int = 0
+    signal: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +99,14 @@ def norm_roots(layout: Layout, worker: int, active_blocks: int) -> tuple[Node, .
 
 
 class VoteFormat:
-    """Sizes and places of a payload under one layout: whole numbers, floats, and with `claims` sums of the state (one
-    for all that the forward reads, two for each held shard). `largest` is the number of "max" integer elements.
+    """Sizes and places of a payload under one layout: whole numbers, floats, with `signals` a record of the step, and
+    with `claims` sums of the state (one for all that the forward reads, two for each held shard). `largest` is the
+    number of "max" integer elements.
     """
 
-    def __init__(self, layout: Layout, active_blocks: int, largest: int, *, claims: bool = False) -> None:
+    def __init__(
+        self, layout: Layout, active_blocks: int, largest: int, *, claims: bool = False, signals: bool = False
+    ) -> None:
         self.layout, self.active_blocks, self.largest = layout, active_blocks, largest
         self.max_lanes = max(len(lanes) for lanes in layout.lanes)
         self.roots = [norm_roots(layout, worker, active_blocks) for worker in layout.workers]
@@ -109,7 +115,8 @@ class VoteFormat:
         held = layout.by_holder() if claims else {}
         self._shards = [[s.lo for s in held.get(worker, ())] for worker in layout.workers] if claims else []
         self._sums = 3 + 2 * max(map(len, self._shards)) if claims else 0
-        self.size = 8 * (_HEADER + largest + self._floats + self._sums)
+        self._signal_bytes = RECORD_BYTES if signals else 0
+        self.size = 8 * (_HEADER + largest + self._floats + self._sums) + self._signal_bytes
 
     def encode(self, ballot: Ballot) -> bytes:
         whole_numbers = np.zeros(_HEADER + self.largest, dtype=np.int64)
@@ -127,7 +134,13 @@ class VoteFormat:
         flat = [number for pair in ballot.lanes for number in pair]
         floats[: len(flat)] = flat
         floats[2 * self.max_lanes : 2 * self.max_lanes + len(ballot.norms)] = ballot.norms
-        return whole_numbers.tobytes() + floats.tobytes() + self._encode_claims(ballot.claims)
+        signal = ballot.signal[: self._signal_bytes].ljust(self._signal_bytes, b"\0")
+        return whole_numbers.tobytes() + floats.tobytes() + signal + self._encode_claims(ballot.claims)
+
+    def signals(self, result: bytes) -> bytes:
+        """The records in a vote result, in rank order; empty when the format has none."""
+        ends = [(rank + 1) * self.size - 8 * self._sums for rank in range(self.layout.world_size)]
+        return b"".join(result[end - self._signal_bytes : end] for end in ends)
 
     def _encode_claims(self, claims: Claims | None) -> bytes:
         sums = np.zeros(self._sums, dtype=np.uint64)

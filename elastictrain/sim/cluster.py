@@ -107,6 +107,8 @@ class Cluster:
             self.clock.after(delay_s, self._park, command)
         elif isinstance(command, cm.AskPause):
             self.clock.after(delay_s, self._ask_pause, command)
+        elif isinstance(command, cm.OfferLanes):
+            pass  # its workers are all alike: whoever has which lanes, a step takes as long
         elif isinstance(command, cm.Retire):
             self._check_retire(command.worker)
             self.clock.after(delay_s, self.end_process, command.worker)

@@ -33,6 +33,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the Ray actor of a w
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "elastictrain.engine.host", "pyarrow.parquet"])
 SHARED_DOMAIN = "here"
+RECIPES = Path(__file__).parent / "recipes.py"
 RAY_STEPS = 250
 """Of the runs on Ray that something happens to: as long as a new worker or controller takes to be there."""
 
@@ -83,6 +84,8 @@ def worker_main(
             send(ev.WorkerParked(0.0, command.generation, host.park(command.generation)))
         elif isinstance(command, cmd.AskPause):
             host.ask_pause(command.generation, command.store)
+        elif isinstance(command, cmd.OfferLanes):
+            host.offer_lanes(command.generation, command.plan, command.lanes)
         else:
             host.stop()
             os._exit(0)
@@ -108,7 +111,7 @@ class ProcessEffects:
             plan = replace(command.plan, store=self.stores[command.plan.layout.workers[0]])
             for worker in plan.layout.workers:
                 self._send(worker, cmd.Form(plan))
-        elif isinstance(command, cmd.Park):
+        elif isinstance(command, cmd.Park | cmd.OfferLanes):
             for worker in command.workers:
                 self._send(worker, command)
         elif isinstance(command, cmd.AskPause | cmd.Retire):

@@ -1,0 +1,290 @@
+"""What to do about slow workers: nothing, move lanes, replace one by a spare, leave one out. Pure.
+
+Lanes first: they cost next to nothing and change no bit. Their split is the planner's exact one. A worker is replaced
+or left out only for what moving lanes cannot give back. Every move is verified: when it does not bring half of what was
+promised it is taken back, and not tried again for a while that doubles. A worker that has become fast again gets its
+lanes back when it has stayed so, for a time that doubles each time it was slow lately; so nothing swings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import sqrt
+from statistics import median, stdev
+from typing import Literal
+
+from elastictrain.planner.split import split_affine
+from elastictrain.stragglers.rental import Case, pays, prior_s
+
+Action = Literal["move_lanes", "move_back", "replace", "leave_out"]
+_PENDING_STEPS = 50
+_USUAL_STEPS = 15
+_MOST_VERIFYING = 8
+"""A move is judged after at most so many times `verify_steps`, however noisy the steps are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """`min_gain`: share of a step that a move must win. `hold_steps`: between two moves. `verify_steps`: over which a
+    move is judged. `lanes_cost_steps`: what moving lanes costs, in steps
+    (batches of the new lanes have not been read ahead). `replace_cost_s`, `leave_cost_s`: a pause. `evict`:
+    whether workers may be replaced or left out at all. `evicted_share`, `per_s`: at most this share of the workers (and
+    always one) within that time. `memory_steps`: for how long a worker's slow times count against it.
+    """
+
+    min_gain: float = 0.03
+    hold_steps: int = 10
+    verify_steps: int = 6
+    lanes_cost_steps: float = 1.0
+    replace_cost_s: float = 5.0
+    leave_cost_s: float = 5.0
+    evict: bool = False
+    evicted_share: float = 0.05
+    per_s: float = 3600.0
+    memory_steps: int = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What is known at a step, by place of the workers.
+
+    `lanes`: in force. `unit_s`: seconds that each needs for a lane. `arrived_s`: when the last of them had computed its
+    lanes in this step; None if the step says nothing (a checkpoint, an evaluation). `elapsed_s`: since the start, as
+    the steps add up. `left_steps`: of the run. `work`: of this step's lanes, in mean lanes (default: their number).
+    `slow`: whose slowness is known, with the step of its onset. `spares`: that wait. `least_workers`: fewer must not be
+    left.
+    """
+
+    step: int
+    lanes: tuple[int, ...]
+    unit_s: tuple[float, ...]
+    arrived_s: float | None
+    elapsed_s: float
+    left_steps: int
+    work: tuple[float, ...] = ()
+    slow: Mapping[int, int] = field(default_factory=dict)
+    spares: int = 0
+    least_workers: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """`lanes` for moves; `worker` (its place) for the others. `before_s`, `after_s`: of a step's computation, as it is
+    and as it is expected to be. `why` in words.
+    """
+
+    action: Action
+    step: int
+    why: str
+    before_s: float
+    after_s: float
+    lanes: tuple[int, ...] = ()
+    worker: int | None = None
+
+
+@dataclass(slots=True)
+class _Trial:
+    """A move whose gain is being looked at. `unit_s`, `slow`: as known when it was decided. `usual`: how much later
+    than expected the last worker arrives anyway (the largest of many noisy times is above its mean). `began`: the step
+    from which its lanes were in force. `won`, `promised`: seconds of each step since, for the work that it had.
+    """
+
+    decision: Decision
+    lanes_before: tuple[int, ...]
+    unit_s: tuple[float, ...]
+    slow: dict[int, int]
+    usual: float
+    began: int | None = None
+    won: list[float] = field(default_factory=list)
+    promised: list[float] = field(default_factory=list)
+
+    def add(self, arrived_s: float, work: Sequence[float]) -> None:
+        """One step: what it would have taken before the move, what it should take now, and what it took."""
+        now_s = max(unit * own for unit, own in zip(self.unit_s, work, strict=True))
+        before_s = max(
+            unit * own * old / new
+            for unit, own, old, new in zip(self.unit_s, work, self.lanes_before, self.decision.lanes, strict=True)
+        )
+        self.won.append(before_s - arrived_s / self.usual)
+        self.promised.append(before_s - now_s)
+
+
+class Decider:
+    """Decides for one generation's workers; `outcomes` says what became of its moves."""
+
+    def __init__(self, workers: int, policy: Policy | None = None) -> None:
+        self.policy = policy or Policy()
+        self.workers = workers
+        self.outcomes: list[str] = []
+        self._trial: _Trial | None = None
+        self._recent: list[float] = []
+        self._hold_until = 0
+        self._hold_steps = self.policy.hold_steps
+        self._slow_at: dict[int, list[int]] = {}
+        self._slow_unit: dict[int, tuple[float, int]] = {}
+        self._known_slow: set[int] = set()
+        self._lost_s: dict[tuple[str, int], float] = {}
+        self._evicted_s: list[float] = []
+
+    def decide(self, now: Situation) -> Decision | None:
+        """What to do after this step; None: nothing."""
+        if len(now.lanes) != self.workers or len(now.unit_s) != self.workers:
+            raise ValueError(f"{len(now.lanes)} lane counts, {len(now.unit_s)} speeds for {self.workers} workers")
+        self._note_slow(now)
+        trial = self._trial
+        if trial is not None:
+            back = self._verify(now, trial)
+            if back is not None or self._trial is not None:
+                return back
+        before_s = max(unit * lanes for unit, lanes in zip(now.unit_s, now.lanes, strict=True))
+        if now.arrived_s is not None and trial is None:
+            expected_s = max(unit * own for unit, own in zip(now.unit_s, now.work or now.lanes, strict=True))
+            self._recent = [*self._recent[1 - _USUAL_STEPS :], now.arrived_s / max(expected_s, 1e-9)]
+        best = split_affine(
+            sum(now.lanes), [0.0] * self.workers, self._trusted(now),
+            least=[min(1, lanes) for lanes in now.lanes], before=now.lanes,
+        )  # fmt: skip
+        after_s = max(unit * lanes for unit, lanes in zip(now.unit_s, best.parts, strict=True))
+        self._count_losses(now, before_s, after_s)
+        if now.step < self._hold_until:
+            return None
+        return self._move(now, best.parts, before_s, after_s) or self._evict(now, min(before_s, after_s))
+
+    # --- lanes ---
+
+    def _move(self, now: Situation, lanes: tuple[int, ...], before_s: float, after_s: float) -> Decision | None:
+        if lanes == now.lanes or after_s > (1 - self.policy.min_gain) * before_s:
+            return None
+        cost_s = self.policy.lanes_cost_steps * after_s
+        onset = min(now.slow.values(), default=now.step)
+        case = Case(
+            before_s - after_s, cost_s, cost_s, before_s, self._lost_s.get(("lanes", -1), 0.0),
+            (now.step - onset) * before_s, now.left_steps * before_s,
+        )  # fmt: skip
+        why = pays(case, prior=prior_s(self.workers))
+        if why is None:
+            return None
+        decision = Decision("move_lanes", now.step, why, before_s, after_s, lanes)
+        usual = max(1.0, median(self._recent)) if self._recent else 1.0
+        self._trial = _Trial(decision, now.lanes, now.unit_s, dict(now.slow), usual)
+        self._lost_s.pop(("lanes", -1), None)
+        return decision
+
+    def _verify(self, now: Situation, trial: _Trial) -> Decision | None:
+        """Whether the move brings what was promised; if not, the way back."""
+        decision = trial.decision
+        if now.lanes != decision.lanes:
+            if trial.began is not None or now.step > decision.step + _PENDING_STEPS:
+                self._end_trial(now, "overtaken")  # somebody else has dealt the lanes out, or it was never heard
+            return None
+        if trial.began is None:
+            trial.began = now.step
+            return None  # the first step under a new split reads data that nobody has asked for ahead
+        if dict(now.slow) != trial.slow:
+            self._end_trial(now, "overtaken")
+            return None
+        if now.arrived_s is not None:
+            trial.add(now.arrived_s, now.work or now.lanes)
+        promised_s = median(trial.promised) if trial.promised else 0.0
+        if not _known_well(trial.won, abs(promised_s) / 4, self.policy.verify_steps):
+            return None
+        won_s = median(trial.won)
+        if decision.action == "move_back" or won_s >= promised_s / 2:
+            self._end_trial(now, "confirmed" if decision.action == "move_lanes" else "moved back")
+            return None
+        why = f"it won {won_s:.3g} s a step instead of {promised_s:.3g} s"
+        self._hold_steps *= 4
+        back = Decision("move_back", now.step, why, decision.after_s, decision.before_s, trial.lanes_before)
+        self.outcomes.append("taken back")
+        self._trial = _Trial(back, now.lanes, trial.unit_s, dict(now.slow), trial.usual)
+        return back
+
+    def _end_trial(self, now: Situation, outcome: str) -> None:
+        self.outcomes.append(outcome)
+        self._trial = None
+        self._hold_until = now.step + (0 if outcome == "overtaken" else self._hold_steps)
+        if outcome == "confirmed":
+            self._hold_steps = max(self.policy.hold_steps, self._hold_steps // 2)
+
+    def _note_slow(self, now: Situation) -> None:
+        """Who has become slow, and who has become fast again."""
+        for worker in set(now.slow) - self._known_slow:
+            times = [step for step in self._slow_at.get(worker, []) if step > now.step - self.policy.memory_steps]
+            self._slow_at[worker] = [*times, now.step]
+            self._slow_unit.pop(worker, None)
+        for worker in self._known_slow & set(now.slow):
+            self._slow_unit[worker] = (now.unit_s[worker], now.step)
+        for worker in self._known_slow - set(now.slow):
+            unit_s, _ = self._slow_unit.get(worker, (now.unit_s[worker], now.step))
+            wait = self.policy.hold_steps * 2 ** min(12, len(self._slow_at.get(worker, [])) - 1)
+            self._slow_unit[worker] = (unit_s, now.step + wait)
+        self._known_slow = set(now.slow)
+
+    def _trusted(self, now: Situation) -> list[float]:
+        """Seconds per lane, for dealing out: who was slow lately counts as slow until it has stayed fast."""
+        units = list(now.unit_s)
+        for worker, (unit_s, until) in self._slow_unit.items():
+            if worker not in now.slow and now.step < until:
+                units[worker] = max(units[worker], unit_s)
+        return units
+
+    # --- workers ---
+
+    def _without(self, now: Situation, worker: int) -> float:
+        """Seconds of computation of a step when all but one share the lanes."""
+        units = [unit for place, unit in enumerate(now.unit_s) if place != worker]
+        return split_affine(sum(now.lanes), [0.0] * len(units), units, least=[1] * len(units)).makespan
+
+    def _replaced(self, now: Situation, worker: int) -> float:
+        """The same when a worker like the median one takes its place."""
+        units = list(now.unit_s)
+        units[worker] = median(unit for place, unit in enumerate(units) if place != worker)
+        return split_affine(sum(now.lanes), [0.0] * self.workers, units, least=[1] * self.workers).makespan
+
+    def _options(self, now: Situation, with_lanes_s: float) -> list[tuple[float, Action, int, float]]:
+        """(cost, action, worker, seconds of a step after it), the cheapest first."""
+        if not self.policy.evict or self.workers < 2:
+            return []
+        options: list[tuple[float, Action, int, float]] = []
+        for worker in sorted(now.slow):
+            if now.spares:
+                options.append((self.policy.replace_cost_s, "replace", worker, self._replaced(now, worker)))
+            if self.workers > max(1, now.least_workers):
+                options.append((self.policy.leave_cost_s, "leave_out", worker, self._without(now, worker)))
+        worth = [option for option in options if option[3] < (1 - self.policy.min_gain) * with_lanes_s]
+        return sorted(worth, key=lambda option: (option[0], option[3], option[2]))
+
+    def _count_losses(self, now: Situation, before_s: float, after_s: float) -> None:
+        """What is lost in this step for want of each change."""
+        if after_s < before_s:
+            self._lost_s[("lanes", -1)] = self._lost_s.get(("lanes", -1), 0.0) + before_s - after_s
+        kept = {("lanes", -1)}
+        for _, action, worker, then_s in self._options(now, min(before_s, after_s)):
+            key = (action, worker)
+            kept.add(key)
+            self._lost_s[key] = self._lost_s.get(key, 0.0) + min(before_s, after_s) - then_s
+        self._lost_s = {key: lost for key, lost in self._lost_s.items() if key in kept}
+
+    def _evict(self, now: Situation, with_lanes_s: float) -> Decision | None:
+        self._evicted_s = [at for at in self._evicted_s if at > now.elapsed_s - self.policy.per_s]
+        if len(self._evicted_s) >= max(1, int(self.policy.evicted_share * self.workers)):
+            return None
+        for cost_s, action, worker, then_s in self._options(now, with_lanes_s):
+            case = Case(
+                with_lanes_s - then_s, cost_s, cost_s, with_lanes_s, self._lost_s.get((action, worker), 0.0),
+                (now.step - now.slow[worker]) * with_lanes_s, now.left_steps * with_lanes_s,
+            )  # fmt: skip
+            why = pays(case, prior=prior_s(self.workers))
+            if why is not None:
+                self._evicted_s.append(now.elapsed_s)
+                self._hold_until = now.step + 4 * self.policy.hold_steps
+                return Decision(action, now.step, why, with_lanes_s, then_s, worker=worker)
+        return None
+
+
+def _known_well(measured: Sequence[float], error_s: float, least: int) -> bool:
+    """Whether the median of these is known to about `error_s` (its standard error, were they normal)."""
+    if len(measured) < least:
+        return False
+    return len(measured) >= _MOST_VERIFYING * least or 1.25 * stdev(measured) / sqrt(len(measured)) <= error_s

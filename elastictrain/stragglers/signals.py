@@ -1,0 +1,143 @@
+"""What a worker says of a step: one fixed record of 64 bytes, which travels with the vote. Pure.
+
+Durations only, each between two readings of one worker's monotonic clock: no clock is ever compared with another one.
+`arrive_s` begins when the vote of the step before was complete, which is nearly the same moment for all workers; so it
+says who came last to the exchange, and how much of the others' time in it was waiting (`parts`).
+
+Nothing that a worker says is believed blindly: `checked` takes out what cannot be true.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+FLAG_CHECKPOINT = 1
+"""The worker began, or waited for, a checkpoint since its last vote."""
+FLAG_EVALUATION = 2
+FLAG_COLLECTION = 4
+"""Python's garbage collector took a noticeable part of the step."""
+FLAG_COMPILE = 8
+"""Something was compiled or warmed up: first steps of a generation, of a split of lanes, of a new shape."""
+EXCUSED = FLAG_CHECKPOINT | FLAG_EVALUATION | FLAG_COLLECTION | FLAG_COMPILE
+
+LONGEST_S = 86_400.0
+"""No duration of one step is longer than a day; whoever says so has a broken clock."""
+
+_RECORD = struct.Struct("<HHffffffffdd")
+RECORD_BYTES = 64
+"""Room in the vote for each worker; what the fields leave of it is zero."""
+_PADDING = bytes(RECORD_BYTES - _RECORD.size)
+
+RECORD = np.dtype(
+    {
+        "names": [
+            "flags", "lanes", "data_s", "compute_s", "arrive_s", "exchange_s", "vote_s", "gather_s", "step_s",
+            "collected_s", "tokens", "squares",
+        ],
+        "formats": ["<u2", "<u2", *["<f4"] * 8, "<f8", "<f8"],
+        "offsets": [0, 2, *range(4, 36, 4), 36, 44],
+        "itemsize": RECORD_BYTES,
+    }
+)  # fmt: skip
+"""The record as an array's element. Seconds; the last four of them (vote, gather, whole step, see `Signal`) are of the
+step before."""
+
+Records = npt.NDArray[np.void]
+Floats = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """One worker's step.
+
+    `data_s`: waited for batches. `compute_s`: forward and backward of all its `lanes`, without that. `arrive_s`: from
+    the last vote's end to the exchange. `exchange_s`: in exchange and mirror, waiting included. `collected_s`: of
+    `compute_s`, in Python's garbage collector. `vote_s`, `gather_s`, `step_s`: of the step before (they are not over
+    when this travels). `tokens`, `squares`: Σ of the lanes' sequence lengths, and of their squares.
+    """
+
+    lanes: int
+    compute_s: float
+    data_s: float = 0.0
+    arrive_s: float = 0.0
+    exchange_s: float = 0.0
+    collected_s: float = 0.0
+    vote_s: float = 0.0
+    gather_s: float = 0.0
+    step_s: float = 0.0
+    tokens: float = 0.0
+    squares: float = 0.0
+    flags: int = 0
+
+    def encode(self) -> bytes:
+        """The record, `RECORD_BYTES` long. Numbers that do not fit say so by being the largest that does."""
+        return (
+            _RECORD.pack(
+                self.flags & 0xFFFF,
+                min(self.lanes, 0xFFFF),
+                *(
+                    _fits(value)
+                    for value in (
+                        self.data_s, self.compute_s, self.arrive_s, self.exchange_s, self.vote_s, self.gather_s,
+                        self.step_s, self.collected_s,
+                    )
+                ),
+                self.tokens,
+                self.squares,
+            )
+            + _PADDING
+        )  # fmt: skip
+
+
+_LARGEST = 3.0e38
+
+
+def _fits(value: float) -> float:
+    """A float32 or the nearest one to it (NaN stays)."""
+    return max(-_LARGEST, min(_LARGEST, value)) if value == value else value
+
+
+def decode(raw: bytes) -> Records:
+    """Records of all workers in rank order. Raises ValueError when `raw` is no whole number of records."""
+    if len(raw) % RECORD_BYTES:
+        raise ValueError(f"{len(raw)} bytes are no whole number of records of {RECORD_BYTES}")
+    return np.frombuffer(raw, dtype=RECORD)
+
+
+def table(**columns: Any) -> Records:
+    """Records from columns of equal length; what is not given is 0. For simulators and tests."""
+    size = max(np.size(column) for column in columns.values())
+    found = np.zeros(size, dtype=RECORD)
+    for name, column in columns.items():
+        found[name] = column
+    return found
+
+
+def checked(records: Records) -> Flags:
+    """Whether each record can be true: finite durations from 0 to a day, some compute for its lanes, counts that are
+    not negative. Shape [workers].
+    """
+    sound = np.ones(len(records), dtype=bool)
+    for name in ("data_s", "compute_s", "arrive_s", "exchange_s", "vote_s", "gather_s", "step_s", "collected_s"):
+        values = records[name]
+        sound &= (values >= 0) & (values <= LONGEST_S)  # NaN is neither
+    for name in ("tokens", "squares"):
+        sound &= (records[name] >= 0) & np.isfinite(records[name])
+    sound &= (records["compute_s"] > 0) == (records["lanes"] > 0)
+    return np.asarray(sound)
+
+
+def parts(records: Records, sound: Flags) -> tuple[Floats, Floats]:
+    """(wait, transfer) of the exchange in seconds, shape [workers]: who waited for the last one to arrive, and how long
+    data took after that. Unsound records count for nothing and get 0.
+    """
+    arrive = np.where(sound, records["arrive_s"], 0.0).astype(np.float64)
+    exchange = np.where(sound, records["exchange_s"], 0.0).astype(np.float64)
+    wait = np.where(sound, np.minimum(exchange, arrive.max(initial=0.0) - arrive), 0.0)
+    return wait, exchange - wait

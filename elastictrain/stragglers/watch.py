@@ -1,0 +1,164 @@
+"""From the records of a run's steps to what should be done: detector and decider over its generations. Pure.
+
+One object for a whole run, wherever it is fed: by the controller's loop in a run, by the simulator, by a benchmark.
+What it has learned of a worker's speed outlives a generation; a new controller begins to learn anew.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+
+from elastictrain.stragglers.decision import Decider, Decision, Policy, Situation
+from elastictrain.stragglers.detector import COMPUTE, Alarm, Detector, Tuning
+from elastictrain.stragglers.signals import EXCUSED, RECORD_BYTES, Records, checked, decode
+from elastictrain.stragglers.work import WorkModel
+
+_NONSENSE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something to be told: `alarm` of `worker` (its number; None: all), in words. `kind`: "slow", "recovered",
+    "imbalance" or "nonsense".
+    """
+
+    kind: str
+    step: int
+    worker: int | None
+    cause: str
+    factor: float
+    since: int
+    words: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one step has brought."""
+
+    findings: tuple[Finding, ...] = ()
+    decision: Decision | None = None
+
+
+class StragglerWatch:
+    """Feed it every step: `feed`. `steps`: of the run. Workers are named by number, in rank order."""
+
+    def __init__(self, steps: int, *, policy: Policy | None = None, tuning: Tuning | None = None) -> None:
+        self.steps, self.policy, self.tuning = steps, policy or Policy(), tuning or Tuning()
+        self.generation = 0
+        self.workers: tuple[int, ...] = ()
+        self.detector: Detector | None = None
+        self.decider: Decider | None = None
+        self._model = WorkModel()
+        self._levels: dict[int, float] = {}
+        self._best: dict[int, float] = {}
+        self._slow: dict[int, int] = {}
+        self._elapsed_s = 0.0
+        self._last_step = 0
+        self._accused: set[int] = set()
+
+    def enter(self, generation: int, workers: Sequence[int]) -> None:
+        """Another generation: other workers, or the same again."""
+        self._keep()
+        self.generation, self.workers = generation, tuple(workers)
+        known = [self._levels.get(worker, math.nan) for worker in workers]
+        self.detector = Detector(len(workers), tuning=self.tuning, known=known, model=self._model)
+        for place, worker in enumerate(workers):
+            if worker in self._best:
+                self.detector.remember_best(place, self._best[worker])
+        self.decider = Decider(len(workers), self.policy)
+        self._slow = {worker: since for worker, since in self._slow.items() if worker in set(workers)}
+
+    def _keep(self) -> None:
+        if self.detector is None:
+            return
+        for place, worker in enumerate(self.workers):
+            if self.detector.ready[place]:
+                self._levels[worker] = float(self.detector.level[COMPUTE, place])
+                self._best[worker] = self.detector.best_level(place)
+
+    def speeds(self) -> dict[int, float]:
+        """Relative speed of every worker whose speed is known; the median worker's is 1."""
+        if self.detector is None:
+            return {}
+        units = {w: float(u) for w, u in zip(self.workers, self.detector.unit_s, strict=True) if u == u}
+        middle = median(units.values()) if units else 1.0
+        return {worker: middle / unit for worker, unit in units.items()}
+
+    def feed(
+        self, generation: int, workers: Sequence[int], step: int, raw: bytes, *, spares: int = 0, least_workers: int =
+        1, acts: bool = True,
+    ) -> Verdict:  # fmt: skip
+        """The records of all workers for `step`, in rank order. `acts`: False for findings alone. What is older than
+        what is known says nothing; nor do records whose number is not that of the workers.
+        """
+        if generation < self.generation or len(raw) != RECORD_BYTES * len(workers):
+            return Verdict()
+        if generation != self.generation or tuple(workers) != self.workers:
+            self.enter(generation, workers)
+        elif step <= self._last_step:
+            return Verdict()
+        self._last_step = step
+        assert self.detector is not None
+        records = decode(raw)
+        alarms = self.detector.observe(step, records)
+        findings = [*self._nonsense(step, records), *(self._finding(alarm) for alarm in alarms)]
+        decision = self._decide(step, records, spares, least_workers) if acts else None
+        return Verdict(tuple(findings), decision)
+
+    def _nonsense(self, step: int, records: Records) -> list[Finding]:
+        """Said once of each worker, when it has happened a few times."""
+        assert self.detector is not None
+        found = []
+        for place in np.flatnonzero(self.detector.ignored >= _NONSENSE):
+            worker = self.workers[place]
+            if worker not in self._accused:
+                self._accused.add(worker)
+                shown = {name: records[name][place].item() for name in ("lanes", "compute_s", "data_s", "arrive_s")}
+                words = f"reports times that cannot be true ({shown}); they are ignored"
+                found.append(Finding("nonsense", step, worker, "signals", 1.0, step, words))
+        return found
+
+    def _finding(self, alarm: Alarm) -> Finding:
+        worker = None if alarm.worker is None else self.workers[alarm.worker]
+        if worker is not None and alarm.cause == "compute":
+            if alarm.is_slow:
+                self._slow.setdefault(worker, alarm.onset)
+            else:
+                self._slow.pop(worker, None)
+        kind = "imbalance" if alarm.cause == "work" else "slow" if alarm.is_slow else "recovered"
+        what = {
+            "compute": "its lanes take", "data": "with the wait for its data a step takes",
+            "link": "with its transfer a step takes", "work": "its lanes are",
+        }[alarm.cause]  # fmt: skip
+        words = f"since step {alarm.onset} {what} {alarm.factor:.2f} x what was usual"
+        return Finding(kind, alarm.step, worker, alarm.cause, alarm.factor, alarm.onset, words)
+
+    def _decide(self, step: int, records: Records, spares: int, least_workers: int) -> Decision | None:
+        assert self.detector is not None
+        assert self.decider is not None
+        sound = checked(records)
+        units = self.detector.dealt_unit_s
+        quiet = bool(sound.all()) and not bool((records["flags"] & EXCUSED).any())
+        arrived = float((records["compute_s"] + records["data_s"]).max()) if quiet else None
+        self._elapsed_s += arrived or 0.0
+        if not np.isfinite(units).all() or not sound.all():
+            return None
+        places = {worker: place for place, worker in enumerate(self.workers)}
+        situation = Situation(
+            step=step,
+            lanes=tuple(int(n) for n in records["lanes"]),
+            unit_s=tuple(float(unit) for unit in units),
+            arrived_s=arrived,
+            elapsed_s=self._elapsed_s,
+            left_steps=max(0, self.steps - step),
+            work=tuple(float(work) for work in self._model.work(records)),
+            slow={places[worker]: since for worker, since in self._slow.items() if worker in places},
+            spares=spares,
+            least_workers=least_workers,
+        )
+        return self.decider.decide(situation)

@@ -1,0 +1,155 @@
+"""A worker that becomes slow: it is named, its lanes move without a pause, and no bit changes.
+
+What the workers say of their times is made up here, so that nothing depends on how busy this machine is; all that
+follows from it is real: the vote that carries it, the watch, the controller, the switch, the training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+
+from elastictrain.engine.signals import StepClock
+from elastictrain.faults import kill, slow
+from elastictrain.job import Job
+from elastictrain.stragglers.signals import Signal
+from tests.support.process_cluster import Run, byte_job, run_job
+
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
+LANES, STEPS, LONG, FIRST = 16, 32, 64, 10
+LANE_S = 0.01
+
+
+def says(factors: dict[int, float], *, since: int = 1, what: str = "compute_s", until: int = 10**9) -> Callable:
+    """Every worker's lanes take 10 ms; from step `since` on those of some take longer by a factor."""
+    return partial(_says, factors, since, until, what)
+
+
+def _says(factors: dict[int, float], since: int, until: int, what: str, worker: int) -> None:
+    real, steps = StepClock.signal, [0]
+
+    def signal(self: StepClock, lanes: int, *args: Any, **kwargs: Any) -> Signal:
+        steps[0] += 1
+        factor = factors.get(worker, 1.0) if since <= steps[0] < until else 1.0
+        own = lanes * LANE_S * (1.0 + 0.001 * ((steps[0] * 7 + worker) % 3))
+        seconds = {"compute_s": own, "data_s": 0.0}
+        if what == "compute_s":
+            seconds["compute_s"] *= factor
+        elif factor > 1.0:
+            seconds[what] = factor - 1.0 if factor < 100.0 else float("nan")
+        said = real(self, lanes, *args, **kwargs)
+        return replace(said, exchange_s=0.001, arrive_s=sum(seconds.values()), flags=0, **seconds)
+
+    StepClock.signal = signal  # type: ignore[method-assign]
+
+
+def straggling_job(folder, workers: int | dict[str, Any] = 4, action: str = "lanes", **settings: Any) -> Job:
+    return byte_job(folder, workers, **({"lanes": LANES, "steps": STEPS, "stragglers": {"action": action}} | settings))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder) -> Run:
+    return run_job(straggling_job(folder, 1, "off"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed_long(folder) -> Run:
+    return run_job(straggling_job(folder, 1, "off", steps=LONG))
+
+
+def lanes_of(run: Run) -> list[int]:
+    """How many lanes each of four workers had at the end."""
+    counts = dict.fromkeys(range(4), LANES // 4)
+    for move in run.record.of("lanes_moved"):
+        counts |= {int(worker): new for worker, (_, new) in move["lanes"].items()}
+    return [counts[worker] for worker in range(4)]
+
+
+def test_a_slow_worker_gets_fewer_lanes_and_no_bit_changes(folder, undisturbed):
+    run = run_job(straggling_job(folder), patch=says({2: 2.0}, since=FIRST))
+    assert run.outcome.outcome == "finished"
+    assert run.digest == undisturbed.digest
+    assert run.losses == undisturbed.losses
+    (named,) = run.record.of("straggler")
+    assert (named["worker"], named["cause"], named["what"], named["since"]) == (2, "compute", "slow", FIRST)
+    assert named["step"] == FIRST + 2
+    (move,) = run.record.of("lanes_moved")
+    assert move["action"] == "move_lanes"
+    assert sorted(lanes_of(run)) == [2, 4, 5, 5]
+    assert lanes_of(run)[2] == 2
+    assert not run.record.of("parking"), "lanes move without a pause"
+    assert len(run.record.of("running")) == 1
+
+
+def test_lanes_come_back_to_a_worker_that_has_recovered(folder, undisturbed_long):
+    run = run_job(straggling_job(folder, steps=LONG), patch=says({2: 2.0}, since=FIRST, until=22))
+    assert run.digest == undisturbed_long.digest
+    assert [said["what"] for said in run.record.of("straggler")] == ["slow", "recovered"]
+    assert len(run.record.of("lanes_moved")) == 2
+    assert lanes_of(run) == [4, 4, 4, 4]
+
+
+def test_slow_data_are_told_and_move_nothing(folder, undisturbed):
+    run = run_job(straggling_job(folder), patch=says({1: 1.05}, since=FIRST, what="data_s"))
+    assert run.digest == undisturbed.digest
+    assert {(said["worker"], said["cause"]) for said in run.record.of("straggler")} == {(1, "data")}
+    assert not run.record.of("lanes_moved")
+
+
+def test_unequal_devices_are_learned_from_the_first_steps(folder, undisturbed):
+    """Speeds 1 : 2 : 4 from the start; nobody is called slow for it."""
+    run = run_job(straggling_job(folder, 3), patch=says({1: 2.0, 2: 4.0}))
+    assert run.digest == undisturbed.digest
+    assert run.losses == undisturbed.losses
+    assert not run.record.of("straggler")
+    move = run.record.of("lanes_moved")[0]
+    assert move["step"] <= 9
+    assert move["after_s"] == pytest.approx(0.10, rel=0.02)  # 10 or 9, 4 or 5, and 2 lanes; even: 0.20
+    assert move["lanes"][2] == [5, 2]
+
+
+@pytest.mark.parametrize("phase", ["exchange", "apply", "gather"])
+def test_a_loss_after_a_move_recovers_under_the_learned_speeds(folder, undisturbed, phase):
+    """The vote that is rolled forward with, or thrown away, is of another split than the plan of its generation."""
+    run = run_job(straggling_job(folder), [kill(3, 20, phase)], patch=says({2: 4.0}))
+    assert run.digest == undisturbed.digest
+    assert run.losses == undisturbed.losses
+    assert run.record.of("lanes_moved")[0]["step"] < 20
+    last = run.machine.core.ledger.plan.layout
+    assert len(last.lanes_of(2)) < min(len(last.lanes_of(worker)) for worker in (0, 1))
+
+
+def test_who_only_watches_moves_nothing(folder, undisturbed):
+    run = run_job(straggling_job(folder, action="watch"), patch=says({2: 2.0}, since=FIRST))
+    assert run.digest == undisturbed.digest
+    assert [said["worker"] for said in run.record.of("straggler")] == [2]
+    assert not run.record.of("lanes_moved")
+
+
+def test_a_broken_clock_is_ignored_and_told_once(folder, undisturbed):
+    run = run_job(straggling_job(folder), patch=says({1: 1000.0}, since=FIRST, what="data_s"))
+    assert run.digest == undisturbed.digest
+    (said,) = run.record.of("straggler")
+    assert (said["worker"], said["what"]) == (1, "nonsense")
+    assert not run.record.of("lanes_moved")
+
+
+def test_a_worker_that_is_far_too_slow_gives_its_place_to_a_spare(folder, undisturbed_long):
+    job = straggling_job(folder, {"max": 4, "min": 2, "spares": 1, "replace": True}, "evict", steps=LONG)
+    run = run_job(job, patch=says({2: 100.0}, since=FIRST), all_ready_first=True)
+    assert run.digest == undisturbed_long.digest
+    (left,) = run.record.of("straggler_leaves")
+    assert (left["worker"], left["action"]) == (2, "replace")
+    assert 2 not in run.machine.core.ledger.plan.layout.workers
+    assert run.machine.core.ledger.plan.layout.world_size == 4
+
+
+def test_a_slowness_on_purpose_changes_no_bit(folder, undisturbed):
+    """The fault itself, with real waiting; who is named then depends on the machine."""
+    run = run_job(straggling_job(folder, 2), [slow(1, 3, factor=3.0, steps=2), slow(0, 5, steps=2, what="data")])
+    assert run.digest == undisturbed.digest
+    assert run.losses == undisturbed.losses

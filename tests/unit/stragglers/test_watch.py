@@ -1,0 +1,99 @@
+"""The watch over a run: generations, findings in words, nonsense; and a few virtual runs from end to end."""
+
+from __future__ import annotations
+
+import pytest
+
+from elastictrain.sim.speeds import Slowness, SpeedScenario, run_speeds
+from elastictrain.stragglers.signals import Signal
+from elastictrain.stragglers.watch import StragglerWatch
+
+NAMES = (3, 5, 8, 9)
+
+
+def records(factors: tuple[float, ...], step: int, lanes: tuple[int, ...] = (4, 4, 4, 4)) -> bytes:
+    wobble = [1.0 + 0.002 * ((step * 5 + place) % 3) for place in range(len(factors))]
+    return b"".join(
+        Signal(own, 0.1 * own * factor * w, arrive_s=0.1 * own * factor * w, exchange_s=0.01).encode()
+        for own, factor, w in zip(lanes, factors, wobble, strict=True)
+    )
+
+
+def feed(watch: StragglerWatch, steps: range, factors: tuple[float, ...], generation: int = 1, names=NAMES):
+    findings, decisions = [], []
+    for step in steps:
+        verdict = watch.feed(generation, names, step, records(factors, step, (4,) * len(names)))
+        findings += verdict.findings
+        decisions += [verdict.decision] if verdict.decision else []
+    return findings, decisions
+
+
+def test_a_slow_worker_is_named_by_its_number_and_lanes_are_proposed():
+    watch = StragglerWatch(1000)
+    assert feed(watch, range(1, 20), (1, 1, 1, 1)) == ([], [])
+    (finding,), decisions = feed(watch, range(20, 30), (1, 1, 2, 1))
+    assert (finding.kind, finding.worker, finding.cause, finding.since) == ("slow", 8, "compute", 20)
+    assert finding.words == "since step 20 its lanes take 2.00 x what was usual"
+    assert decisions[0].action == "move_lanes"
+    assert decisions[0].lanes[2] == 2
+    assert watch.speeds()[8] == pytest.approx(0.5, rel=0.02)
+
+
+def test_what_is_known_of_a_worker_outlives_a_generation():
+    watch = StragglerWatch(1000)
+    feed(watch, range(1, 20), (1, 1, 1, 1))
+    feed(watch, range(20, 30), (1, 1, 2, 1))
+    findings, decisions = feed(watch, range(31, 34), (1, 2, 1), generation=2, names=(3, 8, 9))
+    assert findings == []
+    assert decisions[0].lanes[1] < 4, "no second warm-up"
+    findings, _ = feed(watch, range(40, 50), (1, 1, 1), generation=2, names=(3, 8, 9))
+    assert [(one.kind, one.worker) for one in findings] == [("recovered", 8)]
+
+
+def test_the_past_says_nothing():
+    watch = StragglerWatch(1000)
+    feed(watch, range(1, 20), (1, 1, 1, 1), generation=2)
+    for generation, step in ((1, 50), (2, 19), (2, 5)):
+        assert not watch.feed(generation, NAMES, step, records((1, 1, 9, 1), step)).findings
+    assert watch.generation == 2
+
+
+def test_records_of_another_number_of_workers_say_nothing():
+    watch = StragglerWatch(1000)
+    verdict = watch.feed(1, NAMES, 1, records((1, 1), 1, (4, 4)))
+    assert (verdict.findings, verdict.decision, watch.detector) == ((), None, None)
+
+
+def test_nonsense_is_told_once_and_nothing_is_decided_on_it():
+    watch = StragglerWatch(1000)
+    feed(watch, range(1, 20), (1, 1, 1, 1))
+    findings, decisions = feed(watch, range(20, 60), (1, float("nan"), 3, 1))
+    assert [(one.kind, one.worker) for one in findings if one.kind == "nonsense"] == [("nonsense", 5)]
+    assert ("slow", 8) in [(one.kind, one.worker) for one in findings], "the others are still watched"
+    assert decisions == []
+
+
+def test_who_only_watches_decides_nothing():
+    watch = StragglerWatch(1000)
+    for step in range(1, 40):
+        assert watch.feed(1, NAMES, step, records((1, 1, 2 if step > 20 else 1, 1), step), acts=False).decision is None
+
+
+@pytest.mark.parametrize("workers", [2, 8])
+def test_a_virtual_run_with_a_slow_worker(workers):
+    slow = Slowness(1, "compute", 2.0, 50, 200)
+    report = run_speeds(SpeedScenario(workers, 8 * workers, 300, 7, slowness=(slow,)))
+    assert [(one.kind, one.worker, one.cause) for one in report.findings] == [
+        ("slow", 1, "compute"),
+        ("recovered", 1, "compute"),
+    ]
+    assert report.share_of_oracle > 0.9
+    assert report.reversals == 0
+    assert report.outcomes == ["confirmed", "confirmed"]
+    assert report.lanes == (8,) * workers
+
+
+def test_a_virtual_run_without_one():
+    report = run_speeds(SpeedScenario(8, 64, 500, 3, lengths=0.3))
+    assert (report.findings, report.decisions) == ([], [])
+    assert report.none_s == report.ours_s == report.oracle_s
