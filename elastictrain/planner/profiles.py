@@ -79,6 +79,9 @@ class Group(_Profile):
     inter: str = "ib-hdr"
     island: str = "main"
     host_memory_bytes: Positive | None = None
+    host_bandwidth_bytes_s: Positive | None = None
+    """Measured: of the host's memory, and of writing to its disk. For people; no plan depends on them."""
+    disk_bytes_s: Positive | None = None
     memory_limit_bytes: Positive | None = None
     """Use no more of each device than this."""
     slowdown: Annotated[float, BeforeValidator(not_a_switch), Field(ge=1)] = 1.0
@@ -176,8 +179,8 @@ class Cluster(_Profile):
                 raise ValueError(
                     f"groups.{number}.device={group.device!r} has no profile"
                     f"{_like(group.device, list(devices))}"
-                    " For another device write its name, peak_flops, memory_bytes and bandwidth_bytes_s, from the data"
-                    " sheet or measured on the node, under devices:"
+                    " For another device measure the nodes (`elastictrain profile`, or with --local on one of them), or"
+                    " write its name, peak_flops, memory_bytes and bandwidth_bytes_s from the data sheet under devices:"
                 )
             for setting, link in (("intra", group.intra), ("inter", group.inter)):
                 if link not in links:
