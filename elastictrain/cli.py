@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from elastictrain import data_commands, plan_command, steer
+from elastictrain import data_commands, plan_command, profile_command, steer, whatif_command
 from elastictrain.terminal import AsJson, Commands, JobFile, Run, end_with
 
 if TYPE_CHECKING:
@@ -150,6 +150,8 @@ def events(
 
 steer.register(app)
 plan_command.register(app)
+whatif_command.register(app)
+profile_command.register(app)
 app.add_typer(data_commands.app, name="data")
 
 

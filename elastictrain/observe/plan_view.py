@@ -15,7 +15,7 @@ from elastictrain.planner.schedule import replay
 if TYPE_CHECKING:
     from rich.table import Table
 
-FORWARD, BACKWARD, EXCHANGE = "#56b4e9", "#0072b2", "#e69f00"
+FORWARD, BACKWARD, WEIGHTS, EXCHANGE = "#56b4e9", "#0072b2", "#009e73", "#e69f00"
 SHOWN_MICRO_BATCHES = 12
 
 
@@ -36,11 +36,13 @@ def plan_table(found: Found) -> Table:
     for rank, plan in enumerate(found.plans, 1):
         cut = plan.cut
         size = f"1 x 1 x {plan.devices}" if cut is None else f"{cut.tensor} x {cut.pipeline} x {cut.workers}"
-        again = "" if cut is None or cut.checkpointing == "none" else ", computed again"
-        micro = "; ".join(plan.ways) if cut is None else f"{cut.micro_batches} of {cut.micro_batch}{again}"
+        micro = "; ".join(plan.ways) if cut is None else f"{cut.micro_batches} of {cut.micro_batch}{again(plan)}"
         fits = "> 99.9%" if plan.fits > 0.999 else f"{plan.fits:.1%}"
         limit = plan.limit.removeprefix("the slowest stage's ")
         now = "yes" if plan.usable_now else "no"
+        if cut is not None:
+            zero = "" if cut.workers == 1 else f"ZeRO {cut.zero_stage}"
+            micro = ", ".join(filter(None, [micro, schedule(plan), zero]))
         table.add_row(str(rank), f"{plan.step_s:.3g}", str(plan.devices), size, micro, layers(plan), fits, limit, now)
     table.caption = "t x p x w: tensor x pipeline x workers; batches: micro-batches of a worker"
     return table
@@ -51,11 +53,35 @@ def how(plan: Plan) -> str:
     if plan.cut is None:
         return f"lanes x {plan.devices} workers, blocks by memory; " + "; ".join(plan.ways)
     cut = plan.cut
-    kept = "" if cut.checkpointing == "none" else ", activations computed again"
-    return (
-        f"tensor {cut.tensor} x pipeline {cut.pipeline} x {cut.workers} workers, {cut.micro_batches} micro-batches "
-        f"of {cut.micro_batch}{kept}"
-    )
+    parts = [f"tensor {cut.tensor} x pipeline {cut.pipeline} x {cut.workers} workers"]
+    parts.append(f"{cut.micro_batches} micro-batches of {cut.micro_batch}{again(plan)}")
+    if cut.pipeline > 1:
+        parts.append(schedule(plan))
+    if cut.workers > 1:
+        parts.append(f"ZeRO {cut.zero_stage}")
+    return ", ".join(parts)
+
+
+def schedule(plan: Plan) -> str:
+    """The pipeline's schedule by its usual name; nothing without a pipeline."""
+    cut = plan.cut
+    if cut is None or cut.pipeline == 1:
+        return ""
+    name = {"1f1b": "1F1B", "gpipe": "GPipe", "zb-h1": "ZB-H1"}[cut.schedule]
+    return name if cut.chunks == 1 else f"{name} in {cut.chunks} chunks"
+
+
+def again(plan: Plan) -> str:
+    """What a pipeline computes again in the backward, as the end of a phrase."""
+    cut = plan.cut
+    if cut is None:
+        return ""
+    scores = ", scores computed again" if cut.checkpointing == "selective" else ""
+    if not any(plan.again):
+        return scores
+    if plan.again == plan.layers:
+        return ", activations computed again"
+    return f"{scores}, activations of {sum(plan.again)} of {sum(plan.layers)} layers computed again"
 
 
 def layers(plan: Plan) -> str:
@@ -83,6 +109,11 @@ def reasons(found: Found) -> list[str]:
         f"{max(found.gap, 0.0):.1%} of the best under the cost model ({found.examined} of {found.candidates} "
         "candidates worked out, the others ruled out by their bounds)."
     )
+    if first.replayed_s is not None and first.cut is not None and first.cut.pipeline > 1:
+        said.append(
+            f"Its schedule replayed operation by operation takes {first.replayed_s:.3g} s (the search counts in closed "
+            "form)."
+        )
     if not first.usable_now:
         said.append("It cannot be run yet: the engine has neither pipeline nor tensor parallelism.")
     return said
@@ -153,25 +184,30 @@ def draw_plan(plan: Plan, out: Path) -> Path:
 
 
 def _draw_pipeline(panel: Any, plan: Plan) -> None:
-    """A third of a stage's time is its forward; with activations computed again, a quarter."""
-    assert plan.cut is not None
-    part = 1 / 3 if plan.cut.checkpointing == "none" else 1 / 4
-    count = min(plan.cut.micro_batches, SHOWN_MICRO_BATCHES)
-    operations = replay([s * part for s in plan.stage_s], [s * (1 - part) for s in plan.stage_s], count)
+    """A third of a stage's time is its forward; with everything computed again, a quarter."""
+    cut = plan.cut
+    assert cut is not None
+    forward = [
+        s / (4 if more == count else 3) for s, more, count in zip(plan.stage_s, plan.again, plan.layers, strict=True)
+    ]
+    backward = [s - f for s, f in zip(plan.stage_s, forward, strict=True)]
+    count = min(cut.micro_batches, max(SHOWN_MICRO_BATCHES // cut.pipeline, 1) * cut.pipeline)
+    operations = replay(forward, backward, count, schedule=cut.schedule, chunks=cut.chunks)
+    colours = {"forward": FORWARD, "backward": BACKWARD, "weight": WEIGHTS}
+    names_of = {"forward": "forward", "backward": "backward", "weight": "backward of the weights"}
     named = set()
     for op in operations:
-        colour = FORWARD if op.kind == "forward" else BACKWARD
-        label = None if op.kind in named else op.kind
+        label = None if op.kind in named else names_of[op.kind]
         named.add(op.kind)
-        panel.barh(op.stage, op.end_s - op.begin_s, left=op.begin_s, height=0.8, color=colour, edgecolor="white",
-                   linewidth=0.6, label=label)  # fmt: skip
+        panel.barh(op.stage, op.end_s - op.begin_s, left=op.begin_s, height=0.8, color=colours[op.kind],
+                   edgecolor="white", linewidth=0.6, label=label)  # fmt: skip
     names = [
         f"stage {j} · {n} layers · group {g}"
         for j, (n, g) in enumerate(zip(plan.layers, plan.stage_groups, strict=True))
     ]
     panel.set_yticks(range(len(names)), names, fontsize=8)
-    if count < plan.cut.micro_batches:
-        panel.set_title(f"the first {count} of {plan.cut.micro_batches} micro-batches", fontsize=9, loc="left")
+    if count < cut.micro_batches:
+        panel.set_title(f"the first {count} of {cut.micro_batches} micro-batches", fontsize=9, loc="left")
 
 
 def _draw_lanes(panel: Any, plan: Plan) -> None:

@@ -1,7 +1,8 @@
 """The run directory: everything a run leaves behind for people.
 
 `job.yaml` (the job as it ran), `events.jsonl`, `metrics.jsonl`, `status.json`, `summary.json`, `loss.png`, `lock`;
-`data.json` (the stages of the data order and the fingerprint of the data), `skips.json` (what is to be taken out).
+`data.json` (the stages of the data order and the fingerprint of the data), `skips.json` (what is to be taken out);
+`signals.jsonl` (what every worker said of its steps).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from elastictrain.errors import ClusterError, ConfigError
 from elastictrain.job import Job, dump_job
@@ -20,6 +21,9 @@ from elastictrain.observe.lines import LineWriter, read_lines, replace_file
 from elastictrain.observe.lock import RunLock
 from elastictrain.observe.metrics import MetricsRow, history, parse_rows
 from elastictrain.observe.status import Status
+
+if TYPE_CHECKING:
+    from elastictrain.observe.signal_log import Records, SignalLog
 
 RUNS = Path("runs")
 T = TypeVar("T")
@@ -36,6 +40,7 @@ class RunDirectory:
         self._lock: RunLock | None = None
         self._events: LineWriter | None = None
         self._metrics: LineWriter | None = None
+        self._signals: SignalLog | None = None
         self._last_step = 0
 
     @classmethod
@@ -109,6 +114,17 @@ class RunDirectory:
         self._last_step = step
         return True
 
+    def signals(self, generation: int, step: int, workers: Sequence[int], records: Records, *, excused: int) -> bool:
+        """Append to signals.jsonl what `workers` said of a step (structured records in their order); `excused`: bits of
+        their `flags` with which a step says nothing of speed. False when this step is left out, as in long runs.
+        """
+        self._writer(self._metrics)  # only who writes
+        if self._signals is None:
+            from elastictrain.observe.signal_log import SignalLog  # NumPy: only where there are signals
+
+            self._signals = SignalLog(self.path, records.dtype, excused=excused)
+        return self._signals.append(generation, step, workers, records)
+
     def went_back(self, step: int) -> None:
         """The run has gone back to `step`: steps after it have not happened and will be written again."""
         self._last_step = min(self._last_step, step)
@@ -171,10 +187,10 @@ class RunDirectory:
 
     def close(self) -> None:
         """Give the lock back. Idempotent."""
-        for writer in (self._events, self._metrics):
+        for writer in (self._events, self._metrics, self._signals):
             if writer is not None:
                 writer.close()
-        self._events = self._metrics = None
+        self._events = self._metrics = self._signals = None
         if self._lock is not None:
             self._lock.release()
             self._lock = None

@@ -17,19 +17,20 @@ class Constants:
 
     `gemm`: share of the peak that large aligned matrix products reach. `memory`: share of the memory bandwidth that
     element-wise operations reach. `attention`: share of the peak that FlashAttention 1 reaches (2 is twice as quick:
-    Dao 2023). `overhead_s`: host and launches of a layer for one micro-batch, forward and backward. `inside`, `across`:
-    share of a link's bandwidth that collectives reach inside a node, and across nodes.
+    Dao 2023). `overhead_s`: what the launches of a layer cost for one micro-batch, forward and backward, where it has
+    `USUAL_KERNELS`. `inside`, `across`: share of a link's bandwidth that collectives reach inside a node, and across
+    nodes.
 
     The defaults are fitted to the A100 runs of "Efficient Parallelization Layouts" (Hagemann et al. 2023);
     `benchmarks/planner.py` fits them again, leaving one group out at a time.
     """
 
-    gemm: float = 0.79
-    memory: float = 0.277
-    attention: float = 0.336
-    overhead_s: float = 1.26e-3
-    inside: float = 0.44
-    across: float = 0.77
+    gemm: float = 0.782
+    memory: float = 0.291
+    attention: float = 0.34
+    overhead_s: float = 1.42e-3
+    inside: float = 0.417
+    across: float = 0.798
 
 
 DEFAULTS = Constants()
@@ -40,6 +41,19 @@ _SCORE_PASSES = {"plain": 5.0, "fused": 2.0}
 _SCORE_BACKWARD = 1.3
 _NORM_PASSES = {True: 6.0, False: 20.0}
 """Reads and writes of the hidden state by two norms and two additions, as one kernel each or operation by operation."""
+
+
+_KERNELS = {"flash1": 1, "flash2": 1, "fused": 3, "plain": 7}
+_NORM_KERNELS = {True: 2, False: 14}
+USUAL_KERNELS = 32
+"""Of a layer's forward with FlashAttention and norms made of single operations."""
+
+
+def kernels(model: Transformer) -> int:
+    """Kernels of a layer's forward: matrix products, rotary positions (8), attention, two norms, activation and
+    additions (4).
+    """
+    return (5 if model.gated else 4) + 8 + _KERNELS[model.attention] + _NORM_KERNELS[model.fused_norm] + 4
 
 
 def alignment(side: int) -> float:
@@ -67,6 +81,8 @@ class LayerTime:
 
     compute_s: float
     tensor_s: float
+    forward_s: float
+    """Of both, what the forward takes."""
 
     @property
     def total_s(self) -> float:
@@ -79,7 +95,9 @@ def _gemms_s(shapes: list[tuple[int, int, int]], device: Device, dtype: Dtype, c
 
 
 def layer_time(model: Transformer, cut: Cut, device: Device, inside: Link, constants: Constants) -> LayerTime:
-    """One layer. The backward costs twice the forward's matrix products; with checkpointing the forward runs again."""
+    """One layer. The backward costs twice the forward's matrix products; with checkpointing the forward runs again, or
+    its attention.
+    """
     t, rows = cut.tensor, cut.micro_batch * model.sequence
     h, width = model.hidden, max(1, model.ffn // t)
     shapes = [
@@ -98,10 +116,14 @@ def layer_time(model: Transformer, cut: Cut, device: Device, inside: Link, const
     elements = (norms + inner) / bandwidth
     exchange = 2 * all_reduce_s(hidden_bytes, t, inside, constants.inside)
     forward, backward = matrices + attention + elements, 2 * matrices + attention_back + 2 * elements
-    again = cut.checkpointing == "every_layer"
+    # The backward has about two kernels for one; what is computed again is launched again.
+    passes = {"none": 3.0, "selective": 3.0 + _KERNELS[model.attention] / kernels(model), "every_layer": 4.0}
+    launches = constants.overhead_s * kernels(model) / USUAL_KERNELS * passes[cut.checkpointing] / 3
+    again = {"none": 0.0, "selective": attention, "every_layer": forward}[cut.checkpointing]
     return LayerTime(
-        compute_s=forward * (2 if again else 1) + backward + constants.overhead_s,
-        tensor_s=exchange * (3 if again else 2),
+        compute_s=forward + again + backward + launches,
+        tensor_s=exchange * (3 if cut.checkpointing == "every_layer" else 2),
+        forward_s=forward + exchange + constants.overhead_s * kernels(model) / USUAL_KERNELS / 3,
     )
 
 

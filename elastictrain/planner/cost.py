@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from elastictrain.planner.collectives import across_nodes, all_gather_s, send_s
 from elastictrain.planner.compute import DEFAULTS, Constants, head_time, layer_time
 from elastictrain.planner.memory import even_layers
 from elastictrain.planner.model import Cut, Transformer
 from elastictrain.planner.profiles import Device, Link
+from elastictrain.planner.schedule import bubble_share
 
-_BUBBLE = {"1f1b": 1.0, "gpipe": 1.0, "zb-h1": 1 / 3}
-"""Share of 1F1B's bubble that a schedule leaves (Qi et al. 2024 for ZB-H1, at 1F1B's memory)."""
 OPTIMIZER_BYTES = 30.0
 """Read and written per parameter by Adam: masters and two moments, gradient, and the parameter in its compute dtype."""
 
@@ -59,36 +58,78 @@ def step_time(
     place: Place,
     *,
     layers: tuple[int, ...] | None = None,
+    again: tuple[int, ...] | None = None,
     constants: Constants = DEFAULTS,
 ) -> StepTime:
-    """1F1B and its kin in closed form: all micro-batches through the slowest stage, and the others once more."""
+    """Every schedule in closed form: all micro-batches through the slowest stage, and a share of the others once more.
+
+    `again`: layers of each stage that are computed again in the backward (default: all or none, as the cut says).
+    """
     split = layers or even_layers(model.layers, cut.pipeline)
-    layer = layer_time(model, cut, place.device, place.inside, constants)
-    head = head_time(model, cut, place.device, constants)
-    slow = place.slowdown
+    repeated = again or (split if cut.checkpointing == "every_layer" else (0,) * cut.pipeline)
+    kept = cut if cut.checkpointing != "every_layer" else replace(cut, checkpointing="none")
+    whole = replace(cut, checkpointing="every_layer")
+    once, twice = layer_s(model, kept, place, constants), layer_s(model, whole, place, constants)
+    ends = ends_s(model, cut, place, constants)
     crossing = border_s(model, cut, place)
     last = cut.pipeline - 1
     stages = [
-        slow * (count * layer.total_s + (head if stage == last else 0.0)) + (crossing if stage else 0.0)
-        for stage, count in enumerate(split)
+        (count - more) * once
+        + more * twice
+        + (ends[0] if stage == 0 else 0.0)
+        + (ends[1] if stage == last else 0.0)
+        + crossing * (cut.chunks if stage else cut.chunks - 1)
+        for stage, (count, more) in enumerate(zip(split, repeated, strict=True))
     ]
     worst = max(stages)
-    working = cut.micro_batches * worst
-    bubble = (sum(stages) - worst) * _BUBBLE[cut.schedule] / cut.chunks
     slowest = stages.index(worst)
-    tensor = cut.micro_batches * slow * split[slowest] * layer.tensor_s
-    sending = cut.micro_batches * crossing * cut.chunks if slowest else 0.0
-    working += sending - (cut.micro_batches * crossing if slowest else 0.0)
+    count, more = split[slowest], repeated[slowest]
+    one, two = (layer_time(model, c, place.device, place.inside, constants) for c in (kept, whole))
+    tensor = place.slowdown * ((count - more) * one.tensor_s + more * two.tensor_s)
+    beside = (count - more) * (once - place.slowdown * one.total_s) + more * (twice - place.slowdown * two.total_s)
+    sending = crossing * (cut.chunks if slowest else cut.chunks - 1)
+    sent = crossing * (cut.pipeline * cut.chunks - 1) - sending  # by the other stages
     held = max(stage_params(model, cut, split))
     return StepTime(
-        compute_s=working - tensor - sending,
-        tensor_s=tensor,
-        bubble_s=bubble,
-        send_s=sending,
-        gradients_s=gradients_s(held, cut, place, constants),
-        optimizer_s=held / (cut.workers if cut.zero_stage else 1) * OPTIMIZER_BYTES
-        / (place.device.bandwidth_bytes_s * constants.memory) * slow,
-    )  # fmt: skip
+        compute_s=cut.micro_batches * (worst - tensor - sending - beside),
+        tensor_s=cut.micro_batches * tensor,
+        bubble_s=(sum(stages) - worst - sent) * bubble_share(cut),
+        send_s=cut.micro_batches * sending + sent * bubble_share(cut),
+        gradients_s=cut.micro_batches * beside + gradients_s(held, model, cut, place, constants),
+        optimizer_s=optimizer_s(held, cut, place, constants),
+    )
+
+
+def layer_s(model: Transformer, cut: Cut, place: Place, constants: Constants) -> float:
+    """One layer for one micro-batch, forward and backward, with what ZeRO exchanges beside it.
+
+    Stage 2 scatters a layer's gradients after every backward, stage 3 gathers its parameters before every forward and
+    backward too. Either runs beside the computation of the layer before, so that the longer of the two counts (as
+    Cephalo counts FSDP; Guo et al. 2025).
+    """
+    time = layer_time(model, cut, place.device, place.inside, constants)
+    if cut.zero_stage < 2 or cut.workers == 1:
+        return place.slowdown * time.total_s
+    around = round_s(model.layer_params / cut.tensor, cut, place, constants)
+    gather = around if cut.zero_stage == 3 else 0.0
+    forward, backward = place.slowdown * time.forward_s, place.slowdown * (time.total_s - time.forward_s)
+    return max(forward, gather) + max(backward, gather + around)
+
+
+def ends_s(model: Transformer, cut: Cut, place: Place, constants: Constants) -> tuple[float, float]:
+    """Of one micro-batch: what the embedding adds to the first stage, and logits and loss to the last one."""
+    head = place.slowdown * head_time(model, cut, place.device, constants)
+    if cut.zero_stage < 2 or cut.workers == 1:
+        return 0.0, head
+    around = round_s(model.vocab_params / cut.tensor, cut, place, constants)
+    # An embedding computes next to nothing that its exchange could hide behind.
+    return (2 if cut.zero_stage == 3 else 1) * around, max(head, (3 if cut.zero_stage == 3 else 1) * around)
+
+
+def optimizer_s(params: float, cut: Cut, place: Place, constants: Constants) -> float:
+    """The update of a stage's `params` on one device: memory traffic, on its own share from ZeRO stage 1 on."""
+    share = cut.workers if cut.zero_stage else 1
+    return place.slowdown * params / share * OPTIMIZER_BYTES / (place.device.bandwidth_bytes_s * constants.memory)
 
 
 def border_s(model: Transformer, cut: Cut, place: Place) -> float:
@@ -101,11 +142,19 @@ def border_s(model: Transformer, cut: Cut, place: Place) -> float:
     return 2 * send_s(hidden_bytes, place.inside if within else place.across)
 
 
-def gradients_s(params: float, cut: Cut, place: Place, constants: Constants) -> float:
-    """Reduce-scatter of the gradients and all-gather of the parameters among the workers of a stage.
+def gradients_s(params: float, model: Transformer, cut: Cut, place: Place, constants: Constants) -> float:
+    """Exchange among the workers of a stage that nothing hides, once a step.
 
-    ZeRO-3 gathers the parameters twice more, for every forward and backward.
+    Gradients reduced and parameters gathered; in ZeRO stage 2 only the latter, since gradients have left with every
+    micro-batch; in stage 3 what the first layer waits for and the last one leaves (`layer_s` has the others).
     """
+    if cut.zero_stage == 3:
+        return 2 * round_s(model.layer_params / cut.tensor, cut, place, constants)
+    return (1 if cut.zero_stage == 2 else 2) * round_s(params, cut, place, constants)
+
+
+def round_s(params: float, cut: Cut, place: Place, constants: Constants) -> float:
+    """One all-gather or reduce-scatter of `params` numbers among the workers of a stage."""
     if cut.workers == 1:
         return 0.0
     size = 2 if cut.dtype == "bf16" else 4
@@ -115,8 +164,7 @@ def gradients_s(params: float, cut: Cut, place: Place, constants: Constants) -> 
         link, share = place.inside, constants.inside
     else:
         link, share = across_nodes(place.across, per_node, place.per_node, nodes), constants.across
-    rounds = 2 + (1 if cut.zero_stage >= 3 else 0)
-    return rounds * all_gather_s(size * params, cut.workers, link, share)
+    return all_gather_s(size * params, cut.workers, link, share)
 
 
 def stage_params(model: Transformer, cut: Cut, layers: tuple[int, ...]) -> tuple[float, ...]:

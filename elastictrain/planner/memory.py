@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from elastictrain.planner.model import Cut, Transformer
 from elastictrain.planner.profiles import Device
+from elastictrain.planner.schedule import in_flight
 
 LOGIT_BYTES = 16.0
 """bf16 logits and gradient, and f32 logits, softmax and gradient; four more when shards are gathered first."""
@@ -44,6 +45,8 @@ class Memory:
     mirrors: float
     activations: float
     head: float
+    gathered: float
+    """Whole layers that ZeRO stages 2 and 3 put together: gradients, and parameters in use and in advance."""
     reserve: float
     fits: float
 
@@ -56,6 +59,7 @@ class Memory:
             self.mirrors,
             self.activations,
             self.head,
+            self.gathered,
             self.reserve,
         )
         return sum(parts)
@@ -71,9 +75,39 @@ def layer_kept_bytes(model: Transformer, cut: Cut, constants: MemoryConstants = 
     whole /= t if cut.sequence_parallel else 1
     wide = (8 if model.gated else 6) * model.ffn / model.hidden
     shared = (12 + wide) * size * elements / t
-    scores = float(cut.micro_batch * model.heads) * model.sequence**2 / t
-    kept = {"plain": 2 * constants.plain, "fused": constants.fused}.get(model.attention, 0.0) * scores
+    kept = 0.0 if cut.checkpointing == "selective" else score_bytes(model, cut, constants)
     return constants.activations * (whole + shared) + kept
+
+
+def score_bytes(model: Transformer, cut: Cut, constants: MemoryConstants = MEMORY) -> float:
+    """What one layer's attention keeps of its scores; nothing where they never reach memory."""
+    scores = float(cut.micro_batch * model.heads) * model.sequence**2 / cut.tensor
+    return {"plain": 2 * constants.plain, "fused": constants.fused}.get(model.attention, 0.0) * scores
+
+
+def working_bytes(model: Transformer, cut: Cut, again: bool, constants: MemoryConstants = MEMORY) -> float:
+    """What the one layer takes that is being computed again: all its activations, or its scores."""
+    if again:
+        return layer_kept_bytes(model, replace(cut, checkpointing="none"), constants)
+    return score_bytes(model, cut, constants) if cut.checkpointing == "selective" else 0.0
+
+
+def gathered_bytes(model: Transformer, cut: Cut) -> float:
+    """Of ZeRO stage 2: the gradients of one layer; of stage 3 also its parameters, and those of the next."""
+    if cut.workers == 1 or cut.zero_stage < 2:
+        return 0.0
+    size = 2 if cut.dtype == "bf16" else 4
+    return (3 if cut.zero_stage == 3 else 1) * size * model.layer_params / cut.tensor
+
+
+def param_bytes(cut: Cut) -> float:
+    """What a device keeps for every parameter of its stage: in its compute dtype, gradient, masters and moments."""
+    size, state, share = (2, 12, 1 / cut.workers) if cut.dtype == "bf16" else (4, 8, 1 / cut.workers)
+    return (
+        size * (share if cut.zero_stage >= 3 else 1)
+        + size * (share if cut.zero_stage >= 2 else 1)
+        + state * (share if cut.zero_stage >= 1 else 1) * (2 if cut.mirrors else 1)
+    )
 
 
 def boundary_bytes(model: Transformer, cut: Cut, constants: MemoryConstants = MEMORY) -> float:
@@ -89,23 +123,23 @@ def stage_memory(
     *,
     layers: int,
     stage: int,
+    again: int | None = None,
     state_share: float | None = None,
     constants: MemoryConstants = MEMORY,
 ) -> Memory:
-    """One device of stage `stage` with `layers` layers. `state_share`: the part of the stage's masters and optimizer
-    state that this device owns (default: an even share, or all of it below ZeRO stage 1).
+    """One device of stage `stage` with `layers` layers. `again`: how many of them are computed again in the backward
+    (default: all or none, as the cut says). `state_share`: the part of the stage's masters and optimizer state that
+    this device owns (default: an even share, or all of it below ZeRO stage 1).
     """
     first, last = stage == 0, stage == cut.pipeline - 1
     vocab = model.vocab_params * (first + (last and not (first and model.tied)))
     params = (layers * model.layer_params + vocab) / cut.tensor
     share = state_share if state_share is not None else (1 / cut.workers if cut.zero_stage >= 1 else 1.0)
     size = 2 if cut.dtype == "bf16" else 4
-    live = min(cut.pipeline - stage, cut.micro_batches) if cut.schedule != "gpipe" else cut.micro_batches
-    layer = layer_kept_bytes(model, cut, constants)
-    if cut.checkpointing == "none":
-        activations = layers * live * layer
-    else:
-        activations = layers * live * boundary_bytes(model, cut, constants) + layer
+    repeated = again if again is not None else (layers if cut.checkpointing == "every_layer" else 0)
+    per_batch = (layers - repeated) * layer_kept_bytes(model, cut, constants)
+    per_batch += repeated * boundary_bytes(model, cut, constants)
+    activations = in_flight(cut, stage) * per_batch + working_bytes(model, cut, repeated > 0, constants)
     head = 0.0
     if last:
         gathered = cut.tensor > 1 and not model.loss_over_shards
@@ -121,6 +155,7 @@ def stage_memory(
         owned if cut.mirrors else 0.0,
         activations,
         head,
+        gathered_bytes(model, cut),
         constants.reserve_bytes,
     )
     return Memory(*parts, fits=probability(sum(parts), device_bytes))

@@ -10,7 +10,8 @@ from elastictrain.errors import ConfigError
 from elastictrain.planner.profiles import Dtype
 
 Attention = Literal["plain", "fused", "flash1", "flash2"]
-Checkpointing = Literal["none", "every_layer"]
+Checkpointing = Literal["none", "selective", "every_layer"]
+"""Of activations. "selective": only the scores of attention are computed again (Korthikanti et al. 2022)."""
 Schedule = Literal["1f1b", "gpipe", "zb-h1"]
 
 

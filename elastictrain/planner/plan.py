@@ -31,7 +31,10 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`groups`: which of the cluster's groups it uses. `layers`, `stage_groups`: per stage. `fits`: the probability."""
+    """`groups`: which of the cluster's groups it uses. `layers`, `stage_groups`: per stage; `again`: how many of its
+    layers are computed again in the backward. `fits`: the probability. `replayed_s`: of a pipeline, the step when its
+    schedule is replayed operation by operation.
+    """
 
     family: Family
     step_s: float
@@ -44,6 +47,8 @@ class Plan:
     layers: tuple[int, ...] = ()
     stage_groups: tuple[int, ...] = ()
     stage_s: tuple[float, ...] = ()
+    again: tuple[int, ...] = ()
+    replayed_s: float | None = None
     lane_plan: LanePlan | None = None
     ways: tuple[str, ...] = ()
 

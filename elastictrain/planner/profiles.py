@@ -54,13 +54,16 @@ class Device(_Profile):
 class Link(_Profile):
     """A class of links. A transfer of n bytes takes `alpha_s + n / beta_bytes_s`.
 
-    `per`: every device of a node has such a port of its own, or the node has one for all its devices.
+    `per`: every device of a node has such a port of its own, or the node has one for all its devices. `crowd`: the
+    bandwidth of a ring over n nodes goes with n to the power of minus this. 0: a fabric that blocks nobody (a full fat
+    tree); the default is what published runs on 4 to 32 nodes of a shared cluster show.
     """
 
     name: str
     alpha_s: NotNegative
     beta_bytes_s: Positive
     per: Literal["device", "node"] = "device"
+    crowd: NotNegative = 0.75
     source: str = "measured"
 
 
@@ -76,6 +79,9 @@ class Group(_Profile):
     inter: str = "ib-hdr"
     island: str = "main"
     host_memory_bytes: Positive | None = None
+    host_bandwidth_bytes_s: Positive | None = None
+    """Measured: of the host's memory, and of writing to its disk. For people; no plan depends on them."""
+    disk_bytes_s: Positive | None = None
     memory_limit_bytes: Positive | None = None
     """Use no more of each device than this."""
     slowdown: Annotated[float, BeforeValidator(not_a_switch), Field(ge=1)] = 1.0
@@ -173,8 +179,8 @@ class Cluster(_Profile):
                 raise ValueError(
                     f"groups.{number}.device={group.device!r} has no profile"
                     f"{_like(group.device, list(devices))}"
-                    " For another device write its name, peak_flops, memory_bytes and bandwidth_bytes_s, from the data"
-                    " sheet or measured on the node, under devices:"
+                    " For another device measure the nodes (`elastictrain profile`, or with --local on one of them), or"
+                    " write its name, peak_flops, memory_bytes and bandwidth_bytes_s from the data sheet under devices:"
                 )
             for setting, link in (("intra", group.intra), ("inter", group.inter)):
                 if link not in links:

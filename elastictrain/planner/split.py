@@ -60,23 +60,35 @@ def split_affine(
         n = lo if n < lo else hi if n > hi else n
         parts.append(n)
         ends.append(a + c * (n + 1) if n < hi else math.inf)
-    # (cost with one more, worker): the cheapest next thing first. Greedy is exact, because costs never fall.
-    left = total - sum(parts)
-    heap = list(zip(ends, range(workers), strict=True))
+    _hand_out(total - sum(parts), parts, ends, each, high)
+    makespan = max([a + c * n for a, c, n in zip(fixed, each, parts, strict=True) if n], default=0.0)
+    if before is not None:
+        limit = makespan * (1 + 1e-12)
+        upper = [int((limit - a) / c + 1e-9) if limit > a else lo for a, c, lo in zip(fixed, each, low, strict=True)]
+        upper = [lo if n < lo else hi if n > hi else n for n, lo, hi in zip(upper, low, high, strict=True)]
+        parts = _nearest(total, before, low, upper)
+    return Split(tuple(parts), makespan, min(makespan, max(threshold, must)))
+
+
+def _hand_out(left: int, parts: list[int], ends: Sequence[float], each: Sequence[float], high: Sequence[int]) -> None:
+    """Give `left` more things to whoever is done earliest with one more. Exact, because costs never fall.
+
+    `ends[i]`: what worker i needs with one more, infinite when it is full.
+    """
+    if left <= 0:
+        return
+    first = sorted(range(len(parts)), key=ends.__getitem__)[:left]
+    last = ends[first[-1]]
+    if len(first) == left and last < math.inf and all(ends[i] + each[i] >= last for i in first):
+        for i in first:  # nobody gets two: done without a heap
+            parts[i] += 1
+        return
+    heap = list(zip(ends, range(len(parts)), strict=True))
     heapify(heap)
     for _ in range(left):
         cost, i = heap[0]
         parts[i] += 1
         heapreplace(heap, (cost + each[i] if parts[i] < high[i] else math.inf, i))
-    makespan = max((a + c * n for a, c, n in zip(fixed, each, parts, strict=True) if n), default=0.0)
-    if before is not None:
-        limit = makespan * (1 + 1e-12)
-        upper = [
-            lo if limit < a else min(hi, max(lo, int((limit - a) / c + 1e-9)))
-            for a, c, lo, hi in zip(fixed, each, low, high, strict=True)
-        ]
-        parts = _nearest(total, before, low, upper)
-    return Split(tuple(parts), makespan, min(makespan, max(threshold, must)))
 
 
 def split_tables(
@@ -161,12 +173,10 @@ def _fractional(
     total: int, fixed: Sequence[float], each: Sequence[float], low: Sequence[int], high: Sequence[int]
 ) -> float:
     """The threshold at which fractional parts add up to `total`: a sweep over the places where the sum bends."""
-    bends: list[tuple[float, float]] = []
-    for a, c, lo, hi in zip(fixed, each, low, high, strict=True):
-        if hi > lo:
-            bends.append((a + c * lo, 1.0 / c))
-            if hi < total:  # nobody can be full who may have all
-                bends.append((a + c * hi, -1.0 / c))
+    each_of = list(zip(fixed, each, low, high, strict=True))
+    bends = [(a + c * lo, 1.0 / c) for a, c, lo, hi in each_of if hi > lo]
+    # nobody can be full who may have all
+    bends += [(a + c * hi, -1.0 / c) for a, c, lo, hi in each_of if lo < hi < total]
     bends.sort()
     left, slope, at = float(total - sum(low)), 0.0, 0.0
     if left <= 0:
@@ -181,10 +191,12 @@ def _fractional(
 
 def _nearest(total: int, before: Sequence[int], low: Sequence[int], high: Sequence[int]) -> list[int]:
     """Parts within the limits that add up and differ least from `before`: every further change moves one thing."""
-    parts = [min(hi, max(lo, old)) for old, lo, hi in zip(before, low, high, strict=True)]
+    parts = [lo if old < lo else hi if old > hi else old for old, lo, hi in zip(before, low, high, strict=True)]
     missing = total - sum(parts)
-    for i in range(len(parts)):
-        change = min(missing, high[i] - parts[i]) if missing > 0 else max(missing, low[i] - parts[i])
+    for i, part in enumerate(parts):
+        if not missing:
+            break
+        change = min(missing, high[i] - part) if missing > 0 else max(missing, low[i] - part)
         parts[i] += change
         missing -= change
     return parts

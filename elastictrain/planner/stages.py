@@ -1,7 +1,9 @@
 """Layers onto pipeline stages, and stages onto kinds of devices, exactly.
 
 A pipeline of stages with times `t_1 .. t_p` for one micro-batch (forward and backward) does m micro-batches in
-`sum t + (m - 1) max t` (1F1B; Narayanan et al. 2021 for equal stages). The search goes stage by stage over
+`b * sum t + (m - b) * max t`, where b is the share of the bubble that the schedule leaves (1 for 1F1B; Narayanan et al.
+2021 for equal stages). A stage that does not fit computes its first layers again in the backward, as few as are enough.
+The search goes stage by stage over
 (places used of each kind, last kind, layers used), and keeps for each of these states the pairs (sum, max) that no
 other pair beats in both: whatever follows adds the same to both, so that a beaten pair can never win. Every order of
 the kinds and every cut of the layers is covered. A label is dropped when even the best that could follow is no better
@@ -11,7 +13,7 @@ than the best pipeline found so far.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, permutations
@@ -23,6 +25,10 @@ class Kind:
     forward and backward. `fixed_s`: more for each stage. `keep_bytes`: what each layer keeps (parameters and state).
     `live_bytes`: activations of each layer for one micro-batch in flight. `memory_bytes`: what a stage may use.
     `params` of each layer: a stage may have `most_params` at most (a limit on its exchange of gradients).
+
+    `again_s`, `again_bytes`: more seconds of each layer when its activations are computed again, and what it then keeps
+    instead of `live_bytes` (not more than that). `working_bytes`: more for the one layer that is being computed again.
+    Empty: nothing is computed again.
     """
 
     count: int
@@ -33,16 +39,22 @@ class Kind:
     fixed_s: float = 0.0
     params: tuple[float, ...] = ()
     most_params: float = math.inf
+    again_s: tuple[float, ...] = ()
+    again_bytes: tuple[float, ...] = ()
+    working_bytes: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Layers `lo .. hi-1` on a place of this kind; `time_s` for one micro-batch with what it receives."""
+    """Layers `lo .. hi-1` on a place of this kind; `time_s` for one micro-batch with what it receives. `again`: so many
+    of the layers, from the first on, are computed again.
+    """
 
     kind: int
     lo: int
     hi: int
     time_s: float
+    again: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +86,8 @@ class _Search:
     stages: int
     micro_batches: int
     limit: int
+    bubble: float
+    flights: Sequence[float]
     best: float = math.inf
     winner: _Label | None = None
     cut_off: bool = False
@@ -81,6 +95,8 @@ class _Search:
     time: list[list[float]] = field(default_factory=list)
     keep: list[list[float]] = field(default_factory=list)
     live: list[list[float]] = field(default_factory=list)
+    again: list[list[float]] = field(default_factory=list)
+    repeated: list[list[float]] = field(default_factory=list)
     held: list[list[float]] = field(default_factory=list)
     rest: list[float] = field(default_factory=list)
     quickness: list[float] = field(default_factory=list)
@@ -95,6 +111,8 @@ class _Search:
             self.time.append([0.0, *accumulate(kind.layer_s)])
             self.keep.append([0.0, *accumulate(kind.keep_bytes)])
             self.live.append([0.0, *accumulate(kind.live_bytes)])
+            self.again.append([0.0, *accumulate(kind.again_s)])
+            self.repeated.append([0.0, *accumulate(kind.again_bytes)])
             self.held.append([0.0, *accumulate(kind.params or (0.0,) * self.layers)])
         least = [min(kind.layer_s[i] for kind in self.kinds) for i in range(self.layers)]
         self.rest = [*reversed(list(accumulate(reversed(least)))), 0.0]
@@ -104,7 +122,7 @@ class _Search:
         self.quickest = min(kind.fixed_s for kind in self.kinds)
 
     def value(self, total: float, worst: float) -> float:
-        return total + (self.micro_batches - 1) * worst
+        return self.bubble * total + (self.micro_batches - self.bubble) * worst
 
     def power(self, used: tuple[int, ...]) -> float:
         """What the quickest of the places that are left do together, in units of the quickest kind."""
@@ -124,18 +142,45 @@ class _Search:
             fixed = self.quickest
             worst = max(worst, self.rest[layers] / self.power(used) + fixed)
             total += self.rest[layers] + left * fixed
-        return total + (self.micro_batches - 1) * worst
+        return self.value(total, worst)
 
-    def fits(self, kind: int, lo: int, hi: int, place: int) -> bool:
-        if self.held[kind][hi] - self.held[kind][lo] > self.kinds[kind].most_params:
-            return False
-        in_flight = min(self.stages - place, self.micro_batches)
+    def fewest_again(self, kind: int, lo: int, hi: int, place: int) -> int | None:
+        """How many of the layers must be computed again so that they fit; None when all are not enough."""
+        here = self.kinds[kind]
+        if self.held[kind][hi] - self.held[kind][lo] > here.most_params:
+            return None
+        live, flight = self.live[kind], self.flights[place]
         kept = self.keep[kind][hi] - self.keep[kind][lo]
-        return kept + in_flight * (self.live[kind][hi] - self.live[kind][lo]) <= self.kinds[kind].memory_bytes
+        if kept + flight * (live[hi] - live[lo]) <= here.memory_bytes:
+            return 0
+        if not here.again_bytes:
+            return None
+        repeated = self.repeated[kind]
+
+        def fits(count: int) -> bool:
+            at = lo + count
+            activations = flight * (repeated[at] - repeated[lo] + live[hi] - live[at])
+            return kept + activations + here.working_bytes <= here.memory_bytes
+
+        found = bisect_left(range(1, hi - lo + 1), True, key=fits) + 1
+        return found if found <= hi - lo else None
 
     def seconds(self, last: int, kind: int, lo: int, hi: int) -> float:
+        """Of a stage that computes nothing again."""
         border = self.borders.get((last, kind), 0.0) if last >= 0 else 0.0
         return self.time[kind][hi] - self.time[kind][lo] + self.kinds[kind].fixed_s + border
+
+    def stage(self, last: int, kind: int, lo: int, hi: int, place: int) -> Stage | None:
+        """The stage in as little time as its memory allows, or None when it does not fit. With more layers at its end
+        it never takes less time.
+        """
+        again = self.fewest_again(kind, lo, hi, place)
+        if again is None:
+            return None
+        seconds = self.seconds(last, kind, lo, hi)
+        if again:
+            seconds += self.again[kind][lo + again] - self.again[kind][lo]
+        return Stage(kind, lo, hi, seconds, again)
 
     def greedy(self, order: Sequence[int], threshold: float) -> list[Stage] | None:
         """As many layers as each place may take within the threshold, in this order of kinds: exact for the order."""
@@ -145,11 +190,15 @@ class _Search:
             # a little too far, so that rounding loses no layer; the exact comparison follows
             times, spare = self.time[kind], threshold - self.seconds(last, kind, at, at)
             hi = min(bisect_right(times, (times[at] + spare) * (1 + 1e-12)), self.layers - least_left + 1) - 1
-            while hi > at and (self.seconds(last, kind, at, hi) > threshold or not self.fits(kind, at, hi, place)):
+            taken: Stage | None = None
+            while hi > at:
+                taken = self.stage(last, kind, at, hi, place)
+                if taken is not None and taken.time_s <= threshold:
+                    break
                 hi -= 1
-            if hi <= at:
+            if hi <= at or taken is None:
                 return None
-            found.append(Stage(kind, at, hi, self.seconds(last, kind, at, hi)))
+            found.append(taken)
             at, last = hi, kind
         return found if at == self.layers else None
 
@@ -157,7 +206,8 @@ class _Search:
         """The cut of the layers with the least maximum for this order of kinds (close to it after a few rounds); None
         when memory forbids every cut.
         """
-        high = sum(self.seconds(-1, kind, 0, self.layers) for kind in order) + sum(self.borders.values())
+        high = sum(self.seconds(-1, kind, 0, self.layers) + self.again[kind][-1] for kind in order)
+        high += sum(self.borders.values())
         best = self.greedy(order, high)
         if best is None:
             return None
@@ -193,7 +243,8 @@ class _Search:
         final = place == self.stages - 1
         # No stage of a pipeline that is better may take longer than this.
         least = min(label.total for label in labels) + self.rest[at] + (self.stages - place) * self.quickest
-        most = (self.best - least) / (self.micro_batches - 1) if self.micro_batches > 1 else math.inf
+        more = self.micro_batches - self.bubble
+        most = (self.best - self.bubble * least) / more if more > 0 else math.inf
         for kind, here in enumerate(self.kinds):
             if used[kind] == here.count:
                 continue
@@ -203,10 +254,9 @@ class _Search:
             while not final and first < self.layers and self.rest[first] / left_power + self.quickest > most:
                 first += 1
             for hi in range(first, self.layers - (self.stages - place - 1) + 1):
-                seconds = self.seconds(last, kind, at, hi)
-                if seconds > most or not self.fits(kind, at, hi, place):
+                stage = self.stage(last, kind, at, hi, place)
+                if stage is None or stage.time_s > most:
                     break
-                stage = Stage(kind, at, hi, seconds)
                 for label in labels:
                     self.offer(label, stage, (taken, kind, hi), place + 1, after)
 
@@ -257,9 +307,14 @@ def place_stages(
     borders: Mapping[tuple[int, int], float] | None = None,
     better_than_s: float = math.inf,
     limit: int = 2_000,
+    bubble: float = 1.0,
+    in_flight: Sequence[float] | None = None,
 ) -> Pipeline | None:
-    """The pipeline of `stages` stages with the least `sum t + (micro_batches - 1) max t`, or None when none fits or
-    none takes less than `better_than_s`.
+    """The pipeline of `stages` stages with the least `bubble * sum t + (micro_batches - bubble) * max t`, or None when
+    none fits or none takes less than `better_than_s`.
+
+    `bubble`: share of 1F1B's bubble that the schedule leaves. `in_flight`: micro-batches whose activations each stage
+    keeps at most (default: 1F1B's).
 
     `borders[(a, b)]`: seconds that a stage on kind b waits for what kind a sends it, for one micro-batch.
     `limit`: labels kept per stage; beyond it the search is no longer exact, and says so (also by a pipeline without
@@ -267,13 +322,16 @@ def place_stages(
     """
     if stages > min(len(kinds[0].layer_s), sum(kind.count for kind in kinds)):
         return None
-    search = _Search(kinds, borders or {}, stages, micro_batches, limit, best=better_than_s)
+    flights = in_flight or [min(stages - place, micro_batches) for place in range(stages)]
+    search = _Search(kinds, borders or {}, stages, micro_batches, limit, bubble, flights, best=better_than_s)
     guess = search.guess()
+    # On one kind the guess has the least maximum; when it computes nothing again, no cut has a smaller sum either.
+    settled = len(kinds) == 1 and (guess is None or not any(stage.again for stage in guess))
     if guess is not None and (taken_s := search.time_of(guess)) < search.best:
         search.best = taken_s
     else:
         guess = None
-    if len(kinds) == 1:  # the sum is the same for every cut, so that the least maximum wins
+    if settled:
         return None if guess is None else Pipeline(tuple(guess), search.best, search.best, exact=True)
     states: dict[_State, list[_Label]] = {((0,) * len(kinds), -1, 0): [_Label(0.0, 0.0, None, None)]}
     for place in range(1, stages + 1):

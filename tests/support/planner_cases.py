@@ -24,6 +24,8 @@ from elastictrain.planner.profiles import DEVICES, LINKS
 
 CASES = Path(__file__).parents[1] / "data" / "planner_cases.json"
 A100 = Place(device=DEVICES["a100-80"], per_node=8, inside=LINKS["nvlink3"], across=LINKS["ib-hdr"])
+SELENE = replace(A100, across=LINKS["ib-hdr"].model_copy(update={"crowd": 0.0}))
+"""Megatron's machine: a fat tree of three levels in which nobody blocks another (section 5 of the paper)."""
 
 
 GUESS = Constants(gemm=0.75, memory=0.5, attention=0.4, overhead_s=1e-3, inside=0.5, across=0.5)
@@ -40,6 +42,7 @@ class Run:
     model: Transformer
     cut: Cut
     seconds: float | None
+    place: Place = A100
 
 
 @cache
@@ -92,12 +95,12 @@ def megatron() -> list[Run]:
             chunks=2 if row["pp"] > 1 else 1,
         )  # fmt: skip
         seconds = flops / (row["gpus"] * row["tflops_per_gpu"] * 1e12)
-        runs.append(Run(row["id"], (row["model"], s, row["gpus"]), model, cut, seconds))
+        runs.append(Run(row["id"], (row["model"], s, row["gpus"]), model, cut, seconds, SELENE))
     return runs
 
 
 def predicted_s(run: Run, constants: Constants) -> float:
-    return step_time(run.model, run.cut, A100, constants=constants).total_s
+    return step_time(run.model, run.cut, run.place, constants=constants).total_s
 
 
 def least_squares(
@@ -125,18 +128,31 @@ def least_squares(
     return at
 
 
+OVERHEAD = 3
+"""The one of the constants that is no share, and may be above 1."""
+
+
+def _free(values: Sequence[float]) -> np.ndarray:
+    """Constants as numbers without bounds: a share of a peak lies between 0 and 1, whatever the runs say."""
+    return np.array([math.log(v if n == OVERHEAD else v / (1 - v)) for n, v in enumerate(values)])
+
+
+def _bounded(free: np.ndarray) -> Constants:
+    return Constants(*(math.exp(z) if n == OVERHEAD else 1 / (1 + math.exp(-z)) for n, z in enumerate(free.tolist())))
+
+
 def fit_times(runs: Sequence[Run], start: Constants = GUESS) -> Constants:
     """The six constants that explain the timed runs best."""
     timed = [run for run in runs if run.seconds is not None]
     truth = np.log([run.seconds for run in timed])
 
-    def residuals(logs: np.ndarray) -> np.ndarray:
-        constants = Constants(*np.exp(logs).tolist())
+    def residuals(free: np.ndarray) -> np.ndarray:
+        constants = _bounded(free)
         errors = np.array([math.log(predicted_s(run, constants)) for run in timed]) - truth
         # What the runs say nothing about stays where it began.
-        return np.concatenate([errors, PRIOR * (logs - np.log(astuple(GUESS)))])
+        return np.concatenate([errors, PRIOR * (free - _free(astuple(GUESS)))])
 
-    return Constants(*np.exp(least_squares(residuals, np.log(astuple(start)))).tolist())
+    return _bounded(least_squares(residuals, _free(astuple(start))))
 
 
 def need_bytes(run: Run, constants: MemoryConstants) -> float:

@@ -39,8 +39,22 @@ def brute_split(total: int, tables: list[list[float]], low: list[int]) -> float:
     )
 
 
-def brute_stages(kinds: list[Kind], stages: int, micro_batches: int, borders: dict[tuple[int, int], float]) -> float:
-    """The least `sum + (m - 1) max` over every order of kinds and every cut of the layers. Infinite: none fits."""
+def stage_least_s(kind: Kind, lo: int, hi: int, flight: float) -> float:
+    """The least seconds of a stage, whatever number of its first layers is computed again. Infinite: none fits."""
+    best = math.inf
+    for again in range(hi - lo + 1) if kind.again_s else (0,):
+        at = lo + again
+        need = sum(kind.keep_bytes[lo:hi]) + flight * (sum(kind.again_bytes[lo:at]) + sum(kind.live_bytes[at:hi]))
+        if need + (kind.working_bytes if again else 0.0) <= kind.memory_bytes:
+            best = min(best, sum(kind.layer_s[lo:hi]) + sum(kind.again_s[lo:at]) + kind.fixed_s)
+    return best
+
+
+def brute_stages(
+    kinds: list[Kind], stages: int, micro_batches: int, borders: dict[tuple[int, int], float], bubble: float,
+    flights: list[float],
+) -> float:  # fmt: skip
+    """The least `b sum + (m - b) max` over every order of kinds and every cut of the layers. Infinite: none fits."""
     layers, best = len(kinds[0].layer_s), math.inf
     for order in product(range(len(kinds)), repeat=stages):
         if any(order.count(k) > kind.count for k, kind in enumerate(kinds)):
@@ -49,14 +63,13 @@ def brute_stages(kinds: list[Kind], stages: int, micro_batches: int, borders: di
             times, at = [], 0
             for place, (k, extra) in enumerate(zip(order, sizes, strict=True)):
                 kind, hi = kinds[k], at + extra + 1
-                flying = min(stages - place, micro_batches)
-                if sum(kind.keep_bytes[at:hi]) + flying * sum(kind.live_bytes[at:hi]) > kind.memory_bytes:
+                taken = stage_least_s(kind, at, hi, flights[place])
+                if math.isinf(taken):
                     break
-                border = borders.get((order[place - 1], k), 0.0) if place else 0.0
-                times.append(sum(kind.layer_s[at:hi]) + kind.fixed_s + border)
+                times.append(taken + (borders.get((order[place - 1], k), 0.0) if place else 0.0))
                 at = hi
             else:
-                best = min(best, sum(times) + (micro_batches - 1) * max(times))
+                best = min(best, bubble * sum(times) + (micro_batches - bubble) * max(times))
     return best
 
 
@@ -140,28 +153,39 @@ def check_stages(random: Random) -> bool:
     kinds = []
     for _ in range(kinds_count):
         speed = random.choice([1.0, 2.0, random.uniform(0.3, 3)])
+        live = [random.choice([0.0, 0.3, 1.0]) for _ in range(layers)]
+        checkpoints = random.random() < 0.6
         twist = [random.choice([1.0, random.uniform(0.8, 1.2)]) for _ in range(layers)]
         kinds.append(
             Kind(
                 count=random.randint(1, 6 // kinds_count),
                 layer_s=tuple(s * t / speed for s, t in zip(shape, twist, strict=True)),
                 keep_bytes=tuple(size),
-                live_bytes=tuple(random.choice([0.0, 0.3]) for _ in range(layers)),
+                live_bytes=tuple(live),
+                again_s=tuple(random.choice([0.0, 0.3 * s]) for s in shape) if checkpoints else (),
+                again_bytes=tuple(random.choice([0.0, 0.2, 1.0]) * b for b in live) if checkpoints else (),
+                working_bytes=random.choice([0.0, 0.5]),
                 memory_bytes=random.choice([1e9, random.uniform(2, 14)]),
                 fixed_s=random.choice([0.0, 0.1]),
             )
         )
     stages = random.randint(1, max(1, min(layers, sum(kind.count for kind in kinds))))
     borders = {(a, b): random.choice([0.0, 0.5]) for a in range(kinds_count) for b in range(kinds_count)}
-    truth = brute_stages(kinds, stages, micro_batches, borders)
-    found = place_stages(kinds, stages, micro_batches, borders=borders)
+    bubble = random.choice([1.0, 1.0, 1 / 3, 0.5, 0.25])
+    flights = random.choice([
+        [float(min(stages - place, micro_batches)) for place in range(stages)],
+        [float(min(stages, micro_batches))] * stages,
+        [min(stages - place + 0.5, micro_batches) for place in range(stages)],
+    ])  # fmt: skip
+    truth = brute_stages(kinds, stages, micro_batches, borders, bubble, flights)
+    found = place_stages(kinds, stages, micro_batches, borders=borders, bubble=bubble, in_flight=flights)
     if found is None:
         return math.isinf(truth)
     again = [stage.time_s for stage in found.stages]
     covered = [stage.lo for stage in found.stages] == [0, *(stage.hi for stage in found.stages[:-1])]
     return (
         covered and found.stages[-1].hi == layers and found.exact and _close(found.time_s, truth)
-        and _close(sum(again) + (micro_batches - 1) * max(again), truth)
+        and _close(bubble * sum(again) + (micro_batches - bubble) * max(again), truth)
     )  # fmt: skip
 
 

@@ -140,7 +140,7 @@ def test_the_replay_agrees_with_the_closed_form_for_equal_stages() -> None:
     operations = replay([1.0] * 4, [2.0] * 4, 8)
     assert len(operations) == 4 * 8 * 2
     assert max(op.end_s for op in operations) == 4 * 3 + 7 * 3
-    assert max(op.end_s for op in replay([1.0] * 4, [2.0] * 4, 8, gpipe=True)) == 4 * 3 + 7 * 3
+    assert max(op.end_s for op in replay([1.0] * 4, [2.0] * 4, 8, schedule="gpipe")) == 4 * 3 + 7 * 3
     assert max(op.end_s for op in replay([1.0] * 2, [2.0] * 2, 1, send_s=[0.5])) == 7.0
 
 

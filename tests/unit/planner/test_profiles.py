@@ -42,8 +42,8 @@ def test_every_built_in_value_names_its_source() -> None:
         (
             {"groups": [{"device": "a100"}]},
             ("cluster: groups.0.device='a100' has no profile; did you mean a100-80 or a100-40? For another device "
-            "write its name, peak_flops, memory_bytes and bandwidth_bytes_s, from the data sheet or measured on the "
-            "node, under devices:"),
+            "measure the nodes (`elastictrain profile`, or with --local on one of them), or write its name, "
+            "peak_flops, memory_bytes and bandwidth_bytes_s from the data sheet under devices:"),
         ),
         (
             {"groups": [{"device": "l4", "intra": "pcie9"}]},

@@ -10,11 +10,14 @@ import pytest
 
 from elastictrain.planner.advice import smallest_help
 from elastictrain.planner.compute import DEFAULTS
+from elastictrain.planner.cuts import Branch, Cuts
 from elastictrain.planner.model import Cut, Transformer
 from elastictrain.planner.plan import SURE, Task
 from elastictrain.planner.profiles import Cluster, parse_cluster
-from elastictrain.planner.search import _Search, search
+from elastictrain.planner.schedule import bubble_share, in_flight
+from elastictrain.planner.search import nodes, search
 from elastictrain.planner.workload import Workload, found_of, plan_workload
+from tests.support.planner_instances import stage_least_s
 
 SMALL = Transformer(layers=6, hidden=1024, heads=8, sequence=512, vocab=8000, ffn=4096)
 LARGE = Transformer(layers=32, hidden=4096, heads=32, sequence=2048, vocab=32000, ffn=11008, gated=True)
@@ -51,8 +54,12 @@ def random_task(seed: int) -> tuple[Task, Cluster]:
 @pytest.mark.parametrize("seed", range(25))
 def test_pruning_loses_nothing(seed: int) -> None:
     task, cluster = random_task(seed)
-    here = _Search(task, cluster, DEFAULTS)
-    worked = [(bound, work(math.inf)) for family in (here.lanes, here.grid, here.mixed) for bound, work in family()]
+    worked = []
+    for family in ("lanes", "grid", "mixed"):
+        for node in nodes(task, cluster, DEFAULTS, family):
+            for candidate in node.open() if isinstance(node, Branch) else [node]:
+                plan = candidate.work_out(math.inf)
+                worked.append((max(node.bound_s, candidate.bound_s), plan))
     for bound, plan in worked:
         assert plan is None or bound <= plan.step_s * (1 + 1e-9)
     least = min((plan.step_s for _, plan in worked if plan is not None), default=math.inf)
@@ -61,10 +68,10 @@ def test_pruning_loses_nothing(seed: int) -> None:
     assert not found.plans or -1e-9 < found.gap < 1e-9
 
 
-def every_pipeline(here: _Search, chosen: tuple[int, ...], places: list[int], cut: Cut) -> float:
+def every_pipeline(here: Cuts, chosen: tuple[int, ...], places: list[int], cut: Cut) -> float:
     """The least time of stages and exchange over every order of groups and every cut of the layers."""
-    kinds = [here._kind(n, cut, count) for n, count in zip(chosen, places, strict=True)]
-    layers, best = len(kinds[0].layer_s), math.inf
+    kinds = [here.kind(n, cut, count) for n, count in zip(chosen, places, strict=True)]
+    layers, best, bubble = len(kinds[0].layer_s), math.inf, bubble_share(cut)
     for order in product(range(len(kinds)), repeat=cut.pipeline):
         if any(order.count(k) > kind.count for k, kind in enumerate(kinds)):
             continue
@@ -74,32 +81,35 @@ def every_pipeline(here: _Search, chosen: tuple[int, ...], places: list[int], cu
             times, rest, at = [], 0.0, 0
             for place, (k, size) in enumerate(zip(order, sizes, strict=True)):
                 kind, span = kinds[k], slice(at, at + size)
-                flying = min(cut.pipeline - place, cut.micro_batches)
-                if sum(kind.keep_bytes[span]) + flying * sum(kind.live_bytes[span]) > kind.memory_bytes:
+                taken = stage_least_s(kind, at, at + size, in_flight(cut, place))
+                if math.isinf(taken):
                     break
-                border = here._between(chosen[order[place - 1]], chosen[k], cut) if place else 0.0
-                times.append(sum(kind.layer_s[span]) + border)
-                rest = max(rest, here._rest(chosen[k], cut, sum(kind.params[span])))
+                times.append(taken + (here.between(chosen[order[place - 1]], chosen[k], cut) if place else 0.0))
+                rest = max(rest, here.rest(chosen[k], cut, sum(kind.params[span])))
                 at += size
             else:
-                best = min(best, sum(times) + (cut.micro_batches - 1) * max(times) + rest)
+                best = min(best, bubble * sum(times) + (cut.micro_batches - bubble) * max(times) + rest)
     return best
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_stages_and_exchange_together_are_as_good_as_brute_force(seed: int) -> None:
     task, cluster = random_task(1000 + seed)
-    here = _Search(task, cluster, DEFAULTS)
+    here = Cuts(task, cluster, DEFAULTS)
     chosen = tuple(range(len(cluster.groups)))
     for stages, workers in ((2, 1), (3, 1), (2, 2)):
         places = [group.devices // workers for group in cluster.groups]
         if sum(places) < stages or stages > task.model.layers or 0 in places:
             continue
-        cut = here.cut(1, stages, workers, 1, -(-task.lanes // workers) * task.lane_batch, "none")
-        truth = every_pipeline(here, chosen, places, cut)
-        found = here._staged(chosen, tuple(places), cut, math.inf)
-        assert (math.inf if found is None else found[0].time_s + found[1]) == pytest.approx(truth)
-        assert found is None or found[2] == pytest.approx(truth)
+        shape = Cut(
+            pipeline=stages, workers=workers, micro_batches=-(-task.lanes // workers) * task.lane_batch,
+            mirrors=task.mirrors and workers > 1,
+        )  # fmt: skip
+        for cut in here.variants(shape, one_group=len(chosen) == 1):
+            truth = every_pipeline(here, chosen, places, cut)
+            found = here.staged(chosen, tuple(places), cut, math.inf)
+            assert (math.inf if found is None else found[0].time_s + found[1]) == pytest.approx(truth)
+            assert found is None or found[2] == pytest.approx(truth)
 
 
 def test_what_is_found_can_be_done() -> None:
