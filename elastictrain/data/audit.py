@@ -21,9 +21,8 @@ from elastictrain.protocol import Stage
 
 if TYPE_CHECKING:
     from elastictrain.data.locate import SampleLocation
-    from elastictrain.data.mixed import MixedSource
     from elastictrain.data.order import Int64Array, Window
-    from elastictrain.data.source import Source
+    from elastictrain.data.reader import AnySource
 
 _LANES_APART = 8
 """In samples of a source: a lane is within four of its share (`data.mixture`)."""
@@ -98,14 +97,14 @@ class Samples(NamedTuple):
 class Auditor:
     """Computes the samples of a run's steps. `open_source`: the data in the order of a stage; opened once for each."""
 
-    def __init__(self, stages: Sequence[Stage], open_source: Callable[[Stage], Source | MixedSource]) -> None:
+    def __init__(self, stages: Sequence[Stage], open_source: Callable[[Stage], AnySource]) -> None:
         self._stages, self._open = tuple(stages), open_source
-        self._sources: dict[int, Source | MixedSource] = {}  # by stage
+        self._sources: dict[int, AnySource] = {}  # by stage
         self._windows: dict[tuple[int, int], Samples] = {}  # by (lane, source of a mixture)
         self._used: dict[tuple[int, str, int], dict[int, npt.NDArray[np.bool_]]] = {}
         self._filled_up: dict[tuple[int, str, int], int] = {}
 
-    def source(self, step: int) -> tuple[Source | MixedSource, Stage]:
+    def source(self, step: int) -> tuple[AnySource, Stage]:
         """Return the data of a step of the run, and its stage."""
         stage = stage_of(self._stages, step)
         if stage.index not in self._sources:
@@ -156,7 +155,7 @@ class Auditor:
                 epoch = runs[0].window.epoch
             yield AuditedStep(step, stage.index, epoch, samples, hash_of_step, show_hash(step_hash(hashes)), repeated)
 
-    def _use(self, source: Source | MixedSource, stage: Stage, run: Samples) -> int:
+    def _use(self, source: AnySource, stage: Stage, run: Samples) -> int:
         """Mark samples as used in an epoch; return how many were so already, beyond those that fill it up."""
         name, order = source.order_of(run.window)
         key = (stage.order, name, run.window.epoch)

@@ -12,12 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from elastictrain.data.ids import SampleIds
+from elastictrain.data.live import LiveSource
 from elastictrain.data.meter import Meter
 from elastictrain.data.mixed import MixedSource
 from elastictrain.data.order import Int64Array, Window
 from elastictrain.data.source import Arrays, Source
 from elastictrain.data.warm import WarmCache, cache_root
 from elastictrain.errors import DataError
+
+AnySource = Source | MixedSource | LiveSource
 
 _GATHER_BYTES = 1 << 18
 _MAX_DECODED_BLOCKS = 2
@@ -48,7 +51,7 @@ class _Loaded:
     more in calls than in copying. Of what was gathered every row is handed out once, so a batch may be a view of it.
     """
 
-    def __init__(self, source: Source | MixedSource, window: Window, blocks: list[_Block]) -> None:
+    def __init__(self, source: AnySource, window: Window, blocks: list[_Block]) -> None:
         self.key = (window.epoch, window.number)
         numbers = window.permutation()
         edges = np.cumsum([0, *(piece.stop - piece.start for piece in window.pieces)], dtype=np.int64)
@@ -108,7 +111,7 @@ class LaneReader:
     and take no memory of their own.
     """
 
-    def __init__(self, source: Source | MixedSource, *, warm: WarmCache | None = None) -> None:
+    def __init__(self, source: AnySource, *, warm: WarmCache | None = None) -> None:
         """`warm`: by default a cache of the size that the job's data setting says, if it says any."""
         self.source = source
         limit_bytes = source.spec.warm_cache_bytes

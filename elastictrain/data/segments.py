@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import posixpath
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -40,7 +40,7 @@ _MOST = 10**10
 @dataclass(frozen=True, slots=True)
 class Segment:
     """One file of a manifest. `ordinal`: its number, from 0. `name`: its path below the manifest's folder, or a URL.
-    `size_bytes`: of the file when it was appended. `checksum`: 16 hexadecimal digits, the 64-bit XXH3 of its bytes; None
+    `size_bytes`: of the file when it was appended. `checksum`: 16 hexadecimal digits, XXH3 of its bytes (64 bit); None
     where the writer did not have them at hand. `about`: whatever the writer wants to say of it; JSON, read by nobody.
     """
 
@@ -76,7 +76,7 @@ class SegmentLog:
         self.url = str(url).rstrip("/")
         self.storage_options = dict(storage_options or {})
         self._retry = retry or Retry()
-        self.store = _open(self.url, self.storage_options)
+        self.store = open_folder(self.url, self.storage_options, "data.path")
 
     def identity(self) -> str | None:
         """The id that names this manifest for good; None when no writer has made it yet. Raises DataError."""
@@ -118,14 +118,7 @@ class SegmentLog:
 
         Takes a number of requests that grows with the logarithm of how many are new.
         """
-        step = 1
-        while self._is_there(known + step - 1):
-            known, step = known + step, step * 2
-        low, high = known, known + step - 1  # the record `high` is not there
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (middle + 1, high) if self._is_there(middle) else (low, middle)
-        return low
+        return count_records(self._is_there, known)
 
     def path_of(self, segment: Segment) -> str:
         """Where a segment's file lies: a path or URL for `data.path`."""
@@ -249,6 +242,18 @@ class _IsClosed(DataError):
         self.ordinal = ordinal
 
 
+def count_records(is_there: Callable[[int], bool], known: int = 0) -> int:
+    """How many records there are, numbered from 0 without gaps, when `known` of them are known to be there; pure."""
+    low, step = known, 1
+    while is_there(low + step - 1):
+        low, step = low + step, step * 2
+    high = low + step - 1  # is not there
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if is_there(middle) else (low, middle)
+    return low
+
+
 def record_path(ordinal: int) -> str:
     """The path of a record below the manifest's folder."""
     if not 0 <= ordinal < _MOST:
@@ -256,12 +261,13 @@ def record_path(ordinal: int) -> str:
     return f"{FOLDER}/{ordinal:010d}.json"
 
 
-def _open(url: str, options: Mapping[str, Any]) -> Store:
+def open_folder(url: str, options: Mapping[str, Any], setting: str) -> Store:
+    """The store behind a folder that a setting names. Raises DataError."""
     try:
         return Store(url if "://" in url else Path(url).expanduser(), storage_options=options)
     except (ImportError, ValueError, TypeError, OSError) as error:
         raise DataError(
-            f"data.path: {url!r} cannot be opened ({error}). Expected a path or a URL of a file system that fsspec "
+            f"{setting}: {url!r} cannot be opened ({error}). Expected a path or a URL of a file system that fsspec "
             "knows, with its package installed, and data.storage_options that it accepts"
         ) from error
 

@@ -13,11 +13,13 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
+from typing import Any
 
 import torch
 
-from elastictrain.data import LaneReader, MixedSource, Source
+from elastictrain.data import AnySource, LaneReader, LiveSource
 from elastictrain.data.feeder import Feeder
+from elastictrain.data.live_feeder import LiveFeeder
 from elastictrain.data.stages import first_stage, open_stage, stage_of
 from elastictrain.engine.collective import Rendezvous
 from elastictrain.engine.numerics import apply_numerics
@@ -37,9 +39,29 @@ class StageFeeder:
     that goes back to a checkpoint of theirs asks for them.
     """
 
-    def __init__(self, stages: Sequence[Stage], open_feeder: Callable[[Stage], Feeder], feeder_of_last: Feeder) -> None:
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        open_feeder: Callable[[Stage], Feeder | LiveFeeder],
+        feeder_of_last: Feeder | LiveFeeder,
+    ) -> None:
         self._stages, self._open = tuple(stages), open_feeder
         self._feeders = {self._stages[-1].index: feeder_of_last}
+        self._while_waiting: Callable[[], None] = lambda: None
+        self.call_while_waiting(self._while_waiting)
+
+    def call_while_waiting(self, what: Callable[[], None]) -> None:
+        """Call `what` again and again while `batch` waits for a segment of a live source; it may raise."""
+        self._while_waiting = what
+        for feeder in self._feeders.values():
+            if isinstance(feeder, LiveFeeder):
+                feeder.while_waiting = what
+
+    def mark_of(self, step: int) -> Mapping[str, Any] | None:
+        """What names the order of a live source up to a step of the run, for its checkpoint; None for other data."""
+        stage = self._stage(step)
+        feeder = self._feeder(stage)
+        return feeder.mark_of(stage.position(step)) if isinstance(feeder, LiveFeeder) else None
 
     def batch(self, step: int, lane: int) -> Mapping[str, torch.Tensor]:
         stage = self._stage(step)
@@ -60,9 +82,10 @@ class StageFeeder:
         stage, last = stage_of(self._stages, step), self._stages[-1]
         return stage if (stage.lanes, stage.lane_batch_size) == (last.lanes, last.lane_batch_size) else last
 
-    def _feeder(self, stage: Stage) -> Feeder:
+    def _feeder(self, stage: Stage) -> Feeder | LiveFeeder:
         if stage.index not in self._feeders:
             self._feeders[stage.index] = self._open(stage)
+            self.call_while_waiting(self._while_waiting)
         return self._feeders[stage.index]
 
 
@@ -105,6 +128,7 @@ class WorkerHost:
             lambda stage: self._feeder(self._source(stage), device),
             self._feeder(source, device),
         )
+        feeder.call_while_waiting(self.pulse.beat)
         marks.append(("data_s", time.perf_counter()))
         session = Session(
             self.job,
@@ -120,6 +144,7 @@ class WorkerHost:
             pulse=self.pulse,
         )
         session.rehearse()
+        feeder.call_while_waiting(session.check)
         _give_back_freed_memory()
         marks.append(("trial_lane_s", time.perf_counter()))
         self._session, self._rendezvous = session, Rendezvous(self.host)
@@ -135,11 +160,12 @@ class WorkerHost:
             prepared_s={name: at - before for (_, before), (name, at) in pairwise(marks)},
         )
 
-    def _source(self, stage: Stage) -> Source | MixedSource:
+    def _source(self, stage: Stage) -> AnySource:
         return open_stage(self.job, stage, [one for one in self.stages if one.index < stage.index])
 
-    def _feeder(self, source: Source | MixedSource, device: torch.device) -> Feeder:
-        return Feeder(LaneReader(source), device, budget_bytes=self.job.data.prefetch_bytes)
+    def _feeder(self, source: AnySource, device: torch.device) -> Feeder | LiveFeeder:
+        feeder = Feeder(LaneReader(source), device, budget_bytes=self.job.data.prefetch_bytes)
+        return LiveFeeder(feeder, source) if isinstance(source, LiveSource) else feeder
 
     @property
     def store(self) -> str:
