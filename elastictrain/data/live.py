@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -228,10 +228,16 @@ class LiveSource:
             for number in self._orders:  # most often the step is in an era that is in use
                 if self._eras[number].from_step <= step < self._eras[number].stop:
                     return self._eras[number]
+        return self._first(lambda era: step < era.stop)
+
+    def _first(self, fits: Callable[[Era], bool]) -> Era:
+        """The first era that fits, where all behind one that fits do so too; the last one if none before it does. Reads
+        as many as the logarithm of how many there are.
+        """
         low, high = 0, self._last.number
         while low < high:
             middle = (low + high) // 2
-            low, high = (low, middle) if step < self._era(middle).stop else (middle + 1, high)
+            low, high = (low, middle) if fits(self._era(middle)) else (middle + 1, high)
         return self._era(low)
 
     def _order(self, era: Era) -> EraOrder:
@@ -272,17 +278,22 @@ class LiveSource:
         return pieces
 
     def _held(self, ordinal: int) -> Held:
-        """Of a segment of the order; eras before those that are known are looked up for it."""
-        while (placed := self._segments.held(ordinal)) is None:
-            self._era(min(self._eras) - 1)
+        """Of a segment of the order; its era is looked up for it."""
+        if self._segments.held(ordinal) is None:
+            self._first(lambda era: ordinal < era.segments)
+        placed = self._segments.held(ordinal)
+        if placed is None:
+            raise IndexError(f"segment {ordinal} is not part of the order")
         return placed[1]
 
     def _home(self, block: int) -> tuple[int, int]:
         """(segment, block in it) of a block of the order."""
-        while (home := self._segments.of_block(block)) is None:
-            if not self._eras or min(self._eras) == 0:
-                raise IndexError(f"block {block}: no segment of the order holds it")
-            self._era(min(self._eras) - 1)
+        home = self._segments.of_block(block)
+        if home is None and self._last.number >= 0:
+            self._first(lambda era: block < era.next_block)
+            home = self._segments.of_block(block)
+        if home is None:
+            raise IndexError(f"block {block}: no segment of the order holds it")
         return home
 
     # --- what a reader and the audit ask ---

@@ -9,9 +9,9 @@ stage "retry" of the meter (`data.meter`), which the metrics and the status show
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -43,7 +43,7 @@ class Retry:
     first_s: float = 0.1
     longest_s: float = 15.0
     clock: Callable[[], float] = field(default=time.monotonic, compare=False)
-    sleep: Callable[[float], object] = field(default=threading.Event().wait, compare=False)
+    sleep: Callable[[float], object] | None = field(default=None, compare=False)
 
     def call(self, action: Callable[[], T], what: str) -> T:
         """Return what `action` returns. Raises what it raised last; `what` (a file's name) is for the log."""
@@ -61,7 +61,7 @@ class Retry:
                 if self.clock() - begun_s + wait_s > self.limit_s:
                     raise _tired(error, tries, self.limit_s)
                 _log.warning("%s: %s; trying again in %.1f s", what, error, wait_s)
-                self.sleep(wait_s)
+                (self.sleep or _pause)(wait_s)
                 tries += 1
                 try:
                     return action()
@@ -70,6 +70,10 @@ class Retry:
                 except OSError as another:
                     error = another
         raise AssertionError("the waits never end")
+
+
+def _pause(seconds: float) -> None:
+    time.sleep(seconds)
 
 
 def _tired(error: OSError, tries: int, limit_s: float) -> OSError:
@@ -156,6 +160,8 @@ class RetryingFile:
 
     def _try(self, action: Callable[[Any], Any]) -> Any:
         if self._is_broken:
+            with suppress(OSError):
+                self._handle.close()
             handle = self._reopen()
             handle.seek(self._at)
             self._handle, self._is_broken = handle, False
