@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from elastictrain.data.audit import Auditor, Verdict
+from elastictrain.data.live_feeder import LiveFeeder
 from elastictrain.data.segments import SegmentWriter
 from elastictrain.data.stages import first_stage, open_stage
 from elastictrain.engine.resume import find_start
@@ -21,16 +24,14 @@ from tests.support.process_cluster import Run, byte_job, run_job
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
 
-SAMPLES_PER_STEP = 22
-
 
 class Stream:
-    """A manifest that gets one more segment, of about two steps, at every second step of the run that watches it."""
+    """A manifest that gets one more segment, of about two steps, for every step of a run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.writer, self.rows = folder, SegmentWriter(folder / "stream"), 0
 
-    def add(self, documents: int = 30) -> None:
+    def add(self, documents: int = 14) -> None:
         texts = [f"document {self.rows + n}: " + "lorem ipsum " * (5 + n % 7) for n in range(documents)]
         self.rows += documents
         name = f"{self.writer.log.count():04d}.parquet"
@@ -38,9 +39,8 @@ class Stream:
         self.writer.append(name)
 
     def on_row(self, driver: Any, values: Any) -> None:
-        del driver
-        if values["step"] % 2 == 0:
-            self.add()
+        del driver, values
+        self.add()
 
     def job(self, folder: Path, *, record: str | None = None, checkpoint: str = "ckpt", **settings: Any) -> Job:
         live: dict[str, Any] = {"poll_s": 0.05, "deadline_s": 60.0, "segments_at_once": 1}
@@ -104,19 +104,37 @@ def test_a_run_that_is_stopped_and_taken_up_uses_what_was_decided(folder, tmp_pa
     assert audited(whole, again).agrees
 
 
-def test_a_run_waits_for_the_first_segments_that_come_late(folder, tmp_path, stream):
-    """The second segment comes only when all workers have used up the first: the row of the last step says so."""
-    steps = []
+def say_that_it_waits(folder: Path, worker: int) -> None:
+    """In a worker: leave a file when a step waits for a segment."""
+    wait_for = LiveFeeder._wait_for
 
-    def last_row(driver: Any, values: Any) -> None:
-        steps.append(values["step"])
-        stream.add(12)
+    def saying(self: LiveFeeder, step: int) -> None:
+        (folder / f"waits-{worker}-{step}").touch()
+        wait_for(self, step)
 
-    job = stream.job(folder, workers=2)
-    run = run_job(job, on_row=last_row)
+    LiveFeeder._wait_for = saying  # type: ignore[method-assign]
+
+
+def test_workers_that_are_faster_than_the_stream_wait_for_it(folder, tmp_path, stream):
+    """The second segment comes when both have used up the first."""
+    said = tmp_path / "said"
+    said.mkdir()
+
+    def on_row(driver: Any, values: Any) -> None:
+        del driver
+        deadline = time.monotonic() + 60
+        while values["step"] == 1 and {path.name[:7] for path in said.glob("waits-?-[1-9]")} != {"waits-0", "waits-1"}:
+            assert time.monotonic() < deadline, "nobody waits"
+            time.sleep(0.01)
+        stream.add()
+
+    run = run_job(stream.job(folder, workers=2), on_row=on_row, patch=partial(say_that_it_waits, said))
     assert run.outcome.outcome == "finished"
-    assert steps == list(range(1, 9))
-    assert sum(row["data_wait"].get("arrival", 0.0) > 0 for row in run.record.rows) >= 1
+    waited = {row["step"]: row["data_wait"].get("arrival", 0.0) for row in run.record.rows}
+    assert max(waited.values()) > 0
+    assert waited[2] == 0
+    assert run.record.of("went_back") == []
+    assert run.digest == replayed(stream, folder, tmp_path / "ckpt" / "order").digest
 
 
 def test_the_end_of_the_stream_is_said(folder, stream):
