@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from elastictrain.protocol import Doubt, ParkReport, ReadBytes, Ready, Restore, Row
+from elastictrain.protocol import Awaited, Doubt, ParkReport, ReadBytes, Ready, Restore, Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,5 +300,7 @@ Event = (
     | Tick
 )
 
-Message = Event | Row | Ready
-"""What a worker's outbox carries: events for the machine, rows for the run directory, and once what it is."""
+Message = Event | Row | Ready | Awaited
+"""What a worker's outbox carries: events for the machine, rows for the run directory, what its data wait for, and once
+what it is.
+"""

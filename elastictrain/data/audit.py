@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from elastictrain.data.holes import samples_of_run
 from elastictrain.data.ids import SampleIds, lane_hash, running_hash, show_hash, step_hash
+from elastictrain.data.live_order import EraOrder
 from elastictrain.data.stages import stage_of
 from elastictrain.protocol import Stage
 
@@ -158,7 +159,8 @@ class Auditor:
     def _use(self, source: AnySource, stage: Stage, run: Samples) -> int:
         """Mark samples as used in an epoch; return how many were so already, beyond those that fill it up."""
         name, order = source.order_of(run.window)
-        key = (stage.order, name, run.window.epoch)
+        epoch = order.counts_as if isinstance(order, EraOrder) else run.window.epoch
+        key = (stage.order, name, epoch)
         if key not in self._used:  # lanes are in two epochs at most, or in some more of a tiny source of a mixture
             apart = 1 + (_LANES_APART + stage.lane_batch_size) // order.samples_per_lane
             self._used = {k: v for k, v in self._used.items() if k[:2] != key[:2] or k[2] >= key[2] - apart}

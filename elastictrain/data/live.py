@@ -84,6 +84,7 @@ class LiveSource:
         self._last = self._record.last() or NOTHING
         self._admit(self._last)
         self._waiting_for = ""
+        self._seen: dict[int, tuple[Held, str]] = {}  # segments behind those of the order: what they hold, columns
 
     # --- how far the order is known, and how it grows ---
 
@@ -127,6 +128,7 @@ class LiveSource:
             with self._lock:
                 self._admit(era)
                 self._last = era
+                self._seen = {ordinal: found for ordinal, found in self._seen.items() if ordinal >= era.segments}
             return True
 
     def check(self, mark: Mapping[str, Any]) -> None:
@@ -177,14 +179,16 @@ class LiveSource:
         held: list[Held] = []
         schema, samples = last.schema, carried
         while len(held) < self.live.segments_at_once or samples < self.lanes * self.lane_batch_size:
-            segment = self._log.get(last.segments + len(held))
-            if segment is None or isinstance(segment, Closed):
-                return held, schema, segment is not None
-            found, columns = self._segments.examine(segment)
-            self._segments.check_bytes(segment)
+            ordinal = last.segments + len(held)
+            if ordinal not in self._seen:  # each is looked for until it is there, and looked at once
+                segment = self._log.get(ordinal)
+                if segment is None or isinstance(segment, Closed):
+                    return held, schema, segment is not None
+                self._seen[ordinal] = self._segments.examine(segment)
+            found, columns = self._seen[ordinal]
             if columns and schema and columns != schema:
                 raise DataError(
-                    f"segment {segment.ordinal} ({self._log.path_of(segment)}): its columns are {columns}; those of "
+                    f"segment {ordinal} ({self._segments.name(ordinal)}): its columns are {columns}; those of "
                     f"the segments before it are {schema}. All segments must be alike; write others to a new manifest"
                 )
             schema = schema or columns
@@ -324,8 +328,27 @@ class LiveSource:
 
     def order_of(self, window: Window) -> tuple[str, EraOrder]:
         """Return "" or "reservoir", and the order of the window's era."""
-        era = self._era(window.number >> 32)
+        era = self._era(window.epoch)
         return RESERVOIR if era.kind == "reservoir" else "", self._order(era)
+
+    def batches_in(self, window: Window, start: int) -> int:
+        """Return how many batches in a row, the first of them at place `start` of a window, it surely holds."""
+        return self._order(self._era(window.epoch)).batches_in(window, start)
+
+    def after(self, window: Window) -> Window:
+        """Return the window that follows in a window's lane; the last one that is decided is followed by itself."""
+        era = self._era(window.epoch)
+        order = self._order(era)
+        if window.stop < order.samples_per_lane:
+            return order.window_at(window.lane, window.stop)
+        if era.stop >= self.decided:
+            return window
+        return self._order(self._era_at(era.stop)).window_at(window.lane, 0)
+
+    def rows_per_step(self, window: Window, step: int) -> float:
+        """Return how many rows of a window a lane uses in a step; 0 when nothing is known of what follows it."""
+        del step
+        return 0.0 if self.after(window) == window else float(self.lane_batch_size)
 
     def ids_of(self, window: Window, blocks: npt.ArrayLike, rows: npt.ArrayLike) -> SampleIds:
         """Return the ids of samples of a window (see `data.ids`)."""
@@ -347,7 +370,7 @@ class LiveSource:
         return finish_rows(batch) if self._tokenizer is not None else batch
 
     def location(self, block: int, row: int, epoch: int = 0) -> SampleLocation:
-        """Say where sample `row` of `block` lies; `epoch` is the number of its era for a sample of the reservoir."""
+        """Say where sample `row` of `block` lies; `epoch` is the number of its era."""
         ordinal, inside = self._home(block)
         with self._segments.using(ordinal) as source:
             found = source.location(inside, row, epoch)

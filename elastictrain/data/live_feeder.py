@@ -12,6 +12,7 @@ from elastictrain.data.feeder import Feeder, Place, Tensors
 from elastictrain.data.live import LiveSource
 from elastictrain.errors import DataEnded, DataError
 
+SAY_AFTER_S = 1.0
 _LOOK_S = 0.2
 _CLOSE_S = 600.0
 
@@ -28,6 +29,8 @@ class LiveFeeder:
         self._feeder, self._source, self._live = feeder, source, source.live
         self.while_waiting: Callable[[], None] = lambda: None
         """Called again and again by a `batch` that waits for a segment, and may raise."""
+        self.say: Callable[[str | None], None] = lambda _: None
+        """Called with what a `batch` waits for, once it has waited for `SAY_AFTER_S`, and with None when it is over."""
         self._changed = threading.Condition()
         self._upcoming: dict[Place, None] = {}
         self._expected = self._needed = 0
@@ -53,7 +56,7 @@ class LiveFeeder:
         begun_s = time.monotonic()
         waited = step >= self._source.decided
         if waited:
-            self._wait_for(step)
+            self._wait_and_say(step)
         arrival_s = time.monotonic() - begun_s
         with self._changed:
             self._upcoming.pop((step, lane), None)
@@ -86,7 +89,23 @@ class LiveFeeder:
     ) -> None:
         self.close()
 
-    def _wait_for(self, step: int) -> None:
+    def _wait_and_say(self, step: int) -> None:
+        say_at_s, said = time.monotonic() + SAY_AFTER_S, False
+
+        def turn() -> None:
+            nonlocal said
+            if not said and time.monotonic() >= say_at_s:
+                said = True
+                self.say(f"step {step + 1}: {self._source.waiting_for or 'the first look for segments'}")
+            self.while_waiting()
+
+        try:
+            self._wait_for(step, turn)
+        finally:
+            if said:
+                self.say(None)
+
+    def _wait_for(self, step: int, turn: Callable[[], None]) -> None:
         deadline_s = time.monotonic() + self._live.deadline_s
         while True:
             with self._changed:
@@ -113,7 +132,7 @@ class LiveFeeder:
                         "or set data.live.policy"
                     )
                 self._changed.wait(min(_LOOK_S, remaining_s))
-            self.while_waiting()
+            turn()
 
     def _hand_on(self) -> None:
         decided = self._source.decided

@@ -26,7 +26,6 @@ from elastictrain.data.order import LaneOrder, Piece, StrictOrder, Window, deriv
 from elastictrain.errors import DataError
 
 LIVE_VERSION = 1
-_NUMBER_BITS = 32
 
 
 class Held(NamedTuple):
@@ -142,6 +141,11 @@ class EraOrder:
             )
 
     @property
+    def counts_as(self) -> int:
+        """The epoch within which no sample comes twice: one for all fresh eras, and each reservoir era is its own."""
+        return self.era.number if self.era.kind == "reservoir" else 0
+
+    @property
     def samples_per_lane(self) -> int:
         return self.era.steps * self.lane_batch_size
 
@@ -151,21 +155,29 @@ class EraOrder:
         return self._order.repeated_per_epoch
 
     def spans(self, step: int, lane: int) -> Iterator[tuple[Window, int, int]]:
-        """As `LaneOrder.spans`, of a step of the order. All fresh eras are one epoch, 0: within it no sample comes
-        twice. Each reservoir era is an epoch by itself.
-        """
+        """As `LaneOrder.spans`, of a step of the order. The epoch of a window is the number of its era."""
         if not self.era.from_step <= step < self.era.stop:
             raise IndexError(
                 f"step {step}: era {self.era.number} has steps {self.era.from_step} to {self.era.stop - 1}"
             )
         for window, start, stop in self._order.spans(step - self.era.from_step, lane):
-            pieces = tuple(
-                Piece(self.pieces[p.block].block, *(self.pieces[p.block].start + place for place in (p.start, p.stop)))
-                for p in window.pieces
-            )
-            epoch = self.era.number if self.era.kind == "reservoir" else 0
-            number = self.era.number << _NUMBER_BITS | window.number
-            yield replace(window, pieces=pieces, epoch=epoch, number=number), start, stop
+            yield self._numbered(window), start, stop
+
+    def window_at(self, lane: int, position: int) -> Window:
+        """Return the window that holds a position, below `samples_per_lane`, of a lane in this era."""
+        return self._numbered(self._order.window_at(0, lane, position))
+
+    def batches_in(self, window: Window, start: int) -> int:
+        """Return how many batches of this era in a row, the first of them at place `start` of a window, it holds."""
+        return (min(window.stop, self.samples_per_lane) - window.start - start) // self.lane_batch_size
+
+    def _numbered(self, window: Window) -> Window:
+        """A window of the pieces as one of the order's blocks."""
+        pieces = tuple(
+            Piece(self.pieces[p.block].block, *(self.pieces[p.block].start + place for place in (p.start, p.stop)))
+            for p in window.pieces
+        )
+        return replace(window, pieces=pieces, epoch=self.era.number)
 
     def left_over(self) -> tuple[tuple[int, int, int], ...]:
         """(block, start, stop) of what no step of a fresh era uses, in the order of its stream."""

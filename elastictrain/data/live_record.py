@@ -31,15 +31,15 @@ class OrderRecord:
     ) -> None:
         self.url, self._retry = url.rstrip("/"), retry
         self._store = open_folder(self.url, storage_options or {}, "data.live.record")
-        data = _dump({"v": 1, **header})
-        if not self._publish("order.json", data) and (there := self._read("order.json")) != data:
-            raise DataError(f"{self.url}: {_difference(there or b'{}', data)}")
+        self._header = _dump({"v": 1, **header})
+        self._is_ours = self._has_our_header()  # looking alone writes nothing
 
     def get(self, number: int) -> Era | None:
         """The era with this number; None when it is not decided yet. One request."""
         data = self._read(_path(number))
         if data is None:
             return None
+        self._is_ours = self._is_ours or self._has_our_header()  # somebody has begun an order since we looked
         try:
             era = Era.from_json(json.loads(data))
         except (ValueError, AttributeError, DataError) as error:
@@ -52,6 +52,8 @@ class OrderRecord:
 
     def decide(self, era: Era) -> Era:
         """Make `era` what comes next, unless somebody has been quicker; returns what is recorded."""
+        if not self._is_ours:
+            self._is_ours = self._publish("order.json", self._header) or self._has_our_header()
         data = _dump(era.as_json())
         if self._publish(_path(era.number), data):
             return era
@@ -59,6 +61,13 @@ class OrderRecord:
         if there is None:
             raise DataError(f"{self.url}/{_path(era.number)}: exists and cannot be read. Look at the store")
         return there
+
+    def _has_our_header(self) -> bool:
+        """False when there is none. Raises DataError when it is that of another order."""
+        there = self._read("order.json")
+        if there is not None and there != self._header:
+            raise DataError(f"{self.url}: {_difference(there, self._header)}")
+        return there is not None
 
     def last(self) -> Era | None:
         """The newest era. Takes a number of requests that grows with the logarithm of theirs."""
@@ -108,5 +117,5 @@ def _difference(there: bytes, wanted: bytes) -> str:
                  if old.get(name) != new.get(name)]  # fmt: skip
     return (
         f"the order that is recorded here belongs to another run: {'; '.join(differing)}. Go on with that run as it "
-        "was, or set data.live.record to an empty folder"
+        "was, or set data.live.record (or checkpoint.path) to an empty folder"
     )

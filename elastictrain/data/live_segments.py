@@ -47,13 +47,17 @@ class OpenSegments:
     # --- segments that are not part of the order yet ---
 
     def examine(self, segment: Segment) -> tuple[Held, str]:
-        """What a segment that has arrived holds, and its columns. Raises DataError that names it."""
+        """What a segment that has arrived holds, and its columns.
+
+        Raises DataError that names it: it cannot be read, or is not what its writer has appended.
+        """
+        self._check_bytes(segment)
         source = self._opened(segment)
         if source is None:
             return Held(0, 0, ""), ""
         return _held(source), show_schema(source.columns)
 
-    def check_bytes(self, segment: Segment) -> None:
+    def _check_bytes(self, segment: Segment) -> None:
         """Compare a file on this machine with the checksum that its writer has recorded. Raises DataError."""
         path = Path(self._log.path_of(segment).removeprefix("file://")).expanduser()
         if segment.checksum is None or not path.is_file():

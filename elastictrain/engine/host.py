@@ -30,7 +30,7 @@ from elastictrain.engine.worker_model import build
 from elastictrain.errors import ClusterError, ElasticTrainError
 from elastictrain.faults import LoseNode, OwnFault
 from elastictrain.job import Job
-from elastictrain.protocol import FormPlan, ParkReport, Ready, Stage
+from elastictrain.protocol import Awaited, FormPlan, ParkReport, Ready, Stage
 from elastictrain.pulse import Pulse
 
 
@@ -48,14 +48,16 @@ class StageFeeder:
         self._stages, self._open = tuple(stages), open_feeder
         self._feeders = {self._stages[-1].index: feeder_of_last}
         self._while_waiting: Callable[[], None] = lambda: None
-        self.call_while_waiting(self._while_waiting)
+        self._say: Callable[[str | None], None] = lambda _: None
 
-    def call_while_waiting(self, what: Callable[[], None]) -> None:
-        """Call `what` again and again while `batch` waits for a segment of a live source; it may raise."""
-        self._while_waiting = what
+    def call_while_waiting(self, what: Callable[[], None], say: Callable[[str | None], None] | None = None) -> None:
+        """Call `what` again and again while `batch` waits for a segment of a live source; it may raise. `say` is told
+        what a longer wait is for, and None when it is over.
+        """
+        self._while_waiting, self._say = what, say or self._say
         for feeder in self._feeders.values():
             if isinstance(feeder, LiveFeeder):
-                feeder.while_waiting = what
+                feeder.while_waiting, feeder.say = what, self._say
 
     def mark_of(self, step: int) -> Mapping[str, Any] | None:
         """What names the order of a live source up to a step of the run, for its checkpoint; None for other data."""
@@ -144,7 +146,7 @@ class WorkerHost:
             pulse=self.pulse,
         )
         session.rehearse()
-        feeder.call_while_waiting(session.check)
+        feeder.call_while_waiting(session.check, lambda why: self.outbox.put(Awaited(self.worker, why)))
         _give_back_freed_memory()
         marks.append(("trial_lane_s", time.perf_counter()))
         self._session, self._rendezvous = session, Rendezvous(self.host)

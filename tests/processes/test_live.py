@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,9 +109,9 @@ def say_that_it_waits(folder: Path, worker: int) -> None:
     """In a worker: leave a file when a step waits for a segment."""
     wait_for = LiveFeeder._wait_for
 
-    def saying(self: LiveFeeder, step: int) -> None:
+    def saying(self: LiveFeeder, step: int, turn: Callable[[], None]) -> None:
         (folder / f"waits-{worker}-{step}").touch()
-        wait_for(self, step)
+        wait_for(self, step, turn)
 
     LiveFeeder._wait_for = saying  # type: ignore[method-assign]
 

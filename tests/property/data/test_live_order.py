@@ -250,7 +250,7 @@ def check_against_a_replay(world: World, policy: str) -> None:
             ids = ids_of(replay, step, lane)
             assert len(ids) == 2
             assert world.read.get((step, lane), ids) == ids
-            if next(replay.spans(step, lane))[0].epoch == 0:
+            if replay.order_of(next(replay.spans(step, lane))[0])[0] == "":
                 fresh += ids
     assert len(set(fresh)) == len(fresh)
     if policy == "wait":
@@ -258,3 +258,36 @@ def check_against_a_replay(world: World, policy: str) -> None:
         while replay.advance(needed=False):
             pass
         assert replay.samples - 6 * replay.decided < 6 or replay._log.count() > replay._last.segments
+
+
+@settings(deadline=None)
+@given(
+    segments=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=3), min_size=1, max_size=6),
+    policy=st.sampled_from(["wait", "reservoir"]),
+    wanted=st.integers(1, 12),
+)
+def test_windows_follow_each_other_in_every_lane(segments: list[list[int]], policy: str, wanted: int) -> None:
+    """What reads ahead asks only for `after` and `batches_in`: they must say the same as `spans`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("elastictrain.data.live_segments.open_source", fake_open)
+        world = World(policy)
+        for rows in segments:
+            world.append(rows)
+        source = world.source()
+        while source.decided < wanted and source.advance(needed=True):
+            pass
+        for lane in range(3):
+            spans = [span for step in range(source.decided) for span in source.spans(step, lane)]
+            windows = [window for window, _ in itertools.groupby(span[0] for span in spans)]
+            for one, other in itertools.pairwise(windows):
+                assert source.after(one) == other
+                assert source.rows_per_step(one, 0) == 2
+            if windows:
+                assert source.after(windows[-1]) == windows[-1]
+                assert source.rows_per_step(windows[-1], 0) == 0
+            for step in range(source.decided):
+                first, *more = source.spans(step, lane)
+                if not more:
+                    for ahead in range(source.batches_in(first[0], first[1])):
+                        place = (first[0], first[1] + 2 * ahead, first[1] + 2 * ahead + 2)
+                        assert list(source.spans(step + ahead, lane)) == [place]

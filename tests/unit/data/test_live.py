@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -133,6 +134,15 @@ def test_another_record_of_the_same_segments_may_be_another_order(place: Place) 
 def test_an_order_is_of_one_run(place: Place) -> None:
     place.add(16)
     taken(place.stream(), 1)
+    order = place.folder / "order" / "order.json"
+    looked = place.source(record="only looked at")
+    assert not (place.folder / "only looked at").exists()
+    looked.advance(needed=True)
+    assert (place.folder / "only looked at" / "order.json").read_bytes() == order.read_bytes()
+    one, two = (place.source(record="two at once", seed=seed) for seed in (5, 6))
+    one.advance(needed=True)
+    with pytest.raises(DataError, match="belongs to another run"):
+        two.advance(needed=True)
     with pytest.raises(DataError, match=r"belongs to another run: seed was 5 and is now 6\. .*data\.live\.record"):
         place.source(seed=6)
     (place.folder / "elsewhere").mkdir()
@@ -238,7 +248,9 @@ def test_waiting_has_a_deadline_and_a_reason(place: Place) -> None:
         taken(stream, 2)
 
 
-def test_what_waits_can_be_called_off_and_does_not_block_what_is_there(place: Place) -> None:
+def test_what_waits_can_be_called_off_and_does_not_block_what_is_there(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place.add(8)
     source = place.source()
     with LiveFeeder(Feeder(LaneReader(source)), source) as feeder:
@@ -255,7 +267,13 @@ def test_what_waits_can_be_called_off_and_does_not_block_what_is_there(place: Pl
             feeder.batch(1, 0)
         assert feeder.batch(0, 3)["x"].tolist() == place_of(source, 0, 3)
         feeder.while_waiting = lambda: place.add(8) if source.decided == 1 and place.rows == 8 else None
+        monkeypatch.setattr("elastictrain.data.live_feeder.SAY_AFTER_S", 0.0)
+        said: list[str | None] = []
+        feeder.say = said.append
         late = feeder.batch(1, 2)
+        assert said[-1] is None
+        assert re.fullmatch(r"step 2: .*/stream: 1 segments are there, 0 of 8 samples for the next step", str(said[0]))
+        assert len(said) == 2
         assert late["x"].tolist() == place_of(source, 1, 2)
         assert late.waited["arrival"] > 0
         assert "arrival" not in feeder.batch(1, 1).waited
@@ -277,7 +295,7 @@ def test_the_audit_knows_a_live_order(place: Place) -> None:
     auditor = Auditor([Stage(0, 0, 4, 2)], lambda _: source)
     found = list(auditor.audit((step, None) for step in range(1, 9)))
     assert [step.repeated for step in found] == [0] * 8
-    assert [step.epoch for step in found] == [0] * 4 + [1] * 2 + [0] * 2
+    assert [step.epoch for step in found] == [0] * 4 + [1] * 2 + [2] * 2
     batch = LaneReader(source).batch(7, 1)
     assert auditor.ids(8, 1).tolist() == batch.ids.tolist()
     where = auditor.locations(8, 1)
