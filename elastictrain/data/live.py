@@ -8,8 +8,7 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +17,9 @@ import numpy.typing as npt
 from elastictrain.data.fingerprint import seal_fingerprint
 from elastictrain.data.formats import CUT_BY_ROWS
 from elastictrain.data.ids import SampleIds, sample_ids
+from elastictrain.data.live_eras import KnownEras
 from elastictrain.data.live_order import (
     LIVE_VERSION,
-    NOTHING,
     Era,
     EraOrder,
     Held,
@@ -31,7 +30,7 @@ from elastictrain.data.live_order import (
 from elastictrain.data.live_record import OrderRecord
 from elastictrain.data.live_segments import OpenSegments
 from elastictrain.data.locate import Part, SampleLocation
-from elastictrain.data.order import ORDER_VERSION, Piece, Window
+from elastictrain.data.order import ORDER_VERSION, Window
 from elastictrain.data.packed import Arrays, finish_rows
 from elastictrain.data.packing import PACKING_VERSION
 from elastictrain.data.retry import Retry
@@ -42,7 +41,6 @@ from elastictrain.errors import DataError
 if TYPE_CHECKING:
     from elastictrain.data_settings import Data
 
-_ORDERS_KEPT = 4
 RESERVOIR = "reservoir"
 
 
@@ -65,24 +63,22 @@ class LiveSource:
         record_options: Mapping[str, Any],
     ) -> None:
         assert spec.live is not None, "open_live has seen to it"
-        self.spec, self.live, self.seed, self.lanes, self.lane_batch_size = (
-            spec,
-            spec.live,
-            seed,
-            lanes,
-            lane_batch_size,
-        )
+        self.spec, self.live, self.lanes, self.lane_batch_size = spec, spec.live, lanes, lane_batch_size
         self._log, self._segments = log, OpenSegments(spec, log)
         self._tokenizer = load_tokenizer(spec.tokenizer, spec.storage_options) if spec.text_column else None
         self.fingerprint: dict[str, Any] = self._make_fingerprint(manifest)
         header = {"manifest": manifest, "seed": seed, "content": self.fingerprint["hash"]}
         self._record = OrderRecord(record, header, storage_options=record_options, retry=Retry(spec.retry_s))
+        self._eras = KnownEras(
+            self._record,
+            self._segments,
+            seed=seed,
+            lanes=lanes,
+            lane_batch_size=lane_batch_size,
+            shuffle=spec.shuffle,
+            window_blocks=spec.window_row_groups,
+        )
         self._advancing = threading.Lock()
-        self._lock = threading.RLock()
-        self._eras: dict[int, Era] = {}
-        self._orders: OrderedDict[int, EraOrder] = OrderedDict()
-        self._last = self._record.last() or NOTHING
-        self._admit(self._last)
         self._waiting_for = ""
         self._seen: dict[int, tuple[Held, str]] = {}  # segments behind those of the order: what they hold, columns
 
@@ -91,12 +87,12 @@ class LiveSource:
     @property
     def decided(self) -> int:
         """How many steps of the order are decided."""
-        return self._last.stop
+        return self._eras.last.stop
 
     @property
     def ended(self) -> str | None:
         """Why there is no step beyond `decided`; None while there may be."""
-        return self._last.why if self._last.kind == "end" else None
+        return self._eras.last.why if self._eras.last.kind == "end" else None
 
     @property
     def waiting_for(self) -> str:
@@ -111,7 +107,7 @@ class LiveSource:
         a segment that cannot be read (it names it), or the store.
         """
         with self._advancing:
-            last = self._last
+            last = self._eras.last
             if last.kind == "end":
                 return False
             era = self._record.get(last.number + 1)
@@ -120,15 +116,8 @@ class LiveSource:
                 era = None if wanted is None else self._record.decide(wanted)
             if era is None:
                 return False
-            if era.before != (last.digest if last.number >= 0 else ""):
-                raise DataError(
-                    f"{self._record.url}: era {era.number} does not follow era {last.number}; eras of the recorded "
-                    "order were changed. Restore them"
-                )
-            with self._lock:
-                self._admit(era)
-                self._last = era
-                self._seen = {ordinal: found for ordinal, found in self._seen.items() if ordinal >= era.segments}
+            self._eras.append(era)
+            self._seen = {ordinal: found for ordinal, found in self._seen.items() if ordinal >= era.segments}
             return True
 
     def check(self, mark: Mapping[str, Any]) -> None:
@@ -146,12 +135,12 @@ class LiveSource:
         """What names the order up to step `step`, which somebody has decided; JSON."""
         while step >= self.decided and self.advance(needed=False):
             pass
-        era = self._era_at(step)
+        era = self._eras.at_step(step)
         return {"era": era.number, "digest": era.digest, "segments": era.segments}
 
     def _next_era(self, last: Era, *, needed: bool) -> Era | None:
         per_step, live = self.lanes * self.lane_batch_size, self.live
-        carry = self._carry_after(last)
+        carry = self._eras.carry_after(last)
         held, schema, closed = self._arrived(last, sum(stop - start for _, start, stop in carry))
         found = fresh_era(last, carry, held, per_step=per_step, most=live.segments_at_once, schema=schema)
         if found is not None:
@@ -165,7 +154,7 @@ class LiveSource:
             assert live.reservoir is not None, "checked with the settings"
             size, steps = live.reservoir.samples, live.reservoir.steps
             return reservoir_era(
-                last, carry, samples=size, steps=steps, decided=self._samples_of(last, size), per_step=per_step
+                last, carry, samples=size, steps=steps, decided=self._eras.samples_of(last, size), per_step=per_step
             )
         if closed or live.policy == "stop":
             why = "the manifest is closed" if closed else "data.live.policy: stop, and no new segment is there"
@@ -196,116 +185,12 @@ class LiveSource:
             samples += found.samples
         return held, schema, False
 
-    def _carry_after(self, era: Era) -> tuple[tuple[int, int, int], ...]:
-        return self._order(era).left_over() if era.kind == "fresh" and era.number >= 0 else era.carry
-
-    def _samples_of(self, era: Era, most: int) -> int:
-        """How many samples the segments of the order hold, counted no further back than `most`."""
-        samples, ordinal = 0, era.segments
-        while samples < most and ordinal > 0:
-            ordinal -= 1
-            samples += self._held(ordinal).samples
-        return samples
-
-    # --- eras ---
-
-    def _admit(self, era: Era) -> None:
-        if era.number >= 0:
-            self._eras[era.number] = era
-            self._segments.place(era)
-
-    def _era(self, number: int) -> Era:
-        with self._lock:
-            if number not in self._eras:
-                era = self._record.get(number)
-                if era is None:
-                    raise DataError(f"{self._record.url}: era {number} of the recorded order is missing. Restore it")
-                self._admit(era)
-            return self._eras[number]
-
-    def _era_at(self, step: int) -> Era:
-        if not 0 <= step < self.decided:
-            raise DataError(
-                f"step {step} of the order of {self._log.url} is not decided: {self.decided} steps are so far"
-            )
-        with self._lock:
-            for number in self._orders:  # most often the step is in an era that is in use
-                if self._eras[number].from_step <= step < self._eras[number].stop:
-                    return self._eras[number]
-        return self._first(lambda era: step < era.stop)
-
-    def _first(self, fits: Callable[[Era], bool]) -> Era:
-        """The first era that fits, where all behind one that fits do so too; the last one if none before it does. Reads
-        as many as the logarithm of how many there are.
-        """
-        low, high = 0, self._last.number
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if fits(self._era(middle)) else (middle + 1, high)
-        return self._era(low)
-
-    def _order(self, era: Era) -> EraOrder:
-        with self._lock:
-            order = self._orders.get(era.number)
-            if order is None:
-                order = EraOrder(
-                    era,
-                    self._pieces_of(era),
-                    seed=self.seed,
-                    lanes=self.lanes,
-                    lane_batch_size=self.lane_batch_size,
-                    shuffle=self.spec.shuffle,
-                    window_blocks=self.spec.window_row_groups,
-                )
-                self._orders[era.number] = order
-                while len(self._orders) > _ORDERS_KEPT:
-                    self._orders.popitem(last=False)
-            self._orders.move_to_end(era.number)
-            return order
-
-    def _pieces_of(self, era: Era) -> list[Piece]:
-        if era.kind == "reservoir":
-            found: list[Piece] = []
-            missing, ordinal = era.reservoir, era.segments
-            while missing > 0:
-                ordinal -= 1
-                self._held(ordinal)
-                for piece in reversed(self._segments.pieces(ordinal)):
-                    if missing > 0:
-                        start = max(piece.start, piece.stop - missing)
-                        found.append(Piece(piece.block, start, piece.stop))
-                        missing -= piece.stop - start
-            return found[::-1]
-        pieces = [Piece(*carried) for carried in era.carry]
-        for ordinal in range(era.first_segment, era.segments):
-            pieces += self._segments.pieces(ordinal)
-        return pieces
-
-    def _held(self, ordinal: int) -> Held:
-        """Of a segment of the order; its era is looked up for it."""
-        if self._segments.held(ordinal) is None:
-            self._first(lambda era: ordinal < era.segments)
-        placed = self._segments.held(ordinal)
-        if placed is None:
-            raise IndexError(f"segment {ordinal} is not part of the order")
-        return placed[1]
-
-    def _home(self, block: int) -> tuple[int, int]:
-        """(segment, block in it) of a block of the order."""
-        home = self._segments.of_block(block)
-        if home is None and self._last.number >= 0:
-            self._first(lambda era: block < era.next_block)
-            home = self._segments.of_block(block)
-        if home is None:
-            raise IndexError(f"block {block}: no segment of the order holds it")
-        return home
-
     # --- what a reader and the audit ask ---
 
     @property
     def samples(self) -> int:
         """Samples of the segments that are part of the order."""
-        return self._samples_of(self._last, 1 << 62)
+        return self._eras.samples_of(self._eras.last, 1 << 62)
 
     @property
     def vocabulary_size(self) -> int | None:
@@ -324,26 +209,26 @@ class LiveSource:
 
     def spans(self, step: int, lane: int) -> Iterator[tuple[Window, int, int]]:
         """Yield the windows that batch `step` of `lane` touches, each with its `[start, stop)` in the window."""
-        yield from self._order(self._era_at(step)).spans(step, lane)
+        yield from self._eras.order(self._eras.at_step(step)).spans(step, lane)
 
     def order_of(self, window: Window) -> tuple[str, EraOrder]:
         """Return "" or "reservoir", and the order of the window's era."""
-        era = self._era(window.epoch)
-        return RESERVOIR if era.kind == "reservoir" else "", self._order(era)
+        era = self._eras.get(window.epoch)
+        return RESERVOIR if era.kind == "reservoir" else "", self._eras.order(era)
 
     def batches_in(self, window: Window, start: int) -> int:
         """Return how many batches in a row, the first of them at place `start` of a window, it surely holds."""
-        return self._order(self._era(window.epoch)).batches_in(window, start)
+        return self._eras.order(self._eras.get(window.epoch)).batches_in(window, start)
 
     def after(self, window: Window) -> Window:
         """Return the window that follows in a window's lane; the last one that is decided is followed by itself."""
-        era = self._era(window.epoch)
-        order = self._order(era)
+        era = self._eras.get(window.epoch)
+        order = self._eras.order(era)
         if window.stop < order.samples_per_lane:
             return order.window_at(window.lane, window.stop)
         if era.stop >= self.decided:
             return window
-        return self._order(self._era_at(era.stop)).window_at(window.lane, 0)
+        return self._eras.order(self._eras.at_step(era.stop)).window_at(window.lane, 0)
 
     def rows_per_step(self, window: Window, step: int) -> float:
         """Return how many rows of a window a lane uses in a step; 0 when nothing is known of what follows it."""
@@ -357,7 +242,7 @@ class LiveSource:
 
     def read_block(self, block: int) -> Arrays:
         """Decode a block, as `Source.read_block`. Raises DataError that names the segment."""
-        ordinal, inside = self._home(block)
+        ordinal, inside = self._eras.home(block)
         with self._segments.using(ordinal) as source:
             try:
                 return source.read_block(inside)
@@ -371,7 +256,7 @@ class LiveSource:
 
     def location(self, block: int, row: int, epoch: int = 0) -> SampleLocation:
         """Say where sample `row` of `block` lies; `epoch` is the number of its era."""
-        ordinal, inside = self._home(block)
+        ordinal, inside = self._eras.home(block)
         with self._segments.using(ordinal) as source:
             found = source.location(inside, row, epoch)
         name, first = self._segments.name(ordinal), block - inside
@@ -390,19 +275,19 @@ class LiveSource:
 
     def rows_of(self, part: Part) -> tuple[int, int]:
         """Return the rows `[first, end)` of its row group that a part comes from; a packed one is read for it."""
-        ordinal, inside = self._home(part.block)
+        ordinal, inside = self._eras.home(part.block)
         with self._segments.using(ordinal) as source:
             return source.rows_of(replace(part, block=inside))
 
     def where(self, block: int, row: int) -> str:
         """Say where a sample comes from."""
-        ordinal, inside = self._home(block)
+        ordinal, inside = self._eras.home(block)
         with self._segments.using(ordinal) as source:
             return f"segment {ordinal}: {source.where(inside, row)}"
 
     def describe(self) -> dict[str, Any]:
         """Return what a user wants to know of the source; JSON."""
-        last = self._last
+        last = self._eras.last
         there = self._log.count(last.segments)
         closed = there > last.segments and isinstance(self._log.get(there - 1), Closed)
         return {
