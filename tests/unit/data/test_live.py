@@ -218,6 +218,17 @@ def test_a_reservoir_smaller_than_a_step(place: Place) -> None:
     assert {x for step in batches[1:] for x in flat(step)} == {5, 6, 7}
 
 
+@pytest.mark.parametrize("live", [{"reservoir": {"samples": 8}}, {"policy": "stop"}])
+def test_only_who_needs_a_step_goes_on_without_new_segments_and_all_follow(place: Place, live: dict[str, Any]) -> None:
+    place.add(8)
+    one, two = place.source(**live), place.source(**live)
+    assert [one.advance(needed=False) for _ in range(3)] == [True, False, False]
+    assert one.advance(needed=True)
+    assert two.advance(needed=False)
+    assert two.advance(needed=False)
+    assert (two.decided, two.ended) == (one.decided, one.ended)
+
+
 def test_a_reservoir_of_nothing_waits(place: Place) -> None:
     source = place.source(reservoir={"samples": 3})
     assert not source.advance(needed=True)
