@@ -18,7 +18,7 @@ from elastictrain.terminal import AsJson, Commands, Run
 
 if TYPE_CHECKING:
     from elastictrain.data.audit import AuditedStep, Auditor
-    from elastictrain.data.reader import AnySource
+    from elastictrain.data.sources import AnySource
     from elastictrain.data.stages import Skip
     from elastictrain.job import Job
     from elastictrain.observe import RunDirectory

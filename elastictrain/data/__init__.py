@@ -15,8 +15,9 @@ from elastictrain.data.index import Progress
 from elastictrain.data.live import LiveSource, open_live
 from elastictrain.data.mixed import MixedSource, open_mixture
 from elastictrain.data.mixture import Segment
-from elastictrain.data.reader import AnySource, LaneReader
+from elastictrain.data.reader import LaneReader
 from elastictrain.data.source import Source, open_source
+from elastictrain.data.sources import AnySource
 from elastictrain.data_settings import Data, Mixture
 
 if TYPE_CHECKING:

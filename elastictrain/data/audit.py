@@ -23,7 +23,7 @@ from elastictrain.protocol import Stage
 if TYPE_CHECKING:
     from elastictrain.data.locate import SampleLocation
     from elastictrain.data.order import Int64Array, Window
-    from elastictrain.data.reader import AnySource
+    from elastictrain.data.sources import AnySource
 
 _LANES_APART = 8
 """In samples of a source: a lane is within four of its share (`data.mixture`)."""

@@ -8,13 +8,23 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Self
 
+import torch
+
 from elastictrain.data.feeder import Feeder, Place, Tensors
 from elastictrain.data.live import LiveSource
+from elastictrain.data.reader import LaneReader
+from elastictrain.data.sources import AnySource
 from elastictrain.errors import DataEnded, DataError
 
 SAY_AFTER_S = 1.0
 _LOOK_S = 0.2
 _CLOSE_S = 600.0
+
+
+def open_feeder(source: AnySource, device: torch.device | str) -> Feeder | LiveFeeder:
+    """A feeder of any source, with the budget that its settings say; it must be closed."""
+    feeder = Feeder(LaneReader(source), device, budget_bytes=source.spec.prefetch_bytes)
+    return LiveFeeder(feeder, source) if isinstance(source, LiveSource) else feeder
 
 
 class LiveFeeder:

@@ -12,15 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from elastictrain.data.ids import SampleIds
-from elastictrain.data.live import LiveSource
 from elastictrain.data.meter import Meter
-from elastictrain.data.mixed import MixedSource
 from elastictrain.data.order import Int64Array, Window
-from elastictrain.data.source import Arrays, Source
+from elastictrain.data.source import Arrays
+from elastictrain.data.sources import AnySource
 from elastictrain.data.warm import WarmCache, cache_root
 from elastictrain.errors import DataError
-
-AnySource = Source | MixedSource | LiveSource
 
 _GATHER_BYTES = 1 << 18
 _MAX_DECODED_BLOCKS = 2

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from elastictrain.data.feeder import Feeder
 from elastictrain.data.live import LiveSource, open_live
-from elastictrain.data.live_feeder import LiveFeeder
+from elastictrain.data.live_feeder import open_feeder
 from elastictrain.data.mixed import MixedSource, open_mixture
 from elastictrain.data.mixture import Segment, join_plans
-from elastictrain.data.reader import AnySource, LaneReader
 from elastictrain.data.source import Source, open_source
+from elastictrain.data.sources import AnySource
 from elastictrain.data_settings import Mixture
 from elastictrain.errors import ConfigError, DataEnded, DataError
 
@@ -82,7 +81,7 @@ class Stream(IterableDataset[dict[str, torch.Tensor]]):
         last = None
         if self._epochs is not None and isinstance(self.source, Source):
             last = self._epochs * self.source.steps_per_epoch
-        with self._feeder() as feeder:
+        with open_feeder(self.source, self._device) as feeder:
             while last is None or self._step < last:
                 places = ((step, lane) for step in count(self._step) for lane in self._mine)
                 feeder.expect(islice(places, (_STEPS_AHEAD + 1) * len(self._mine)))
@@ -134,10 +133,6 @@ class Stream(IterableDataset[dict[str, torch.Tensor]]):
             self._plans = plans
             self.source.close()
             self.source = self._open()
-
-    def _feeder(self) -> Feeder | LiveFeeder:
-        feeder = Feeder(LaneReader(self.source), self._device, budget_bytes=self._spec.prefetch_bytes)
-        return LiveFeeder(feeder, self.source) if isinstance(self.source, LiveSource) else feeder
 
     def _open(self) -> AnySource:
         settings: dict[str, Any] = {"seed": self._seed, "lanes": self._lanes, "lane_batch_size": self._size}

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from elastictrain.data import AnySource, LaneReader, LiveSource
+from elastictrain.data import AnySource
 from elastictrain.data.feeder import Feeder
-from elastictrain.data.live_feeder import LiveFeeder
+from elastictrain.data.live_feeder import LiveFeeder, open_feeder
 from elastictrain.data.stages import first_stage, open_stage, stage_of
 from elastictrain.engine.collective import Rendezvous
 from elastictrain.engine.numerics import apply_numerics
@@ -166,8 +166,7 @@ class WorkerHost:
         return open_stage(self.job, stage, [one for one in self.stages if one.index < stage.index])
 
     def _feeder(self, source: AnySource, device: torch.device) -> Feeder | LiveFeeder:
-        feeder = Feeder(LaneReader(source), device, budget_bytes=self.job.data.prefetch_bytes)
-        return LiveFeeder(feeder, source) if isinstance(source, LiveSource) else feeder
+        return open_feeder(source, device)
 
     @property
     def store(self) -> str:
