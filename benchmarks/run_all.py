@@ -43,6 +43,7 @@ ALL = {
     "checkpoint_gpu": ["checkpoints/gpu.py"],
     "data_throughput": ["data/tokens_per_s.py"],
     "data_position": ["data/position.py"],
+    "data_live": ["data/live.py"],
     "data_steady": ["data/steady.py"],
 }
 BEGIN, END = "<!-- figures: written by run_all.py -->", "<!-- end of figures -->"

@@ -178,11 +178,16 @@ def validate(job_file: JobFile) -> None:
 
     recipe = load_recipe(job.recipe, job.recipe_args)
     typer.echo(f"recipe    {type(recipe).__module__}:{type(recipe).__qualname__}")
-    from elastictrain.data import MixedSource, open_data
+    from elastictrain.data import MixedSource, Source
+    from elastictrain.data.stages import first_stage, open_stage
 
-    source = open_data(job.data, seed=job.seed, lanes=job.lanes, lane_batch_size=job.lane_batch_size)
-    if not isinstance(source, MixedSource):
+    source = open_stage(job, first_stage(job))
+    if isinstance(source, Source):
         typer.echo(f"data      {source.order.samples} samples, {source.order.steps_per_epoch} steps an epoch")
+    elif not isinstance(source, MixedSource):
+        said = source.describe()
+        words = f"{said['segments_of_the_order']} segments in the order, {said['segments_that_wait']} to come"
+        typer.echo(f"data      live: {words}; {said['steps_decided']} steps are decided")
     else:
         for segment in source.describe()["segments"]:
             shares = ", ".join(f"{share:.1%} {name}" for name, share in segment["shares"].items())

@@ -19,8 +19,7 @@ from elastictrain.terminal import AsJson, Commands, Run
 
 if TYPE_CHECKING:
     from elastictrain.data.audit import AuditedStep, Auditor
-    from elastictrain.data.mixed import MixedSource
-    from elastictrain.data.source import Source
+    from elastictrain.data.sources import AnySource
     from elastictrain.data.stages import Skip
     from elastictrain.job import Job
     from elastictrain.observe import RunDirectory
@@ -138,6 +137,8 @@ def skip(
             "the data are a mixture, of which only whole steps can be skipped (--steps A:B), or a file left out by "
             "another path in data.sources; single samples cannot"
         )
+    if job.data.is_live and (file is not None or lane is not None):
+        raise ConfigError("the data are a live source, of which only whole steps can be skipped (--steps A:B)")
     if steps is not None:
         wanted = _skip_steps(found, stages, _range(steps, 1, 1 << 62), lane)
     else:
@@ -185,13 +186,13 @@ def _skip_steps(found: RunDirectory, stages: tuple[Stage, ...], steps: tuple[int
 def _skip_rows(
     job: Job, stages: tuple[Stage, ...], file: str, row_group: int, rows: tuple[int, int] | None
 ) -> list[Skip]:
-    from elastictrain.data.mixed import MixedSource
     from elastictrain.data.places import find_block, samples_with
+    from elastictrain.data.source import Source
     from elastictrain.data.stages import Skip
 
     words = f"{file}, row group {row_group}" + ("" if rows is None else f", rows {rows[0]} to {rows[1] - 1}")
     with _opened(job, stages) as source:
-        assert not isinstance(source, MixedSource), "refused before"
+        assert isinstance(source, Source), "others were refused before"
         found = samples_with(source, find_block(source, file, row_group), rows)
     return [Skip(words, start, stop, block=block) for block, start, stop in found]
 
@@ -277,7 +278,7 @@ def _auditor(found: RunDirectory) -> Iterator[Auditor]:
 
     job, stages, fingerprint = _record(found)
 
-    def opened(stage: Stage) -> Source | MixedSource:
+    def opened(stage: Stage) -> AnySource:
         source = open_stage(job, stage, [one for one in stages if one.index < stage.index])
         changes = [] if fingerprint is None else fingerprint_difference(
             fingerprint, source.fingerprint, ignoring=("lanes", "lane_batch_size")
@@ -295,7 +296,7 @@ def _auditor(found: RunDirectory) -> Iterator[Auditor]:
 
 
 @contextmanager
-def _opened(job: Job, stages: tuple[Stage, ...]) -> Iterator[Source | MixedSource]:
+def _opened(job: Job, stages: tuple[Stage, ...]) -> Iterator[AnySource]:
     from elastictrain.data.stages import open_stage
 
     source = open_stage(job, stages[-1], stages[:-1])

@@ -14,6 +14,50 @@ Amount = Annotated[float, BeforeValidator(a_number), Field(ge=0)]
 Bytes = Annotated[int, BeforeValidator(not_a_switch), Field(ge=0)]
 
 
+class Reservoir(Settings):
+    """What is trained on while nothing new is there: the last `samples` samples, again and again, in new orders."""
+
+    samples: PositiveInt
+    steps: PositiveInt = 1
+    """So many steps are taken from it at a time, before new segments are looked for."""
+
+
+class Live(Settings):
+    """The data are segments that arrive while training runs (`elastictrain.data.segments`).
+
+    `policy`: what to do when training is faster than they: wait for them, end, or go on from a reservoir.
+    """
+
+    policy: Literal["wait", "stop", "reservoir"] = "wait"
+    deadline_s: Annotated[float, BeforeValidator(a_number), Field(gt=0)] = 3600.0
+    """Longest wait for the next segment."""
+    poll_s: Annotated[float, BeforeValidator(a_number), Field(gt=0)] = 1.0
+    """How often the store is asked whether there is one."""
+    reservoir: Reservoir | None = None
+    segments_at_once: Annotated[int, BeforeValidator(not_a_switch), Field(ge=1, le=4096)] = 16
+    """At most so many new segments become part of the order at once (more where they fill no step). They are shuffled
+    together."""
+    record: str | None = None
+    """The folder in which the order is recorded: all workers can write to it, and it is one run's own. Default: in
+    checkpoint.path. Read with data.storage_options."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _policy_follows(cls, raw: Any) -> Any:
+        if isinstance(raw, Mapping) and raw.get("reservoir") is not None and "policy" not in raw:
+            return {**raw, "policy": "reservoir"}
+        return raw
+
+    @model_validator(mode="after")
+    def _belongs(self) -> Self:
+        if (self.policy == "reservoir") != (self.reservoir is not None):
+            raise ValueError(
+                f"data.live.policy={self.policy!r}, and data.live.reservoir is "
+                f"{'set' if self.reservoir is not None else 'not set'}; they belong together"
+            )
+        return self
+
+
 class Data(Settings):
     """Where samples come from. `path`: a file, folder or glob (or a list of them), local or any fsspec URL."""
 
@@ -53,6 +97,11 @@ class Data(Settings):
     """What a worker has read ahead takes at most this much memory: batches a quarter, decoded row groups the rest."""
     warm_cache_bytes: Bytes = 0
     """Disk that decoded, tokenised and packed data may take (in the cache folder); 0: none is kept."""
+    retry_s: Annotated[float, BeforeValidator(a_number), Field(ge=0)] = 120.0
+    """How long a remote store that fails is asked again, with growing pauses, before that is an error; 0: not at all.
+    What another try cannot change (no such file, no permission) is an error at once."""
+    live: Live | None = None
+    """Set: `path` is a manifest of segments, which are read as they arrive."""
     storage_options: dict[str, Any] = Field(default_factory=dict)
 
     @property
@@ -76,11 +125,19 @@ class Data(Settings):
         """Whether any of it is read over a network."""
         return any("://" in place and not place.startswith("file://") for place in self.paths)
 
+    @property
+    def is_live(self) -> bool:
+        """Whether segments arrive while it is read."""
+        return self.live is not None
+
     def relocated(self, change: Callable[[str], str]) -> Self:
         """The same with `change` done to every path."""
+        live = self.live
+        if live is not None and live.record is not None:
+            live = live.model_copy(update={"record": change(live.record)})
         path = change(self.path) if isinstance(self.path, str) else tuple(change(one) for one in self.path)
         tokenizer = self.tokenizer if self.tokenizer == "bytes" else change(self.tokenizer)
-        return self.model_copy(update={"path": path, "tokenizer": tokenizer})
+        return self.model_copy(update={"path": path, "tokenizer": tokenizer, "live": live})
 
     @model_validator(mode="after")
     def _modes(self) -> Self:
@@ -92,6 +149,10 @@ class Data(Settings):
             raise ValueError(
                 "data.packing and data.document_ids are about text; set data.text_column, or leave them out"
             )
+        if self.live is not None and (not isinstance(self.path, str) or self.kind == "huggingface"):
+            raise ValueError("data.live: data.path is one manifest of segments, each of them a file of data.kind")
+        if self.live is not None and self.ragged != "drop":
+            raise ValueError("data.ragged=repeat: a live source has no epochs to fill up; leave it out")
         return self
 
 
@@ -150,6 +211,11 @@ class Mixture(Proportions):
         return tuple(dict.fromkeys(path for source in self.sources.values() for path in source.tokenizer_paths))
 
     @property
+    def is_live(self) -> bool:
+        """Whether segments arrive while it is read; never."""
+        return False
+
+    @property
     def is_remote(self) -> bool:
         """Whether any of it is read over a network."""
         return any(source.is_remote for source in self.sources.values())
@@ -183,6 +249,8 @@ class Mixture(Proportions):
                 f"one; got {', '.join(f'{name}: {length}' for name, length in lengths.items())}"
             )
         for name, source in self.sources.items():
+            if source.live is not None:
+                raise ValueError(f"data.sources.{name}.live: a live source cannot be one of a mixture")
             for setting in ("prefetch_bytes", "warm_cache_bytes"):
                 if getattr(source, setting) != type(source).model_fields[setting].default:
                     raise ValueError(f"data.sources.{name}.{setting} is one for all sources: set data.{setting}")

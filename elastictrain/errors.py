@@ -6,6 +6,8 @@ ElasticTrainError
 │   ├── ConfigError        a setting of the job
 │   ├── RecipeError        the recipe's code (import, model, optimizer, loss)
 │   ├── DataError          the data set (missing, empty, wrong schema, changed)
+│   │   ├── NoSamples        nothing in it to train on
+│   │   └── DataEnded        a live source has no further step
 │   └── CheckpointMismatch the checkpoint does not belong to this job
 ├── ClusterError         whoever runs the cluster: machines, storage, network
 │   ├── WorkerStartError   a worker could not start
@@ -40,6 +42,14 @@ class RecipeError(UserError):
 
 class DataError(UserError):
     """The data set is missing, empty, has the wrong schema, or has changed."""
+
+
+class NoSamples(DataError):
+    """The data set is readable, and holds nothing to train on."""
+
+
+class DataEnded(DataError):
+    """A live source has no further step: it was closed, or its policy says to stop where nothing new is there."""
 
 
 class CheckpointMismatch(UserError):

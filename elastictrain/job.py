@@ -329,6 +329,10 @@ class Job(Settings):
             raise ValueError(
                 f"lane_batch_size={self.lane_batch_size} is not a multiple of micro_batches={self.micro_batches}"
             )
+        if isinstance(self.data, Data) and self.data.live and not (self.data.live.record or self.checkpoint):
+            raise ValueError(
+                "data.live.record is not set, and there is no checkpoint.path to record the order in; set one of them"
+            )
         for where, keep in self.checkpoint.kept() if self.checkpoint is not None else ():
             best = keep.best if isinstance(keep, Keep) else None
             if best is not None and best.metric.startswith("evaluation.") and self.evaluate_every is None:

@@ -114,7 +114,9 @@ def _by_recipe(job: Job, cluster: Cluster) -> Found:
     from elastictrain.planner.plan import Found
     from elastictrain.planner.workload import found_of, plan_workload
 
-    source = open_data(job.data, seed=job.seed, lanes=job.lanes, lane_batch_size=job.lane_batch_size)
+    # Of a live source the files that are there show what a batch is like; their order does not matter here.
+    data = job.data.model_copy(update={"live": None}) if job.data.is_live else job.data
+    source = open_data(data, seed=job.seed, lanes=job.lanes, lane_batch_size=job.lane_batch_size)
     reader = LaneReader(source)
     try:
         work = describe(job, reader.batch(1, 0))

@@ -89,6 +89,16 @@ class StepSignals:
 
 
 @dataclass(frozen=True, slots=True)
+class Awaited:
+    """For people, who see it in the status; nothing is decided by it. `why`: what the data of a worker's next step wait
+    for; None: they wait no more.
+    """
+
+    worker: int
+    why: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Restore:
     """Where a generation takes its state from when it does not come from live holders.
 

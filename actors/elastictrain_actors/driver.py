@@ -24,7 +24,7 @@ from elastictrain.controller.machine import Machine
 from elastictrain.controller.view import view
 from elastictrain.errors import ElasticTrainError
 from elastictrain.faults import Add, Drain, Fault, KillController
-from elastictrain.protocol import Ready, Row, StepSignals
+from elastictrain.protocol import Awaited, Ready, Row, StepSignals
 from elastictrain_actors.journal_file import Replaced
 from elastictrain_actors.slowness import Slowness
 
@@ -106,6 +106,7 @@ class Driver:
         self._status_at_s = 0.0
         self._seen = view(machine)
         self._shown: tuple[object, ...] = ()
+        self._awaiting: dict[int, str] = {}
 
     def request(self, event: ev.Event) -> None:
         """Hand in a user's request (add, drain, resize, stop) from any thread."""
@@ -185,6 +186,8 @@ class Driver:
                 self.record.event(message.kind, message.data, self.machine.generation or None)
             elif isinstance(message, StepSignals):
                 self._watch(message)
+            elif isinstance(message, Awaited):
+                self._await_data(message)
             elif not isinstance(message, Ready):  # effects have made a WorkerReady of it
                 self._handle(message)
 
@@ -197,6 +200,16 @@ class Driver:
             self._perform(announce)
         if event is not None:
             self._handle(event)
+
+    def _await_data(self, said: Awaited) -> None:
+        """All workers come to the same wait; the first of them is written down for all."""
+        if said.why is None:
+            self._awaiting.pop(said.worker, None)
+            return
+        if not self._awaiting:
+            data = {"worker": said.worker, "reason": said.why}
+            self.record.event("data_awaited", data, self.machine.generation or None)
+        self._awaiting[said.worker] = said.why
 
     def _last_words(self) -> list[Heard]:
         """An error may end the run at once; what others have published by then must still be heard."""
@@ -250,7 +263,13 @@ class Driver:
             self._seen = view(self.machine)  # one assignment: who reads meanwhile has the old one or the new one
         if due:
             self._status_at_s = now_s
-            self.record.status(status_fields(self._seen))
+            self.record.status(status_fields(self._seen, self._awaited()))
+
+    def _awaited(self) -> str | None:
+        """What the data of the next step wait for; workers that have gone wait no more."""
+        alive = {worker["worker"] for worker in self._seen["workers"]}
+        self._awaiting = {worker: why for worker, why in self._awaiting.items() if worker in alive}
+        return next((f"data: {why}" for why in self._awaiting.values()), None)
 
 
 def _in_words(error: OSError) -> str:
@@ -260,8 +279,8 @@ def _in_words(error: OSError) -> str:
     return f"ClusterError: the controller cannot go on: {type(error).__name__}: {error}; then run with --resume"
 
 
-def status_fields(seen: Mapping[str, Any]) -> dict[str, Any]:
-    """The machine's view in the words of `observe.Status`."""
+def status_fields(seen: Mapping[str, Any], awaited: str | None = None) -> dict[str, Any]:
+    """The machine's view in the words of `observe.Status`. `awaited`: what the data wait for, if they do."""
     return {
         "state": seen["phase"],
         "step": seen["step"],
@@ -274,6 +293,6 @@ def status_fields(seen: Mapping[str, Any]) -> dict[str, Any]:
         "last_recovery": seen["last_recovery"],
         "checkpoint_given_up": seen["checkpoint_given_up"],
         "copies": seen["copies"],
-        "waiting": seen["reason"],
+        "waiting": seen["reason"] or awaited,
         "error": seen["error"],
     }

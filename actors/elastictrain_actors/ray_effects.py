@@ -84,7 +84,7 @@ class RayEffects:
         self._numerics: dict[str, str] | None = None
         self._out: list[Heard] = []
         ears = Heartbeats(self._address, place.token, place.epoch)
-        judgement = Suspicion(debug=job.debug, remote_data=job.data.is_remote)
+        judgement = Suspicion(debug=job.debug, remote_data=job.data.is_remote or job.data.is_live)
         self._watchman = Watchman(ears, judgement, place.clock)
         self._creations = Creations()
         self._agents = Agents(place, self._watchman, self._calls, self._environment, job.workers.spot_notices)

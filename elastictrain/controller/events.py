@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from elastictrain.protocol import Doubt, ParkReport, ReadBytes, Ready, Restore, Row, StepSignals
+from elastictrain.protocol import Awaited, Doubt, ParkReport, ReadBytes, Ready, Restore, Row, StepSignals
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,7 +351,7 @@ Event = (
     | Tick
 )
 
-Message = Event | Row | Ready | StepSignals
+Message = Event | Row | Ready | StepSignals | Awaited
 """What a worker's outbox carries: events for the machine, rows for the run directory, signals for the straggler watch,
-and once what it is.
+what its data wait for, and once what it is.
 """

@@ -12,17 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 from elastictrain.data.fingerprint import fingerprint_difference
 from elastictrain.data.index import Progress
+from elastictrain.data.live import LiveSource, open_live
 from elastictrain.data.mixed import MixedSource, open_mixture
 from elastictrain.data.mixture import Segment
 from elastictrain.data.reader import LaneReader
 from elastictrain.data.source import Source, open_source
+from elastictrain.data.sources import AnySource
 from elastictrain.data_settings import Data, Mixture
 
 if TYPE_CHECKING:
     from elastictrain.data.streaming import Stream
 
 __all__ = [
+    "AnySource",
     "LaneReader",
+    "LiveSource",
     "MixedSource",
     "Segment",
     "Source",
@@ -33,6 +37,7 @@ __all__ = [
     "jsonl",
     "mixture",
     "open_data",
+    "open_live",
     "open_mixture",
     "open_source",
     "parquet",
@@ -50,11 +55,20 @@ def open_data(
     lane_batch_size: int,
     segments: Sequence[Segment] = (),
     progress: Progress | None = None,
-) -> Source | MixedSource:
-    """Open whatever `Job.data` holds; `segments` belong to a mixture. Raises DataError, as `open_source`."""
+    record: str | None = None,
+    record_options: Mapping[str, Any] | None = None,
+) -> AnySource:
+    """Open whatever `Job.data` holds; `segments` belong to a mixture, `record` to a live source (see `open_live`).
+
+    Raises DataError, as `open_source`.
+    """
     if isinstance(spec, Mixture):
         return open_mixture(
             spec, seed=seed, lanes=lanes, lane_batch_size=lane_batch_size, segments=segments, progress=progress
+        )
+    if spec.live is not None:
+        return open_live(
+            spec, seed=seed, lanes=lanes, lane_batch_size=lane_batch_size, record=record, record_options=record_options
         )
     return open_source(spec, seed=seed, lanes=lanes, lane_batch_size=lane_batch_size, progress=progress)
 

@@ -16,14 +16,14 @@ import numpy.typing as npt
 
 from elastictrain.data.holes import samples_of_run
 from elastictrain.data.ids import SampleIds, lane_hash, running_hash, show_hash, step_hash
+from elastictrain.data.live_order import EraOrder
 from elastictrain.data.stages import stage_of
 from elastictrain.protocol import Stage
 
 if TYPE_CHECKING:
     from elastictrain.data.locate import SampleLocation
-    from elastictrain.data.mixed import MixedSource
     from elastictrain.data.order import Int64Array, Window
-    from elastictrain.data.source import Source
+    from elastictrain.data.sources import AnySource
 
 _LANES_APART = 8
 """In samples of a source: a lane is within four of its share (`data.mixture`)."""
@@ -98,14 +98,14 @@ class Samples(NamedTuple):
 class Auditor:
     """Computes the samples of a run's steps. `open_source`: the data in the order of a stage; opened once for each."""
 
-    def __init__(self, stages: Sequence[Stage], open_source: Callable[[Stage], Source | MixedSource]) -> None:
+    def __init__(self, stages: Sequence[Stage], open_source: Callable[[Stage], AnySource]) -> None:
         self._stages, self._open = tuple(stages), open_source
-        self._sources: dict[int, Source | MixedSource] = {}  # by stage
+        self._sources: dict[int, AnySource] = {}  # by stage
         self._windows: dict[tuple[int, int], Samples] = {}  # by (lane, source of a mixture)
         self._used: dict[tuple[int, str, int], dict[int, npt.NDArray[np.bool_]]] = {}
         self._filled_up: dict[tuple[int, str, int], int] = {}
 
-    def source(self, step: int) -> tuple[Source | MixedSource, Stage]:
+    def source(self, step: int) -> tuple[AnySource, Stage]:
         """Return the data of a step of the run, and its stage."""
         stage = stage_of(self._stages, step)
         if stage.index not in self._sources:
@@ -156,10 +156,11 @@ class Auditor:
                 epoch = runs[0].window.epoch
             yield AuditedStep(step, stage.index, epoch, samples, hash_of_step, show_hash(step_hash(hashes)), repeated)
 
-    def _use(self, source: Source | MixedSource, stage: Stage, run: Samples) -> int:
+    def _use(self, source: AnySource, stage: Stage, run: Samples) -> int:
         """Mark samples as used in an epoch; return how many were so already, beyond those that fill it up."""
         name, order = source.order_of(run.window)
-        key = (stage.order, name, run.window.epoch)
+        epoch = order.counts_as if isinstance(order, EraOrder) else run.window.epoch
+        key = (stage.order, name, epoch)
         if key not in self._used:  # lanes are in two epochs at most, or in some more of a tiny source of a mixture
             apart = 1 + (_LANES_APART + stage.lane_batch_size) // order.samples_per_lane
             self._used = {k: v for k, v in self._used.items() if k[:2] != key[:2] or k[2] >= key[2] - apart}

@@ -14,9 +14,8 @@ import torch
 
 from elastictrain.data.ids import lane_hash
 from elastictrain.data.meter import Meter, waited_for
-from elastictrain.data.mixed import MixedSource
 from elastictrain.data.reader import LaneReader
-from elastictrain.data.source import Source
+from elastictrain.data.sources import AnySource
 from elastictrain.errors import DataError
 
 Place = tuple[int, int]
@@ -56,7 +55,7 @@ class Feeder:
     """
 
     @classmethod
-    def of(cls, source: Source | MixedSource, device: torch.device | str = "cpu") -> Self:
+    def of(cls, source: AnySource, device: torch.device | str = "cpu") -> Self:
         """A feeder with a reader of its own that together keep to `data.prefetch_bytes`: a quarter for batches that lie
         ready, for a batch takes several times as much as the tokens that it is made of, the rest for decoded windows.
         """

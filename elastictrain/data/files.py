@@ -14,6 +14,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from elastictrain.data.meter import TimedFile
+from elastictrain.data.retry import RETRY_LIMIT_S, Retry, RetryingFile, patient
 from elastictrain.errors import DataError
 
 CODEC_SUFFIXES = (".gz", ".zst", ".bz2", ".lz4")
@@ -53,6 +54,8 @@ class FileSet:
 
     filesystem: Any
     files: tuple[DataFile, ...]
+    retry_s: float = RETRY_LIMIT_S
+    """How long a store that fails is asked again; a local disk never is."""
 
     @property
     def is_local(self) -> bool:
@@ -63,7 +66,7 @@ class FileSet:
         """Open a file for reading. Raises DataError if it has gone, or has changed size, since it was listed."""
         file = self.files[number]
         try:
-            handle = self.filesystem.open(file.path, "rb")
+            handle = self._handle(file.path)
             size = int(handle.seek(0, 2))
         except OSError as error:
             raise DataError(
@@ -78,8 +81,21 @@ class FileSet:
         handle.seek(0)
         return TimedFile(handle)
 
+    def _handle(self, path: str) -> Any:
+        def fresh() -> Any:
+            return self.filesystem.open(path, "rb")
 
-def find_files(path: str | Sequence[str], kind: str, storage_options: dict[str, Any] | None = None) -> FileSet:
+        if isinstance(self.filesystem, LocalFileSystem):
+            return fresh()
+        return RetryingFile(fresh, Retry(self.retry_s), path)
+
+
+def find_files(
+    path: str | Sequence[str],
+    kind: str,
+    storage_options: dict[str, Any] | None = None,
+    retry_s: float = RETRY_LIMIT_S,
+) -> FileSet:
     """List the files of `path`, sorted by path.
 
     In a folder, files with the suffixes of `kind` count, at any depth; names that start with `.` or `_` do not.
@@ -90,8 +106,9 @@ def find_files(path: str | Sequence[str], kind: str, storage_options: dict[str, 
         raise DataError("data.path is an empty list. Expected a file, a folder, a glob, or a list of them")
     filesystem: Any = None
     found: list[str] = []
+    retry = Retry(retry_s)
     for pattern in patterns:
-        fs, found_here = _expand(str(pattern), kind, storage_options or {})
+        fs, found_here = _expand(str(pattern), kind, storage_options or {}, retry)
         if filesystem is not None and fs.protocol != filesystem.protocol:
             raise DataError(f"data.path lies on two file systems ({filesystem.protocol} and {fs.protocol})")
         filesystem = fs
@@ -101,10 +118,14 @@ def find_files(path: str | Sequence[str], kind: str, storage_options: dict[str, 
         if one == other:
             raise DataError(f"data.path names {one} twice: its samples would be used twice. Name it once")
     root = posixpath.commonpath([posixpath.dirname(name) for name in found]) if found else ""
-    return FileSet(filesystem, tuple(_describe(filesystem, name, root) for name in found))
+    asked = patient(filesystem, retry)
+    try:
+        return FileSet(filesystem, tuple(_describe(asked, name, root) for name in found), retry_s)
+    except OSError as error:
+        raise DataError(f"data.path: {patterns[0]!r} cannot be listed ({error})") from error
 
 
-def _expand(pattern: str, kind: str, storage_options: dict[str, Any]) -> tuple[Any, list[str]]:
+def _expand(pattern: str, kind: str, storage_options: dict[str, Any], retry: Retry) -> tuple[Any, list[str]]:
     if "://" not in pattern:
         pattern = str(Path(pattern).expanduser())
     try:
@@ -116,7 +137,7 @@ def _expand(pattern: str, kind: str, storage_options: dict[str, Any]) -> tuple[A
             "and data.storage_options that it accepts"
         ) from error
     try:
-        return fs, _list(fs, name, pattern, kind)
+        return fs, _list(patient(fs, retry), name, pattern, kind)
     except OSError as error:
         raise DataError(f"data.path: {pattern!r} cannot be listed ({error})") from error
 

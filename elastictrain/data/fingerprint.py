@@ -38,6 +38,7 @@ _UNSAID = {"ragged": "drop", "document": "line", "holes": 0}
 """What it means that a fingerprint does not name a setting."""
 
 _SENTENCES = {
+    "manifest": "the manifest of segments was {old} and is now {new} (data.path, data.live)",
     "kind": "the format was {old} and is now {new} (data.kind)",
     "text_column": "the text column was {old} and is now {new} (data.text_column)",
     "schema": "the columns were {old} and are now {new} (data.columns)",
@@ -50,6 +51,7 @@ _SENTENCES = {
     "holes": "{old} corrupt blocks or files were left out and now are {new} (data.on_corrupt)",
     "ragged": "the end of an epoch that fills no step was {old} and is now {new} (data.ragged)",
     "window_row_groups": "the shuffle window was {old} row groups and is now {new} (data.window_row_groups)",
+    "columns": "the columns were {old} and are now {new} (data.columns)",
     "rows_per_block": "the lines per block were {old} and are now {new} (data.rows_per_block)",
     "order_version": "the order of an epoch was version {old} and is now {new} (another version of elastictrain)",
     "mixture_version": "mixtures were dealt by version {old} and are now by {new} (another version of elastictrain)",

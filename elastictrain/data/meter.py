@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-STAGES = ("store", "decode", "tokenise", "pack", "copy")
+STAGES = ("store", "retry", "decode", "tokenise", "pack", "copy", "arrival")
+"""`retry`: a store that failed was asked again; `arrival`: the next segment of a live source was not there yet."""
 OTHER = "other"
 """Waited for nothing that a stage says: the interpreter's lock, a thread that had no processor."""
 

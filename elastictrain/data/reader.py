@@ -16,9 +16,9 @@ import numpy.typing as npt
 from elastictrain.data.ahead import Ahead
 from elastictrain.data.ids import SampleIds
 from elastictrain.data.meter import Meter
-from elastictrain.data.mixed import MixedSource
 from elastictrain.data.order import Window
-from elastictrain.data.source import Arrays, Source
+from elastictrain.data.source import Arrays
+from elastictrain.data.sources import AnySource
 from elastictrain.data.warm import WarmCache, cache_root
 from elastictrain.data.windows import Block, Loaded, Place, join, key_of, place_of
 from elastictrain.errors import DataError
@@ -58,7 +58,7 @@ class LaneReader:
     such a reader must be closed, or its reading ahead ended.
     """
 
-    def __init__(self, source: Source | MixedSource, *, warm: WarmCache | None = None, ahead_bytes: int = 0) -> None:
+    def __init__(self, source: AnySource, *, warm: WarmCache | None = None, ahead_bytes: int = 0) -> None:
         """`warm`: by default a cache of the size that the job's data setting says, if it says any."""
         self.source = source
         limit_bytes = source.spec.warm_cache_bytes

@@ -22,7 +22,7 @@ from elastictrain.data.packed import Arrays as Arrays
 from elastictrain.data.packed import PackedText, finish_rows, pack_all_tails
 from elastictrain.data.packing import PACKING_VERSION, Tails, rows_of_tails
 from elastictrain.data.tokenizers import Tokenizer, load_tokenizer
-from elastictrain.errors import DataError
+from elastictrain.errors import DataError, NoSamples
 
 if TYPE_CHECKING:
     from elastictrain.data_settings import Data
@@ -258,7 +258,7 @@ def open_source(spec: Data, *, seed: int, lanes: int, lane_batch_size: int, prog
     Raises DataError: missing, empty, of the wrong schema, corrupt, a tokenizer that cannot be loaded, or fewer
     samples than one step of all lanes needs. Each message names the file and the setting to change.
     """
-    files = find_files(spec.path, spec.kind, spec.storage_options)
+    files = find_files(spec.path, spec.kind, spec.storage_options, spec.retry_s)
     tokenizer = load_tokenizer(spec.tokenizer, spec.storage_options) if spec.text_column else None
     blocks, token_index = open_blocks(spec, files, tokenizer, progress)
     rows: npt.NDArray[np.int64] = blocks.blocks.rows
@@ -269,7 +269,7 @@ def open_source(spec: Data, *, seed: int, lanes: int, lane_batch_size: int, prog
             if blocks.holes
             else ""
         )
-        raise DataError(
+        raise NoSamples(
             f"data.path: no rows in {len(files.files)} file(s), the first being {files.files[0].path}. "
             f"Expected at least lanes x lane_batch_size samples{corrupt}"
         )
@@ -288,7 +288,7 @@ def open_source(spec: Data, *, seed: int, lanes: int, lane_batch_size: int, prog
     if order.steps_per_epoch == 0:
         what = f"sequences of {spec.sequence_length} tokens" if tokenizer else "rows"
         smaller = ", lower data.sequence_length" if tokenizer else ""
-        raise DataError(
+        raise (DataError if order.samples else NoSamples)(
             f"data.path holds {order.samples} {what}; one step needs lanes x lane_batch_size = {lanes} x "
             f"{lane_batch_size} = {lanes * lane_batch_size}. Add data, lower lanes or lane_batch_size{smaller}, or "
             "set data.ragged: repeat"

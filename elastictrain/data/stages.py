@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from elastictrain.data import open_data
+from elastictrain.data import AnySource, LiveSource, open_data
 from elastictrain.data.holes import Hole, HoledOrder
 from elastictrain.data.mixed import MixedSource
 from elastictrain.data.mixture import Segment, join_plans
 from elastictrain.data.order import LaneOrder
 from elastictrain.data.seeds import stage_seed
-from elastictrain.data.source import Source
+from elastictrain.data_settings import Mixture
 from elastictrain.errors import DataError
 from elastictrain.protocol import Stage
 
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
     from elastictrain.data.index import Progress
     from elastictrain.job import Job
+
+ORDER_FOLDER = "order"
+"""Below checkpoint.path: the recorded order of a live source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +59,17 @@ def order_begins(stages: Sequence[Stage]) -> Stage:
     return next((stage for stage in reversed(stages) if not stage.continues), stages[0])
 
 
-def open_stage(
-    job: Job, stage: Stage, before: Sequence[Stage] = (), progress: Progress | None = None
-) -> Source | MixedSource:
+def open_stage(job: Job, stage: Stage, before: Sequence[Stage] = (), progress: Progress | None = None) -> AnySource:
     """The job's data in the order of a stage. `before`: the stages that it follows on, for its mixture.
 
     Raises DataError as `open_source`, and for samples that are taken out of an order that cannot do without them.
     """
+    if job.data.is_live and stage.order:
+        raise DataError(
+            "a live source has one order for the life of a run: lanes and lane_batch_size cannot be changed. Set them "
+            "to what they were, or start a new run"
+        )
+    record, options = _record_of(job)
     source = open_data(
         job.data,
         seed=stage_seed(job.seed, stage.order),
@@ -70,6 +77,8 @@ def open_stage(
         lane_batch_size=stage.lane_batch_size or job.lane_batch_size,
         segments=_schedule([*before, stage]),
         progress=progress,
+        record=record,
+        record_options=options,
     )
     if stage.holes:
         try:
@@ -78,6 +87,14 @@ def open_stage(
             source.close()
             raise
     return source
+
+
+def _record_of(job: Job) -> tuple[str | None, Mapping[str, Any] | None]:
+    """Where the order of a live source is recorded, if its setting does not say: beside the run's checkpoints."""
+    live = None if isinstance(job.data, Mixture) else job.data.live
+    if live is None or live.record is not None or job.checkpoint is None:
+        return None, None
+    return f"{job.checkpoint.path.rstrip('/')}/{ORDER_FOLDER}", job.checkpoint.storage_options
 
 
 def _schedule(stages: Sequence[Stage]) -> list[Segment]:
@@ -98,11 +115,15 @@ def _schedule(stages: Sequence[Stage]) -> list[Segment]:
     return join_plans(plans)
 
 
-def _take_out(source: Source | MixedSource, stage: Stage) -> None:
+def _take_out(source: AnySource, stage: Stage) -> None:
     if isinstance(source, MixedSource):
         raise DataError(
             "single samples cannot be taken out of a mixture. Skip the steps that would use them (--steps), or take "
             "the file out of data.sources"
+        )
+    if isinstance(source, LiveSource):
+        raise DataError(
+            "single samples cannot be taken out of a live source. Skip the steps that would use them (--steps)"
         )
     source.order = cast("LaneOrder", holed(source.order, stage))  # it reads like one
 

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from elastictrain.data.feeder import Feeder
+from elastictrain.data.live import LiveSource, open_live
+from elastictrain.data.live_feeder import open_feeder
 from elastictrain.data.mixed import MixedSource, open_mixture
 from elastictrain.data.mixture import Segment, join_plans
 from elastictrain.data.source import Source, open_source
+from elastictrain.data.sources import AnySource
 from elastictrain.data_settings import Mixture
-from elastictrain.errors import ConfigError, DataError
+from elastictrain.errors import ConfigError, DataEnded, DataError
 
 if TYPE_CHECKING:
     from elastictrain.data_settings import Data
@@ -54,12 +56,14 @@ class Stream(IterableDataset[dict[str, torch.Tensor]]):
             )
         if epochs is not None and isinstance(data, Mixture):
             raise ConfigError("epochs: the sources of a mixture have epochs of their own; stop after a number of steps")
+        if epochs is not None and data.is_live:
+            raise ConfigError("epochs: a live source has none; stop after a number of steps, or close its manifest")
         self._spec, self._seed, self._size = data, seed, batch_size // self._lanes
         self._mine = range(rank * self._lanes // world, (rank + 1) * self._lanes // world)
         self._epochs, self._device = epochs, device
         self._plans: list[tuple[int, list[Segment]]] = []
         self._step = 0
-        self.source: Source | MixedSource = self._open()
+        self.source: AnySource = self._open()
         if isinstance(self.source, MixedSource):
             self._plans = [(0, self.source.plan)]
 
@@ -69,19 +73,24 @@ class Stream(IterableDataset[dict[str, torch.Tensor]]):
         return self._step
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield this rank's part of every step from `step` on. Raises DataError, as `LaneReader.batch`."""
+        """Yield this rank's part of every step from `step` on; of a live source until its order ends. Raises DataError,
+        as `LaneReader.batch`.
+        """
         if get_worker_info() is not None:
             raise ConfigError("a Stream reads ahead by itself, and knows its place: use it with num_workers=0")
         last = None
         if self._epochs is not None and isinstance(self.source, Source):
             last = self._epochs * self.source.steps_per_epoch
-        with Feeder.of(self.source, self._device) as feeder:
+        with open_feeder(self.source, self._device) as feeder:
             expected = self._step
             while last is None or self._step < last:
                 if self._step + _STEPS_AHEAD // 2 >= expected:
                     expected = self._step + _STEPS_AHEAD if last is None else min(last, self._step + _STEPS_AHEAD)
                     feeder.expect((step, lane) for step in range(self._step, expected) for lane in self._mine)
-                parts = [feeder.batch(self._step, lane) for lane in self._mine]
+                try:
+                    parts = [feeder.batch(self._step, lane) for lane in self._mine]
+                except DataEnded:
+                    return
                 self._step += 1
                 yield {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -95,6 +104,8 @@ class Stream(IterableDataset[dict[str, torch.Tensor]]):
             "size": self._size,
             "data": self._hashes(),
         }
+        if isinstance(self.source, LiveSource) and self._step:
+            content["live"] = self.source.mark_of(self._step - 1)
         if self._plans:
             content["plans"] = [[step, [segment.as_json() for segment in plan]] for step, plan in self._plans]
         return json.dumps(content, separators=(",", ":")).encode()
@@ -114,6 +125,8 @@ class Stream(IterableDataset[dict[str, torch.Tensor]]):
         if differing or ("plans" in stored) != bool(self._plans):
             what = "; ".join(differing) or "one source was a mixture, or the other way round"
             raise DataError(f"this state belongs to another stream: {what}. Open the stream as it was, or start anew")
+        if isinstance(self.source, LiveSource) and "live" in stored:
+            self.source.check(stored["live"])
         self._step = int(stored["step"])
         if self._plans:
             plans = [(int(step), [Segment.from_json(shown) for shown in plan]) for step, plan in stored["plans"]]
@@ -123,10 +136,12 @@ class Stream(IterableDataset[dict[str, torch.Tensor]]):
             self.source.close()
             self.source = self._open()
 
-    def _open(self) -> Source | MixedSource:
+    def _open(self) -> AnySource:
         settings: dict[str, Any] = {"seed": self._seed, "lanes": self._lanes, "lane_batch_size": self._size}
         if isinstance(self._spec, Mixture):
             return open_mixture(self._spec, segments=join_plans(self._plans), **settings)
+        if self._spec.live is not None:
+            return open_live(self._spec, **settings)
         return open_source(self._spec, **settings)
 
     def _hashes(self) -> dict[str, str]:

@@ -94,4 +94,4 @@ def with_unpacking(files: FileSet, folder: Path) -> FileSet:
     """Return the file set, with compressed files opened unpacked if there are any."""
     if not any(codec_of(file.path) for file in files.files):
         return files
-    return UnpackedFiles(files.filesystem, files.files, folder)
+    return UnpackedFiles(files.filesystem, files.files, files.retry_s, folder)

@@ -13,8 +13,7 @@ from elastictrain.data.packed import Arrays
 from elastictrain.errors import DataError
 
 if TYPE_CHECKING:
-    from elastictrain.data.mixed import MixedSource
-    from elastictrain.data.source import Source
+    from elastictrain.data.sources import AnySource
 
 GATHER_BYTES = 1 << 18
 
@@ -49,7 +48,7 @@ class Loaded:
     more in calls than in copying. Of what was gathered every row is handed out once, so a batch may be a view of it.
     """
 
-    def __init__(self, source: Source | MixedSource, window: Window, blocks: list[Block]) -> None:
+    def __init__(self, source: AnySource, window: Window, blocks: list[Block]) -> None:
         self.key, self.blocks = key_of(window), blocks
         numbers = window.permutation()
         edges = np.cumsum([0, *(piece.stop - piece.start for piece in window.pieces)], dtype=np.int64)

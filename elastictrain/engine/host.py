@@ -13,11 +13,13 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
+from typing import Any
 
 import torch
 
-from elastictrain.data import MixedSource, Source
+from elastictrain.data import AnySource
 from elastictrain.data.feeder import Feeder
+from elastictrain.data.live_feeder import LiveFeeder, open_feeder
 from elastictrain.data.stages import first_stage, open_stage, stage_of
 from elastictrain.engine.collective import Rendezvous
 from elastictrain.engine.numerics import apply_numerics
@@ -28,7 +30,7 @@ from elastictrain.engine.worker_model import build
 from elastictrain.errors import ClusterError, ElasticTrainError
 from elastictrain.faults import LoseNode, OwnFault
 from elastictrain.job import Job
-from elastictrain.protocol import FormPlan, ParkReport, Ready, Stage
+from elastictrain.protocol import Awaited, FormPlan, ParkReport, Ready, Stage
 from elastictrain.pulse import Pulse
 
 
@@ -37,9 +39,31 @@ class StageFeeder:
     that goes back to a checkpoint of theirs asks for them.
     """
 
-    def __init__(self, stages: Sequence[Stage], open_feeder: Callable[[Stage], Feeder], feeder_of_last: Feeder) -> None:
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        open_feeder: Callable[[Stage], Feeder | LiveFeeder],
+        feeder_of_last: Feeder | LiveFeeder,
+    ) -> None:
         self._stages, self._open = tuple(stages), open_feeder
         self._feeders = {self._stages[-1].index: feeder_of_last}
+        self._while_waiting: Callable[[], None] = lambda: None
+        self._say: Callable[[str | None], None] = lambda _: None
+
+    def call_while_waiting(self, what: Callable[[], None], say: Callable[[str | None], None] | None = None) -> None:
+        """Call `what` again and again while `batch` waits for a segment of a live source; it may raise. `say` is told
+        what a longer wait is for, and None when it is over.
+        """
+        self._while_waiting, self._say = what, say or self._say
+        for feeder in self._feeders.values():
+            if isinstance(feeder, LiveFeeder):
+                feeder.while_waiting, feeder.say = what, self._say
+
+    def mark_of(self, step: int) -> Mapping[str, Any] | None:
+        """What names the order of a live source up to a step of the run, for its checkpoint; None for other data."""
+        stage = self._stage(step)
+        feeder = self._feeder(stage)
+        return feeder.mark_of(stage.position(step)) if isinstance(feeder, LiveFeeder) else None
 
     def batch(self, step: int, lane: int) -> Mapping[str, torch.Tensor]:
         stage = self._stage(step)
@@ -60,9 +84,10 @@ class StageFeeder:
         stage, last = stage_of(self._stages, step), self._stages[-1]
         return stage if (stage.lanes, stage.lane_batch_size) == (last.lanes, last.lane_batch_size) else last
 
-    def _feeder(self, stage: Stage) -> Feeder:
+    def _feeder(self, stage: Stage) -> Feeder | LiveFeeder:
         if stage.index not in self._feeders:
             self._feeders[stage.index] = self._open(stage)
+            self.call_while_waiting(self._while_waiting)
         return self._feeders[stage.index]
 
 
@@ -105,6 +130,7 @@ class WorkerHost:
             lambda stage: self._feeder(self._source(stage), device),
             self._feeder(source, device),
         )
+        feeder.call_while_waiting(self.pulse.beat)
         marks.append(("data_s", time.perf_counter()))
         session = Session(
             self.job,
@@ -120,6 +146,7 @@ class WorkerHost:
             pulse=self.pulse,
         )
         session.rehearse()
+        feeder.call_while_waiting(session.check, lambda why: self.outbox.put(Awaited(self.worker, why)))
         _give_back_freed_memory()
         marks.append(("trial_lane_s", time.perf_counter()))
         self._session, self._rendezvous = session, Rendezvous(self.host)
@@ -135,11 +162,11 @@ class WorkerHost:
             prepared_s={name: at - before for (_, before), (name, at) in pairwise(marks)},
         )
 
-    def _source(self, stage: Stage) -> Source | MixedSource:
+    def _source(self, stage: Stage) -> AnySource:
         return open_stage(self.job, stage, [one for one in self.stages if one.index < stage.index])
 
-    def _feeder(self, source: Source | MixedSource, device: torch.device) -> Feeder:
-        return Feeder.of(source, device)
+    def _feeder(self, source: AnySource, device: torch.device) -> Feeder | LiveFeeder:
+        return open_feeder(source, device)
 
     @property
     def store(self) -> str:

@@ -205,7 +205,7 @@ class Keeper:
             step=step,
             generation=generation,
             tree={"step": step, "seed": s.job.seed, "stages": s.stages, "data": s.data_fingerprint,
-                  "numerics": s.numerics, **_provenance(s.job)},
+                  "numerics": s.numerics, **_provenance(s.job), **_mark(s, step)},
             aliases=s.model.space.aliases,
             info={"world": world, **self._metrics},
         )  # fmt: skip
@@ -271,6 +271,13 @@ class Keeper:
         """Raise Parked when this generation is over. Asking is no beat: to wait is no sign of progress."""
         if self._session.is_parked():
             self._session.check()
+
+
+def _mark(session: Session, step: int) -> dict[str, Any]:
+    """How far the order of a live source was decided."""
+    mark_of = getattr(session.batches, "mark_of", None)
+    mark = None if mark_of is None else mark_of(step)
+    return {} if mark is None else {"live": mark}
 
 
 def _provenance(job: Job) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from elastictrain.data import MixedSource, Segment, Source, fingerprint_difference
+from elastictrain.data import AnySource, LiveSource, MixedSource, Segment, fingerprint_difference
 from elastictrain.data.stages import Skip, first_stage, open_stage, with_lanes, with_mixture, with_skips
 from elastictrain.engine.origins import pin
 from elastictrain.engine.stored import Note, Stored, folder_of, refuse_checkpoints
@@ -91,7 +91,7 @@ def _new(job: Job) -> Start:
     return Start(Restore(0, None), (), stages, notes, data=source.fingerprint, start_from=pinned.settings)
 
 
-def _plan(source: Source | MixedSource) -> Sequence[Segment] | None:
+def _plan(source: AnySource) -> Sequence[Segment] | None:
     """What a mixture's settings ask for, in integers."""
     return source.plan if isinstance(source, MixedSource) else None
 
@@ -160,6 +160,9 @@ def _check_data(
     source = open_stage(job, stages[-1], stages[:-1])
     try:
         changes = fingerprint_difference(manifest.tree.get("data", {}), source.fingerprint, ignoring=_ABOUT_ORDER)
+        mark = manifest.tree.get("live")
+        if isinstance(source, LiveSource) and mark is not None and not changes:
+            source.check(mark)
     finally:
         source.close()
     if changes:

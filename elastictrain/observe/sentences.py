@@ -333,6 +333,7 @@ SENTENCES: dict[str, Callable[[Data], str]] = {
         _join("taken out of the data", _fact(data, "step", " after step {}"))
         + f": {'; '.join(map(str, data.get('what', ()))) or 'nothing'}"
     ),
+    "data_awaited": lambda data: f"training waits for data{_why(data)}",
     "worker_started": _worker("is starting"),
     "worker_ready": lambda data: _join(f"{_who(data)} is ready", _node(data)),
     "worker_prepared": lambda data: _join(f"{_who(data)} is prepared", _node(data), _prepared(data)),

@@ -15,7 +15,7 @@ from elastictrain.controller.journal import replay
 from elastictrain.controller.machine import Machine
 from elastictrain.controller.view import view
 from elastictrain.faults import add, drain, kill_controller
-from elastictrain.protocol import ParkReport, Restore, Row
+from elastictrain.protocol import Awaited, ParkReport, Restore, Row
 from elastictrain_actors import driver as module
 from elastictrain_actors.driver import STATUS_EVERY_S, Driver, status_fields
 from elastictrain_actors.journal_file import Replaced
@@ -42,10 +42,12 @@ class Scripted:
 class Record:
     def __init__(self) -> None:
         self.kinds: list[str] = []
+        self.data: list[Any] = []
         self.rows: list[Any] = []
 
     def event(self, kind: str, data: Any, generation: int | None) -> None:
         self.kinds.append(kind)
+        self.data.append(data)
 
     def row(self, values: Any) -> None:
         self.rows.append(values)
@@ -155,6 +157,27 @@ def test_status_speaks_the_words_of_the_run_directory():
     fields = status_fields(driver.status())
     assert fields["lanes"] == {0: 4}
     assert fields["steps"] == 8
+
+
+def test_what_the_data_wait_for_is_shown_and_written_down_once():
+    says = [Awaited(0, "step 9: two segments"), Awaited(1, "step 9: two segments")]
+    rest = (DONE[:1], says, [Awaited(0, None)], [Awaited(1, None), Awaited(0, "step 12: none")], DONE[1:])
+    _, _, record, journal, driver = drive([READY], *rest)
+    said = [data for kind, data in zip(record.kinds, record.data, strict=True) if kind == "data_awaited"]
+    assert said == [{"worker": 0, "reason": "step 9: two segments"}, {"worker": 0, "reason": "step 12: none"}]
+    assert replay(SPEC, journal) == driver.machine, "nothing of it is journalled"
+
+
+def test_the_status_says_what_the_data_wait_for():
+    record = Record()
+    driver = Driver(Machine(SPEC), Scripted([READY]), record, Journal())
+    driver._handle(ev.Begun(0.0, Restore(0, None)))
+    driver._hear([READY, *DONE[:1], Awaited(0, "step 9: none"), Awaited(7, "a worker that is gone")])
+    driver._show(force=True)
+    assert record.last["waiting"] == "data: step 9: none"
+    driver._hear([Awaited(0, None)])
+    driver._show(force=True)
+    assert record.last["waiting"] is None
 
 
 class Asked(Scripted):
