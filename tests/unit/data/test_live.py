@@ -292,6 +292,29 @@ def test_what_waits_can_be_called_off_and_does_not_block_what_is_there(
         assert "arrival" not in feeder.batch(1, 1).waited
 
 
+def test_what_was_handed_out_is_not_read_again_when_the_order_grows(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: Counter[tuple[int, int]] = Counter()
+    batch = LaneReader.batch
+
+    def counting(self: LaneReader, step: int, lane: int) -> Any:
+        read[step, lane] += 1
+        return batch(self, step, lane)
+
+    monkeypatch.setattr(LaneReader, "batch", counting)
+    place.add(16)
+    source = place.source()
+    with LiveFeeder(Feeder(LaneReader(source)), source) as feeder:
+        feeder.expect([(step, lane) for step in range(8) for lane in range(4)])
+        for step in range(8):
+            if place.rows < 64:
+                place.add(8)
+            for lane in range(4):
+                feeder.batch(step, lane)
+    assert read == Counter({(step, lane): 1 for step in range(8) for lane in range(4)})
+
+
 def place_of(source: LiveSource, step: int, lane: int) -> list[int]:
     return LaneReader(source).batch(step, lane)["x"].tolist()
 
@@ -316,6 +339,18 @@ def test_the_audit_knows_a_live_order(place: Place) -> None:
     assert where == source.locate(7, 1)
     twice = Auditor([Stage(0, 0, 4, 2, jumps=()), Stage(1, 2, 4, 2, continues=True, begun=0, at=1)], lambda _: source)
     assert [step.repeated for step in twice.audit((step, None) for step in (1, 2, 3))] == [0, 0, 8]
+
+
+def test_the_audit_sees_a_sample_that_two_eras_use(place: Place) -> None:
+    place.add(16)
+    open_rows(place.source(shuffle="strict"), 2)
+    place.add(16)
+    open_rows(place.source(shuffle="strict"), 4)
+    era = place.folder / "order" / "eras" / "0000000001.json"
+    era.write_text(json.dumps(json.loads(era.read_text()) | {"carry": [[0, 0, 1]]}))
+    auditor = Auditor([Stage(0, 0, 4, 2)], lambda _: place.source(shuffle="strict"))
+    assert [step.repeated for step in auditor.audit((step, None) for step in range(1, 5))] == [0, 0, 1, 0]
+    auditor.close()
 
 
 def place_in(part: Part) -> int:
@@ -431,6 +466,20 @@ def test_a_mark_of_a_record_that_was_changed(place: Place) -> None:
     era.write_text("{")
     with pytest.raises(DataError, match="cannot be made again: restore the file"):
         LaneReader(later).batch(0, 0)
+
+
+def test_a_stream_is_not_taken_up_with_another_record(place: Place) -> None:
+    place.add(16)
+    stream = place.stream()
+    taken(stream, 1)
+    (place.folder / "order" / "eras" / "0000000000.json").unlink()
+    place.add(3)
+    later = place.stream()
+    with pytest.raises(DataError, match="era 0 of the recorded order is missing"):
+        later.resume(stream.state())
+    taken(later, 1)
+    with pytest.raises(DataError, match="era 0 of the recorded order is another one"):
+        place.stream().resume(stream.state())
 
 
 def test_an_era_that_follows_another_one_is_refused(place: Place) -> None:
