@@ -40,6 +40,7 @@ ALL = {
     "checkpoint_throughput": ["checkpoints/throughput.py"],
     "checkpoint_reshard": ["checkpoints/reshard.py"],
     "checkpoint_planning": ["checkpoints/planning.py"],
+    "checkpoint_copies": ["checkpoints/copies.py"],
     "checkpoint_gpu": ["checkpoints/gpu.py"],
     "data_throughput": ["data/tokens_per_s.py"],
     "data_position": ["data/position.py"],

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from elastictrain_checkpoint.catalogue import Entry, catalogue, happened
@@ -191,8 +192,14 @@ class Follower:
                 return
             except Exception as error:  # whatever it is: nobody's training ends by a further store
                 failures += 1
-                said = f"{type(error).__name__}: {error}"
-                self._set(over, _busy=None, _has_failed=True, _standing=replace(self._standing, error=said))
+                self._fail(over, f"{type(error).__name__}: {error}")
+
+    def _fail(self, over: threading.Event, why: str) -> None:
+        self._set(over, _busy=None)
+        waiting = self._standing.waiting
+        with suppress(Exception):  # what waits can be said although the target cannot be asked
+            waiting = tuple(sorted(self.needed(catalogue(self._source), time.time())))
+        self._set(over, _has_failed=True, _standing=replace(self._standing, waiting=waiting, error=why))
 
     def _is_over(self, over: threading.Event, failures: int) -> bool:
         """Wait until there is something to do: what was asked for, or, after failures, the time to try again."""

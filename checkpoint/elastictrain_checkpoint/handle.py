@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Any
 
 from elastictrain_checkpoint.errors import SaveDropped, SaveFailed, SaveTimeout
 
 DEADLINE_S = 600.0
+CHECK_S = 0.1
+"""Whoever waits is asked this often whether it still wants to."""
 
 
 class SaveState(StrEnum):
@@ -68,12 +71,16 @@ class SaveHandle:
         self._seen = True
         return self.state
 
-    def _wait(self, timeout_s: float) -> None:
-        if not self._ended.wait(timeout_s):
-            raise SaveTimeout(f"{self._progress()}; waited {timeout_s:g} s for it")
+    def _wait(self, timeout_s: float, check: Callable[[], None] = lambda: None) -> None:
+        until_s = time.monotonic() + timeout_s
+        while not self._ended.wait(max(0.0, min(CHECK_S, until_s - time.monotonic()))):
+            if time.monotonic() >= until_s:
+                raise SaveTimeout(f"{self._progress()}; waited {timeout_s:g} s for it")
+            check()
 
-    def result(self, timeout_s: float = DEADLINE_S) -> Any:
-        """Wait for the outcome: the manifest (committed) or the part (written).
+    def result(self, timeout_s: float = DEADLINE_S, check: Callable[[], None] = lambda: None) -> Any:
+        """Wait for the outcome: the manifest (committed) or the part (written). ``check`` is called now and then while
+        waiting, and may raise.
 
         Raises:
             SaveFailed: nothing was saved; the cause is chained.
@@ -81,7 +88,8 @@ class SaveHandle:
             SaveTimeout: it takes longer; the message says how far the save is.
 
         """
-        self.wait(timeout_s)
+        self._wait(timeout_s, check)
+        self._seen = True
         if self.state is SaveState.FAILED:
             raise self._failure() from self.error
         if self.state in (SaveState.SKIPPED, SaveState.SUPERSEDED):

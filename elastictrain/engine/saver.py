@@ -30,7 +30,7 @@ from elastictrain_checkpoint import (
     load,
     prune,
 )
-from elastictrain_checkpoint.errors import SaveFailed, SaveTimeout
+from elastictrain_checkpoint.errors import SaveFailed
 from elastictrain_checkpoint.handle import SaveHandle
 from elastictrain_checkpoint.lazy import LazySaver
 from elastictrain_checkpoint.paths import parse_step_folder
@@ -50,10 +50,6 @@ def generation_of(attempt: str) -> int | None:
 
 INCREMENTS = "increments"
 """In a manifest's info: so many checkpoints in a row, this one included, refer to earlier ones; 0: it stands alone."""
-
-
-WAIT_S = 0.1
-"""Whoever waits for its own share asks so often whether its generation is over."""
 
 
 class NotNow(Exception):
@@ -197,15 +193,9 @@ class Saver:
 
     def share_of(self, writing: Writing, check: Callable[[], None]) -> dict[str, Any]:
         """See `Writing.share`."""
-        waited_s = 0.0
-        while not writing.done and waited_s < STORE_DEADLINE_S:
-            check()
-            with suppress(SaveTimeout):
-                writing.handle.wait(WAIT_S)
-            waited_s += WAIT_S
         with self._storage(writing.handle.step):
             try:
-                part: Part = writing.handle.result(0.0)
+                part: Part = writing.handle.result(STORE_DEADLINE_S, check)
             except SaveFailed as error:
                 raise error.__cause__ or error from None  # what the storage said
         return {"attempt": writing.attempt, "part": part.to_json(), "numbers": writing.numbers}

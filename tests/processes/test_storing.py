@@ -13,6 +13,7 @@ from tests.processes.test_stop_and_resume import stored
 from tests.support.plants import both, wait_for_pause
 from tests.support.plants_storing import (
     dies_before_it_says_what_was_lost,
+    dies_waiting_for_shares,
     manifest_hangs,
     manifest_has_no_room,
     manifest_waits_for_the_end,
@@ -202,6 +203,19 @@ def test_nobody_waits_for_a_storage_that_does_not_answer_when_a_generation_ends(
     assert (lost["step"], lost["stored_instead"]) == (4, found[1])
     assert [event["step"] for event in run.record.of("checkpoint")] == found
     assert not orphans(tmp_path)
+
+
+def test_who_waits_for_its_own_share_leaves_when_its_generation_is_over(
+    folder: Path, tmp_path: Path, reference: Run, still: Store
+) -> None:
+    """The storage takes nothing of step 2 before step 6 is applied; at step 4 everybody waits for it, and one dies."""
+    job = byte_job(folder, checkpoint=stored(tmp_path, every_steps=2, at_end=False))
+    run = run_job(job, patch=both(storage_waits(2, until=6), dies_waiting_for_shares(2)))
+    assert run.digest == reference.digest
+    assert run.losses == reference.losses
+    (lost,) = run.record.of("checkpoint_given_up")
+    assert (lost["step"], lost["begun_in"], lost["stored_instead"]) == (2, 1, 4)
+    assert whole(tmp_path, still) == [4, 6, 8]
 
 
 @pytest.mark.parametrize("every", [{"every_steps": 4}, {"max_loss": "1h"}], ids=["steps", "budget"])

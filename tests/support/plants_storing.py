@@ -199,3 +199,20 @@ def _dies_before_it_says_what_was_lost(victim: int, worker: int) -> None:
 
     if worker == victim:
         keeping.Keeper._tell = die  # type: ignore[method-assign]
+
+
+def dies_waiting_for_shares(victim: int) -> Callable[[int], None]:
+    """`victim` is killed where all wait for a checkpoint that is still being written, before the next one begins."""
+    return partial(_dies_waiting_for_shares, victim)
+
+
+def _dies_waiting_for_shares(victim: int, worker: int) -> None:
+    finish = keeping.Keeper.finish_writing
+
+    def die(self: keeping.Keeper) -> Any:
+        if self._storing is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return finish(self)
+
+    if worker == victim:
+        keeping.Keeper.finish_writing = die  # type: ignore[method-assign]

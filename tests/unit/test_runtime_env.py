@@ -34,7 +34,10 @@ pytestmark = pytest.mark.usefixtures("folder_with_a_recipe")
 
 def test_an_embedded_ray_gets_variables_only_and_absolute_paths(tmp_path: Path) -> None:
     origin = {"checkpoint": "other", "mapping": "rules.json"}
-    job = a_job(checkpoint={"path": "ckpt"}, run_dir="out", numerics={"threads": 3}, start_from=origin)
+    places = [{"path": "far"}, {"path": "s3://b/c"}]
+    job = a_job(
+        checkpoint={"path": "ckpt", "copy_to": places}, run_dir="out", numerics={"threads": 3}, start_from=origin
+    )
     prepared = prepare(job)
     assert prepared.runtime_env == {
         "env_vars": {
@@ -49,6 +52,7 @@ def test_an_embedded_ray_gets_variables_only_and_absolute_paths(tmp_path: Path) 
     assert prepared.job.data.path == f"{tmp_path}/data"
     assert prepared.job.checkpoint is not None
     assert prepared.job.checkpoint.path == f"{tmp_path}/ckpt"
+    assert [place.path for place in prepared.job.checkpoint.copy_to] == [f"{tmp_path}/far", "s3://b/c"]
     assert prepared.job.run_dir == f"{tmp_path}/out"
     assert prepared.job.start_from is not None
     assert prepared.job.start_from.checkpoint == f"{tmp_path}/other"

@@ -42,6 +42,20 @@ def test_what_the_storage_has_taken_is_not_copied(scene: Scene) -> None:
     assert handle.stall_s > 0
 
 
+def test_who_waits_for_a_save_may_be_called_away(scene: Scene) -> None:
+    handle = scene.save(1)
+
+    def called_away() -> None:
+        raise KeyError("parked")
+
+    with pytest.raises(KeyError, match="parked"):
+        handle.result(30, called_away)
+    with pytest.raises(SaveTimeout, match=r"waited 0\.15 s for it$"):
+        handle.result(0.15, lambda: None)
+    scene.gate.opened.set()
+    assert handle.result(30, lambda: None).step == 1
+
+
 def test_the_pool_is_used_again(scene: Scene) -> None:
     for step in (1, 2, 3):
         scene.gate.reached.clear()
