@@ -78,21 +78,27 @@ def combine_digest(
 
     """
     fields = [DIGEST_ALGORITHM.encode()]
+    known: dict[tuple[str, tuple[int, ...]], tuple[int, bytes, bytes]] = {}  # most tensors have a shape of many
     for name in sorted(tensors):
         dtype, shape, hashes = tensors[name]
-        item_bytes(dtype)
-        want = cells(num_elements(shape)) * CELL_HASH_BYTES
+        facts = known.get((dtype, tuple(shape)))
+        if facts is None:
+            item_bytes(dtype)
+            want = cells(num_elements(shape)) * CELL_HASH_BYTES
+            facts = want, dtype.encode(), struct.pack(f"<{len(shape)}Q", *shape)
+            known[dtype, tuple(shape)] = facts
+        want, type_bytes, shape_bytes = facts
         if len(hashes) != want:
             raise InvalidPiece(f"{name}: {len(hashes)} bytes of cell hashes, expected {want} for shape {list(shape)}")
-        fields += (b"tensor", name.encode(), dtype.encode(), struct.pack(f"<{len(shape)}Q", *shape), hashes)
+        fields += (b"tensor", name.encode(), type_bytes, shape_bytes, hashes)
     for alias, target in sorted((aliases or {}).items()):
         fields += (b"alias", alias.encode(), target.encode())
-    lengths = struct.pack(f"<{len(fields)}Q", *map(len, fields))
+    sizes = list(map(len, fields))
+    packed = {size: struct.pack("<Q", size) for size in set(sizes)}
     total = hashlib.sha256()
     for at in range(0, len(fields), 4096):  # few large updates: a state may have very many small tensors
-        here = fields[at : at + 4096]
-        sizes = [lengths[8 * i : 8 * i + 8] for i in range(at, at + len(here))]
-        total.update(b"".join(itertools.chain.from_iterable(zip(sizes, here, strict=True))))
+        before = map(packed.__getitem__, sizes[at : at + 4096])
+        total.update(b"".join(itertools.chain.from_iterable(zip(before, fields[at : at + 4096], strict=True))))
     return total.hexdigest()
 
 

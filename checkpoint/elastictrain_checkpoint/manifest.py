@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import xxhash
 from pydantic import Field, ValidationError
+from pydantic_core import to_json
 
 from elastictrain_checkpoint import sidecar, tagged
 from elastictrain_checkpoint.collector import no_collections
@@ -207,7 +208,16 @@ def write_manifest(
 
 
 def _canonical(document: Mapping[str, Any]) -> bytes:
-    return json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
+    """The document as ASCII without spaces, fields in their order."""
+    return b"{%s}" % b",".join([_field(key, value) for key, value in document.items()])
+
+
+def _field(key: str, value: Any) -> bytes:
+    if key == "tensors":  # nearly all of the text, and six times as fast; the same but for names that are not ASCII
+        text = to_json({key: value})
+        if text.isascii():
+            return text[1:-1]
+    return json.dumps({key: value}, separators=(",", ":"), allow_nan=False).encode()[1:-1]
 
 
 def _signed(body: bytes) -> bytes:
@@ -290,7 +300,7 @@ def _check_document(document: Document, raw: bytes, fetch: Fetch | None) -> Mani
     columns = columns_of(document.tensors) if document.chunks is None else _chunks_beside(document, fetch)
     if document.cells is not None:
         sidecar.sidecar_path(sidecar.CELLS, document.step, document.cells)
-    tensors = {name: (columns.dtypes[i], tuple(columns.shape_of(i))) for i, name in enumerate(columns.names)}
+    tensors = dict(zip(columns.names, zip(columns.dtypes, columns.shapes(), strict=True), strict=True))
     check_tensor_names([*tensors, *document.alias])
     paths = _check_paths(document)
     sums = tuple(_check_sums(file, document.hash.block) for file in document.files)

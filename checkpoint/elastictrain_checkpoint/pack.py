@@ -8,12 +8,13 @@ attempt's folder as it is.
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+from pydantic_core import to_json
 
 from elastictrain_checkpoint.boxes import Box, flat_range_to_boxes, strides
 from elastictrain_checkpoint.collector import no_collections
@@ -177,8 +178,8 @@ def pack_header(boxes: Sequence[BoxData]) -> bytes:
         sharding[key] = {"saved_offsets": offsets}
         header[key] = {"dtype": box.dtype, "shape": sizes, "data_offsets": (at, at + box.size_bytes)}
         at += box.size_bytes
-    header["__metadata__"]["DCP_SHARDING_INFO"] = json.dumps(sharding, separators=(",", ":"))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    header["__metadata__"]["DCP_SHARDING_INFO"] = to_json(sharding).decode()
+    text = to_json(header)
     text += b" " * (-(len(text) + 8) % HEADER_ALIGN_BYTES)
     return struct.pack("<Q", len(text)) + text
 
@@ -198,7 +199,8 @@ def write_pack(store: Store, path: str, boxes: Sequence[BoxData]) -> FileRecord:
             runs += [Run(view) for view in box.rope]
         else:
             step = DIGEST_BLOCK_ELEMENTS * item_bytes(box.dtype)
-            runs += [Run(view, step, box.cells) for view in box.rope]
+            for view in box.rope:
+                runs.append(Run(view, step, box.cells))
     blocks = Blocks(runs, len(header) + sum(box.size_bytes for box in boxes))
     size = store.create(path, blocks)
     return record_of(path, size, len(header), blocks.sums)
@@ -334,9 +336,8 @@ def _plan(
         shape = list(piece.shape)
         record = tensors.get(piece.name)
         if record is None:
-            record = PartTensor(piece.dtype, shape, [], [])
-            tensors[piece.name] = record
-        if (record.dtype, record.shape) != (piece.dtype, shape):
+            tensors[piece.name] = PartTensor(piece.dtype, shape, [], [])
+        elif (record.dtype, record.shape) != (piece.dtype, shape):
             raise InvalidPiece(
                 f"{piece.name}: pieces disagree, {record.dtype} {record.shape} and {piece.dtype} {shape}"
             )

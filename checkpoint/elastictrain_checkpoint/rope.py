@@ -43,7 +43,7 @@ def as_rope(data: Any, what: str, step_bytes: int) -> Rope:
 
 def rope_bytes(rope: Rope) -> int:
     """Length of the run in bytes."""
-    return sum(len(view) for view in rope)
+    return len(rope[0]) if len(rope) == 1 else sum(map(len, rope))
 
 
 def cut_rope(rope: Rope, start: int, stop: int) -> Rope:

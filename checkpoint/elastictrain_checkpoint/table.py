@@ -42,10 +42,10 @@ class Columns:
     sizes_bounds: Ints
     sizes: Ints
 
-    def shape_of(self, number: int) -> list[int]:
-        """Shape of one tensor."""
-        shape: list[int] = self.shape[self.shape_bounds[number] : self.shape_bounds[number + 1]].tolist()
-        return shape
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shape of each tensor."""
+        flat = self.shape.tolist()
+        return [tuple(flat[begin:end]) for begin, end in itertools.pairwise(self.shape_bounds.tolist())]
 
     def box_of(self, row: int) -> tuple[list[int], list[int]]:
         """Box of one chunk."""
@@ -167,8 +167,7 @@ def build_table(tensors: Mapping[str, TensorRecord], files: Sequence[FileRecord]
 def table_of(columns: Columns, files: Sequence[FileRecord]) -> ChunkTable:
     """As `build_table`, from columns."""
     names = columns.names
-    shapes = (columns.shape_of(number) for number in range(len(names)))
-    counts = np.array([num_elements(shape) for shape in shapes], dtype=np.int64)
+    counts = np.array([num_elements(shape) for shape in columns.shapes()], dtype=np.int64)
     _check_ranks(columns)
     flat_start, flat_stop, volume = _geometry(columns)
     items = np.array([item_bytes(dtype) for dtype in columns.dtypes], dtype=np.int64)

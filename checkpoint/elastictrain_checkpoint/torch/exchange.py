@@ -19,20 +19,27 @@ from elastictrain_checkpoint.together import lay_out
 
 
 class GroupExchange:
-    """An all-to-all of a process group for the CPU, such as gloo's; its timeout is the deadline of every call."""
+    """An all-to-all of a process group for the CPU, such as gloo's; its timeout is the deadline of every call. What a
+    call gives is overwritten by the next: memory that is new in every round would cost as much as sending it.
+    """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self._group = group
+        self._memory = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
 
     def __call__(self, sent: Sequence[Sequence[NDArray[Any]]], sizes: Sequence[int]) -> list[memoryview]:
         lengths = [sum(part.nbytes for part in parts) for parts in sent]
-        out = torch.empty(sum(sizes), dtype=torch.uint8)
-        data = torch.empty(sum(lengths), dtype=torch.uint8)
+        data, out = self._room(0, sum(lengths)), self._room(1, sum(sizes))
         lay_out([part for parts in sent for part in parts], memoryview(data.numpy()))  # type: ignore[arg-type]
         dist.all_to_all_single(out, data, list(sizes), lengths, group=self._group)
         came = memoryview(out.numpy())  # type: ignore[arg-type]
         ends = [0, *itertools.accumulate(sizes)]
         return [came[begin:end] for begin, end in itertools.pairwise(ends)]
+
+    def _room(self, which: int, size_bytes: int) -> torch.Tensor:
+        if len(self._memory[which]) < size_bytes:
+            self._memory[which] = torch.empty(size_bytes, dtype=torch.uint8)
+        return self._memory[which][:size_bytes]
 
 
 def host_exchange(group: dist.ProcessGroup | None = None) -> HostExchange | None:

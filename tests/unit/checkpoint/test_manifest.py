@@ -147,3 +147,14 @@ def test_packs_of_an_earlier_step_may_be_used_if_it_is_listed() -> None:
     assert found is not None
     assert (found.step, found.base) == (1000, (900,))
     assert all(Reader(store, found).read(name).tobytes() == data for name, (_, _, data) in state.items())
+
+
+@pytest.mark.parametrize("name", ["plain", 'quo"te\\', "straße", "層/0", "a b"])
+def test_the_text_is_that_of_the_standard_library(name: str) -> None:
+    """Whatever writes it: other versions compare it letter by letter."""
+    store = memory_store()
+    state = make_state({name: ("F32", (3, 2)), "second": ("I64", ())})
+    manifest = save(store, state, step=1, tree={"lr": 1e16, "name": name})
+    document = json.loads(manifest.raw)
+    assert json.dumps(document, separators=(",", ":"), allow_nan=False).encode() == manifest.raw
+    assert parse_manifest(manifest.raw).tensors[name] == ("F32", (3, 2))
