@@ -1,8 +1,9 @@
-"""Tokens/s of shuffled, packed batches: against bare reading of row groups, torch's DataLoader.
+"""Tokens/s of shuffled, packed batches: against bare reading of row groups, torch's DataLoader and mosaicml-streaming.
 
 Two cases. "text": documents are tokenised (bytes), packed to 1024 tokens and shuffled; one thread each for us and for
 the bare `read_row_group` loop, which only decodes. "table": rows of 1025 int32 tokens, which are only shuffled; the
-others read these, the DataLoader with two worker processes and in file order, its best case. All sides hand out
+others read these with two worker processes: the DataLoader in file order, its best case, mosaicml-streaming from shards
+of its own, shuffled. All sides hand out
 the samples of an epoch, page cache warm, interleaved; ratios are medians over rounds of ratios within a round.
 """
 
@@ -14,10 +15,12 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import mosaic
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,7 +32,10 @@ from elastictrain.data.feeder import Feeder
 from elastictrain.job import Data
 
 LANES, SIZE, LENGTH = 8, 8, 1024
+LARGE = 64
+"""Samples of a lane and step in a second case of the Feeder: what time batches take that no token takes."""
 ROUNDS, MEGABYTES, GROUP_BYTES = 7, 256, 8 << 20
+BARE, MOSAIC = "bare read_row_group", "mosaicml-streaming, 2 workers"
 
 
 def documents(total_bytes: int) -> Iterator[str]:
@@ -63,12 +69,12 @@ def write_data(folder: Path, megabytes: int) -> dict[str, Path]:
 
 def bare(folder: Path) -> int:
     """Decode every row group, one thread; the numbers in the arrays are not touched."""
-    rows = 0
-    for path in sorted(folder.iterdir()):
-        with pq.ParquetFile(path) as file:
-            for group in range(file.num_row_groups):
-                rows += file.read_row_group(group, use_threads=False).num_rows
-    return rows
+    return sum(bare_file(path) for path in sorted(folder.iterdir()))
+
+
+def bare_file(path: Path) -> int:
+    with pq.ParquetFile(path) as file:
+        return sum(file.read_row_group(group, use_threads=False).num_rows for group in range(file.num_row_groups))
 
 
 def spec_of(folder: Path, *, warm: bool = False) -> Data:
@@ -76,9 +82,15 @@ def spec_of(folder: Path, *, warm: bool = False) -> Data:
     return Data(kind="parquet", path=str(folder), warm_cache_bytes=(8 << 30) if warm else 0, **text)
 
 
-def ours(folder: Path, *, warm: bool = False, ahead: bool = False) -> int:
+def bare_in_threads(folder: Path) -> int:
+    """As `bare`, two files at a time: as many threads as the Feeder has that read."""
+    with ThreadPoolExecutor(2) as pool:
+        return sum(pool.map(bare_file, sorted(folder.iterdir())))
+
+
+def ours(folder: Path, *, ahead: bool = False, size: int = SIZE) -> int:
     """One epoch; returns its tokens."""
-    source = open_source(spec_of(folder, warm=warm), seed=1, lanes=LANES, lane_batch_size=SIZE)
+    source = open_source(spec_of(folder), seed=1, lanes=LANES, lane_batch_size=size)
     steps = source.steps_per_epoch
     places = [(step, lane) for step in range(steps) for lane in range(LANES)]
     if ahead:
@@ -88,14 +100,34 @@ def ours(folder: Path, *, warm: bool = False, ahead: bool = False) -> int:
                     feeder.expect(places[at : at + 128 * LANES])
                 feeder.batch(*place)
         source.close()
-        return steps * LANES * SIZE * (LENGTH + 1)
+        return steps * LANES * size * (LENGTH + 1)
     reader = LaneReader(source)
     for place in places:
         reader.batch(*place)
-    if warm:
-        print(f"   warm: {reader.facts}", flush=True)
     reader.close()
-    return steps * LANES * SIZE * (LENGTH + 1)
+    return steps * LANES * size * (LENGTH + 1)
+
+
+class WarmEpochs:
+    """One epoch more of a reader with a warm cache, at every call; the first was read before."""
+
+    def __init__(self, folder: Path, size: int = SIZE) -> None:
+        source = open_source(spec_of(folder, warm=True), seed=1, lanes=LANES, lane_batch_size=size)
+        self.reader, self.steps, self.size, self.epochs = LaneReader(source), source.steps_per_epoch, size, 0
+        self()
+
+    def __call__(self) -> int:
+        for step in range(self.epochs * self.steps, (self.epochs + 1) * self.steps):
+            for lane in range(LANES):
+                self.reader.batch(step, lane)
+        self.epochs += 1
+        return self.steps * LANES * self.size * (LENGTH + 1)
+
+    def close(self) -> None:
+        # What the first epoch left out at its end may hold a block that no window of it had.
+        if self.reader.blocks_decoded > np.count_nonzero(self.reader.source.order.block_rows):
+            raise RuntimeError(f"{self.reader.facts}: the second epoch and later ones must come from the cache")
+        self.reader.close()
 
 
 class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
@@ -156,17 +188,29 @@ def main() -> None:
         os.environ["XDG_CACHE_HOME"] = str(place / "cache")
         folders = write_data(place, megabytes)
         for case, folder in folders.items():
+            warm = WarmEpochs(folder)
             sides: dict[str, Callable[[], int]] = {
-                "bare read_row_group": lambda folder=folder: bare(folder),
+                BARE: lambda folder=folder: bare(folder),
+                f"{BARE}, 2 threads": lambda folder=folder: bare_in_threads(folder),
                 "LaneReader": lambda folder=folder: ours(folder),
                 "Feeder": lambda folder=folder: ours(folder, ahead=True),
-                "LaneReader, warm cache": lambda folder=folder: ours(folder, warm=True),
+                f"Feeder, {LARGE} a lane": lambda folder=folder: ours(folder, ahead=True, size=LARGE),
+                "LaneReader, warm cache": warm,
             }
             if case == "table":
                 sides["torch DataLoader, 2 workers"] = lambda folder=folder: data_loader(folder)
-            ours(folder, warm=True)  # fills the warm cache
+                if mosaic.is_there():
+                    shards = mosaic.write(folder, place / "mds")
+                    sides[MOSAIC] = lambda shards=shards: mosaic.read(shards, LANES * SIZE)
+                else:
+                    results.notes.append("mosaicml-streaming is not installed, so it is not measured.")
             measure(results, case, sides, rounds)
-    results.notes.append("The bare loop's tokens are those that our epoch hands out of the same files.")
+            warm.close()
+    results.notes.append(
+        "The bare loop's tokens are those that our epoch hands out of the same files. It is one thread, "
+        "and so is the LaneReader; the Feeder has one that decodes and one that makes batches."
+    )
+    results.notes.append('In case "text" a batch has 8 bytes (int64) for every byte that the bare loop decodes.')
     results.write()
 
 
@@ -177,17 +221,20 @@ def measure(results: common.Results, case: str, sides: dict[str, Callable[[], in
         for name, side in sides.items():
             timed(name, side, seconds, tokens)
         print(f"{case}: round {number + 1} of {rounds}", flush=True)
-    tokens["bare read_row_group"] = tokens["LaneReader"]
+    for name in sides:
+        if name.startswith(BARE):
+            tokens[name] = tokens["LaneReader"]
     speeds = speeds_of(seconds, tokens)
     for name in sides:
-        against = common.median(ratio(speeds, name, "bare read_row_group"))
+        against = common.median(ratio(speeds, name, BARE))
         results.row(case=case, side=name, tokens_per_s=common.median(speeds[name]), spread=common.spread(speeds[name]),
                     against_bare=against)  # fmt: skip
     results.raw[case] = speeds
     figures: list[tuple[str, str, str, float]] = [
-        ("Feeder", "bare read_row_group", "packed and shuffled tokens/s against a bare read_row_group loop", 0.90),
-        ("LaneReader, warm cache", "bare read_row_group", "from the warm cache against a bare Parquet loop", 5.0),
+        ("Feeder", BARE, "packed and shuffled tokens/s against a bare read_row_group loop", 0.90),
+        ("LaneReader, warm cache", BARE, "from the warm cache, second epoch on, against a bare Parquet loop", 5.0),
         ("Feeder", "torch DataLoader, 2 workers", "tokens/s against torch DataLoader", 5.0),
+        ("Feeder", MOSAIC, "tokens/s against mosaicml-streaming", 5.0),
     ]
     for one, other, words, target in figures:
         if other in sides:

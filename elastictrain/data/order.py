@@ -64,10 +64,9 @@ def permutation(key: int, n: int) -> Int64Array:
             z *= factor
             np.right_shift(z, np.uint64(shift), out=shifted)
         z ^= shifted
-    del shifted
-    # Sorting that need not be stable is faster, and it need not be unless two of the 64-bit keys are equal.
+    # Sorting that need not be stable takes less time and memory; it must be if two of the 64-bit keys are equal.
     found = np.argsort(z)
-    ordered = z[found]
+    ordered = np.take(z, found, out=shifted, mode="clip")
     if n > 1 and bool(np.any(ordered[1:] == ordered[:-1])):
         found = np.argsort(z, kind="stable")
     return found.astype(np.int64, copy=False)
@@ -141,21 +140,28 @@ class _Order(ABC):
         self.samples_per_lane = self.steps_per_epoch * lane_batch_size
         self.dropped_per_epoch = max(0, self.samples - self.samples_per_lane * lanes)
         self.repeated_per_epoch = max(0, self.samples_per_lane * lanes - self.samples)
-        self._filled: Int64Array = np.flatnonzero(self.block_rows).astype(np.int64, copy=False)
+        self._filled: Int64Array | None = None  # numbers of the blocks that have rows; None: all of them, as is usual
+        if not np.all(self.block_rows):
+            self._filled = np.flatnonzero(self.block_rows).astype(np.int64, copy=False)
         self._streams: dict[int, _Stream] = {}
         self._last: dict[int, Window] = {}
 
     def _stream(self, epoch: int) -> _Stream:
         stream = self._streams.get(epoch)
         if stream is None:
-            blocks = self._filled
+            count = len(self.block_rows if self._filled is None else self._filled)
             if self.shuffle:
-                blocks = blocks[permutation(derive_key("blocks", self.seed, epoch), len(blocks))]
+                blocks = permutation(derive_key("blocks", self.seed, epoch), count)
+            else:
+                blocks = np.arange(count, dtype=np.int64)
+            if self._filled is not None:
+                blocks = self._filled[blocks]
             if self.repeated_per_epoch:  # the stream goes on with its beginning, as often as it takes
                 rounds = -(-(self.samples + self.repeated_per_epoch) // self.samples)
                 blocks = np.tile(blocks, rounds)
             starts = np.zeros(len(blocks) + 1, dtype=np.int64)
-            np.cumsum(self.block_rows[blocks], out=starts[1:])
+            np.take(self.block_rows, blocks, out=starts[1:], mode="clip")
+            np.cumsum(starts[1:], out=starts[1:])
             stream = _Stream(blocks, starts)
             kept = dict(list(self._streams.items())[-1:])  # at an epoch's border lanes are in two epochs
             self._streams = {**kept, epoch: stream}
