@@ -63,8 +63,8 @@ class SpeedScenario:
 @dataclass(slots=True)
 class SpeedReport:
     """`none_s`, `ours_s`, `oracle_s`: the run with lanes as they were at first, as the watch moved them, and as
-    somebody would who knows every speed at once. `reversals`: how often a worker's lanes went the
-    other way than at their last move, although no speed had changed in between.
+    somebody would who knows every speed at once. `reversals`: moves after which some worker's
+    lanes went the other way than at its last one, although no speed had changed in between.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -177,24 +177,24 @@ def run_speeds(scenario: SpeedScenario, policy: Policy | None = None) -> SpeedRe
             report.decisions.append(decision)
             if decision.lanes:
                 coming.append((step + 2, decision.lanes))
-                report.reversals += _turned(last, lanes, decision.lanes, step, changes)
+                report.reversals += _turns(last, lanes, decision.lanes, step, changes)
     assert watch.decider is not None
     report.outcomes, report.lanes = watch.decider.outcomes, lanes
     return report
 
 
-def _turned(
+def _turns(
     last: list[tuple[int, int]], before: Sequence[int], after: Sequence[int], step: int, changes: Sequence[int]
-) -> int:
-    """How many workers' lanes go the other way than at their last move, although no speed has changed in between."""
-    found = 0
+) -> bool:
+    """Whether some worker's lanes go the other way than at their last move, although no speed has changed since."""
+    found = False
     for worker, (old, new) in enumerate(zip(before, after, strict=True)):
         sign = (new > old) - (new < old)
         if not sign:
             continue
         way, at = last[worker]
         if way == -sign and not any(at <= change <= step for change in changes):
-            found += 1
+            found = True
         last[worker] = (sign, step)
     return found
 
