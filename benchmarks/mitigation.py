@@ -132,7 +132,7 @@ def main() -> None:
     results.notes += [
         f"{LANES} lanes; a lane takes {lane_s} s on a device of speed 1: real computation of about 2 ms, then waiting.",
         "Rates: median of the last 20 steps.",
-        "The best split: the exact one for the true speeds, with times as measured in the run in which nothing is slow.",
+        "The best split: exact, for the true speeds, with times as measured in the run in which nothing is slow.",
         "Eviction: the slowest worker is drained five steps after it has become slow, as a perfect detector would.",
     ]  # fmt: skip
     results.write()
