@@ -166,9 +166,12 @@ def cost(results: common.Results) -> None:
 
 
 def main() -> None:
-    options = common.arguments(__doc__, lambda p: p.add_argument("--first-seed", type=int, default=HELD_BACK))
+    options = common.arguments(__doc__, lambda parser: (
+        parser.add_argument("--first-seed", type=int, default=HELD_BACK),
+        parser.add_argument("--seeds", type=int, default=None, help="virtual runs of the first kind (default 1000)"),
+    ))  # fmt: skip
     results = common.Results("stragglers", "Slow workers: detection and moves on virtual devices", options)
-    first, seeds = options.first_seed, 60 if options.quick else 1000
+    first, seeds = options.first_seed, options.seeds or (60 if options.quick else 1000)
     mixed = detection(results, range(first, first + seeds), "mixed slow-downs")
     weak = detection(results, range(first, first + seeds // 2), "slow-downs of 15 %", factor=1.15)
     every = detection(results, range(first, first + seeds // 4), "all causes", causes=CAUSES[:3])
@@ -183,7 +186,7 @@ def main() -> None:
     for name, value, target, at_most in verdicts:
         wanted = f"{target:g} or {'less' if at_most else 'more'}"
         results.figure(name, value, wanted, common.verdict(value, target, at_most=at_most))
-    healthy(results, first, 10_000 if options.quick else 100_000)
+    healthy(results, first, 10_000 if options.quick else 100 * seeds)
     greyhound(results, range(first, first + (2 if options.quick else 9)))
     cost(results)
     results.notes += [

@@ -253,10 +253,7 @@ class Detector:
                 if len(group) == 1:  # nobody to compare with: its own history alone
                     shared = np.zeros(len(part))
             else:
-                there = ~np.isnan(part)
-                shared = np.zeros(len(part))
-                rows = there.any(axis=1)
-                shared[rows] = np.nanmedian(part[rows], axis=1)
+                shared = _middle(part)
             common[:, group] = shared[:, None]
         return common
 
@@ -383,6 +380,15 @@ class Detector:
                 continue  # less work than before is nothing to be told
             alarms.append(Alarm(step, onset, int(place), CAUSES[cause], math.exp(change), slowness))
         return alarms
+
+
+def _middle(rows: Floats) -> Floats:
+    """The median of each row without its NaN; 0 where nothing else is there. (NumPy's is slow for short rows.)"""
+    ordered = np.sort(rows, axis=1)  # NaN last
+    count = (~np.isnan(rows)).sum(axis=1)
+    each = np.arange(len(rows))
+    found = (ordered[each, np.maximum(count - 1, 0) // 2] + ordered[each, np.maximum(count, 1) // 2 * (count > 1)]) / 2
+    return np.asarray(np.where(count > 0, found, 0.0))
 
 
 class _Together:
