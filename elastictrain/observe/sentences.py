@@ -301,7 +301,7 @@ def _straggler(data: Data) -> str:
         "imbalance": "has more work than others",
         "nonsense": "reports nonsense",
     }.get(str(data.get("what")), str(data.get("what")))
-    return f"{who} {now}{_why(data)}"
+    return f"{who} {now}" + _fact(data, "reason", ": {}")
 
 
 def _lanes_moved(data: Data) -> str:

@@ -63,8 +63,8 @@ class SpeedScenario:
 @dataclass(slots=True)
 class SpeedReport:
     """`none_s`, `ours_s`, `oracle_s`: the run with lanes as they were at first, as the watch moved them, and as
-    somebody would who knows every speed at once. `reversals`: how often a worker's lanes went the
-    other way than at their last move, although no speed had changed in between.
+    somebody would who knows every speed at once. `reversals`: moves after which some worker's
+    lanes went the other way than at its last one, although no speed had changed in between.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -166,58 +166,89 @@ def run_speeds(scenario: SpeedScenario, policy: Policy | None = None) -> SpeedRe
             even = [0.0] * scenario.workers
             oracle = split_affine(scenario.lanes, even, units, least=[1] * scenario.workers, before=first).parts
             best_for[tuple(units)] = oracle
-        records, taken_s = _records(devices, step, lanes, units, drawn)
+        took = _take(devices, step, lanes, units, drawn)
+        taken_s = took.total_s
         report.ours_s += taken_s
-        report.none_s += taken_s if lanes == first else _records(devices, step, first, units, drawn)[1]
-        report.oracle_s += taken_s if lanes == oracle else _records(devices, step, oracle, units, drawn)[1]
-        verdict = watch.feed(1, workers, step, b"".join(records))
+        report.none_s += taken_s if lanes == first else _take(devices, step, first, units, drawn).total_s
+        report.oracle_s += taken_s if lanes == oracle else _take(devices, step, oracle, units, drawn).total_s
+        verdict = watch.feed(1, workers, step, _records(took, lanes, drawn))
         report.findings += verdict.findings
         decision = verdict.decision
         if decision is not None:
             report.decisions.append(decision)
             if decision.lanes:
                 coming.append((step + 2, decision.lanes))
-                report.reversals += _turned(last, lanes, decision.lanes, step, changes)
+                report.reversals += _turns(last, lanes, decision.lanes, step, changes)
     assert watch.decider is not None
     report.outcomes, report.lanes = watch.decider.outcomes, lanes
     return report
 
 
-def _turned(
+def _turns(
     last: list[tuple[int, int]], before: Sequence[int], after: Sequence[int], step: int, changes: Sequence[int]
-) -> int:
-    """How many workers' lanes go the other way than at their last move, although no speed has changed in between."""
-    found = 0
+) -> bool:
+    """Whether some worker's lanes go the other way than at their last move, although no speed has changed since."""
+    found = False
     for worker, (old, new) in enumerate(zip(before, after, strict=True)):
         sign = (new > old) - (new < old)
         if not sign:
             continue
         way, at = last[worker]
         if way == -sign and not any(at <= change <= step for change in changes):
-            found += 1
+            found = True
         last[worker] = (sign, step)
     return found
 
 
-def _records(
-    devices: _Devices, step: int, lanes: Sequence[int], units: Sequence[float],
+@dataclass(slots=True)
+class _Step:
+    """What a step took of each worker, in seconds."""
+
+    compute: list[float]
+    data: list[float]
+    transfer: list[float]
+
+    @property
+    def arrive(self) -> list[float]:
+        return [own + waited for own, waited in zip(self.compute, self.data, strict=True)]
+
+    @property
+    def total_s(self) -> float:
+        return max(self.arrive) + max(self.transfer)
+
+
+def _take(
+    devices: _Devices,
+    step: int,
+    lanes: Sequence[int],
+    units: Sequence[float],
     drawn: Sequence[tuple[float, float, float, int]],
-) -> tuple[list[bytes], float]:  # fmt: skip
-    """The records of a step, and the seconds that it takes."""
-    compute, data, transfer = [], [], []
+) -> _Step:
+    """A step under this split of the lanes."""
+    found = _Step([], [], [])
     slow_there = any(slow.begin <= step < slow.end for slow in devices.scenario.slowness)
     for worker, (factor, tokens, squares, _) in enumerate(drawn):
-        compute.append(units[worker] * lanes[worker] * factor * _work(tokens, squares))
-        data.append(devices.extra_s(step, "data", worker) if slow_there else 0.0)
+        found.compute.append(units[worker] * lanes[worker] * factor * _work(tokens, squares))
+        found.data.append(devices.extra_s(step, "data", worker) if slow_there else 0.0)
         own = devices.extra_s(step, "link", worker) if slow_there else 0.0
-        transfer.append((0.03 * devices.step_s + own) * factor**0.5)
-    arrive = [c + d for c, d in zip(compute, data, strict=True)]
+        found.transfer.append((0.03 * devices.step_s + own) * factor**0.5)
+    return found
+
+
+def _records(took: _Step, lanes: Sequence[int], drawn: Sequence[tuple[float, float, float, int]]) -> bytes:
+    """What the workers would say of it."""
+    arrive = took.arrive
     last = max(arrive)
-    found = [
+    return b"".join(
         Signal(
-            lanes[worker], compute[worker], data[worker], arrive[worker], last - arrive[worker] + transfer[worker],
-            tokens=lanes[worker] * tokens, squares=lanes[worker] * squares, flags=flags,
+            lanes=lanes[worker],
+            compute_s=took.compute[worker],
+            data_s=took.data[worker],
+            arrive_s=arrive[worker],
+            exchange_s=last - arrive[worker] + took.transfer[worker],
+            tokens=lanes[worker] * tokens,
+            squares=lanes[worker] * squares,
+            flags=flags,
         ).encode()
         for worker, (_, tokens, squares, flags) in enumerate(drawn)
-    ]  # fmt: skip
-    return found, last + max(transfer)
+    )

@@ -253,10 +253,7 @@ class Detector:
                 if len(group) == 1:  # nobody to compare with: its own history alone
                     shared = np.zeros(len(part))
             else:
-                there = ~np.isnan(part)
-                shared = np.zeros(len(part))
-                rows = there.any(axis=1)
-                shared[rows] = np.nanmedian(part[rows], axis=1)
+                shared = _middle(part)
             common[:, group] = shared[:, None]
         return common
 
@@ -318,6 +315,8 @@ class Detector:
         there = ~np.isnan(rest)
         self._recent[self._turn % _MEMORY] = rest
         noise = np.maximum(self._noise, t.noise)
+        if self.model.by_length:  # what lengths cost is not known well at first
+            noise = noise * (1.0 + max(0.0, 1.0 - self._lengths_seen / (2 * _LENGTHS)))
         pace = t.shift / (noise * noise)
         most = np.full((4, 1), _STEP_SHARE * threshold)
         most[WORK] /= 4  # many steps: lengths are drawn anew in each
@@ -329,16 +328,18 @@ class Detector:
         self._up, self._down = up, down
         self._count_hiccups(rest[COMPUTE] + np.maximum(rest[DATA], 0.0))
         alarms = self._raise(step, np.maximum(up, down) >= threshold)
-        calm = there & (np.maximum(self._up, self._down) < threshold / 4)
+        calm = there & (np.maximum(self._up, self._down) < threshold / 8)
         self._seen += there
         gain = 1.0 / np.minimum(np.maximum(self._seen, 1), 64)
         follow = np.array([[0.02], [0.02], [0.02], [0.0]])
         gain[WORK] = 0.0
         bounded = np.clip(np.nan_to_num(rest), -3 * noise, 3 * noise)
-        self.level += np.where(calm, gain * bounded, 0.0) + follow * self.common * (self._seen >= t.warm_up)
+        closer = np.where(calm, gain * bounded, 0.0) + follow * self.common * (self._seen >= t.warm_up)
+        self.level += closer
+        self._best[:3] += closer[:3]  # knowing a level better is no slowness: only what was an alarm is
         spread = 1.2533 * np.minimum(np.abs(np.nan_to_num(rest)), 4 * noise)
         calm[WORK] = False
-        self._noise += np.where(calm, (spread - self._noise) / 64, 0.0)
+        self._noise += np.where(calm, (spread - self._noise) * np.maximum(gain, 1 / 32), 0.0)
         return alarms
 
     def _count_hiccups(self, rest: Floats) -> None:
@@ -379,6 +380,15 @@ class Detector:
                 continue  # less work than before is nothing to be told
             alarms.append(Alarm(step, onset, int(place), CAUSES[cause], math.exp(change), slowness))
         return alarms
+
+
+def _middle(rows: Floats) -> Floats:
+    """The median of each row without its NaN; 0 where nothing else is there. (NumPy's is slow for short rows.)"""
+    ordered = np.sort(rows, axis=1)  # NaN last
+    count = (~np.isnan(rows)).sum(axis=1)
+    each = np.arange(len(rows))
+    found = (ordered[each, np.maximum(count - 1, 0) // 2] + ordered[each, np.maximum(count, 1) // 2 * (count > 1)]) / 2
+    return np.asarray(np.where(count > 0, found, 0.0))
 
 
 class _Together:

@@ -24,12 +24,13 @@ from elastictrain.faults import (
     lose_node,
     miscompute,
     parse_faults,
+    slow,
     terminate,
 )
 from elastictrain.job import Job, parse_job
 from elastictrain.run import _check_faults
 
-KINDS = "kill, fail, freeze, terminate, lose_node, flip, miscompute, add, drain, kill_controller"
+KINDS = "kill, fail, freeze, terminate, lose_node, flip, miscompute, slow, add, drain, kill_controller"
 PHASES = (
     "'compute', 'exchange', 'mirror', 'vote', 'apply', 'gather', 'form', 'restore', 'seal', 'store', 'stored', "
     "'manifest' or 'committed'"
@@ -146,6 +147,7 @@ scripts = st.lists(
     | st.builds(lose_node, workers, steps, phases, how=st.sampled_from(["stop", "kill"]), silent_s=st.floats(0.1, 99.0))
     | st.builds(flip, workers, steps, st.sampled_from(["master", "optimizer", "gradient"]))
     | st.builds(miscompute, workers, steps, one_in=steps)
+    | st.builds(slow, workers, steps, factor=st.floats(1.5, 9.0), what=st.sampled_from(["compute", "data"]))
     | st.builds(add, steps)
     | st.builds(drain, workers, steps),
     max_size=8,

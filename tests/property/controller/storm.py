@@ -47,10 +47,13 @@ def storm(
     cluster = FaultyCluster(random_spec(rng), restore)
     cluster.poison, cluster.poison_apply = poison, poison_apply
     badness = rng.choice([0.0, 0.01, 0.03, 0.08])
+    speeds = random.Random(f"{seed}/speeds")
     busy = rng.choice([0.45, 0.55, 0.8])  # with a slow network workers are far ahead of what the controller knows
     for _ in range(length):
         if cluster.ended is not None:
             break
+        if speeds.random() < 0.04:
+            straggle(cluster, speeds)
         dice = rng.random()
         if cluster.down and rng.random() < 0.1:
             cluster.bring_back(rng.choice([0.01, 1.0, 100.0]))
@@ -74,6 +77,22 @@ def fault(cluster: FaultyCluster, rng: random.Random, kind: str) -> None:
     members = cluster.machine.core.ledger.members()
     number = rng.choice(members if members and rng.random() < 0.8 else [*sorted(cluster.workers), 999])
     random_harm(cluster, rng, kind, number)
+
+
+def straggle(cluster: FaultyCluster, rng: random.Random) -> None:
+    """The straggler watch would move lanes, or do without a worker; sometimes of a generation that is over."""
+    plan, now_s = cluster.machine.core.ledger.plan, cluster.now_s
+    if plan is None:
+        return
+    members, generation = plan.layout.workers, plan.generation - (rng.random() < 0.2)
+    if rng.random() < 0.8:
+        cuts = sorted(rng.sample(range(1, plan.layout.lane_count), len(members) - 1))
+        lanes = tuple(b - a for a, b in zip([0, *cuts], [*cuts, plan.layout.lane_count], strict=True))
+        speeds = tuple((worker, rng.uniform(0.1, 4.0)) for worker in members)
+        cluster.send(ev.LanesProposed(now_s, generation, 1, lanes, speeds, "move_lanes", "slow"))
+    else:
+        action = rng.choice(["replace", "leave_out"])
+        cluster.send(ev.StragglerLeaves(now_s, generation, 1, rng.choice(members), action, "too slow"))
 
 
 def wish(cluster: FaultyCluster, rng: random.Random, kind: str) -> None:

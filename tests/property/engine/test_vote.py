@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from elastictrain.engine.verdict import Claims
 from elastictrain.engine.vote import Ballot, Tally, VoteFormat, gradient_scale, norm_roots, root_sums
 from elastictrain.errors import InternalError
 from elastictrain.layout import Layout, Shard
+from elastictrain.stragglers.signals import RECORD_BYTES
 from elastictrain.tree import Node, finish, whole
 
 
@@ -133,6 +136,27 @@ def test_flags_are_united_and_the_plan_is_the_oldest_seen() -> None:
     tally = tally_with(1, flags=6, plan=2)
     assert tally.flags == 7
     assert tally.plan == 2
+
+
+def test_signals_travel_beside_all_else_and_change_nothing_of_it() -> None:
+    layout = Layout(3, (10, 11), ((0, 1), (2,)), (Shard(0, 2, 10, 11), Shard(2, 4, 11, 10)), 3)
+    plain = ballots(layout, 4, dict.fromkeys(range(4), 4.0), [(1.0, 2.0)] * 3)
+    records = [bytes([rank + 1]) * RECORD_BYTES for rank in range(2)]
+    claims = Claims(True, 5, {0: 1, 2: 2}, {0: 3, 2: 4})
+    for with_claims in (False, True):
+        form = VoteFormat(layout, 4, 2, claims=with_claims, signals=True)
+        without = VoteFormat(layout, 4, 2, claims=with_claims)
+        told = [replace(b, signal=raw, claims=claims) for b, raw in zip(plain, records, strict=True)]
+        result = b"".join(map(form.encode, told))
+        assert form.size == without.size + RECORD_BYTES == len(result) // 2
+        assert form.signals(result) == b"".join(records)
+        bare = b"".join(map(without.encode, told))
+        assert without.signals(bare) == b""
+        assert form.tally(result) == without.tally(bare)
+        assert form.claims(result) == without.claims(bare)
+        short = form.encode(replace(told[0], signal=b"x"))
+        assert len(short) == form.size, "whatever is said has its fixed room"
+        assert len(form.encode(replace(told[0], signal=b"x" * 1000))) == form.size
 
 
 def test_counters_that_differ_are_seen() -> None:

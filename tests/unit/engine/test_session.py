@@ -58,6 +58,18 @@ def running(request: pytest.FixtureRequest) -> Iterator[Running]:
     made.close()
 
 
+@pytest.mark.parametrize("running", [Probes(0, [])], indirect=True)
+def test_a_split_counts_when_those_before_it_have_come_too(running: Running) -> None:
+    """Orders may overtake each other; what all have in common must be known to each."""
+    session, lanes = running.session, ((0, 1),)
+    session.offer_lanes(session.generation, 2, lanes)
+    assert session.newest_offer() == 0
+    session.offer_lanes(session.generation + 1, 1, lanes)
+    assert session.newest_offer() == 0
+    session.offer_lanes(session.generation, 1, lanes)
+    assert session.newest_offer() == 2
+
+
 class TornWhileParking(Probes):
     """The order to park comes while apply runs, so before what is torn can be told."""
 

@@ -1,0 +1,150 @@
+"""Lanes by learned speed, and workers that are too slow."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from elastictrain.controller import Phase, view
+from elastictrain.controller import commands as cm
+from elastictrain.controller import events as ev
+from elastictrain.controller.adoption import outstanding
+from elastictrain.controller.journal import dump_event, load_event, replay
+from tests.unit.controller.scene import Scene, announced, every, only, spec
+
+
+def proposed(scene: Scene, lanes: tuple[int, ...] = (4, 1, 3), **changes) -> ev.LanesProposed:
+    facts = {"generation": scene.generation, "step": 9, "lanes": lanes, "action": "move_lanes", "reason": "slow"}
+    facts["speeds"] = ((0, 1.2), (1, 0.3), (2, 1.0))
+    return ev.LanesProposed(1.0, **(facts | changes))  # type: ignore[arg-type]
+
+
+def test_a_split_is_offered_to_all_members_and_told():
+    scene = Scene().run()
+    out = scene.send(proposed(scene))
+    offer = only(cm.OfferLanes, out)
+    assert (offer.generation, offer.plan, offer.workers) == (1, 1, (0, 1, 2))
+    assert offer.lanes == ((0, 1, 2, 3), (4,), (5, 6, 7))
+    told = announced(out, "lanes_moved")
+    assert told["lanes"] == {0: [3, 4], 1: [3, 1], 2: [2, 3]}
+    assert told["reason"] == "slow"
+    assert scene.machine.phase is Phase.RUNNING, "nobody pauses for it"
+    seen = view(scene.machine)
+    assert [len(worker["lanes"]) for worker in seen["workers"]] == [4, 1, 3]
+    assert seen["speeds"] == {0: 1.2, 1: 0.3, 2: 1.0}
+
+
+def test_splits_are_numbered_and_a_new_controller_offers_them_all_again():
+    scene = Scene(lane_order="round_major").run()
+    first = only(cm.OfferLanes, scene.send(proposed(scene)))
+    second = only(cm.OfferLanes, scene.send(proposed(scene, (3, 2, 3))))
+    assert (first.plan, second.plan) == (1, 2)
+    assert first.lanes[1] == (1,), "in rounds"
+    assert every(cm.OfferLanes, outstanding(scene.machine)) == [first, second]
+    again = replay(scene.machine.spec, [dump_event(event) for event in scene.log])
+    assert again == scene.machine
+    event = proposed(scene)
+    assert load_event(dump_event(event)) == event
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"generation": 0},
+        {"generation": 2},
+        {"lanes": (4, 1)},
+        {"lanes": (4, 0, 4)},
+        {"lanes": (4, 1, 4)},
+        {"speeds": ((0, 0.0),)},
+        {"speeds": ((0, math.nan),)},
+    ],
+)
+def test_what_does_not_fit_changes_nothing(wrong):
+    scene = Scene().run()
+    assert scene.send(proposed(scene, **wrong)) == []
+    assert scene.ledger.lane_offers == ()
+
+
+def test_only_while_all_step():
+    scene = Scene()
+    scene.ready(0, 1, 2)
+    assert scene.machine.phase is Phase.FORMING
+    assert scene.send(proposed(scene)) == []
+    scene.seal()
+    scene.die(2)
+    assert scene.send(proposed(scene)) == []
+
+
+def test_the_next_generation_deals_out_by_the_speeds_and_numbers_anew():
+    scene = Scene().run()
+    scene.send(proposed(scene))
+    scene.die(2)
+    plan = only(cm.Form, scene.park(0, 1, applied=5)).plan
+    assert [len(lanes) for lanes in plan.layout.lanes] == [6, 2], "1.2 : 0.3 of eight"
+    scene.seal()
+    assert every(cm.OfferLanes, outstanding(scene.machine)) == []
+    offer = only(cm.OfferLanes, scene.send(proposed(scene, (5, 3))))
+    assert (offer.generation, offer.plan) == (2, 1)
+
+
+def test_a_newcomer_counts_as_the_median_worker():
+    scene = Scene(replace=True).run()
+    scene.send(proposed(scene))
+    scene.send(ev.AddRequested(1.0))
+    scene.ready(3)
+    plan = only(cm.Form, scene.park(0, 1, 2, applied=5)).plan
+    counts = dict(zip(plan.layout.workers, map(len, plan.layout.lanes), strict=True))
+    assert counts[3] == counts[2] > counts[1]
+
+
+def leaves(scene: Scene, action: str, worker: int = 1) -> ev.StragglerLeaves:
+    return ev.StragglerLeaves(1.0, scene.generation, 9, worker, action, "far too slow", 5.0, 2.0)
+
+
+def test_a_slow_worker_gives_its_place_to_a_spare():
+    scene = Scene(spares=1)
+    scene.ready(0, 1, 2)
+    scene.seal()
+    scene.ready(3)
+    out = scene.send(leaves(scene, "replace"))
+    assert announced(out, "straggler_leaves")["worker"] == 1
+    only(cm.AskPause, out)
+    only(cm.StartWorker, out)  # another spare
+    plan = only(cm.Form, scene.park(0, 1, 2, applied=5)).plan
+    assert plan.layout.workers == (0, 2, 3)
+    assert scene.ledger.target == 3
+
+
+def test_without_a_spare_nobody_is_replaced():
+    scene = Scene().run()
+    assert scene.send(leaves(scene, "replace")) == []
+    assert scene.ledger.draining == []
+
+
+def test_a_slow_worker_is_left_out():
+    scene = Scene().run()
+    only(cm.AskPause, scene.send(leaves(scene, "leave_out")))
+    plan = only(cm.Form, scene.park(0, 1, 2, applied=5)).plan
+    assert plan.layout.workers == (0, 2)
+    assert scene.ledger.target == 2
+
+
+def test_nobody_is_left_out_below_the_minimum_or_twice():
+    scene = Scene(min_workers=3).run()
+    assert scene.send(leaves(scene, "leave_out")) == []
+    scene = Scene(min_workers=1).run()
+    scene.send(leaves(scene, "leave_out"))
+    assert scene.send(leaves(scene, "leave_out")) == []
+    assert scene.ledger.draining == [1]
+    assert scene.send(leaves(scene, "leave_out", worker=99)) == []
+
+
+def test_speeds_replace_the_setting():
+    scene = Scene(lane_shares={0: 1.0, 1: 1.0, 2: 2.0}).run()
+    assert [len(lanes) for lanes in scene.plan.layout.lanes] == [2, 2, 4]
+    scene.send(proposed(scene, (6, 1, 1), speeds=((0, 6.0), (1, 1.0), (2, 1.0))))
+    scene.die(1)
+    plan = only(cm.Form, scene.park(0, 2, applied=5)).plan
+    assert [len(lanes) for lanes in plan.layout.lanes] == [7, 1]
+    assert spec().lane_shares == {}
