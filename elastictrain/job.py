@@ -277,6 +277,11 @@ class Job(Settings):
     evaluate_every: PositiveInt | None = None
     """Call the recipe's `evaluate` at every commit whose step is a multiple of this, and at the last one."""
     workers: Workers = Workers()
+    plan: Literal["auto"] | None = None
+    """auto: choose how many workers are quickest, between `workers.min` and `workers.max`, by the planner's cost model
+    for `cluster`. The result is the same bits whatever it chooses."""
+    cluster: str | None = None
+    """YAML of the nodes and their links, for `plan: auto`; `elastictrain profile` writes one."""
     checkpoint: Checkpoint | None = None
     start_from: StartFrom | None = None
     """Weights to begin with, of any checkpoint that can be read. Default: the recipe's initial values."""
@@ -324,6 +329,16 @@ class Job(Settings):
             raise ValueError(
                 f"lanes={self.lanes} < workers.max={self.workers.max}: every worker needs a lane; "
                 "raise lanes or lower workers.max"
+            )
+        if self.plan is not None and self.cluster is None:
+            raise ValueError(
+                f"plan={self.plan!r} needs cluster: a file that says which devices there are; measure them with "
+                "`elastictrain profile`"
+            )
+        if self.plan is not None and (self.workers.lane_shares or self.workers.start is not None):
+            named = "lane_shares" if self.workers.lane_shares else "start"
+            raise ValueError(
+                f"plan={self.plan!r} and workers.{named} both say who does how much; remove workers.{named} or plan"
             )
         if self.lane_batch_size % self.micro_batches:
             raise ValueError(

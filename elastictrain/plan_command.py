@@ -106,22 +106,13 @@ def _by_model(job: Job, model: Transformer, cluster: Cluster) -> tuple[Found, Fo
 
 
 def _by_recipe(job: Job, cluster: Cluster) -> Found:
-    from elastictrain.data import open_data
-    from elastictrain.data.reader import LaneReader
-    from elastictrain.engine.describe import describe
+    from elastictrain.engine.planned import look_at
     from elastictrain.errors import CapacityError
     from elastictrain.planner.advice import smallest_help
     from elastictrain.planner.plan import Found
     from elastictrain.planner.workload import found_of, plan_workload
 
-    # Of a live source the files that are there show what a batch is like; their order does not matter here.
-    data = job.data.model_copy(update={"live": None}) if job.data.is_live else job.data
-    source = open_data(data, seed=job.seed, lanes=job.lanes, lane_batch_size=job.lane_batch_size)
-    reader = LaneReader(source)
-    try:
-        work = describe(job, reader.batch(1, 0))
-    finally:
-        source.close()
+    work = look_at(job)
     best = plan_workload(work, cluster)
     if best is None:
         helps = smallest_help(lambda other: plan_workload(work, other) is not None, cluster)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from elastictrain.engine.resume import Start
 
 Faults = Sequence[Fault]
+Note = tuple[str, dict[str, Any]]
 
 
 def run(
@@ -57,6 +58,7 @@ def run(
     """
     _check_faults(job, faults)
     watcher = observer or Blind()
+    job, planned = _planned(job)
     resuming = resume or resume_step is not None
     with sheltered(), connected(job, address, lambda: inspect(job)) as (job, environment, facts):
         check_gpus(job)
@@ -64,7 +66,7 @@ def run(
 
         start = find_start(job, resume=resuming, step=resume_step, skips=_skips(job) if resuming else ())
         job = job.model_copy(update={"start_from": start.start_from})
-        folder = _open_run_directory(job, facts.parameters, start)
+        folder = _open_run_directory(job, facts.parameters, start, planned)
         order = RunOrder(
             job=job,
             run_dir=str(folder),
@@ -119,7 +121,17 @@ def inspect(job: Job) -> ModelFacts:
     return worker_model.inspect(job)
 
 
-def _open_run_directory(job: Job, parameters: int, start: Start) -> Path:
+def _planned(job: Job) -> tuple[Job, tuple[Note, ...]]:
+    """The job with what `plan: auto` chooses, and the line of events.jsonl that says so."""
+    if job.plan is None:
+        return job, ()
+    from elastictrain.engine.planned import plan_job  # imports torch
+
+    settled, note = plan_job(job)
+    return settled, (("plan_chosen", note),)
+
+
+def _open_run_directory(job: Job, parameters: int, start: Start, planned: Sequence[Note] = ()) -> Path:
     """Make (or take up) the run directory and write its first line; the controller goes on with it."""
     if start.resumed:
         path = Path(job.run_dir) if job.run_dir is not None else latest_of(job.name)
@@ -132,7 +144,7 @@ def _open_run_directory(job: Job, parameters: int, start: Start) -> Path:
             folder.event("run_resumed", facts | {"step": start.restore.step, "checkpoint": start.restore.checkpoint})
         else:
             folder.event("run_started", facts)
-        for kind, data in start.notes:
+        for kind, data in (*planned, *start.notes):
             folder.event(kind, data)
         folder.write_data([stage.as_json() for stage in start.stages], start.data)
     return folder.path.absolute()

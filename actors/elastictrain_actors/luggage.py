@@ -31,6 +31,7 @@ def relative_paths(job: Job, faults: str | Path | None = None) -> dict[str, list
         "start_from.mapping": [job.start_from.mapping]
         if job.start_from is not None and isinstance(job.start_from.mapping, str)
         else [],
+        "cluster": [job.cluster] if job.cluster is not None else [],
         "faults": [str(faults)] if faults is not None else [],
     }
     return {

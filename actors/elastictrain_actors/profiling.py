@@ -42,7 +42,7 @@ class Prober:
     def end(self, host: str, port: int, end: int, seconds: float) -> Times:
         from elastictrain.engine.measure import measure_pair
 
-        return measure_pair(host, port, end, seconds)
+        return measure_pair(host, port, end, str(ray.util.get_node_ip_address()), seconds)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from elastictrain.errors import ClusterError
 from elastictrain.planner.measured import NodeReading, Product, Times
@@ -43,7 +44,7 @@ def timed(work: Callable[[], object], seconds: float, *, cuda: bool = False) -> 
     begun = time.perf_counter()
     while len(taken) < 3 or (time.perf_counter() - begun < seconds and len(taken) < 1000):
         if cuda:
-            first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             first.record()
             work()
             last.record()
@@ -116,24 +117,25 @@ def measure_within(seconds: float) -> Times:
         return tuple(found)
     port = free_port()
     other = multiprocessing.get_context("spawn").Process(
-        target=measure_pair, args=("127.0.0.1", port, 1, seconds), daemon=True
+        target=measure_pair, args=("127.0.0.1", port, 1, "127.0.0.1", seconds), daemon=True
     )
     other.start()
     try:
-        return measure_pair("127.0.0.1", port, 0, seconds)
+        return measure_pair("127.0.0.1", port, 0, "127.0.0.1", seconds)
     finally:
         other.join(PATIENCE_S)
         if other.is_alive():
             other.kill()
 
 
-def measure_pair(host: str, port: int, end: int, seconds: float, sizes: tuple[int, ...] = SIZES) -> Times:
-    """One end (0 or 1) of a link: tensors there and back between the two, by size. `host`, `port`: of end 0.
+def measure_pair(host: str, port: int, end: int, own: str, seconds: float, sizes: tuple[int, ...] = SIZES) -> Times:
+    """One end (0 or 1) of a link: tensors there and back between the two, by size. `host`, `port`: where they meet, at
+    end 0; `own`: the address of this end.
 
     Both ends do the same number of rounds. Raises ClusterError when the other end does not come or goes away.
     """
     found = []
-    with _pair(host, port, end) as group:
+    with _pair(host, port, end, own) as group:
         for size in sizes:
             tensor = torch.zeros(size // 4)
             taken: list[float] = []
@@ -165,11 +167,15 @@ def _there_and_back(group: dist.ProcessGroup, tensor: torch.Tensor, end: int) ->
 
 
 @contextlib.contextmanager
-def _pair(host: str, port: int, end: int) -> Iterator[dist.ProcessGroup]:
+def _pair(host: str, port: int, end: int, own: str) -> Iterator[dist.ProcessGroup]:
     patience = timedelta(seconds=PATIENCE_S)
     try:
-        store = dist.TCPStore(host, port, 2, is_master=end == 0, timeout=patience)
-        group = dist.ProcessGroupGloo(dist.PrefixStore("measure", store), end, 2, patience)
+        store = TCPStore(host, port, 2, is_master=end == 0, timeout=patience)
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._timeout = patience
+        # Not by the name of the host, which may lead to the loopback.
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=own)]
+        group: dist.ProcessGroup = dist.ProcessGroupGloo(PrefixStore("measure", store), end, 2, options)  # type: ignore[assignment]
         yield group
     except RuntimeError as error:
         raise ClusterError(

@@ -328,6 +328,7 @@ _ENDED = {"finished": "has finished", "failed": "has failed", "stopped": "was st
 SENTENCES: dict[str, Callable[[Data], str]] = {
     "run_started": _started,
     "run_resumed": lambda data: _join("run resumed", _fact(data, "step", " at step {}"), _world(data)),
+    "plan_chosen": lambda data: "; ".join(data.get("said") or ["plan: auto"]),
     "stage": _stage,
     "data_skipped": lambda data: (
         _join("taken out of the data", _fact(data, "step", " after step {}"))

@@ -125,7 +125,7 @@ def _steps(lines: Iterator[dict[str, Any]], layout: np.dtype[np.void]) -> Iterat
 
 def described(layout: np.dtype[np.void]) -> dict[str, Any]:
     """A structured type as plain data; `np.dtype` makes it again."""
-    fields = layout.fields or {}
+    fields: Mapping[str, Any] = layout.fields or {}
     names = list(layout.names or ())
     return {
         "names": names, "formats": [fields[name][0].str for name in names],

@@ -54,11 +54,12 @@ class LanePlan:
 
 
 def plan_lanes(
-    teams: Sequence[Team], lanes: int, state_bytes: float, *, better_than_s: float = float("inf")
+    teams: Sequence[Team], lanes: int, state_bytes: float, *, better_than_s: float = float("inf"), least: int = 0
 ) -> LanePlan | None:
     """The best use of all the teams together, or None when the state fits in no combination or none is quicker.
 
-    `state_bytes`: masters and optimizer state of the whole model, mirrors included.
+    `state_bytes`: masters and optimizer state of the whole model, mirrors included. `least`: lanes that every device
+    gets at least.
     """
     best: LanePlan | None = None
     limit = better_than_s
@@ -68,18 +69,22 @@ def plan_lanes(
         relaxed = lanes + sum(t.count * w.fixed_s / w.lane_s for t, w in zip(teams, ways, strict=True))
         if relaxed / speed >= limit:
             continue
-        plan = _with_ways(teams, ways, lanes, state_bytes)
+        plan = _with_ways(teams, ways, lanes, state_bytes, least)
         if plan is not None and plan.step_s < limit:
             best, limit = plan, plan.step_s
     return best
 
 
-def _with_ways(teams: Sequence[Team], ways: Sequence[Way], lanes: int, state_bytes: float) -> LanePlan | None:
+def _with_ways(
+    teams: Sequence[Team], ways: Sequence[Way], lanes: int, state_bytes: float, least: int
+) -> LanePlan | None:
     each = [(team, way) for team, way in zip(teams, ways, strict=True) for _ in range(team.count)]
     room = [team.memory_bytes - way.kept_bytes for team, way in each]
     if min(room) < 0 or sum(room) < state_bytes:
         return None
-    split = split_affine(lanes, [way.fixed_s for _, way in each], [way.lane_s for _, way in each])
+    split = split_affine(
+        lanes, [way.fixed_s for _, way in each], [way.lane_s for _, way in each], least=[least] * len(each)
+    )
     used = [space if n else 0.0 for n, space in zip(split.parts, room, strict=True)]
     try:  # the fullest is least full, so that there is room for what the estimate missed
         _, shares = fill(

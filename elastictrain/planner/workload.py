@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from elastictrain.planner.collectives import across_nodes, all_gather_s
@@ -55,10 +55,19 @@ def plan_workload(
     return best
 
 
-def teams_of(work: Workload, cluster: Cluster, chosen: Sequence[int], constants: Constants) -> tuple[Team, ...]:
-    """The chosen groups as teams of workers that each hold the whole model."""
-    devices = sum(cluster.groups[n].devices for n in chosen)
-    exchange = exchange_s(work, cluster, chosen, constants)
+def teams_of(
+    work: Workload,
+    cluster: Cluster,
+    chosen: Sequence[int],
+    constants: Constants,
+    counts: Mapping[int, int] | None = None,
+) -> tuple[Team, ...]:
+    """The chosen groups as teams of workers that each hold the whole model. `counts`: how many devices of each group
+    (default: all).
+    """
+    used = counts or {n: cluster.groups[n].devices for n in chosen}
+    devices = sum(used[n] for n in chosen)
+    exchange = exchange_s(work, cluster, chosen, constants, used)
     size = 2 if work.dtype == "bf16" else 4
     # The leaves that the forward sees, the f32 tree of the gradient, activations with what the allocator adds.
     kept = (size + 4.0) * work.params + MEMORY.activations * work.kept_bytes + MEMORY.reserve_bytes + SPREAD_BYTES
@@ -72,14 +81,18 @@ def teams_of(work: Workload, cluster: Cluster, chosen: Sequence[int], constants:
         update = OPTIMIZER_BYTES * work.params / devices / (device.bandwidth_bytes_s * constants.memory)
         way = Way("all samples of a lane at once", exchange + group.slowdown * update, lane, kept)
         memory = group.memory_limit_bytes or device.memory_bytes
-        teams.append(Team(f"{group.device} ({number})", group.devices, memory, (way,)))
+        teams.append(Team(f"{group.device} ({number})", used[number], memory, (way,)))
     return tuple(teams)
 
 
-def exchange_s(work: Workload, cluster: Cluster, chosen: Sequence[int], constants: Constants) -> float:
-    """f32 gradients to their owners, parameters back; as slow as the slowest link that is used."""
-    devices = sum(cluster.groups[n].devices for n in chosen)
-    nodes = sum(cluster.groups[n].nodes for n in chosen)
+def exchange_s(
+    work: Workload, cluster: Cluster, chosen: Sequence[int], constants: Constants, used: Mapping[int, int]
+) -> float:
+    """f32 gradients to their owners, parameters back; as slow as the slowest link that is used. `used`: devices of each
+    group, on as few nodes as hold them.
+    """
+    devices = sum(used[n] for n in chosen)
+    nodes = sum(-(-used[n] // cluster.groups[n].per_node) for n in chosen)
     size = 4.0 + (2 if work.dtype == "bf16" else 4)
     islands = {cluster.groups[n].island for n in chosen}
     slowest = 0.0
@@ -90,7 +103,8 @@ def exchange_s(work: Workload, cluster: Cluster, chosen: Sequence[int], constant
             if nodes == 1:
                 link, share = cluster.link(group.intra), constants.inside
             else:
-                link = across_nodes(cluster.link(name), group.per_node, group.per_node, nodes)
+                sending = min(used[number], group.per_node)
+                link = across_nodes(cluster.link(name), sending, group.per_node, nodes)
                 share = constants.across
             slowest = max(slowest, all_gather_s(size * work.params, devices, link, share))
     return slowest

@@ -271,7 +271,7 @@ def _costs(timings: Timings, before: Floats, healthy: Floats, excess: dict[Cause
         without = np.maximum(_largest_but(filled, column), well[:, column])
         alone = np.maximum(_largest_but(well, column), filled[:, column])
         causes = sorted(((c, s) for c, s in mine.items() if s > 0), key=lambda part: -part[1])
-        slow = sum(np.nan_to_num(seconds[:, column]) for seconds in excess.values())
+        slow = np.sum([np.nan_to_num(seconds[:, column]) for seconds in excess.values()], axis=0)
         found.append(
             Cost(worker, float((actual - without)[there].sum()), float((alone - ideal)[there].sum()), tuple(causes),
                  int((slow > 0).sum()))

@@ -64,4 +64,4 @@ def test_the_other_end_of_a_link_that_does_not_come_is_named(monkeypatch: pytest
     monkeypatch.setattr(measure, "PATIENCE_S", 0.5)
     port = measure.free_port()
     with pytest.raises(ClusterError, match=rf"^the link between this node and 127.0.0.1:{port} could not be measured"):
-        measure.measure_pair("127.0.0.1", port, 0, 1.0)
+        measure.measure_pair("127.0.0.1", port, 0, "127.0.0.1", 1.0)
