@@ -72,7 +72,8 @@ def test_ray_is_imported_only_by_the_actors() -> None:
 
 def test_torch_is_imported_only_where_tensors_are() -> None:
     found = importers("torch", python_files("elastictrain", "actors", "checkpoint"))
-    allowed = {"elastictrain/recipe.py", "elastictrain/data/feeder.py", "elastictrain/data/streaming.py"}
+    feeding = ("feeder", "live_feeder", "streaming")
+    allowed = {"elastictrain/recipe.py", *(f"elastictrain/data/{name}.py" for name in feeding)}
     # Files of torch's own formats; `tests/unit/checkpoint/test_package.py` proves that nothing else leads to them.
     formats = ("dcp_writer", "in_dcp", "in_universal", "torch_files")
     allowed |= {f"checkpoint/elastictrain_checkpoint/convert/{name}.py" for name in formats}
