@@ -1,9 +1,12 @@
 """What a checkpoint in the background costs the training beside it, against `torch.distributed.checkpoint.async_save`.
 
-Every round trains the same few steps once without a checkpoint and once with each system; the checkpoint is begun after
-the first step. Measured: how long the call takes; the total stall, which adds what is waited or copied before the next
-optimizer step; the wall time of the steps beyond those without a checkpoint; and, in a process of its own for each
-system, the peak of resident memory above that of the same steps without a checkpoint.
+Every round trains the same few steps with each system and without a checkpoint; the checkpoint is begun after the first
+step. Measured: how long the call takes; the total stall, which adds what is waited or copied before the next optimizer
+step; the wall time, and the processor time of all threads, of the steps beyond those without a checkpoint; and, in a
+process of its own for each system, the peak of resident memory above that of the same steps without a checkpoint.
+
+Steps without a checkpoint are run right before and right after those of each system, and their mean is what it is
+compared with: a machine drifts by more in a minute than a checkpoint adds.
 """
 
 from __future__ import annotations
@@ -31,10 +34,12 @@ from elastictrain_checkpoint.lazy import MAX_COPY
 from elastictrain_checkpoint.torch import AsyncSaver
 
 STEPS = 5
-"""Long enough for every system to finish its write among them."""
+LEAST_ROUNDS = 48
+"""Together long enough for every system to finish its write among them, and not much longer: noise grows with time."""
 CASES = {"256 MiB": (64, 1 << 20), "1 GiB": (256, 1 << 20), "3000 x 16 KiB": (3000, 4096)}
 """name -> (tensors, elements of each): parameters and the two averages of Adam together."""
 BEST = "DCP, kept staging"
+BARE = "none"
 
 
 class Training:
@@ -47,7 +52,7 @@ class Training:
         for parameter in self.parameters:
             parameter.grad = torch.randn(elements)
         self.square = torch.randn(512, 512)
-        self.rounds = max(20, self.state_bytes // (512 * 512 * 4) // 2)
+        self.rounds = max(LEAST_ROUNDS, self.state_bytes // (512 * 512 * 4) // 6)
         self.optimizer.step()
 
     @property
@@ -124,7 +129,7 @@ SYSTEMS: dict[str, Callable[[Training, Path], Any]] = {
 def train(training: Training, system: Any) -> dict[str, float]:
     """A few steps, with a checkpoint after the first if there is a system."""
     returned = waited = 0.0
-    begun = time.perf_counter()
+    begun, worked = time.perf_counter(), time.process_time()
     for step in range(STEPS):
         training.compute()
         if system is not None:
@@ -138,7 +143,8 @@ def train(training: Training, system: Any) -> dict[str, float]:
             returned = time.perf_counter() - at
     wall = time.perf_counter() - begun
     more = system.finish() if system is not None else {}
-    return {"return ms": 1e3 * returned, "stall ms": 1e3 * (returned + waited), "wall s": wall, **more}
+    times = {"wall s": wall, "processor s": time.process_time() - worked}
+    return {"return ms": 1e3 * returned, "stall ms": 1e3 * (returned + waited), **times, **more}
 
 
 def peak_bytes() -> int:
@@ -174,21 +180,25 @@ def memory_of(case: str, name: str, folder: Path) -> int:
 
 
 def measure(case: str, names: list[str], rounds: int, folder: Path) -> tuple[int, dict[str, list[dict[str, float]]]]:
-    """All systems in turn, round by round; the first round warms up and is dropped."""
+    """All systems in turn, round by round, each between two runs without a checkpoint; the first round warms up and is
+    dropped.
+    """
     training = Training(*CASES[case])
-    systems: dict[str, Any] = {"none": None}
-    for number, name in enumerate(names):
-        systems[name] = SYSTEMS[name](training, folder / str(number))
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
+    systems = {name: SYSTEMS[name](training, folder / str(number)) for number, name in enumerate(names)}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in [BARE, *names]}
     for turn in range(rounds + 1):
-        order = list(systems)
-        for name in order[turn % len(order) :] + order[: turn % len(order)]:
+        before = train(training, None)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
             one = train(training, systems[name])
+            for old in sorted((folder / str(names.index(name))).glob("step-*")):
+                shutil.rmtree(old)  # the disk holds one checkpoint
+            after = train(training, None)
+            for key, added in (("wall s", "added wall ms"), ("processor s", "added processor ms")):
+                one[added] = 1e3 * (one[key] - (before[key] + after[key]) / 2)
             if turn:
                 found[name].append(one)
-        for number in range(len(names)):
-            for old in sorted((folder / str(number)).glob("step-*")):
-                shutil.rmtree(old)  # the disk holds one checkpoint of each
+                found[BARE].append(after)
+            before = after
     return training.state_bytes, found
 
 
@@ -222,16 +232,18 @@ def main() -> None:
         with common.scratch("stall") as folder:
             size, found = measure(case, names, rounds, folder)
             results.raw[case] = found
-            bare_s = common.median(one["wall s"] for one in found["none"])
+            bare_s = common.median(one["wall s"] for one in found[BARE])
             shown: dict[str, dict[str, Any]] = {}
             for number, name in enumerate(names):
                 runs = found[name]
                 extra = memory_of(case, name, folder / f"memory-{number}")
-                added = [1e3 * (one["wall s"] - bare["wall s"]) for one, bare in zip(runs, found["none"], strict=True)]
+                added = [one["added wall ms"] for one in runs]
                 shown[name] = {
                     "return ms": common.median(one["return ms"] for one in runs),
                     "stall ms": common.median(one["stall ms"] for one in runs),
                     "added wall ms": common.median(added),
+                    "added wall ms over rounds": common.spread(added),
+                    "added processor ms": common.median(one["added processor ms"] for one in runs),
                     "extra memory / state": extra / size,
                     "copied / state": common.median(one.get("copied", float("nan")) for one in runs) / size,
                     "pool / state": max(one.get("pool", float("nan")) for one in runs) / size,
@@ -244,8 +256,10 @@ def main() -> None:
             "sides write durably (fsync); one thread trains, what writes has threads of its own."
         ),
         (
-            "`added wall` is the time of these steps beyond those of the same round without a checkpoint; a write that "
-            "takes longer than the steps is not in it."
+            "`added wall` is the time of these steps beyond the mean of the same steps without a checkpoint right "
+            "before and right after; a write that takes longer than the steps is not in it. `added processor` is the "
+            "time of all threads of the process, from the first step until the checkpoint is there: less exact on a "
+            "quiet machine, but other processes hardly touch it."
         ),
         (
             "Extra memory: peak of resident memory in the steps of a second checkpoint, beyond the same steps without "

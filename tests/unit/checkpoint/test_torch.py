@@ -19,6 +19,7 @@ from elastictrain_checkpoint import load as load_manifest
 from elastictrain_checkpoint.errors import SaveDropped, SaveFailed, StateChanged, StateMismatch
 from elastictrain_checkpoint.handle import SaveState
 from elastictrain_checkpoint.store import _backend
+from elastictrain_checkpoint.torch.sharded import common_aliases
 
 ODD = [torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu, torch.complex128]
 PLAIN = [
@@ -380,3 +381,17 @@ def test_the_function_uses_one_saver_for_a_path(tmp_path) -> None:
         found = {"w": torch.zeros(9)}
         checkpoint.load(found, tmp_path, step=step)
         assert found["w"].tolist() == [-float(step)] * 9
+
+
+def test_names_are_tied_also_where_a_rank_cannot_see_it() -> None:
+    tied, blind, apart = ({"head": "embed"}, ()), ({}, ("embed", "head")), ({}, ())
+    assert common_aliases([tied, tied]) == common_aliases([tied, blind]) == {"head": "embed"}
+    assert common_aliases([blind, tied, blind]) == {"head": "embed"}
+    assert common_aliases([apart, apart]) == {}
+    with pytest.raises(InvalidPiece) as refused:
+        common_aliases([blind, tied, apart])
+    assert str(refused.value) == (
+        "head and embed share memory on some ranks, but not on rank 2; tie them on every rank, or on none"
+    )
+    with pytest.raises(InvalidPiece, match=r"^head and other share memory on some ranks, but not on rank 0;"):
+        common_aliases([tied, ({"head": "other"}, ())])
