@@ -20,6 +20,8 @@ from elastictrain.data.windows import Key, Loaded, Place, key_of, place_of
 
 _JOIN_S = 60.0
 _LOOK_S = 1.0
+_WINDOWS_READY = 4
+"""Of a lane and source, whatever the budget: where row groups are small, thousands would fit into it."""
 
 
 class Ended(Exception):
@@ -39,7 +41,7 @@ class Ahead:
 
     `load` reads one; it is called in the thread, and may call `check`. `after` says which one follows in a lane, and
     `steps_of` for how many steps a window lasts that is begun at some step. `budget_bytes`: what the blocks of windows
-    that nobody uses yet may take; one window may always be ready, whatever its size.
+    that nobody uses yet may take; one window may always be ready, whatever its size, and at most four of a lane.
     """
 
     def __init__(
@@ -123,12 +125,16 @@ class Ahead:
 
     def _next(self) -> _Coming | None:
         """The window to read now: the one that is needed first, if the budget has room for it."""
-        everything = self._all()
-        queued = [coming for coming in everything if coming.loaded is None and not coming.reading]
+        queued: list[_Coming] = []
+        taken: dict[int, int] = {}
+        for here in self._coming.values():
+            ready = [coming.loaded for coming in here.values() if coming.loaded is not None]
+            taken.update((block.number, block.bytes) for loaded in ready for block in loaded.blocks)
+            if len(ready) < _WINDOWS_READY:
+                queued += [coming for coming in here.values() if coming.loaded is None and not coming.reading]
         if not queued:
             return None
         first = min(queued, key=lambda coming: coming.due)
-        taken = {block.number: block.bytes for c in everything if c.loaded is not None for block in c.loaded.blocks}
         more = {piece.block for piece in first.window.pieces} - taken.keys()
         if taken and sum(taken.values()) + len(more) * self._largest_bytes > self._budget_bytes:
             return None

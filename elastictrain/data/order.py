@@ -168,7 +168,7 @@ class _Order(ABC):
         return stream
 
     def after(self, window: Window) -> Window:
-        """Return the window that follows in a window's lane, in its epoch or in the next."""
+        """Return the window that is to be read next in a window's lane, in its epoch or in the next."""
         if window.stop < self.samples_per_lane:
             return self.window_at(window.epoch, window.lane, window.stop)
         return self.window_at(window.epoch + 1, window.lane, 0)
@@ -274,6 +274,16 @@ class StrictOrder(_Order):
         low, high = _block_at(stream.starts, first), _block_at(stream.starts, first + size - 1) + 1
         pieces = _pieces(stream, low, high, first, first + size)
         return Window(epoch, lane, number, number * size, (number + 1) * size, pieces, None)
+
+    def after(self, window: Window) -> Window:
+        """Return the next window of the lane that has something of another block; those before it need no reading."""
+        stream, size = self._stream(window.epoch), self.lane_batch_size
+        last = (window.number * self.lanes + window.lane + 1) * size - 1  # sample of the window
+        end = int(stream.starts[_block_at(stream.starts, last) + 1])
+        number = max(window.number + 1, -(-(end + 1 - (window.lane + 1) * size) // (self.lanes * size)))
+        if number >= self.steps_per_epoch:
+            return self.window_at(window.epoch + 1, window.lane, 0)
+        return self.window_at(window.epoch, window.lane, number * size)
 
 
 def _pieces(stream: _Stream, low: int, high: int, start: int, stop: int) -> tuple[Piece, ...]:

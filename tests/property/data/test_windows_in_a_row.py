@@ -14,12 +14,11 @@ from elastictrain.data.order import LaneOrder, StrictOrder, permutation
 SIZES = st.lists(st.integers(0, 30), min_size=1, max_size=12)
 
 
-@given(SIZES, st.integers(1, 4), st.integers(1, 5), st.integers(1, 3), st.booleans(), st.booleans())
+@given(SIZES, st.integers(1, 4), st.integers(1, 5), st.integers(1, 3), st.booleans())
 def test_windows_follow_each_other_without_a_gap(
-    sizes: list[int], lanes: int, size: int, window_blocks: int, strict: bool, repeat: bool
+    sizes: list[int], lanes: int, size: int, window_blocks: int, repeat: bool
 ) -> None:
-    kind = StrictOrder if strict else LaneOrder
-    order = kind(sizes, seed=5, lanes=lanes, lane_batch_size=size, window_blocks=window_blocks, repeat=repeat)
+    order = LaneOrder(sizes, seed=5, lanes=lanes, lane_batch_size=size, window_blocks=window_blocks, repeat=repeat)
     if not sum(sizes) or not order.steps_per_epoch:
         return
     for lane in range(lanes):
@@ -29,6 +28,25 @@ def test_windows_follow_each_other_without_a_gap(
             place += window.stop - window.start
             window = order.after(window)
         assert (window.epoch, window.start, place) == (2, 0, 2 * order.samples_per_lane)
+
+
+@given(SIZES, st.integers(1, 4), st.integers(1, 5), st.booleans())
+def test_in_strict_order_the_next_window_is_the_first_with_something_of_another_block(
+    sizes: list[int], lanes: int, size: int, repeat: bool
+) -> None:
+    order = StrictOrder(sizes, seed=5, lanes=lanes, lane_batch_size=size, repeat=repeat)
+    for lane in range(lanes):
+        row = [order.window_at(0, lane, step * size) for step in range(order.steps_per_epoch)]
+        for at, window in enumerate(row):
+            after = order.after(window)
+            passed = row[at + 1 :] if after.epoch else row[at + 1 : after.number]
+            assert (after.epoch, after.lane) in ((0, lane), (1, lane))
+            assert all({p.block for p in one.pieces} <= {window.pieces[-1].block} for one in passed)
+            assert after.epoch or len(passed) == after.number - at - 1
+            if after.epoch:
+                assert after.number == 0
+            elif not repeat:
+                assert {p.block for p in after.pieces} - {window.pieces[-1].block}
 
 
 @given(SIZES, st.integers(1, 4), st.integers(1, 5), st.integers(1, 3), st.booleans())

@@ -120,6 +120,20 @@ def test_no_more_is_read_than_the_budget_and_what_is_taken_makes_room() -> None:
         assert len(files.reads) == len(set(files.reads)) == 9, "each once"
 
 
+def test_no_more_than_four_windows_of_a_lane_lie_ready() -> None:
+    with reading(1000) as (files, ahead):
+        window = files.first(0)
+        ahead.follow(window, 10.0)
+        until_ready(ahead, 4)
+        for _ in range(5):
+            window = files.order.after(window)
+            assert ahead.take(window) is not None
+            assert len(until_ready(ahead, 4)) == 4
+        ahead.follow(files.first(1), 10.0)
+        until_ready(ahead, 8)
+        assert len(files.reads) == 13
+
+
 def test_one_window_is_read_whatever_the_budget() -> None:
     with reading(0.1) as (files, ahead):
         ahead.follow(files.first(1), 3.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -57,3 +58,37 @@ def test_a_batch_belongs_to_the_caller_also_when_rows_of_several_were_gathered(t
                 batch = reader.batch(step, lane)["n"]
                 np.testing.assert_array_equal(batch, expected)
                 batch[:] = -1
+
+
+def test_batches_in_a_row_are_made_in_one_go_and_handed_out_at_their_own_steps(tmp_path: Path) -> None:
+    reader, fresh = reader_of(tmp_path), reader_of(tmp_path)
+    finish, calls = reader.source.finish, []
+
+    def counted(step: int, lane: int, batch: Any) -> Any:
+        calls.append((step, lane))
+        return finish(step, lane, batch)
+
+    reader.source.finish = counted  # type: ignore[method-assign, assignment]
+    steps = reader.source.steps_per_epoch
+    for step in range(steps):
+        assert reader.batch(step, 1).ids.tolist() == fresh.batch(step, 1).ids.tolist()
+    assert len(calls) < steps // 3
+    jumps = [0, 2, 3, 1, 2, 5, 6, 6, 4, 0, 1, 3, 2, 2, 1, 0, 7, 9, 8]
+    for step in jumps:
+        expected = {lane: LaneReader(fresh.source).batch(step, lane) for lane in (0, 1)}
+        for lane, batch in expected.items():
+            found = reader.batch(step, lane)
+            assert found.ids.tolist() == batch.ids.tolist(), (step, jumps)
+            assert found["n"].tolist() == batch["n"].tolist()
+    reader.close()
+    assert not reader._prepared
+
+
+def test_prepared_batches_of_a_lane_that_left_are_forgotten(tmp_path: Path) -> None:
+    reader = reader_of(tmp_path)
+    for step in range(3):
+        reader.batch(step, 4)
+    assert 4 in reader._prepared
+    for step in range(3 * LANES):
+        reader.batch(step % reader.source.steps_per_epoch, 0)
+    assert set(reader._prepared) <= {0}
