@@ -46,6 +46,7 @@ ALL = {
     "data_position": ["data/position.py"],
     "data_live": ["data/live.py"],
     "data_steady": ["data/steady.py"],
+    "data_ray_data": ["data/ray_data.py"],
 }
 BEGIN, END = "<!-- figures: written by run_all.py -->", "<!-- end of figures -->"
 

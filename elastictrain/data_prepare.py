@@ -32,6 +32,9 @@ def prepare(
     deduplicate: Annotated[bool | None, typer.Option("--deduplicate", help="Of equal documents keep one.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of the shuffle.")] = None,
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="Tasks at the same time.")] = None,
+    segments: Annotated[
+        bool, typer.Option("--segments", help="Let a job with data.live begin on files that are finished.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what was begun in --out.")] = False,
     address: Annotated[
         str | None, typer.Option(help="Ray cluster: auto, or host:port of its head; default: an embedded one.")
@@ -42,6 +45,8 @@ def prepare(
     given = {"out": out, "kind": kind, "text_column": text_column, "columns": columns or None, "tokenizer": tokenizer,
              "map": map_, "filter": filter_, "seed": seed, "workers": workers}  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
+    if segments:
+        given["segments"] = True
     if deduplicate is not None:
         given["deduplicate"] = "exact" if deduplicate else "no"
     settings = _settings(source, given)

@@ -14,7 +14,7 @@ from elastictrain.settings import PositiveInt, Settings, a_number, explain, kind
 Share = Annotated[float, BeforeValidator(a_number), Field(ge=0)]
 Seed = Annotated[int, BeforeValidator(not_a_switch), Field(ge=0)]
 
-WHERE_ONLY = ("out", "out_options", "storage_options", "workers", "cpus", "gpus")
+WHERE_ONLY = ("out", "out_options", "storage_options", "workers", "cpus", "gpus", "segments")
 """Settings that say where and how fast something is made, and not what."""
 
 
@@ -61,6 +61,8 @@ class Preparation(Settings):
     """What cannot be read ends the preparation, or is left out and named in the index."""
     max_document_bytes: PositiveInt = 256 << 20
     """A longer text is an error."""
+    segments: bool = False
+    """Append files to a manifest of segments in `out` as they are finished: a job with `data.live` begins on them."""
     workers: PositiveInt | None = None
     """Tasks at the same time; None: as many as the cluster has room for."""
     cpus: Share = 1.0

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from elastictrain.data.index import Progress
+from elastictrain.data.preparing.announce import Announcer
 from elastictrain.data.preparing.functions import find_function, hash_of_file
 from elastictrain.data.preparing.inputs import open_input
 from elastictrain.data.preparing.output import FileMaker
@@ -115,7 +116,17 @@ def prepare_data(
         )
     runs = [run for part in parts for run in part["runs"]]
     maker = NewFileMaker(work, runs, files, schema)
-    written = _files(store, maker, execute, progress, finished)
+    announcer = Announcer(settings) if settings.segments else None
+
+    def tell(record: dict[str, Any]) -> None:
+        if announcer is not None:
+            announcer.file(record)
+        if finished is not None:
+            finished(record)
+
+    written = _files(store, maker, execute, progress, tell)
+    if announcer is not None:
+        announcer.close()
     found = index_of(plan, index, parts, written, tokenizer)
     found = published(store, INDEX, found)
     _remove_work(store)
@@ -189,7 +200,7 @@ def _files(
     maker: NewFileMaker,
     execute: Execute,
     progress: Progress | None,
-    finished: Callable[[dict[str, Any]], None] | None,
+    finished: Callable[[dict[str, Any]], None],
 ) -> list[dict[str, Any]]:
     count = len(maker.files)
     there = set(store.list(WORK))
@@ -204,7 +215,7 @@ def _files(
     told = 0
     made = _executed(execute, maker, todo, count, "writing files", progress)
     while True:
-        while finished is not None and told in records:
+        while told in records:
             finished(records[told])
             told += 1
         record = next(made, None)
