@@ -13,8 +13,9 @@ from statistics import median
 
 import numpy as np
 
+from elastictrain.stragglers.alarms import COMPUTE, Alarm, Tuning
 from elastictrain.stragglers.decision import Decider, Decision, Policy, Situation
-from elastictrain.stragglers.detector import COMPUTE, Alarm, Detector, Tuning
+from elastictrain.stragglers.detector import Detector
 from elastictrain.stragglers.signals import EXCUSED, RECORD_BYTES, Records, checked, decode
 from elastictrain.stragglers.work import WorkModel
 
