@@ -14,7 +14,7 @@ import numpy as np
 
 import common
 from elastictrain.sim.speeds import Slowness, SpeedReport, SpeedScenario, draw_slowness, run_speeds
-from elastictrain.stragglers.detector import CAUSES, Cause
+from elastictrain.stragglers.alarms import CAUSES, Cause
 from elastictrain.stragglers.watch import StragglerWatch
 
 HELD_BACK = 100_000

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from random import Random
 
 from elastictrain.planner.split import split_affine
+from elastictrain.stragglers.alarms import Cause
 from elastictrain.stragglers.decision import Decision, Policy
-from elastictrain.stragglers.detector import Cause
 from elastictrain.stragglers.rental import prior_s
 from elastictrain.stragglers.signals import (
     FLAG_CHECKPOINT,

@@ -111,9 +111,11 @@ class _Trial:
 
 
 class Decider:
-    """Decides for one generation's workers; `outcomes` says what became of its moves."""
+    """Decides for one generation's workers; `outcomes` says what became of its moves. `evicted_s`: when workers were
+    told to go before, by `Situation.elapsed_s`; it goes on being written to, since whoever goes ends the generation.
+    """
 
-    def __init__(self, workers: int, policy: Policy | None = None) -> None:
+    def __init__(self, workers: int, policy: Policy | None = None, *, evicted_s: list[float] | None = None) -> None:
         self.policy = policy or Policy()
         self.workers = workers
         self.outcomes: list[str] = []
@@ -125,7 +127,7 @@ class Decider:
         self._slow_unit: dict[int, tuple[float, int]] = {}
         self._known_slow: set[int] = set()
         self._lost_s: dict[tuple[str, int], float] = {}
-        self._evicted_s: list[float] = []
+        self._evicted_s = [] if evicted_s is None else evicted_s
 
     def decide(self, now: Situation) -> Decision | None:
         """What to do after this step; None: nothing."""
@@ -267,7 +269,7 @@ class Decider:
         self._lost_s = {key: lost for key, lost in self._lost_s.items() if key in kept}
 
     def _evict(self, now: Situation, with_lanes_s: float) -> Decision | None:
-        self._evicted_s = [at for at in self._evicted_s if at > now.elapsed_s - self.policy.per_s]
+        self._evicted_s[:] = [at for at in self._evicted_s if at > now.elapsed_s - self.policy.per_s]
         if len(self._evicted_s) >= max(1, int(self.policy.evicted_share * self.workers)):
             return None
         for cost_s, action, worker, then_s in self._options(now, with_lanes_s):

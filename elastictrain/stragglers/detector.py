@@ -19,63 +19,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from elastictrain.stragglers.alarms import (
+    CAUSES,
+    COMPUTE,
+    DATA,
+    LINK,
+    MEMORY,
+    STEP_SHARE,
+    WORK,
+    Alarm,
+    Together,
+    Tuning,
+)
 from elastictrain.stragglers.signals import EXCUSED, Flags, Floats, Records, checked, parts
 from elastictrain.stragglers.work import WorkModel
 
-Cause = Literal["compute", "data", "link", "work"]
-CAUSES: tuple[Cause, ...] = ("compute", "data", "link", "work")
-COMPUTE, DATA, LINK, WORK = range(4)
-_MEMORY = 32
-_STEP_SHARE = 0.4
 _HICCUP = math.log(1.5)
 _APART = 3.0
 """Standard errors by which a worker's level differs from the median one where its speed counts as another."""
 _JUMP = math.log(1.2)
 _LENGTHS = 20
 """Steps with unequal lengths after which it is known how much they vary."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tuning:
-    """`shift`: the slow-down that the CUSUM looks for. `verified`: what an alarm must amount to. `warm_up`: steps from
-    which a level is first learned. `skip`: steps after a start that count for nothing. `noise`: the least that is
-    assumed. `rate`: false alarms that are put up with, per worker and step, if noise were normal. `excuses`: steps in a
-    row that a flag excuses; who always has one is looked at all the same.
-    """
-
-    shift: float = math.log(1.15)
-    verified: float = math.log(1.11)
-    warm_up: int = 5
-    skip: int = 2
-    noise: float = 0.01
-    rate: float = 1e-8
-    excuses: int = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Alarm:
-    """`worker` (its place; None: all of them together) has become slower, or faster again, for `cause` since `onset`.
-
-    `factor`: how much longer than before it takes (below 1: less). `slowness`: how much longer than at its best.
-    """
-
-    step: int
-    onset: int
-    worker: int | None
-    cause: Cause
-    factor: float
-    slowness: float
-
-    @property
-    def is_slow(self) -> bool:
-        """Whether the worker is slower now than at its best."""
-        return self.slowness >= 1.1
 
 
 class Detector:
@@ -111,7 +79,7 @@ class Detector:
         self._down: Floats = np.zeros((4, workers))
         self._up_since = np.zeros((4, workers), dtype=np.int64)
         self._down_since = np.zeros((4, workers), dtype=np.int64)
-        self._recent = np.full((_MEMORY, 4, workers), np.nan)
+        self._recent = np.full((MEMORY, 4, workers), np.nan)
         self._best = np.full((4, workers), np.inf)
         self._best[WORK] = 0.0  # equal lanes
         self._excused = np.zeros(workers, dtype=np.int64)
@@ -119,7 +87,7 @@ class Detector:
         self._counted = np.zeros(workers, dtype=np.int64)
         self._more_lanes = np.zeros(workers, dtype=np.int64)
         self._lanes: npt.NDArray[np.int64] | None = None
-        self._together = _Together(self.tuning)
+        self._together = Together(self.tuning)
         self._turn = 0
         self.common = np.zeros((4, workers))
         self.hiccups = np.zeros(workers, dtype=np.int64)
@@ -313,12 +281,12 @@ class Detector:
         """One CUSUM step of everybody, in both directions; then the levels follow whoever is calm."""
         t, threshold = self.tuning, self.threshold
         there = ~np.isnan(rest)
-        self._recent[self._turn % _MEMORY] = rest
+        self._recent[self._turn % MEMORY] = rest
         noise = np.maximum(self._noise, t.noise)
         if self.model.by_length:  # what lengths cost is not known well at first
             noise = noise * (1.0 + max(0.0, 1.0 - self._lengths_seen / (2 * _LENGTHS)))
         pace = t.shift / (noise * noise)
-        most = np.full((4, 1), _STEP_SHARE * threshold)
+        most = np.full((4, 1), STEP_SHARE * threshold)
         most[WORK] /= 4  # many steps: lengths are drawn anew in each
         value = np.where(there, rest, t.shift / 2)  # what is not there moves nothing
         up = np.maximum(0.0, self._up + np.minimum(pace * (value - t.shift / 2), most))
@@ -354,8 +322,8 @@ class Detector:
         for cause, place in zip(*np.nonzero(over), strict=True):
             up = self._up[cause, place] >= self._down[cause, place]
             since = (self._up_since if up else self._down_since)[cause, place]
-            length = int(min(_MEMORY, self._turn - since + 1))
-            turns = np.arange(self._turn - length + 1, self._turn + 1) % _MEMORY
+            length = int(min(MEMORY, self._turn - since + 1))
+            turns = np.arange(self._turn - length + 1, self._turn + 1) % MEMORY
             samples = self._recent[turns, cause, place]
             change = float(np.nanmedian(samples))
             if abs(change) < self.tuning.verified or (change > 0) != bool(up):
@@ -389,38 +357,3 @@ def _middle(rows: Floats) -> Floats:
     each = np.arange(len(rows))
     found = (ordered[each, np.maximum(count - 1, 0) // 2] + ordered[each, np.maximum(count, 1) // 2 * (count > 1)]) / 2
     return np.asarray(np.where(count > 0, found, 0.0))
-
-
-class _Together:
-    """The transfer that all workers share: when it rises for all of them, it is the network and nobody's own link."""
-
-    def __init__(self, tuning: Tuning) -> None:
-        self._tuning = tuning
-        self._level = self._best = 0.0
-        self._up = self._down = 0.0
-        self._since = 0
-        self._recent: list[float] = []
-
-    def observe(self, step: int, common: float, there: bool) -> list[Alarm]:
-        """`common`: the change that all share, against their own levels (which follow it slowly)."""
-        t = self._tuning
-        if not there:
-            return []
-        rest = common - self._level
-        pace, threshold = t.shift / (4 * t.noise) ** 2, -math.log(t.rate)
-        if self._up == 0.0 and self._down == 0.0:
-            self._since, self._recent = step, []
-        self._recent = [*self._recent[1 - _MEMORY :], rest]
-        self._up = max(0.0, self._up + min(pace * (rest - t.shift / 2), _STEP_SHARE * threshold))
-        self._down = max(0.0, self._down + min(pace * (-rest - t.shift / 2), _STEP_SHARE * threshold))
-        self._level *= 0.98  # the levels of the workers take up 0.02 of it
-        if max(self._up, self._down) < threshold:
-            return []
-        change = float(np.median(self._recent))
-        self._up = self._down = 0.0
-        if abs(change) < t.verified:
-            return []
-        self._level += change
-        self._best = min(self._best, self._level)
-        slowness = math.exp(self._level - self._best)
-        return [Alarm(step, self._since, None, "link", math.exp(change), slowness)]

@@ -13,8 +13,9 @@ from statistics import median
 
 import numpy as np
 
+from elastictrain.stragglers.alarms import COMPUTE, Alarm, Tuning
 from elastictrain.stragglers.decision import Decider, Decision, Policy, Situation
-from elastictrain.stragglers.detector import COMPUTE, Alarm, Detector, Tuning
+from elastictrain.stragglers.detector import Detector
 from elastictrain.stragglers.signals import EXCUSED, RECORD_BYTES, Records, checked, decode
 from elastictrain.stragglers.work import WorkModel
 
@@ -58,6 +59,7 @@ class StragglerWatch:
         self._best: dict[int, float] = {}
         self._slow: dict[int, int] = {}
         self._elapsed_s = 0.0
+        self._evicted_s: list[float] = []
         self._last_step = 0
         self._accused: set[int] = set()
 
@@ -70,7 +72,7 @@ class StragglerWatch:
         for place, worker in enumerate(workers):
             if worker in self._best:
                 self.detector.remember_best(place, self._best[worker])
-        self.decider = Decider(len(workers), self.policy)
+        self.decider = Decider(len(workers), self.policy, evicted_s=self._evicted_s)
         self._slow = {worker: since for worker, since in self._slow.items() if worker in set(workers)}
 
     def _keep(self) -> None:
@@ -90,9 +92,16 @@ class StragglerWatch:
         return {worker: middle / unit for worker, unit in units.items()}
 
     def feed(
-        self, generation: int, workers: Sequence[int], step: int, raw: bytes, *, spares: int = 0, least_workers: int =
-        1, acts: bool = True,
-    ) -> Verdict:  # fmt: skip
+        self,
+        generation: int,
+        workers: Sequence[int],
+        step: int,
+        raw: bytes,
+        *,
+        spares: int = 0,
+        least_workers: int = 1,
+        acts: bool = True,
+    ) -> Verdict:
         """The records of all workers for `step`, in rank order. `acts`: False for findings alone. What is older than
         what is known says nothing; nor do records whose number is not that of the workers.
         """

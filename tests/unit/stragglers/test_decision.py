@@ -148,6 +148,15 @@ def test_only_so_many_workers_go_within_an_hour():
     assert [d.worker for d in decisions if d.action == "replace"] != [], "another hour"
 
 
+def test_those_of_an_earlier_generation_count_too():
+    gone: list[float] = []
+    units = (1.0, 1.0, 50.0, 1.0)
+    play(Decider(4, Policy(evict=True), evicted_s=gone), units, range(80), slow={2: 0}, spares=2)
+    assert len(gone) == 1
+    decisions, _ = play(Decider(4, Policy(evict=True), evicted_s=gone), units, range(80, 200), slow={2: 80}, spares=1)
+    assert {decision.action for decision in decisions} == {"move_lanes"}
+
+
 def test_numbers_must_fit_the_workers():
     with pytest.raises(ValueError, match="4 lane counts, 2 speeds for 4 workers"):
         Decider(4).decide(replace(situation(0), unit_s=(1.0, 1.0)))

@@ -9,7 +9,8 @@ from random import Random
 import numpy as np
 import pytest
 
-from elastictrain.stragglers.detector import COMPUTE, DATA, Alarm, Detector
+from elastictrain.stragglers.alarms import COMPUTE, DATA, Alarm
+from elastictrain.stragglers.detector import Detector
 from elastictrain.stragglers.signals import FLAG_CHECKPOINT, FLAG_COLLECTION, Records, table
 from elastictrain.stragglers.work import WorkModel
 
