@@ -177,11 +177,12 @@ def main() -> None:
     speed(results, 1 if options.quick else 5)
     results.raw["defaults"] = DEFAULTS
     megatron_note = (
-        "Megatron table 1: two chunks per stage are assumed where there is a pipeline; six constants for ten rows show "
+        "Megatron table 1: two chunks per stage are assumed where there is a pipeline, and a network in which nobody "
+        "blocks another one (crowd 0; the paper describes a full fat tree); six constants for ten rows show "
         "that the model can express the table, not that it would foresee it."
     )
     crowd_note = (
-        "The exponent with which bandwidth falls with the number of nodes (collectives.CROWD) was chosen on the same "
+        "The exponent with which bandwidth falls with the number of nodes (Link.crowd, 0.75) was chosen on the same "
         "published runs, and is not left out with a group."
     )
     results.notes += [

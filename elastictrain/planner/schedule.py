@@ -182,7 +182,7 @@ def replayed_s(
                             chunks=cut.chunks)  # fmt: skip
         return max(op.end_s for op in operations)
 
-    few, more = 4 * stages, 6 * stages
+    few, more = 8 * stages, 16 * stages
     if cut.micro_batches <= more:
         return taken(cut.micro_batches)
     first, second = taken(few), taken(more)

@@ -16,8 +16,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 def test_the_same_bits_whatever_it_chooses(shared_ray: None, tmp_path: Path) -> None:
     expected = run_job(byte_job(tmp_path, steps=4, workers=1)).digest
-    groups = [{"device": "a100-80", "nodes": 3, "inter": "eth-10"}]
-    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump({"groups": groups}))
+    slow = {"name": "slow", "alpha_s": 0.5, "beta_bytes_s": 1e6}
+    there = {"groups": [{"device": "a100-80", "nodes": 3, "inter": "slow"}], "links": [slow]}
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(there))
     job = byte_job(
         tmp_path, steps=4, workers={"min": 1, "max": 3}, plan="auto", cluster=str(tmp_path / "cluster.yaml"),
         run_dir=str(tmp_path / "run"),
