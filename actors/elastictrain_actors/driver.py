@@ -70,6 +70,8 @@ class Record(Protocol):
 
     def row(self, values: Mapping[str, Any]) -> None: ...
 
+    def signals(self, said: StepSignals, workers: Sequence[int]) -> None: ...
+
     def status(self, values: Mapping[str, Any]) -> None: ...
 
 
@@ -193,8 +195,10 @@ class Driver:
 
     def _watch(self, signals: StepSignals) -> None:
         """They are not journalled: what follows from them is."""
-        if self._slowness is None:
-            return
+        plan = self.machine.core.ledger.plan
+        if self._slowness is None or plan is None or plan.generation != signals.generation:
+            return  # nobody asks, or it is over
+        self.record.signals(signals, plan.layout.workers)
         said, event = self._slowness.hear(signals)
         for announce in said:
             self._perform(announce)

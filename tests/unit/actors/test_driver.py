@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from elastictrain.controller import commands as cmd
 from elastictrain.controller import events as ev
-from elastictrain.controller.facts import MachineSpec
+from elastictrain.controller.facts import MachineSpec, StragglerSpec
 from elastictrain.controller.journal import replay
 from elastictrain.controller.machine import Machine
 from elastictrain.controller.view import view
 from elastictrain.faults import add, drain, kill_controller
-from elastictrain.protocol import Awaited, ParkReport, Restore, Row
+from elastictrain.protocol import Awaited, ParkReport, Restore, Row, StepSignals
+from elastictrain.stragglers.signals import Signal
 from elastictrain_actors import driver as module
 from elastictrain_actors.driver import STATUS_EVERY_S, Driver, status_fields
 from elastictrain_actors.journal_file import Replaced
@@ -44,6 +46,7 @@ class Record:
         self.kinds: list[str] = []
         self.data: list[Any] = []
         self.rows: list[Any] = []
+        self.heard: list[Any] = []
 
     def event(self, kind: str, data: Any, generation: int | None) -> None:
         self.kinds.append(kind)
@@ -51,6 +54,9 @@ class Record:
 
     def row(self, values: Any) -> None:
         self.rows.append(values)
+
+    def signals(self, said: Any, workers: Any) -> None:
+        self.heard.append((said, tuple(workers)))
 
     def status(self, values: Any) -> None:
         self.last = values
@@ -240,3 +246,17 @@ def test_a_change_of_phase_is_seen_at_once_and_a_step_after_half_a_second() -> N
     driver._turn()
     found.append((driver.status()["phase"], driver.status()["step"]))
     assert found == [("forming", 0), ("running", 0), ("running", 0), ("running", 3)]
+
+
+def test_signals_of_the_generation_that_is_there_are_written_down():
+    said = [StepSignals(generation, 3, Signal(4, 0.1).encode()) for generation in (1, 2)]
+    watched = replace(SPEC, stragglers=StragglerSpec())
+    _, _, record, journal, _ = drive([READY], [ev.Sealed(0.0, 1, 0, 0), *said], DONE[1:], spec=watched)
+    assert record.heard == [(said[0], (0,))]
+    assert not any("StepSignals" in line for line in journal), "what follows from them is journalled"
+
+
+def test_nobody_hears_signals_where_slow_workers_are_not_looked_for():
+    said = StepSignals(1, 3, Signal(4, 0.1).encode())
+    _, _, record, _, _ = drive([READY], [ev.Sealed(0.0, 1, 0, 0), said], DONE[1:])
+    assert record.heard == []
