@@ -52,7 +52,7 @@ class Training:
         for parameter in self.parameters:
             parameter.grad = torch.randn(elements)
         self.square = torch.randn(512, 512)
-        self.rounds = max(LEAST_ROUNDS, self.state_bytes // (512 * 512 * 4) // 6)
+        self.rounds = max(LEAST_ROUNDS, self.state_bytes // (512 * 512 * 4) // 4)
         self.optimizer.step()
 
     @property
