@@ -8,6 +8,7 @@ from typing import Any
 
 from elastictrain.observe.copy_words import COPIES
 from elastictrain.observe.events import Data, Event, recovery_seconds
+from elastictrain.observe.slow_words import SLOWNESS
 
 _NODE_ID = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{48}\b")
 """Ray's ids of nodes have 56 hexadecimal digits; the first eight tell them apart. (A digest has 64.)"""
@@ -293,35 +294,6 @@ def _incident(data: Data) -> str:
     return f"incident ended with the run, which {_ENDED.get(str(outcome), outcome)} ({data['cause']})"
 
 
-def _straggler(data: Data) -> str:
-    who = _who(data) if data.get("worker") is not None else "the network"
-    now = {
-        "slow": f"is slow ({data.get('cause')})",
-        "recovered": f"is as fast again as it was ({data.get('cause')})",
-        "imbalance": "has more work than others",
-        "nonsense": "reports nonsense",
-    }.get(str(data.get("what")), str(data.get("what")))
-    return f"{who} {now}" + _fact(data, "reason", ": {}")
-
-
-def _lanes_moved(data: Data) -> str:
-    lanes = data.get("lanes") or {}
-    moved = "lanes are moved back" if data.get("action") == "move_back" else "lanes move"
-    shown = [f"worker {worker} {old} → {new}" for worker, (old, new) in list(lanes.items())[:8]]
-    shown += [f"{len(lanes) - 8} more"] if len(lanes) > 8 else []
-    return _join(f"{moved}: {', '.join(shown)}", _expected(data)) + _why(data)
-
-
-def _expected(data: Data) -> str:
-    before, after = data.get("before_s"), data.get("after_s")
-    return f"; {before:.3g} s of computation a step, expected {after:.3g} s" if before and after else ""
-
-
-def _straggler_leaves(data: Data) -> str:
-    how = "gives its place to a spare" if data.get("action") == "replace" else "is left out"
-    return f"{_who(data)} is too slow and {how}{_expected(data)}{_why(data)}"
-
-
 _ENDED = {"finished": "has finished", "failed": "has failed", "stopped": "was stopped"}
 
 
@@ -359,9 +331,7 @@ SENTENCES: dict[str, Callable[[Data], str]] = {
         + _fact(data, "consequence", ": {}")
     ),
     "storage_stalled": lambda data: f"the storage stands still{_why(data)}",
-    "straggler": _straggler,
-    "lanes_moved": _lanes_moved,
-    "straggler_leaves": _straggler_leaves,
+    **SLOWNESS,
     "parking": lambda data: f"generation {data['generation']} parks{_why(data)}",
     "gathering": lambda data: _join("waiting", _fact(data, "parked", ", parked: {}")) + _why(data),
     "forming": _forming,
