@@ -82,26 +82,20 @@ class PairReading:
 
 
 def fit_link(times: Iterable[tuple[float, float]]) -> tuple[float, float]:
-    """(alpha in s, beta in bytes/s): the line whose relative errors are least.
+    """(alpha in s, beta in bytes/s): the line through the smallest transfer, which is nearly all latency, and the
+    largest one, which is nearly all bandwidth. What lies between follows other protocols than either, and would bend a
+    line through all of them.
 
-    Raises ConfigError when there are no two sizes, or the larger ones take no longer.
+    Raises ConfigError when there are no two sizes, or the largest takes no longer.
     """
-    points = [(size, seconds) for size, seconds in times if seconds > 0]
+    points = sorted((size, seconds) for size, seconds in times if seconds > 0)
     if len({size for size, _ in points}) < 2:
         raise ConfigError(f"a link needs transfers of two sizes or more, got {points}")
-    # minimise sum ((a + b n - t) / t)^2
-    w, wn, wnn, wt, wnt = 0.0, 0.0, 0.0, 0.0, 0.0
-    for size, seconds in points:
-        weight = 1 / seconds**2
-        w, wn, wnn = w + weight, wn + weight * size, wnn + weight * size**2
-        wt, wnt = wt + weight * seconds, wnt + weight * size * seconds
-    alpha = (wnn * wt - wn * wnt) / (w * wnn - wn * wn)
-    if alpha < 0:
-        alpha = 0.0
-    slope = (wnt - alpha * wn) / wnn
-    if slope <= 0:
+    (small, quick), (large, slow) = points[0], points[-1]
+    if slow <= quick:
         raise ConfigError(f"a link whose larger transfers take no longer cannot be: {points}")
-    return alpha, 1 / slope
+    beta = (large - small) / (slow - quick)
+    return max(0.0, quick - small / beta), beta
 
 
 def device_of(name: str, nodes: Sequence[NodeReading]) -> Device:

@@ -14,8 +14,6 @@ from random import Random
 from elastictrain.planner.split import fill_whole, split_affine, split_tables
 from elastictrain.planner.stages import Kind, place_stages
 
-KINDS_OF_PROBLEM = ("lanes", "tables", "blocks", "stages")
-
 
 def divisions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
     """Every way to deal `total` out to `parts`, zeros allowed."""
@@ -170,7 +168,38 @@ def check_stages(random: Random) -> bool:
             )
         )
     stages = random.randint(1, max(1, min(layers, sum(kind.count for kind in kinds))))
-    borders = {(a, b): random.choice([0.0, 0.5]) for a in range(kinds_count) for b in range(kinds_count)}
+    return _as_good_as_brute_force(random, kinds, stages, micro_batches)
+
+
+def check_again(random: Random) -> bool:
+    """The same with so little memory that most stages must compute some layers again, often on one kind alone."""
+    layers, micro_batches = random.randint(2, 8), random.randint(1, 12)
+    stages = random.randint(1, min(layers, 4))
+    shape = [random.choice([1.0, random.uniform(0.5, 2)]) for _ in range(layers)]
+    live = [random.choice([1.0, random.uniform(0.5, 2)]) for _ in range(layers)]
+    kinds = []
+    for _ in range(random.choice([1, 1, 2])):
+        speed = random.choice([1.0, 2.0, random.uniform(0.5, 2)])
+        need = (0.5 * layers + min(stages, micro_batches) * sum(live)) / stages
+        kinds.append(
+            Kind(
+                count=stages,
+                layer_s=tuple(s / speed for s in shape),
+                keep_bytes=(0.5,) * layers,
+                live_bytes=tuple(live),
+                memory_bytes=need * random.uniform(0.5, 1.3),
+                again_s=tuple(random.uniform(0.1, 0.6) * s / speed for s in shape),
+                again_bytes=tuple(0.1 * b for b in live),
+                working_bytes=random.choice([0.0, max(live)]),
+            )
+        )
+    return _as_good_as_brute_force(random, kinds, stages, micro_batches)
+
+
+def _as_good_as_brute_force(random: Random, kinds: list[Kind], stages: int, micro_batches: int) -> bool:
+    """With any borders between kinds, and the bubble and activations in flight of any schedule."""
+    layers, many = len(kinds[0].layer_s), range(len(kinds))
+    borders = {(a, b): random.choice([0.0, 0.5]) for a in many for b in many}
     bubble = random.choice([1.0, 1.0, 1 / 3, 0.5, 0.25])
     flights = random.choice([
         [float(min(stages - place, micro_batches)) for place in range(stages)],
@@ -189,7 +218,9 @@ def check_stages(random: Random) -> bool:
     )  # fmt: skip
 
 
-CHECKS = {"lanes": check_lanes, "tables": check_tables, "blocks": check_blocks, "stages": check_stages}
+CHECKS = {
+    "lanes": check_lanes, "tables": check_tables, "blocks": check_blocks, "stages": check_stages, "again": check_again,
+}  # fmt: skip
 
 
 def check(kind: str, seed: int) -> bool:

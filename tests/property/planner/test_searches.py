@@ -13,7 +13,7 @@ from elastictrain.planner.stages import Kind, place_stages
 from tests.support.planner_instances import CHECKS, check
 
 SLICE = 150
-"""Seeds per kind of problem; `benchmarks/planner.py` takes 2,500 of each."""
+"""Seeds per kind of problem; `benchmarks/planner.py` takes 2,000 of each."""
 
 
 @pytest.mark.parametrize("kind", list(CHECKS))

@@ -98,6 +98,14 @@ def test_workers_are_taken_from_the_quickest_group_first() -> None:
     assert quickest_first(WORK, mixed, (0,), 5, DEFAULTS) is None
 
 
+def test_few_workers_stay_on_one_node() -> None:
+    many, one = cluster("eth-10", 8, per_node=4), cluster("eth-10", 1, per_node=4)
+    here, there = (teams_of(WORK, found, (0,), DEFAULTS, {0: 4})[0] for found in (many, one))
+    assert here.ways[0].fixed_s == there.ways[0].fixed_s
+    five = teams_of(WORK, many, (0,), DEFAULTS, {0: 5})[0]
+    assert five.ways[0].fixed_s > 3 * here.ways[0].fixed_s
+
+
 def test_what_fits_nowhere_and_too_few_devices() -> None:
     huge = Workload(params=50_000_000_000, lane_flops=1e12, kept_bytes=1e8, lanes=16)
     assert choose_workers(huge, cluster(), 1, 16) is None

@@ -61,6 +61,12 @@ def test_a_link_is_found_from_its_transfers(alpha: float, beta: float) -> None:
     assert found_beta == pytest.approx(beta, rel=0.2 if alpha > 100 * SIZES[-1] / beta else 1e-3)
 
 
+def test_small_transfers_say_the_latency_and_large_ones_the_bandwidth() -> None:
+    alpha, beta = fit_link([(1024.0, 1e-5), (65536.0, 1.1e-5), (2.0**24, 2e-2), (2.0**26, 9e-2)])
+    assert 6e-6 < alpha < 1.2e-5
+    assert beta == pytest.approx(2**26 / 9e-2, rel=0.01)
+
+
 def test_what_cannot_be_a_link() -> None:
     with pytest.raises(ConfigError, match=r"^a link needs transfers of two sizes or more"):
         fit_link([(1024.0, 1e-5), (1024.0, 2e-5)])
