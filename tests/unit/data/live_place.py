@@ -1,0 +1,66 @@
+"""A live source to write to, for its tests."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import elastictrain as et
+from elastictrain.data import LaneReader
+from elastictrain.data.live import LiveSource, open_live
+from elastictrain.data.segments import SegmentWriter
+from elastictrain.data.streaming import Stream
+from elastictrain.job import Data
+
+FAST = {"poll_s": 0.01, "deadline_s": 30.0}
+
+
+class Place:
+    """A manifest of JSON lines, whose rows are numbered in the order of arrival, and a record of an order."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.rows = folder, 0
+        self.writer = SegmentWriter(folder / "stream")
+
+    def add(self, *counts: int) -> None:
+        for count in counts:
+            file = self.folder / "stream" / f"part-{self.writer.log.count():03d}.jsonl"
+            file.write_text("".join(json.dumps({"x": self.rows + row}) + "\n" for row in range(count)))
+            self.rows += count
+            self.writer.append(file)
+
+    def data(self, record: str = "order", **live: Any) -> Data:
+        settings = {key: live.pop(key) for key in ("shuffle", "on_corrupt", "retry_s") if key in live}
+        return et.data.jsonl(
+            str(self.folder / "stream"), rows_per_block=3, window_row_groups=2,
+            live={**FAST, "record": str(self.folder / record), **live}, **settings,
+        )  # fmt: skip
+
+    def stream(self, record: str = "order", *, rank: int = 0, world: int = 1, **live: Any) -> Stream:
+        return et.data.stream(self.data(record, **live), batch_size=8, lanes=4, seed=5, rank=rank, world=world)
+
+    def source(self, record: str = "order", seed: int = 5, **live: Any) -> LiveSource:
+        return open_live(self.data(record, **live), seed=seed, lanes=4, lane_batch_size=2)
+
+
+def taken(stream: Stream, steps: int | None = None) -> list[list[int]]:
+    iterator = iter(stream)
+    found = [batch["x"].tolist() for batch in islice(iterator, steps)]
+    iterator.close()  # type: ignore[attr-defined]
+    return found
+
+
+def flat(steps: list[list[int]]) -> list[int]:
+    return [x for step in steps for x in step]
+
+
+def open_rows(source: LiveSource, steps: int) -> None:
+    while source.decided < steps and source.advance(needed=False):
+        pass
+
+
+def reading(source: LiveSource, steps: int) -> list[list[list[int]]]:
+    reader = LaneReader(source)
+    return [[reader.batch(step, lane)["x"].tolist() for lane in range(4)] for step in range(steps)]
