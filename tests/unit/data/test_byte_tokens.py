@@ -69,3 +69,14 @@ def test_tokens_of_one_block_stay_while_the_next_ones_come() -> None:
     columns = [pa.chunked_array([["ab" * n, "c"]]) for n in range(1, 9)]
     kept = [tokenizer.encode(column) for column in columns]
     assert [tokens.tolist() for tokens in kept] == [BytesTokenizer().encode(column).tolist() for column in columns]
+
+
+@pytest.mark.parametrize("long_from", [0, 1 << 30])
+def test_what_lies_under_a_null_is_no_text(monkeypatch: pytest.MonkeyPatch, long_from: int) -> None:
+    monkeypatch.setattr(tokenizers, "_LONG_DOCUMENT_BYTES", long_from)
+    buffers = pa.array(["abc", "hidden", "de"]).buffers()
+    column = pa.chunked_array([pa.Array.from_buffers(pa.string(), 3, [pa.py_buffer(b"\x05"), *buffers[1:]])])
+    assert column.to_pylist() == ["abc", None, "de"]
+    tokens, starts = BytesTokenizer().encode_with_offsets(column)
+    assert tokens.tolist() == [*b"abc", 256, 256, *b"de", 256]
+    assert starts.tolist() == [0, 4, 5, 8]
