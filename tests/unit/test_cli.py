@@ -332,6 +332,25 @@ def test_validate(folder: Path) -> None:
     assert result.stderr == "recipe='ok_recipe.py:Q': ok_recipe.py has no 'Q'; it defines R\n"
 
 
+def test_validate_says_how_far_a_live_source_is_and_writes_nothing(folder: Path) -> None:
+    from elastictrain.data.segments import SegmentWriter
+
+    (folder / "ok_recipe.py").write_text(
+        "class R:\n    def model(self): ...\n    def optimizer(self, p): ...\n    def loss(self, m, b): ...\n"
+    )
+    (folder / "rows.jsonl").write_text("".join(f'{{"x": {i}}}\n' for i in range(40)))
+    job = JOB.replace("mod:Class", "ok_recipe.py:R").replace("path: x", "path: s, live: {record: order}")
+    (folder / "job.yaml").write_text(job)
+    result = call("validate", "job.yaml")
+    assert result.exit_code == 2
+    assert "holds no manifest of segments" in result.stderr
+    SegmentWriter("s").append("rows.jsonl")
+    result = call("validate", "job.yaml")
+    assert result.exit_code == 0, result.output
+    assert "data      live: 0 segments in the order, 1 to come; 0 steps are decided\n" in result.stdout
+    assert not (folder / "order").exists()
+
+
 def test_validate_looks_at_the_weights_to_begin_with(folder: Path) -> None:
     (folder / "line.py").write_text(
         "from torch import nn, optim\n\n\nclass R:\n    def model(self):\n        return nn.Linear(2, 3)\n\n"

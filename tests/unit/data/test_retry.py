@@ -25,6 +25,7 @@ class Unreliable(MemoryFileSystem):
     """Every third request fails."""
 
     protocol = "unreliable"
+    find = fsspec.AbstractFileSystem.find  # by way of `ls`, as most file systems have it; memory has its own
     store: ClassVar[dict[str, Any]] = {}
     pseudo_dirs: ClassVar[list[str]] = [""]
     cachable = False
