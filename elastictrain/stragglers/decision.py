@@ -2,8 +2,9 @@
 
 Lanes first: they cost next to nothing and change no bit. Their split is the planner's exact one. A worker is replaced
 or left out only for what moving lanes cannot give back. Every move is verified: when it does not bring half of what was
-promised it is taken back, and not tried again for a while that doubles. A worker that has become fast again gets its
-lanes back when it has stayed so, for a time that doubles each time it was slow lately; so nothing swings.
+promised it is taken back, and no lanes move again before somebody becomes slow or fast, or 1,000 steps have passed. A
+worker that has become fast again gets its lanes back when it has stayed so, for a time that doubles each time it was
+slow lately; so nothing swings.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ class Decider:
         self._trial: _Trial | None = None
         self._recent: list[float] = []
         self._hold_until = 0
-        self._hold_steps = self.policy.hold_steps
+        self._refuted: tuple[dict[int, int], int] = ({}, 0)
         self._slow_at: dict[int, list[int]] = {}
         self._slow_unit: dict[int, tuple[float, int]] = {}
         self._known_slow: set[int] = set()
@@ -151,7 +152,10 @@ class Decider:
         self._count_losses(now, before_s, after_s)
         if now.step < self._hold_until:
             return None
-        return self._move(now, best.parts, before_s, after_s) or self._evict(now, min(before_s, after_s))
+        slow, until = self._refuted
+        knows_better = now.step >= until or dict(now.slow) != slow
+        move = self._move(now, best.parts, before_s, after_s) if knows_better else None
+        return move or self._evict(now, min(before_s, after_s))
 
     # --- lanes ---
 
@@ -196,7 +200,6 @@ class Decider:
             self._end_trial(now, "confirmed" if decision.action == "move_lanes" else "moved back")
             return None
         why = f"it won {won_s:.3g} s a step instead of {promised_s:.3g} s"
-        self._hold_steps *= 4
         back = Decision("move_back", now.step, why, decision.after_s, decision.before_s, trial.lanes_before)
         self.outcomes.append("taken back")
         self._trial = _Trial(back, now.lanes, trial.unit_s, dict(now.slow), trial.usual)
@@ -205,9 +208,9 @@ class Decider:
     def _end_trial(self, now: Situation, outcome: str) -> None:
         self.outcomes.append(outcome)
         self._trial = None
-        self._hold_until = now.step + (0 if outcome == "overtaken" else self._hold_steps)
-        if outcome == "confirmed":
-            self._hold_steps = max(self.policy.hold_steps, self._hold_steps // 2)
+        self._hold_until = now.step + (0 if outcome == "overtaken" else self.policy.hold_steps)
+        if outcome == "moved back":
+            self._refuted = (dict(now.slow), now.step + self.policy.memory_steps)
 
     def _note_slow(self, now: Situation) -> None:
         """Who has become slow, and who has become fast again."""
