@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from elastictrain.faults import Fault
 from elastictrain.job import Job
 from elastictrain.observe import RunDirectory
 from elastictrain.observe.standing import complete
-from elastictrain.protocol import ModelFacts, Restore, Stage
+from elastictrain.protocol import ModelFacts, Restore, Stage, StepSignals
 from elastictrain_actors.driver import Driver, Outcome
 from elastictrain_actors.journal_file import JournalFile, Replaced
 from elastictrain_actors.ray_effects import Place, RayEffects
@@ -71,6 +71,11 @@ class _Record:
             if seconds and values.get("tokens"):
                 self._latest["tokens_per_s"] = values["tokens"] / seconds
             self._add("row", dict(values))
+
+    def signals(self, said: StepSignals, workers: Sequence[int]) -> None:
+        from elastictrain.stragglers.signals import LEFT_OUT, decode  # NumPy: only where there are signals
+
+        self._folder.signals(said.generation, said.step, workers, decode(said.records), excused=LEFT_OUT)
 
     def status(self, values: Mapping[str, Any]) -> None:
         full = {"name": self._name, **values, **self._latest}

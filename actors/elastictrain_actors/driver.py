@@ -70,6 +70,10 @@ class Record(Protocol):
 
     def row(self, values: Mapping[str, Any]) -> None: ...
 
+    def signals(self, said: StepSignals, workers: Sequence[int]) -> None:
+        """What `workers` have said of a step, in their order."""
+        ...
+
     def status(self, values: Mapping[str, Any]) -> None: ...
 
 
@@ -195,6 +199,9 @@ class Driver:
         """They are not journalled: what follows from them is."""
         if self._slowness is None:
             return
+        members = self._slowness.members(signals)
+        if members:
+            self.record.signals(signals, members)
         said, event = self._slowness.hear(signals)
         for announce in said:
             self._perform(announce)

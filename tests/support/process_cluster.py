@@ -201,6 +201,7 @@ class MemoryRecord:
 
     events: list[tuple[str, dict[str, Any], int | None]] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    signalled: list[tuple[Any, tuple[int, ...]]] = field(default_factory=list)
     last_step: int = 0
     on_row: Callable[[Mapping[str, Any]], None] | None = None
     on_event: Callable[[str], None] | None = None
@@ -218,6 +219,9 @@ class MemoryRecord:
             self.last_step = values["step"]
             if self.on_row is not None:
                 self.on_row(values)
+
+    def signals(self, said: Any, workers: Any) -> None:
+        self.signalled.append((said, tuple(workers)))
 
     def status(self, values: Any) -> None:
         self.last_status = dict(values)

@@ -44,6 +44,7 @@ class Record:
         self.kinds: list[str] = []
         self.data: list[Any] = []
         self.rows: list[Any] = []
+        self.signalled: list[Any] = []
 
     def event(self, kind: str, data: Any, generation: int | None) -> None:
         self.kinds.append(kind)
@@ -51,6 +52,9 @@ class Record:
 
     def row(self, values: Any) -> None:
         self.rows.append(values)
+
+    def signals(self, said: Any, workers: Any) -> None:
+        self.signalled.append((said, tuple(workers)))
 
     def status(self, values: Any) -> None:
         self.last = values
