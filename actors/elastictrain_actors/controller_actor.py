@@ -23,7 +23,6 @@ from elastictrain.job import Job
 from elastictrain.observe import RunDirectory
 from elastictrain.observe.standing import complete
 from elastictrain.protocol import ModelFacts, Restore, Stage, StepSignals
-from elastictrain.stragglers.signals import FLAG_CHECKPOINT, FLAG_COMPILE, FLAG_EVALUATION, decode
 from elastictrain_actors.driver import Driver, Outcome
 from elastictrain_actors.journal_file import JournalFile, Replaced
 from elastictrain_actors.ray_effects import Place, RayEffects
@@ -74,8 +73,9 @@ class _Record:
             self._add("row", dict(values))
 
     def signals(self, said: StepSignals, workers: Sequence[int]) -> None:
-        excused = FLAG_CHECKPOINT | FLAG_EVALUATION | FLAG_COMPILE  # garbage that is collected does cost the run time
-        self._folder.signals(said.generation, said.step, workers, decode(said.records), excused=excused)
+        from elastictrain.stragglers.signals import LEFT_OUT, decode  # NumPy: only where there are signals
+
+        self._folder.signals(said.generation, said.step, workers, decode(said.records), excused=LEFT_OUT)
 
     def status(self, values: Mapping[str, Any]) -> None:
         full = {"name": self._name, **values, **self._latest}

@@ -70,7 +70,9 @@ class Record(Protocol):
 
     def row(self, values: Mapping[str, Any]) -> None: ...
 
-    def signals(self, said: StepSignals, workers: Sequence[int]) -> None: ...
+    def signals(self, said: StepSignals, workers: Sequence[int]) -> None:
+        """What `workers` have said of a step, in their order."""
+        ...
 
     def status(self, values: Mapping[str, Any]) -> None: ...
 
@@ -195,10 +197,11 @@ class Driver:
 
     def _watch(self, signals: StepSignals) -> None:
         """They are not journalled: what follows from them is."""
-        plan = self.machine.core.ledger.plan
-        if self._slowness is None or plan is None or plan.generation != signals.generation:
-            return  # nobody asks, or it is over
-        self.record.signals(signals, plan.layout.workers)
+        if self._slowness is None:
+            return
+        members = self._slowness.members(signals)
+        if members:
+            self.record.signals(signals, members)
         said, event = self._slowness.hear(signals)
         for announce in said:
             self._perform(announce)

@@ -20,6 +20,11 @@ class Slowness:
         policy = Policy(min_gain=spec.min_gain, evict=spec.evicts)
         self.watch = StragglerWatch(machine.spec.steps, policy=policy)
 
+    def members(self, signals: StepSignals) -> tuple[int, ...]:
+        """The workers that said them, in rank order; none when their generation is over."""
+        plan = self._machine.core.ledger.plan
+        return plan.layout.workers if plan is not None and plan.generation == signals.generation else ()
+
     def hear(self, signals: StepSignals) -> tuple[list[Announce], ev.LanesProposed | ev.StragglerLeaves | None]:
         """What is to be told, and what is to be done. Signals of a generation that is over say nothing."""
         core = self._machine.core

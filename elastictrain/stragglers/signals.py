@@ -24,6 +24,8 @@ FLAG_COLLECTION = 4
 FLAG_COMPILE = 8
 """Something was compiled or warmed up: first steps of a generation, of a split of lanes, of a new shape."""
 EXCUSED = FLAG_CHECKPOINT | FLAG_EVALUATION | FLAG_COLLECTION | FLAG_COMPILE
+LEFT_OUT = FLAG_CHECKPOINT | FLAG_EVALUATION | FLAG_COMPILE
+"""Steps that `whatif` leaves out; the collector is a cause of its own there."""
 
 LONGEST_S = 86_400.0
 """No duration of one step is longer than a day; whoever says so has a broken clock."""

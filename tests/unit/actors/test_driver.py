@@ -46,7 +46,7 @@ class Record:
         self.kinds: list[str] = []
         self.data: list[Any] = []
         self.rows: list[Any] = []
-        self.heard: list[Any] = []
+        self.signalled: list[Any] = []
 
     def event(self, kind: str, data: Any, generation: int | None) -> None:
         self.kinds.append(kind)
@@ -56,7 +56,7 @@ class Record:
         self.rows.append(values)
 
     def signals(self, said: Any, workers: Any) -> None:
-        self.heard.append((said, tuple(workers)))
+        self.signalled.append((said, tuple(workers)))
 
     def status(self, values: Any) -> None:
         self.last = values
@@ -252,11 +252,11 @@ def test_signals_of_the_generation_that_is_there_are_written_down():
     said = [StepSignals(generation, 3, Signal(4, 0.1).encode()) for generation in (1, 2)]
     watched = replace(SPEC, stragglers=StragglerSpec())
     _, _, record, journal, _ = drive([READY], [ev.Sealed(0.0, 1, 0, 0), *said], DONE[1:], spec=watched)
-    assert record.heard == [(said[0], (0,))]
+    assert record.signalled == [(said[0], (0,))]
     assert not any("StepSignals" in line for line in journal), "what follows from them is journalled"
 
 
 def test_nobody_hears_signals_where_slow_workers_are_not_looked_for():
     said = StepSignals(1, 3, Signal(4, 0.1).encode())
     _, _, record, _, _ = drive([READY], [ev.Sealed(0.0, 1, 0, 0), said], DONE[1:])
-    assert record.heard == []
+    assert record.signalled == []
