@@ -21,6 +21,7 @@ from elastictrain_checkpoint import (
     list_steps,
     load,
     pin,
+    retain,
     verify,
 )
 from elastictrain_checkpoint import follower as module
@@ -112,7 +113,9 @@ def test_what_is_missing_and_what_comes_is_copied_while_it_serves(near, far, fol
     assert list_steps(far) == [2, 4, 6]
 
 
-def test_each_store_has_a_retention_of_its_own(near, far, follow) -> None:
+def test_each_store_has_a_retention_of_its_own(near, far, follow, monkeypatch) -> None:
+    """What was just copied was checked block by block: it is not read back before others are removed."""
+    monkeypatch.setattr(retain, "verify", lambda *_: pytest.fail("a copy was read back"))
     gone: list[int] = []
     follower = follow(Newest(1) | EverySteps(4), removed=gone.extend)
     follower.serve()
@@ -195,6 +198,34 @@ def test_who_is_told_to_rest_stops_in_the_middle_of_a_file_and_whoever_follows_g
     assert first.standing.copied is None, "it was over before"
 
 
+def test_what_is_being_copied_stays_although_a_newer_one_has_come(near, follow, mood) -> None:
+    save(near, STATE, step=2)
+    mood.go_on.clear()
+    follower = follow(Newest(1))
+    follower.serve()
+    assert mood.reached.wait(60)
+    save(near, STATE, step=4)
+    assert follower.needed(catalogue(near), 0.0) == {2, 4}
+    mood.go_on.set()
+    follower.look()
+    idle(follower)
+    assert follower.needed(catalogue(near), 0.0) == set()
+
+
+def test_who_is_told_to_rest_publishes_nothing_any_more(near, far, follow, mood) -> None:
+    save(near, STATE, step=2)
+    mood.go_on.clear()
+    follower = follow()
+    follower.serve()
+    assert mood.reached.wait(60)
+    (thread,) = [one for one in threading.enumerate() if one.name == "elastictrain-copies"]
+    follower.rest()
+    mood.go_on.set()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert list_steps(far) == []
+
+
 def test_damage_is_not_copied_and_does_not_hold_up_the_others(near, far, follow) -> None:
     for step in (2, 4):
         manifest = save(near, STATE, step=step)
@@ -255,6 +286,8 @@ def test_what_is_not_to_be_trusted_goes_there_too_before_anything_else(near, far
     for step in (4, 6):
         discard(near, step)
     follower.go_back(2, 3)
+    idle(follower)
+    assert list_steps(far) == [2], "before there is anything new to copy"
     save(near, STATE, step=4, generation=3, attempt="new")
     follower.look()
     assert idle(follower) == Standing(4, (), "")

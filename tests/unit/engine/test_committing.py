@@ -140,6 +140,24 @@ def test_what_is_given_up_ends_with_the_call_that_it_is_in(
     assert (list_steps(Store(settings.path)) == [2]) == is_there
 
 
+def test_what_fails_after_its_generation_fails_nobody(tmp_path: Path) -> None:
+    committer, go_on = Committer(Store(tmp_path)), threading.Event()
+
+    def fails(_: Store) -> bool:
+        assert go_on.wait(60)
+        raise OSError(28, "No space left on device")
+
+    committer.begin(2, 1, fails)
+    work = committer._work
+    committer.give_up()
+    committer.begin(3, 2, lambda _: True)
+    go_on.set()
+    assert committer.wait(STAY, 60) == [3], "when the one before has ended"
+    assert work is not None
+    assert work.ended.is_set()
+    assert committer.committed() == []
+
+
 def test_the_next_commit_waits_for_what_was_left_open_and_says_what_came_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
