@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from elastictrain.data.order import Window
 from elastictrain.data.windows import Key, Loaded, Place, key_of, place_of
+from elastictrain.errors import DataError
 
 _JOIN_S = 60.0
 _LOOK_S = 1.0
@@ -84,7 +85,9 @@ class Ahead:
 
     def follow(self, window: Window, due: float) -> None:
         """Say that a window is being used, until step `due`: those after it are wanted."""
-        following = self._after(window)
+        following = self._following(window)
+        if following is None:
+            return
         with self._changed:
             if key_of(following) not in self._coming.get(place_of(window), {}):
                 self._coming[place_of(window)] = {}
@@ -111,6 +114,13 @@ class Ahead:
         """The windows that lie ready."""
         with self._changed:
             return [coming.loaded for coming in self._all() if coming.loaded is not None]
+
+    def _following(self, window: Window) -> Window | None:
+        """The window after one; None where nothing is known of it, which is no error of those before."""
+        try:
+            return self._after(window)
+        except (DataError, IndexError):
+            return None
 
     def _all(self) -> list[_Coming]:
         return [coming for here in self._coming.values() for coming in here.values()]
@@ -141,31 +151,40 @@ class Ahead:
         return first
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not self._ended and (coming := self._next()) is None:
-                    self._changed.wait()  # ended by expect, take, follow or close; nobody waits for this thread here
-                if self._ended:
-                    return
-                assert coming is not None
-                coming.reading = True
-            loaded = following = None
-            try:
-                loaded = self._load(coming.window)
-                following = self._after(coming.window)
-            except Exception:  # who asks for the window reads it, and gets the error if there still is one
-                loaded = None
-            with self._changed:
-                self._done(coming, loaded, following)
+        while (coming := self._wait_for_work()) is not None:
+            self._read(coming)
+            del coming  # a window that was used up must not live on here
+
+    def _wait_for_work(self) -> _Coming | None:
+        with self._changed:
+            while not self._ended and (coming := self._next()) is None:
+                self._changed.wait()  # ended by expect, take, follow or close; nobody waits for this thread here
+            if self._ended:
+                return None
+            assert coming is not None
+            coming.reading = True
+            return coming
+
+    def _read(self, coming: _Coming) -> None:
+        loaded: Loaded | None = None
+        following: Window | None = None
+        try:
+            loaded = self._load(coming.window)
+            following = self._following(coming.window)
+        except Exception:  # who asks for the window reads it, and gets the error if there still is one
+            loaded = None
+        with self._changed:
+            self._done(coming, loaded, following)
 
     def _done(self, coming: _Coming, loaded: Loaded | None, following: Window | None) -> None:
         here = self._coming.get(place_of(coming.window), {})
         coming.reading = False
         if here.get(key_of(coming.window)) is coming:
-            if loaded is None or following is None:
+            if loaded is None:
                 del here[key_of(coming.window)]
             else:
                 coming.loaded = loaded
                 self._largest_bytes = max(self._largest_bytes, *(block.bytes for block in loaded.blocks))
+            if following is not None:
                 self._add(following, coming.due + self._steps_of(coming.window, int(coming.due)))
         self._changed.notify_all()

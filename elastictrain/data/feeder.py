@@ -86,6 +86,7 @@ class Feeder:
         self._ready_bytes = self._usual_bytes = 0
         self._rests = False  # the thread, since the budget is used up
         self._impatient = 0  # callers that are to be woken up
+        self._awaited: list[Place] = []
         self._in_flight: Place | None = None
         self._keep_in_flight = True
         self._closed = False
@@ -95,15 +96,16 @@ class Feeder:
     def expect(self, upcoming: Iterable[Place]) -> None:
         """Say which batches come next, in order; replaces what was expected before.
 
-        When lanes move, only the work done ahead for places that are no longer named is thrown away.
+        When lanes move, only the work done ahead for places that are no longer named is thrown away; never that for a
+        batch which somebody waits for.
         """
         places = dict.fromkeys(upcoming)
         if isinstance(self._reader, LaneReader):
             self._reader.expect(places)
         with self._changed:
-            for place in [place for place in self._ready if place not in places]:
+            for place in [place for place in self._ready if place not in places and place not in self._awaited]:
                 self._take(place)
-            self._keep_in_flight = self._in_flight in places
+            self._keep_in_flight = self._in_flight in places or self._in_flight in self._awaited
             self._wanted = deque(
                 place
                 for place in places
@@ -121,7 +123,9 @@ class Feeder:
             if self._closed:
                 raise RuntimeError("the Feeder is closed")
             result = self._take(place)
-            if result is not None and self._rests and not self._is_full():
+            if result is None:
+                self._awaited.append(place)
+            elif self._rests and not self._is_full():
                 self._changed.notify_all()
         if result is None:
             begun_s, before = time.monotonic(), self.meter.read()
@@ -140,23 +144,29 @@ class Feeder:
     def _wait_for(self, place: Place, deadline: float) -> Tensors | Exception:
         """Wait for a batch that is being read, or read one that is not."""
         with self._changed:
-            patient = True
-            while place not in self._ready and place == self._in_flight and self._keep_in_flight:
-                remaining = deadline - time.monotonic()
-                if remaining <= 0 or self._closed:
-                    raise DataError(
-                        f"step {place[0]}, lane {place[1]}: the data were not read within {self._deadline_s:.0f} s. "
-                        "Look at the storage behind data.path"
-                    )
-                self._impatient += not patient
-                self._changed.wait(min(remaining, _PATIENCE_S) if patient else remaining)
-                self._impatient -= not patient
-                patient = False
+            try:
+                self._wait_while_in_flight(place, deadline)
+            finally:
+                self._awaited.remove(place)
             result = self._take(place)
             if result is None and place in self._wanted:
                 self._wanted.remove(place)  # asked for out of turn: no need to wait for those before it
             self._changed.notify_all()
         return self._read(place) if result is None else result
+
+    def _wait_while_in_flight(self, place: Place, deadline: float) -> None:
+        patient = True
+        while place not in self._ready and place == self._in_flight and self._keep_in_flight:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0 or self._closed:
+                raise DataError(
+                    f"step {place[0]}, lane {place[1]}: the data were not read within {self._deadline_s:.0f} s. "
+                    "Look at the storage behind data.path"
+                )
+            self._impatient += not patient
+            self._changed.wait(min(remaining, _PATIENCE_S) if patient else remaining)
+            self._impatient -= not patient
+            patient = False
 
     def close(self) -> None:
         """Stop the thread and wait for it; may be called twice. The reader stays open, but reads no more ahead."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,6 +135,19 @@ def test_no_more_than_four_windows_of_a_lane_lie_ready() -> None:
         assert len(files.reads) == 13
 
 
+def test_a_window_that_was_used_up_lives_nowhere() -> None:
+    with reading(0.1) as (files, ahead):
+        ahead.follow(files.first(1), 3.0)
+        until_ready(ahead, 1)
+        taken = ahead.take(files.order.after(files.first(1)))
+        assert taken is not None
+        block = weakref.ref(taken.blocks[0])
+        until_ready(ahead, 1)  # the thread has read another one since
+        ahead.expect([], [])
+        del taken
+        assert block() is None
+
+
 def test_one_window_is_read_whatever_the_budget() -> None:
     with reading(0.1) as (files, ahead):
         ahead.follow(files.first(1), 3.0)
@@ -170,6 +184,26 @@ def test_what_cannot_be_read_is_left_to_the_caller_and_the_rest_goes_on() -> Non
         with ahead._changed:
             here = ahead._coming[place_of(files.first(0))]
             assert ahead._changed.wait_for(lambda: (0, 1) in here and here[0, 1].loaded is not None, timeout=30)
+
+
+def test_where_nothing_follows_what_was_read_is_of_use_all_the_same() -> None:
+    files = Files()
+    last = files.order.after(files.first(0))
+
+    def after(window: Window) -> Window:
+        if window == last:
+            raise DataError("nobody knows yet")
+        return files.order.after(window)
+
+    ahead = files.ahead = Ahead(files.load, after, files.steps_of, 1 << 20)
+    try:
+        ahead.follow(files.first(0), 3.0)
+        assert until_ready(ahead, 1) == [(0, (0, 1))]
+        assert ahead.take(last) is not None
+        ahead.follow(last, 9.0)
+        assert not ahead.ready
+    finally:
+        ahead.close()
 
 
 def test_nothing_is_kept_of_lanes_that_left() -> None:

@@ -267,3 +267,30 @@ def test_a_feeder_of_its_own_gives_the_same_bits_and_shares_the_budget(tmp_path:
             if at % 17 == 0:
                 feeder.expect(places[at : at + 40])
             assert feeder.batch(*place)["n"].tolist() == plain.batch(*place)["n"].tolist()
+
+
+def test_what_somebody_waits_for_is_not_thrown_away_when_lanes_move() -> None:
+    reader = FakeReader()
+    reader.gates[0, 0] = threading.Event()
+    with feeder_of(reader) as feeder:
+        plain, waits = feeder._changed.wait, threading.Event()
+
+        def wait(timeout: float | None = None) -> bool:
+            if feeder._awaited:
+                waits.set()
+            return plain(timeout)
+
+        feeder._changed.wait = wait  # type: ignore[method-assign]
+        feeder.expect([(0, 0), (0, 1)])
+        reader.wait_for_reads(1)
+        found: list[list[int]] = []
+        caller = threading.Thread(target=lambda: found.append(feeder.batch(0, 0)["x"].tolist()), daemon=True)
+        caller.start()
+        assert waits.wait(30)
+        feeder.expect([(0, 1)])
+        reader.gates[0, 0].set()
+        caller.join(30)
+        assert found == [[0, 0]]
+        assert feeder.batch(0, 1)["x"].tolist() == [0, 1]
+        assert not feeder._awaited
+    assert reader.reads == [(0, 0), (0, 1)]
