@@ -40,6 +40,7 @@ class LiveFeeder:
         """Called again and again by a `batch` that waits for a segment, and may raise."""
         self.say: Callable[[str | None], None] = lambda _: None
         """Called with what a `batch` waits for, once it has waited for `SAY_AFTER_S`, and with None when it is over."""
+        self._handing = threading.Lock()  # of `_upcoming`: nothing is handed on while one of them is taken
         self._changed = threading.Condition()
         self._upcoming: dict[Place, None] = {}
         self._expected = self._needed = 0
@@ -50,10 +51,12 @@ class LiveFeeder:
 
     def expect(self, upcoming: Iterable[Place]) -> None:
         """Say which batches come next, as `Feeder.expect`."""
+        places = dict.fromkeys(upcoming)
+        with self._handing:
+            self._upcoming = places
+            self._feeder.expect(self._decided_places())
         with self._changed:
-            self._upcoming = dict.fromkeys(upcoming)
-            self._expected = max((step + 1 for step, _ in self._upcoming), default=0)
-            self._hand_on()
+            self._expected = max((step + 1 for step, _ in places), default=0)
             self._changed.notify_all()
 
     def batch(self, step: int, lane: int) -> Tensors:
@@ -67,9 +70,9 @@ class LiveFeeder:
         if waited:
             self._wait_and_say(step)
         arrival_s = time.monotonic() - begun_s
-        with self._changed:
+        with self._handing:
             self._upcoming.pop((step, lane), None)
-        result = self._feeder.batch(step, lane)
+            result = self._feeder.batch(step, lane)
         if waited:
             result.waited["arrival"] = result.waited.get("arrival", 0.0) + arrival_s
         return result
@@ -143,9 +146,9 @@ class LiveFeeder:
                 self._changed.wait(min(_LOOK_S, remaining_s))
             turn()
 
-    def _hand_on(self) -> None:
+    def _decided_places(self) -> list[Place]:
         decided = self._source.decided
-        self._feeder.expect([place for place in self._upcoming if place[0] < decided])
+        return [place for place in self._upcoming if place[0] < decided]
 
     def _look_out(self) -> None:
         while True:
@@ -160,10 +163,11 @@ class LiveFeeder:
                 grown = self._source.advance(needed=needed)
             except Exception as error:
                 failed = error
+            if grown:
+                with self._handing:
+                    self._feeder.expect(self._decided_places())
             with self._changed:
                 self._error = failed  # one that went by was nobody's
-                if grown:
-                    self._hand_on()
                 self._changed.notify_all()
                 if not grown and not self._closed:
                     self._changed.wait(self._live.poll_s)
