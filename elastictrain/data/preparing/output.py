@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -38,19 +39,25 @@ class FileMaker:
         The same bytes whoever makes it and how often, so a file that is there already is replaced by itself.
         """
         begin_unit(self._store, "file", number)
-        table, duplicates = self._rows(number)
+        table, order, duplicates = self._rows(number)
         settings = self._work.settings
-        group = row_group_rows(table.num_rows, table.nbytes, settings.row_group_bytes)
-        sink = pa.BufferOutputStream()
-        pq.write_table(
-            table,
+        size_bytes = table.nbytes * len(order) // table.num_rows  # without those that are left out
+        group = row_group_rows(len(order), size_bytes, settings.row_group_bytes)
+        sink, tokens, decoded = pa.BufferOutputStream(), 0, 0
+        with pq.ParquetWriter(
             sink,
-            row_group_size=group,
+            table.schema,
             compression=settings.compression,
             write_page_checksum=True,
-            # Of text and tokens hardly two values are the same.
-            use_dictionary=False,
-        )
+            use_dictionary=False,  # of text and tokens hardly two values are the same
+        ) as writer:
+            # Group by group: taking rows of lists needs several times their memory.
+            for first in range(0, len(order), group):
+                rows = table.take(order[first : first + group]).combine_chunks()
+                writer.write_table(rows, row_group_size=group)
+                decoded += rows.nbytes
+                tokens += _tokens(rows) if settings.tokenizer else 0
+        del table
         content = memoryview(sink.getvalue())
         name = file_name(number)
         self._store.replace(name, _chunks(content))
@@ -58,10 +65,10 @@ class FileMaker:
             "file": number,
             "name": name,
             "bytes": len(content),
-            "rows": table.num_rows,
-            "row_groups": -(-table.num_rows // group),
-            "decoded_bytes": table.nbytes,
-            "tokens": _tokens(table) if settings.tokenizer else None,
+            "rows": len(order),
+            "row_groups": -(-len(order) // group),
+            "decoded_bytes": decoded,
+            "tokens": tokens if settings.tokenizer else None,
             "duplicates": duplicates,
             "xxh3": xxhash.xxh3_128_hexdigest(content),
         }
@@ -70,19 +77,20 @@ class FileMaker:
     def close(self) -> None:
         """Nothing stays open."""
 
-    def _rows(self, number: int) -> tuple[pa.Table, int]:
+    def _rows(self, number: int) -> tuple[pa.Table, npt.NDArray[np.int64], int]:
+        """The rows of a file, in which order they are written, and how many of them are not."""
         first, end = self._files[number]
         pieces = [self._schema.empty_table()]
         for run in self._runs:
             pieces += read_slots(self._store, run, self._work.plan.slots, first, end)
-        table = pa.concat_tables([piece.cast(self._schema) for piece in pieces])
+        # In one piece: taking rows out of many joins them each time.
+        table = pa.concat_tables([piece.cast(self._schema) for piece in pieces]).combine_chunks()
         del pieces
         keys, places = (np.asarray(table.column(name)) for name in (KEY, PLACE))
         twins = np.asarray(table.column(TWIN)) if TWIN in table.column_names else None
         order, duplicates = sorted_rows(keys, twins, places)
         table = table.drop_columns([name for name in HELPERS if name in table.column_names])
-        # In one piece: how the writer cuts pages depends on chunks, and they on how many parts there were.
-        return table.take(order).combine_chunks(), duplicates
+        return table, order, duplicates
 
 
 def _tokens(table: pa.Table) -> int:

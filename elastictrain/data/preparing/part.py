@@ -15,7 +15,7 @@ from elastictrain.data.columns import as_pairs, show_schema
 from elastictrain.data.preparing.inputs import InputIndex, Inputs
 from elastictrain.data.preparing.plan import Plan
 from elastictrain.data.preparing.rows import slot_edges, sorted_rows
-from elastictrain.data.preparing.runs import run_blocks
+from elastictrain.data.preparing.runs import run_content
 from elastictrain.data.preparing.transform import KEY, PLACE, TWIN, Transform
 from elastictrain.errors import ClusterError, DataError
 from elastictrain.prepare_settings import Preparation
@@ -108,32 +108,24 @@ class _Collected:
     def flush(self) -> None:
         if not self._tables:
             return
-        table = pa.concat_tables(self._tables)
+        table = pa.concat_tables(self._tables).combine_chunks()
         self._tables, self._bytes = [], 0
         keys, places = (np.asarray(table.column(name)) for name in (KEY, PLACE))
         twins = np.asarray(table.column(TWIN)) if TWIN in table.column_names else None
         order, duplicates = sorted_rows(keys, twins, places)
         self._duplicates += duplicates
-        table = table.take(order).combine_chunks()
         edges = slot_edges(keys[order], self._work.plan.slots)
+        blocks, slot_bytes = run_content(table, order, edges, without=HELPERS)
         path = f"{WORK}/part-{self._number:06d}-{uuid.uuid4().hex}.run"
-        self._store.create(path, run_blocks(table, edges))
+        self._store.create(path, blocks)
         self._runs.append(path)
-        self._slot_bytes += bytes_of_slots(table, edges)
+        self._slot_bytes += slot_bytes
 
     def record(self) -> dict[str, Any]:
         schema = self._schema.serialize().to_pybytes().hex() if self._schema is not None else None
         counts = {"read": self.read, "filtered": self.filtered, "duplicates": self._duplicates}
         return {"part": self._number, "schema": schema, "runs": self._runs, "holes": self.holes, **counts,
                 "slot_bytes": self._slot_bytes.tolist()}  # fmt: skip
-
-
-def bytes_of_slots(table: pa.Table, edges: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return about how many bytes the rows of each slot take in memory, without their keys; shape [slots]."""
-    table = table.drop_columns([name for name in HELPERS if name in table.column_names])
-    pairs = zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
-    # At least one, so that a slot with rows is told apart from one without.
-    return np.asarray([max(1, table.slice(a, b - a).nbytes) if b > a else 0 for a, b in pairs], dtype=np.int64)
 
 
 def _as_before(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:

@@ -6,7 +6,7 @@ bytes (8 bytes each), then the slots: each an Arrow IPC stream compressed with L
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -20,15 +20,25 @@ _MAGIC = b"ETRUN001"
 _HEAD_BYTES = 16
 
 
-def run_blocks(table: pa.Table, edges: npt.NDArray[np.int64]) -> Iterator[memoryview]:
-    """Yield the content of the file of sorted rows; slot `i` has the rows `[edges[i], edges[i + 1])`."""
+def run_content(
+    table: pa.Table, order: npt.NDArray[np.int64], edges: npt.NDArray[np.int64], *, without: Sequence[str] = ()
+) -> tuple[list[memoryview], npt.NDArray[np.int64]]:
+    """Return the content of a run of the table's rows in `order`, and about how many bytes those of each slot take in
+    memory, not counting the columns `without`. Slot `i` has the rows `order[edges[i] : edges[i + 1]]`.
+    """
     slots = len(edges) - 1
-    streams = [_stream(table.slice(a, b - a)) for a, b in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)]
+    streams, sizes = [], np.zeros(slots, dtype=np.int64)
+    for slot, (first, end) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
+        # Slot by slot: taking rows of lists needs several times their memory.
+        rows = table.take(order[first:end]).combine_chunks()
+        streams.append(_stream(rows))
+        if rows.num_rows:  # at least one byte, so that a slot with rows is told apart from one without
+            sizes[slot] = max(1, rows.drop_columns([name for name in without if name in rows.column_names]).nbytes)
     index = np.zeros((slots, 2), dtype="<u8")
     index[:, 0] = np.cumsum([len(stream) for stream in streams])
     index[:, 1] = [xxhash.xxh3_64_intdigest(stream) for stream in streams]
-    yield memoryview(_MAGIC + slots.to_bytes(8, "little") + index.tobytes())
-    yield from (stream for stream in streams if len(stream))
+    head = memoryview(_MAGIC + slots.to_bytes(8, "little") + index.tobytes())
+    return [head, *(stream for stream in streams if len(stream))], sizes
 
 
 def read_slots(store: Store, path: str, slots: int, first: int, end: int) -> list[pa.Table]:

@@ -31,7 +31,7 @@ from elastictrain.data.preparing.rows import (
     slot_edges,
     sorted_rows,
 )
-from elastictrain.data.preparing.runs import read_slots, run_blocks
+from elastictrain.data.preparing.runs import read_slots, run_content
 from elastictrain.errors import DataError
 from elastictrain_checkpoint.store import Store
 
@@ -163,7 +163,10 @@ def test_a_range_of_slots_is_read_as_it_was_written(keys: list[int], bits: int, 
     end = data.draw(st.integers(first + 1, slots))
     with tempfile.TemporaryDirectory() as folder:
         store = Store(folder)
-        store.create("a.run", run_blocks(table, edges))
+        shuffled = table.take(np.arange(len(keys))[::-1])
+        blocks, sizes = run_content(shuffled, np.arange(len(keys))[::-1], edges, without=["k"])
+        assert (sizes > 0).tolist() == (np.diff(edges) > 0).tolist()
+        store.create("a.run", blocks)
         found = read_slots(store, "a.run", slots, first, end)
         rows = [row for one in found for row in one.to_pylist()]
         assert rows == table.slice(int(edges[first]), int(edges[end] - edges[first])).to_pylist()
@@ -176,7 +179,7 @@ def test_a_run_that_is_damaged_is_noticed_or_the_damage_is_elsewhere(data: st.Da
     keys = np.sort(np.frombuffer(hashlib.sha512(b"keys").digest(), dtype=np.uint64))
     table = pa.table({"k": pa.array(keys)})
     edges = slot_edges(keys, 4)
-    content = bytearray(b"".join(run_blocks(table, edges)))
+    content = bytearray(b"".join(run_content(table, np.arange(len(keys)), edges)[0]))
     with tempfile.TemporaryDirectory() as folder:
         at = data.draw(st.integers(0, len(content) - 1))
         if data.draw(st.booleans()):

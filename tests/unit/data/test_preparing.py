@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -305,3 +307,36 @@ def test_dictionaries_become_their_values(tmp_path: Path) -> None:
     found = {row["n"]: row["tokens"] for row in rows_in(tmp_path / "out")}
     assert found == {0: [98, 256], 1: [97, 256], 2: [98, 256], 3: [256]}
     assert BytesTokenizer.end_of_document == 256
+
+
+_IN_A_PROCESS_OF_ITS_OWN = """
+import sys
+import pyarrow as pa
+from elastictrain.data.preparing.driver import prepare_data
+from elastictrain.prepare_settings import parse_preparation
+
+before = pa.default_memory_pool().max_memory()
+index = prepare_data(parse_preparation({
+    "kind": "parquet", "path": sys.argv[1], "out": sys.argv[2], "text_column": "text", "tokenizer": "bytes",
+    "deduplicate": "exact", "file_bytes": 8 << 20, "part_bytes": 8 << 20, "row_group_bytes": 1 << 19, "batch_rows": 64,
+}))
+print(pa.default_memory_pool().max_memory() - before, len(index["plan"]["parts"]), len(index["files"]))
+"""
+
+
+def test_memory_goes_with_the_size_of_parts_and_files_and_not_with_that_of_the_data(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    rng = np.random.default_rng(1)
+    for number in range(3):
+        letters = rng.integers(97, 123, size=16 << 20, dtype=np.uint8)
+        offsets = np.arange(0, (16 << 20) + 1, 4 << 10, dtype=np.int32)
+        texts = pa.StringArray.from_buffers(len(offsets) - 1, pa.py_buffer(offsets), pa.py_buffer(letters))
+        pq.write_table(pa.table({"text": texts}), source / f"{number}.parquet", row_group_size=256)
+    command = [sys.executable, "-c", _IN_A_PROCESS_OF_ITS_OWN, str(source), str(tmp_path / "out")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100).stdout.split()
+    peak_bytes, parts, files = map(int, said)
+    assert parts >= 6
+    assert files > 10, "two bytes a token"
+    # A part or a file, once more in order, and what is compressed of it.
+    assert peak_bytes < 5 * (8 << 20), f"{peak_bytes / (8 << 20):.1f} times the size of a part"
