@@ -91,12 +91,16 @@ def test_data_link_and_computation_are_told_apart():
 
 
 def test_a_network_that_is_slow_for_all_is_nobodys_fault():
-    def congested(step: int, columns: dict[str, list[float]]) -> None:
-        if step >= 20:
-            columns["transfer"] = [0.2] * 8
+    def congested(seconds: float) -> Change:
+        def change(step: int, columns: dict[str, list[float]]) -> None:
+            if step >= 20:
+                columns["transfer"] = [seconds] * 8
 
-    alarms, _ = run(congested)
+        return change
+
+    alarms, _ = run(congested(0.2))
     assert [(alarm.worker, alarm.cause, alarm.is_slow) for alarm in alarms] == [(None, "link", True)]
+    assert run(congested(0.045))[0] == [], "eight per cent of a step are not worth a word"
 
 
 def test_all_slower_together_is_no_straggler():
