@@ -84,14 +84,16 @@ class PairReading:
 def fit_link(times: Iterable[tuple[float, float]]) -> tuple[float, float]:
     """(alpha in s, beta in bytes/s): the line through the smallest transfer, which is nearly all latency, and the
     largest one, which is nearly all bandwidth. What lies between follows other protocols than either, and would bend a
-    line through all of them.
+    line through all of them. A transfer that took longer than a larger one was disturbed: what the larger one took then
+    counts for it too.
 
     Raises ConfigError when there are no two sizes, or the largest takes no longer.
     """
     points = sorted((size, seconds) for size, seconds in times if seconds > 0)
     if len({size for size, _ in points}) < 2:
         raise ConfigError(f"a link needs transfers of two sizes or more, got {points}")
-    (small, quick), (large, slow) = points[0], points[-1]
+    small, (large, slow) = points[0][0], points[-1]
+    quick = min(seconds for _, seconds in points)
     if slow <= quick:
         raise ConfigError(f"a link whose larger transfers take no longer cannot be: {points}")
     beta = (large - small) / (slow - quick)

@@ -67,6 +67,13 @@ def test_small_transfers_say_the_latency_and_large_ones_the_bandwidth() -> None:
     assert beta == pytest.approx(2**26 / 9e-2, rel=0.01)
 
 
+def test_a_transfer_that_was_disturbed_does_not_count() -> None:
+    disturbed = ((1024.0, 8e-3), (65536.0, 2e-3), (2.0**24, 7e-3))
+    alpha, beta = fit_link(disturbed)
+    assert beta == pytest.approx((2**24 - 1024) / 5e-3)
+    assert alpha == pytest.approx(2e-3, rel=0.01)
+
+
 def test_what_cannot_be_a_link() -> None:
     with pytest.raises(ConfigError, match=r"^a link needs transfers of two sizes or more"):
         fit_link([(1024.0, 1e-5), (1024.0, 2e-5)])
