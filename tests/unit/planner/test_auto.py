@@ -69,7 +69,9 @@ def test_a_slow_network_makes_few_workers_quicker() -> None:
 
 def test_of_two_that_are_as_quick_the_fewer_workers() -> None:
     alone = Workload(params=1, lane_flops=1e12, kept_bytes=0, lanes=10)
-    found = choose_workers(alone, cluster(nodes=9), 1, 9)
+    free = {"name": "free", "alpha_s": 0, "beta_bytes_s": 1e18}
+    there = parse_cluster({"groups": [{"device": "a100-80", "nodes": 9, "inter": "free"}], "links": [free]})
+    found = choose_workers(alone, there, 1, 9)
     assert found is not None
     assert found.workers == 5  # nine would have two lanes somewhere too
     assert worker_counts(10, 1, 9) == [1, 2, 3, 4, 5, 9]
