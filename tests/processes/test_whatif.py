@@ -8,7 +8,7 @@ import pytest
 
 from elastictrain.observe.signal_log import SignalLog, read_signals
 from elastictrain.observe.whatif_view import replan
-from elastictrain.stragglers.signals import FLAG_CHECKPOINT, RECORD, decode
+from elastictrain.stragglers.signals import LEFT_OUT, RECORD, decode
 from elastictrain.stragglers.whatif import timings_of, what_if
 from tests.processes.test_stragglers import FIRST, LANES, STEPS, says, straggling_job
 from tests.support.process_cluster import run_job
@@ -20,9 +20,9 @@ def test_a_slow_workers_cost_is_found_in_what_the_run_has_recorded(tmp_path: Pat
     run = run_job(straggling_job(tmp_path, action="watch"), patch=says({2: 2.0}, since=FIRST))
     assert run.outcome.outcome == "finished"
     assert not run.record.of("lanes_moved")
-    log = SignalLog(tmp_path, RECORD, excused=FLAG_CHECKPOINT)
-    for (generation, step, workers), raw in zip(run.record.signalled, run.record.signal_records, strict=True):
-        log.append(generation, step, workers, decode(raw))
+    log = SignalLog(tmp_path, RECORD, excused=LEFT_OUT)
+    for said, workers in run.record.signalled:
+        log.append(said.generation, said.step, workers, decode(said.records))
     log.close()
     records, excused = read_signals(tmp_path)
     assert [record.step for record in records] == list(range(1, STEPS + 1))

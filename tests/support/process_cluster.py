@@ -201,8 +201,7 @@ class MemoryRecord:
 
     events: list[tuple[str, dict[str, Any], int | None]] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
-    signalled: list[tuple[int, int, tuple[int, ...]]] = field(default_factory=list)
-    signal_records: list[bytes] = field(default_factory=list)
+    signalled: list[tuple[Any, tuple[int, ...]]] = field(default_factory=list)
     last_step: int = 0
     on_row: Callable[[Mapping[str, Any]], None] | None = None
     on_event: Callable[[str], None] | None = None
@@ -222,8 +221,7 @@ class MemoryRecord:
                 self.on_row(values)
 
     def signals(self, said: Any, workers: Any) -> None:
-        self.signalled.append((said.generation, said.step, tuple(workers)))
-        self.signal_records.append(said.records)
+        self.signalled.append((said, tuple(workers)))
 
     def status(self, values: Any) -> None:
         self.last_status = dict(values)
