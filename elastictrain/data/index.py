@@ -227,6 +227,9 @@ def load_cached(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         _log.warning("The index cache %s is broken (%s) and is made again", path, error)
         return None
+    except SystemError as error:  # CPython before 3.12 may say so where several threads parse headers of arrays at once
+        _log.info("The index cache %s could not be read (%s); the index is made again", path, error)
+        return None
     return arrays, notes
 
 
