@@ -36,6 +36,8 @@ ALL = {
     "false_alarms": ["false_alarms.py"],
     "simulate": ["simulate.py"],
     "planner": ["planner.py"],
+    "stragglers": ["stragglers.py"],
+    "mitigation": ["mitigation.py"],
     "checkpoint_stall": ["checkpoints/stall.py"],
     "checkpoint_throughput": ["checkpoints/throughput.py"],
     "checkpoint_reshard": ["checkpoints/reshard.py"],
