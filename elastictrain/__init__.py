@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from elastictrain.errors import ConfigError as ConfigError
     from elastictrain.errors import CorruptCheckpoint as CorruptCheckpoint
     from elastictrain.errors import CorruptWorker as CorruptWorker
+    from elastictrain.errors import DataEnded as DataEnded
     from elastictrain.errors import DataError as DataError
     from elastictrain.errors import ElasticTrainError as ElasticTrainError
     from elastictrain.errors import InternalError as InternalError
+    from elastictrain.errors import NoSamples as NoSamples
     from elastictrain.errors import PeerLost as PeerLost
     from elastictrain.errors import RecipeError as RecipeError
     from elastictrain.errors import UserError as UserError
@@ -44,7 +46,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "elastictrain.errors": (
         "CapacityError", "CheckpointMismatch", "ClusterError", "ConfigError", "CorruptCheckpoint", "CorruptWorker",
-        "DataError", "ElasticTrainError", "InternalError", "PeerLost", "RecipeError", "UserError", "WorkerStartError",
+        "DataEnded", "DataError", "ElasticTrainError", "InternalError", "NoSamples", "PeerLost", "RecipeError",
+        "UserError", "WorkerStartError",
     ),
     "elastictrain.job": ("Checkpoint", "Data", "Integrity", "Job", "Numerics", "Workers", "dump_job", "load_job"),
     "elastictrain.observe.summary": ("Summary",),
@@ -64,11 +67,13 @@ __all__ = [
     "CorruptCheckpoint",
     "CorruptWorker",
     "Data",
+    "DataEnded",
     "DataError",
     "ElasticTrainError",
     "Integrity",
     "InternalError",
     "Job",
+    "NoSamples",
     "Numerics",
     "PeerLost",
     "Recipe",
