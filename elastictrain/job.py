@@ -323,8 +323,20 @@ class Job(Settings):
         named = value if isinstance(value, type) else type(value)
         return f"{named.__module__}:{named.__qualname__}"
 
+    @property
+    def watches_workers(self) -> bool:
+        """Whether workers say how their steps went, and slow ones are looked for. Lanes that are handed over one by one
+        make everybody wait at each of them, so times say nothing of who was late.
+        """
+        return self.stragglers.action != "off" and self.gradients == "sum"
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if self.stragglers.action in ("lanes", "evict") and not self.watches_workers:
+            raise ValueError(
+                f"stragglers.action={self.stragglers.action} needs gradients=sum: with gradients={self.gradients} "
+                "times do not tell who is slow; set gradients: sum, or stragglers.action: off"
+            )
         if self.workers.max > self.lanes:
             raise ValueError(
                 f"lanes={self.lanes} < workers.max={self.workers.max}: every worker needs a lane; "

@@ -199,10 +199,14 @@ class Driver:
         """They are not journalled: what follows from them is."""
         if self._slowness is None:
             return
-        members = self._slowness.members(signals)
-        if members:
-            self.record.signals(signals, members)
-        said, event = self._slowness.hear(signals)
+        try:
+            members = self._slowness.members(signals)
+            if members:
+                self.record.signals(signals, members)
+            said, event = self._slowness.hear(signals)
+        except Exception as error:  # advice: a run does not end for want of it
+            self._slowness = None
+            said, event = [cmd.Announce("watch_ended", {"reason": f"{type(error).__name__}: {error}"})], None
         for announce in said:
             self._perform(announce)
         if event is not None:
@@ -300,6 +304,7 @@ def status_fields(seen: Mapping[str, Any], awaited: str | None = None) -> dict[s
         "last_recovery": seen["last_recovery"],
         "checkpoint_given_up": seen["checkpoint_given_up"],
         "copies": seen["copies"],
+        "speeds": seen["speeds"],
         "waiting": seen["reason"] or awaited,
         "error": seen["error"],
     }

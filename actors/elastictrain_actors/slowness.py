@@ -31,9 +31,10 @@ class Slowness:
         plan = core.ledger.plan
         if plan is None or signals.generation != plan.generation or not isinstance(core.state, Running):
             return [], None
+        fewest = max(core.spec.min_workers, 2 if core.spec.mirrors else 1)
         verdict = self.watch.feed(
             plan.generation, plan.layout.workers, signals.step, signals.records,
-            spares=len(core.ledger.workers.of(Role.READY)), least_workers=core.spec.min_workers, acts=self._spec.moves,
+            spares=len(core.ledger.workers.of(Role.READY)), least_workers=fewest, acts=self._spec.moves,
         )  # fmt: skip
         said = [_announce(finding) for finding in verdict.findings]
         return said, None if verdict.decision is None else self._event(verdict.decision)

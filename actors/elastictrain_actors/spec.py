@@ -33,6 +33,6 @@ def machine_spec(job: Job, facts: ModelFacts, *, base_generation: int = 0) -> Ma
         checkpoints_kept=keep if isinstance(keep, int) else None,
         base_generation=base_generation,
         stragglers=None
-        if slow.action == "off"
+        if not job.watches_workers
         else StragglerSpec(slow.action in ("lanes", "evict"), slow.action == "evict", slow.min_gain),
     )

@@ -16,9 +16,10 @@ from elastictrain.controller.core import Core
 from elastictrain.controller.facts import Role, WorkerFacts
 from elastictrain.controller.nodes import NodeFacts, is_going
 from elastictrain.controller.phases import Finishing, Forming, Gathering, Parking, Phase, Running
-from elastictrain.controller.policies import even_layout, refuse_drain, refuse_resize, shortfall
+from elastictrain.controller.policies import refuse_drain, refuse_resize
 from elastictrain.controller.recovery import less_trusting
 from elastictrain.controller.restores import announce_restored, drop_checkpoint, is_refused
+from elastictrain.controller.speeds import too_big_for
 
 
 def heard(core: Core, generation: int, worker: int) -> bool:
@@ -313,7 +314,7 @@ def on_drain(core: Core, event: ev.DrainRequested, out: list[Command]) -> bool:
         core.retire(worker, out)
         return True
     reason = refuse_drain(core.spec, worker, ledger.members(), ledger.draining, ledger.target)
-    reason = reason or _too_big_for(core, [w for w in ledger.members() if w not in (worker, *ledger.draining)])
+    reason = reason or too_big_for(core, [w for w in ledger.members() if w not in (worker, *ledger.draining)])
     if reason is not None:
         return _refuse("drain", reason, out)
     ledger.draining.append(worker)
@@ -325,7 +326,7 @@ def on_drain(core: Core, event: ev.DrainRequested, out: list[Command]) -> bool:
 def on_resize(core: Core, event: ev.ResizeRequested, out: list[Command]) -> bool:
     ledger = core.ledger
     staying = [worker for worker in ledger.members() if worker not in ledger.draining]
-    reason = refuse_resize(core.spec, event.target) or _too_big_for(core, staying[: event.target])
+    reason = refuse_resize(core.spec, event.target) or too_big_for(core, staying[: event.target])
     if core.state.phase is Phase.FINISHING or ledger.stop is not None:
         reason = "the run is ending"
     if reason is not None:
@@ -345,15 +346,6 @@ def on_stop(core: Core, event: ev.StopRequested, out: list[Command]) -> bool:
     if isinstance(core.state, Running):
         core.state.asked = None  # a pause that was asked for before would store nothing
     return True
-
-
-def _too_big_for(core: Core, staying: list[int]) -> str | None:
-    """Why a smaller world could not hold the state, in words. A world that grows, or waits, is not asked."""
-    ledger = core.ledger
-    if not staying or len(staying) >= len(ledger.members()):
-        return None
-    layout = even_layout(core.spec, max(1, ledger.generation), staying, ledger.domains())
-    return shortfall(core.spec, layout, ledger.memory())
 
 
 def _refuse(request: str, reason: str, out: list[Command]) -> bool:

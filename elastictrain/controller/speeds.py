@@ -16,7 +16,7 @@ from elastictrain.controller.commands import Announce, Command, OfferLanes
 from elastictrain.controller.core import Core
 from elastictrain.controller.facts import Ledger, MachineSpec, Role
 from elastictrain.controller.phases import Running
-from elastictrain.controller.policies import refuse_drain
+from elastictrain.controller.policies import even_layout, refuse_drain, shortfall
 from elastictrain.layout import Layout, deal_lanes
 
 MOST_OFFERS = 1000
@@ -26,7 +26,7 @@ MOST_OFFERS = 1000
 def by_speed(spec: MachineSpec, ledger: Ledger) -> MachineSpec:
     """The spec with what has been learned about speed in place of `workers.lane_shares`."""
     known = {worker: share for worker, share in ledger.speeds.items() if worker in ledger.workers}
-    return replace(spec, lane_shares={**spec.lane_shares, **known}) if known else spec
+    return replace(spec, lane_shares=known) if known else spec  # relative to others' speeds, so not mixed with shares
 
 
 def lanes_in_force(spec: MachineSpec, ledger: Ledger) -> Layout | None:
@@ -59,6 +59,8 @@ def on_lanes(core: Core, event: ev.LanesProposed, out: list[Command]) -> bool:
         return False
     before = lanes_in_force(spec, ledger)
     assert before is not None
+    if tuple(map(len, before.lanes)) == tuple(event.lanes):
+        return False  # asked for by who has not seen it yet
     ledger.lane_offers = (*ledger.lane_offers, tuple(event.lanes))
     ledger.speeds = {worker: share for worker, share in speeds.items() if worker in ledger.workers}
     changed = {
@@ -85,8 +87,10 @@ def on_let_go(core: Core, event: ev.StragglerLeaves, out: list[Command]) -> bool
     if replaced and not ledger.workers.of(Role.READY):
         return False  # the spare has been taken meanwhile
     if not replaced:
+        staying = [worker for worker in ledger.members() if worker not in (event.worker, *ledger.draining)]
+        alone = spec.mirrors and len(staying) < 2  # nobody would hold a mirror: a user may ask for that, a watch not
         reason = refuse_drain(spec, event.worker, ledger.members(), ledger.draining, ledger.target)
-        if reason is not None:
+        if alone or reason is not None or too_big_for(core, staying) is not None:
             return False
         ledger.target -= 1
         ledger.complement -= 1
@@ -95,3 +99,12 @@ def on_let_go(core: Core, event: ev.StragglerLeaves, out: list[Command]) -> bool
     data |= {"step": event.step, "before_s": round(event.before_s, 6), "after_s": round(event.after_s, 6)}
     out.append(Announce("straggler_leaves", data))
     return True
+
+
+def too_big_for(core: Core, staying: list[int]) -> str | None:
+    """Why a smaller world could not hold the state, in words. A world that grows, or waits, is not asked."""
+    ledger = core.ledger
+    if not staying or len(staying) >= len(ledger.members()):
+        return None
+    layout = even_layout(core.spec, max(1, ledger.generation), staying, ledger.domains())
+    return shortfall(core.spec, layout, ledger.memory())

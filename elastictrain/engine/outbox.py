@@ -8,6 +8,9 @@ from elastictrain.controller import events as ev
 from elastictrain.controller.events import Message
 from elastictrain.protocol import Row, StepSignals
 
+MOST_SIGNALS = 500
+"""They are advice: while no controller listens, those of later steps are not kept."""
+
 
 class Outbox:
     """Messages stay here until the controller says that it has written them down: one that dies between hearing and
@@ -18,6 +21,7 @@ class Outbox:
         self._messages: list[tuple[Message, bool]] = []
         self._first = 1
         self._progress_is_news = False
+        self._signals = 0
         self._changed = threading.Condition()
 
     def put(self, message: Message) -> None:
@@ -25,6 +29,10 @@ class Outbox:
         commit after a seal is news: it ends a recovery.
         """
         with self._changed:
+            if isinstance(message, StepSignals):
+                if self._signals >= MOST_SIGNALS:
+                    return
+                self._signals += 1
             urgent = not isinstance(message, Row | StepSignals | ev.Progress)
             if isinstance(message, ev.Progress):
                 urgent, self._progress_is_news = self._progress_is_news, False
@@ -40,6 +48,7 @@ class Outbox:
         """
         with self._changed:
             written = max(0, number + 1 - self._first)
+            self._signals -= sum(isinstance(message, StepSignals) for message, _ in self._messages[:written])
             del self._messages[:written]
             self._first += written
             self._changed.wait_for(lambda: any(urgent for _, urgent in self._messages), timeout=timeout_s)

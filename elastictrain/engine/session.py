@@ -89,7 +89,7 @@ class Session:
         self._inbox: queue.SimpleQueue[FormPlan | None] = queue.SimpleQueue()
         self._latched = 0
         self._pause_in, self._pause_flags = -1, 0
-        self.offers: dict[int, tuple[tuple[int, ...], ...]] = {}
+        self._offers: tuple[int, dict[int, tuple[tuple[int, ...], ...]]] = (0, {})
         self.groups: GroupSet | None = None
         self.generation = 0
         self.layout: Layout | None = None
@@ -165,15 +165,21 @@ class Session:
         """Offer a new split of the lanes of `generation` (plans are numbered from 1 in each). It is switched in,
         without a barrier, at the first step at which every vote has seen it.
         """
-        if generation == self.generation:
-            self.offers[plan] = lanes
+        of, offers = self._offers  # taken once: a generation that begins meanwhile has others
+        if generation == of:
+            offers.setdefault(plan, lanes)
+
+    @property
+    def offers(self) -> Mapping[int, tuple[tuple[int, ...], ...]]:
+        """The splits that were offered in this generation, by number."""
+        return self._offers[1]
 
     def newest_offer(self) -> int:
         """The newest split of which this worker has all before it too: 0 for none. So whatever split all members have
         in common, each of them has it.
         """
-        number = 0
-        while number + 1 in self.offers:
+        number, offers = 0, self.offers
+        while number + 1 in offers:
             number += 1
         return number
 
@@ -277,7 +283,7 @@ class Session:
         if plan.generation <= self._latched:
             raise Parked
         self.generation = plan.generation
-        self.offers = {}
+        self._offers = (plan.generation, {})
         self.pulse.at(plan.generation, plan.step, Activity.MEET)
         groups = self._open_groups(plan)
         with self.apply_lock:

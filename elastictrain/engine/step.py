@@ -90,7 +90,7 @@ class StepRunner:
         checks = guard is not None or job.integrity.recompute_every is not None
         self.vote_format = VoteFormat(
             layout, flat.space.active_blocks, flat.largest_size, claims=checks,
-            signals=job.stragglers.action != "off",
+            signals=job.watches_workers,
         )  # fmt: skip
         self.seconds: dict[str, float] = {}
         self.data_wait: dict[str, float] = {}  # of the step's seconds: waited for batches, by stage of feeding
@@ -286,7 +286,7 @@ class StepRunner:
         return result
 
     def _signal(self, pending: Pending, stores: bool, evaluates: bool) -> bytes:
-        if self.job.stragglers.action == "off":
+        if not self.job.watches_workers:
             return b""
         lanes = len(self.layout.lanes[self.rank])
         return self.clock.signal(

@@ -306,6 +306,7 @@ SENTENCES: dict[str, Callable[[Data], str]] = {
         _join("taken out of the data", _fact(data, "step", " after step {}"))
         + f": {'; '.join(map(str, data.get('what', ()))) or 'nothing'}"
     ),
+    "watch_ended": lambda data: _join("slow workers are not looked for any more", _why(data)),
     "data_awaited": lambda data: f"training waits for data{_why(data)}",
     "worker_started": _worker("is starting"),
     "worker_ready": lambda data: _join(f"{_who(data)} is ready", _node(data)),

@@ -48,11 +48,11 @@ class SignalLog:
         self.path, self._most_bytes = folder / NAME, most_bytes
         there = list(read_lines(self.path))
         header = {"version": VERSION, "record": described(layout), "excused": excused}
-        if there and there[0] != header:
-            raise ConfigError(
-                f"{self.path}: holds signals of another version of elastictrain; move it away to record new ones"
-            )
-        self._stride = 2 ** max((int(line.get("every", 1)) for line in there[1:]), default=1).bit_length() // 2
+        if there and there[0] != header:  # of another version, or damaged: kept for people, and begun anew
+            _set_aside(self.path)
+            there = []
+        strides = [every for line in there[1:] if isinstance(every := line.get("every"), int) and every > 0]
+        self._stride = 2 ** max(strides, default=1).bit_length() // 2
         self._writer = LineWriter(self.path)
         self._bytes = self.path.stat().st_size
         if not there:
@@ -83,6 +83,13 @@ class SignalLog:
         text = "".join(encode(line) + "\n" for line in lines)
         replace_file(self.path, text)
         self._writer, self._bytes = LineWriter(self.path), len(text.encode())
+
+
+def _set_aside(path: Path) -> None:
+    number = 1
+    while (other := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(other)
 
 
 def read_signals(folder: Path) -> tuple[list[StepRecord], int]:

@@ -23,6 +23,8 @@ _PENDING_STEPS = 50
 _USUAL_STEPS = 15
 _MOST_VERIFYING = 8
 """A move is judged after at most so many times `verify_steps`, however noisy the steps are."""
+_TRIAL_TIMES = 40
+"""… and given up after so many times that, when most steps cannot be judged (a checkpoint is always being written)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +195,9 @@ class Decider:
         if now.arrived_s is not None:
             trial.add(now.arrived_s, now.work or now.lanes)
         promised_s = median(trial.promised) if trial.promised else 0.0
+        if now.step >= trial.began + _TRIAL_TIMES * self.policy.verify_steps:
+            self._end_trial(now, "unjudged")  # hardly a step was without an excuse
+            return None
         if not _known_well(trial.won, abs(promised_s) / 4, self.policy.verify_steps):
             return None
         won_s = median(trial.won)

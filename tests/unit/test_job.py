@@ -15,6 +15,13 @@ from elastictrain.job import Checkpoint, Data, Integrity, Job, Numerics, Workers
 BASE: dict[str, Any] = {"recipe": "mod:Class", "data": {"kind": "jsonl", "path": "x.jsonl"}, "steps": 10}
 
 WRONG = [
+    (
+        {"gradients": "hand_over", "stragglers": {"action": "lanes"}},
+        (
+            "job: stragglers.action=lanes needs gradients=sum: with gradients=hand_over times do not tell who is slow; "
+            "set gradients: sum, or stragglers.action: off"
+        ),
+    ),
     ({"lane": 3}, "job: unknown setting 'lane'; did you mean 'lanes'?"),
     ({"workers": {"maxx": 3}}, "job: unknown setting 'workers.maxx'; did you mean 'max'?"),
     (

@@ -260,3 +260,16 @@ def test_nobody_hears_signals_where_slow_workers_are_not_looked_for():
     said = StepSignals(1, 3, Signal(4, 0.1).encode())
     _, _, record, _, _ = drive([READY], [ev.Sealed(0.0, 1, 0, 0), said], DONE[1:])
     assert record.signalled == []
+
+
+def test_a_watch_that_breaks_ends_and_the_run_goes_on(monkeypatch):
+    def broken(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError("float division by zero")
+
+    monkeypatch.setattr(module.Slowness, "hear", broken)
+    said = [StepSignals(1, step, Signal(4, 0.1).encode()) for step in (3, 4)]
+    watched = replace(SPEC, stragglers=StragglerSpec())
+    outcome, _, record, _, _ = drive([READY], [ev.Sealed(0.0, 1, 0, 0), *said], DONE[1:], spec=watched)
+    assert outcome.outcome == "finished"
+    assert record.kinds.count("watch_ended") == 1
+    assert record.data[record.kinds.index("watch_ended")] == {"reason": "ZeroDivisionError: float division by zero"}

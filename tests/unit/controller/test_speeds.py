@@ -148,3 +148,24 @@ def test_speeds_replace_the_setting():
     plan = only(cm.Form, scene.park(0, 2, applied=5)).plan
     assert [len(lanes) for lanes in plan.layout.lanes] == [7, 1]
     assert spec().lane_shares == {}
+
+
+def test_a_split_that_is_in_force_is_not_offered_again():
+    scene = Scene().run()
+    scene.send(proposed(scene))
+    assert scene.send(proposed(scene, step=60)) == []
+
+
+@pytest.mark.parametrize("mirrors", [True, False])
+def test_a_watch_does_not_take_the_mirrors_away(mirrors):
+    """A user may shrink a run to one worker; that one is slow is no reason to."""
+    scene = Scene(initial_workers=2, min_workers=1, mirrors=mirrors).run()
+    assert bool(scene.send(leaves(scene, "leave_out"))) == (not mirrors)
+
+
+def test_nobody_is_left_out_whose_share_of_the_state_fits_nowhere_else():
+    scene = Scene(fixed_bytes=0, bytes_per_held_element=1)
+    scene.ready(*scene.ledger.workers, memory_bytes=70)  # of 2 × 80 bytes, with the mirrors
+    scene.seal()
+    assert scene.send(leaves(scene, "leave_out")) == []
+    assert scene.ledger.draining == []

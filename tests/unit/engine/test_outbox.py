@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 
 from elastictrain.controller import events as ev
-from elastictrain.engine.outbox import Outbox
-from elastictrain.protocol import Row
+from elastictrain.engine.outbox import MOST_SIGNALS, Outbox
+from elastictrain.protocol import Row, StepSignals
 
 LONG_S = 30.0
 
@@ -65,3 +65,16 @@ def test_urgent_messages_that_were_not_written_down_end_the_next_poll_at_once() 
     outbox.put(SEALED)
     assert outbox.after(0, LONG_S)[0] == 1
     assert outbox.after(0, LONG_S) == (1, [SEALED])
+
+
+def test_signals_are_not_kept_for_ever_while_nobody_listens() -> None:
+    outbox = Outbox()
+    for step in range(MOST_SIGNALS + 10):
+        outbox.put(StepSignals(1, step, b""))
+        outbox.put(Row({"step": step}))
+    number, messages = outbox.after(0, 0.0)
+    assert number == len(messages) == 2 * MOST_SIGNALS + 10, "and every row is"
+    assert [m.step for m in messages if isinstance(m, StepSignals)] == list(range(MOST_SIGNALS))
+    outbox.after(number, 0.0)
+    outbox.put(StepSignals(1, 7, b""))
+    assert outbox.after(number, 0.0)[1] == [StepSignals(1, 7, b"")]

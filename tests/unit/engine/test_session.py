@@ -68,6 +68,8 @@ def test_a_split_counts_when_those_before_it_have_come_too(running: Running) -> 
     assert session.newest_offer() == 0
     session.offer_lanes(session.generation, 1, lanes)
     assert session.newest_offer() == 2
+    session.offer_lanes(session.generation, 1, ((1, 0),))
+    assert session.offers == {1: lanes, 2: lanes}, "the first of a number stays"
 
 
 class TornWhileParking(Probes):

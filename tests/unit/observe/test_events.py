@@ -58,6 +58,11 @@ SAID: list[tuple[str, dict[str, Any], str]] = [
         {"stage": 1, "step": 100, "what": ["steps 118 to 317", "a.parquet, row group 3"]},
         "taken out of the data after step 100: steps 118 to 317; a.parquet, row group 3",
     ),
+    (
+        "watch_ended",
+        {"reason": "ZeroDivisionError: by zero"},
+        "slow workers are not looked for any more: ZeroDivisionError: by zero",
+    ),
     ("data_awaited", {"worker": 1, "reason": "step 9: s3://b/s"}, "training waits for data: step 9: s3://b/s"),
     ("start_failed", {"worker": 2, "error": "no module x", "attempts": 1}, "worker 2 could not start: no module x"),
     ("start_paused", {"after_s": 30, "error": "e"}, "no new workers for now, next try in 30 s: e"),

@@ -80,13 +80,31 @@ def test_a_long_file_is_thinned_and_goes_on_so(tmp_path: Path) -> None:
     again.close()
 
 
-def test_another_layout_is_refused_and_a_missing_file_explained(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_gone_on_with_is_kept_beside_a_new_one(tmp_path: Path) -> None:
+    """A run that is resumed by another version, or after a power cut, does not end for it."""
+    for number, first in enumerate(('{"version": 0}', "\x00\x00 no line", '{"step": 3, "every": "x"}'), 1):
+        (tmp_path / NAME).write_text(first + '\n{"step": 1, "every": 0}\n')
+        log = SignalLog(tmp_path, LAYOUT, excused=0)
+        assert log.append(1, 7, (0, 1), records([1.0, 2.0]))
+        log.close()
+        assert steps_of(tmp_path) == [7]
+        assert (tmp_path / f"signals-{number}.jsonl").read_text().startswith(first)
+        (tmp_path / NAME).unlink()
+
+
+def test_strides_that_are_none_are_passed_over(tmp_path: Path) -> None:
+    SignalLog(tmp_path, LAYOUT, excused=0).close()
+    with (tmp_path / NAME).open("a") as file:
+        file.write('{"step": 1, "every": 0}\n{"step": 2, "every": "x"}\n{"step": 4, "every": 2}\n')
+    log = SignalLog(tmp_path, LAYOUT, excused=0)
+    assert not log.append(1, 5, (0, 1), records([1.0, 2.0]))
+    assert log.append(1, 6, (0, 1), records([1.0, 2.0]))
+    log.close()
+
+
+def test_a_missing_file_is_explained_and_one_without_a_layout(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has recorded no signals of its workers \(signals.jsonl is not there\)"):
         read_signals(tmp_path)
-    SignalLog(tmp_path, LAYOUT, excused=0).close()
-    other = np.dtype([("flags", "<u2"), ("lanes", "<u2")])
-    with pytest.raises(ConfigError, match=r"holds signals of another version of elastictrain; move it away"):
-        SignalLog(tmp_path, other, excused=0)
     (tmp_path / NAME).write_text('{"version": 1}\n')
     with pytest.raises(ConfigError, match=r"its first line does not say how records are laid out"):
         read_signals(tmp_path)
