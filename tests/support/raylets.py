@@ -109,6 +109,7 @@ def by_address(folder: Path, address: str) -> dict[str, Any]:
         "redone": [r.steps_redone for r in run.recoveries],
         "rows": [row.step for row in found.metrics()],
         "lost": [e.data for e in found.events() if e.kind == "node_lost"],
+        "worker_events": [e.kind for e in found.events() if e.kind == "node_lost" or e.data.get("worker") == 1],
         "node": watcher.nodes[1],
         "fenced_ended": ends_within(watcher.pids[1], 2 * SILENT_S),
     }
