@@ -40,6 +40,7 @@ class PosixBackend:
         target = self.root / path
         made = self._make_folders(target.parent)
         file = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        ours = os.fstat(file)
         try:
             try:
                 size = _write_blocks(file, blocks)
@@ -49,8 +50,10 @@ class PosixBackend:
             finally:
                 os.close(file)
         except BaseException:
+            # Only the file of this call: while it hung, somebody else may have put another one in its place.
             with contextlib.suppress(OSError):
-                os.unlink(target)  # noqa: PTH108
+                if _same_file(target.stat(), ours):
+                    os.unlink(target)  # noqa: PTH108
             raise
         self._sync_folders(target.parent, made)
         return size
@@ -208,6 +211,10 @@ def _write_all(file: int, data: memoryview) -> int:
     while len(data):
         data = data[os.write(file, data) :]
     return size
+
+
+def _same_file(one: os.stat_result, other: os.stat_result) -> bool:
+    return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -87,7 +87,9 @@ def copy_checkpoint(
         if _is_whole(target, manifest, number, moved):
             present.append(path)
         else:
-            _write(target, path, _stream(source, manifest, number, moved, pace))
+            # Never `create`: a call that hangs and fails late would remove, by its name, what another copier has put
+            # there meanwhile; and a torn pack may be one that another step refers to.
+            target.replace(path, _stream(source, manifest, number, moved, pace))
             copied.append(path)
             if check and not _is_whole(target, manifest, number, lambda _: None):
                 raise CorruptData(f"{target.url}/{path} does not hold what was just written to it", file=path)
@@ -115,14 +117,6 @@ def _make_way(target: Store, there: bytes, manifest: Manifest, replace_older: bo
             f"{manifest.generation}. discard(store, {manifest.step}) removes the one that is there"
         )
     discard(target, manifest.step, keep_attempt=manifest.attempt)
-
-
-def _write(target: Store, path: str, blocks: Iterator[memoryview]) -> None:
-    """A pack that is there, torn, may be one that another step refers to: it is replaced at once or not at all."""
-    if target.size(path) is None:
-        target.create(path, blocks)
-    else:
-        target.replace(path, blocks)
 
 
 def _copy_sidecars(source: Store, manifest: Manifest, target: Store) -> None:

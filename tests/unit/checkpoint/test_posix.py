@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +112,20 @@ def test_cells_and_blocks_are_hashed_while_they_pass(monkeypatch: pytest.MonkeyP
     assert [b"".join(run.cells) for run in runs] == expected
     parts = [memoryview(whole)[a:b] for a, b in ((0, 3), (3, 3), (3, 700))]
     assert block_sum_of(parts) == xxhash.xxh3_64_intdigest(whole[:700])
+
+
+def test_a_write_that_fails_removes_its_own_file_and_no_other(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+
+    def failing(*, overtaken: bool) -> Iterator[memoryview]:
+        yield memoryview(b"ours")
+        if overtaken:
+            store.replace("step/pack", [memoryview(b"theirs")])
+        raise OSError(5, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output error"):
+        store.create("step/pack", failing(overtaken=False))
+    assert store.size("step/pack") is None
+    with pytest.raises(OSError, match="Input/output error"):
+        store.create("step/pack", failing(overtaken=True))
+    assert store.read_all("step/pack") == b"theirs"

@@ -23,11 +23,11 @@ class Dies(Store):
         super().__init__(url)
         self.left = at
 
-    def create(self, path: str, blocks: Iterable[memoryview]) -> int:
+    def replace(self, path: str, blocks: Iterable[memoryview]) -> int:
         self.left -= 1
         if self.left == 0:
             raise OSError(28, "No space left on device")
-        return super().create(path, blocks)
+        return super().replace(path, blocks)
 
     def publish(self, path: str, data: bytes) -> None:
         self.left -= 1
@@ -73,6 +73,21 @@ def test_it_goes_on_where_it_failed(saved: tuple[Store, Manifest], tmp_path: Pat
     assert verify(target, load(target, 7)) == []
 
 
+def test_a_copy_that_fails_late_leaves_what_another_has_copied_meanwhile(
+    saved: tuple[Store, Manifest], tmp_path: Path
+) -> None:
+    source, manifest = saved
+    target = Store(tmp_path)
+
+    def overtaken(_: int) -> None:
+        copy_checkpoint(source, manifest, target)
+        raise OSError(5, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output error"):
+        copy_checkpoint(source, manifest, target, pace=overtaken)
+    assert verify(target, load(target, 7)) == []
+
+
 def test_a_torn_or_damaged_pack_in_the_target_is_written_anew(saved: tuple[Store, Manifest], tmp_path: Path) -> None:
     source, manifest = saved
     target = Store(tmp_path)
@@ -104,8 +119,8 @@ def test_a_damaged_source_is_named_and_never_committed(saved: tuple[Store, Manif
 
 def test_check_finds_storage_that_loses_bytes(saved: tuple[Store, Manifest], tmp_path: Path) -> None:
     class Forgets(Store):
-        def create(self, path: str, blocks: Iterable[memoryview]) -> int:
-            size = super().create(path, blocks)
+        def replace(self, path: str, blocks: Iterable[memoryview]) -> int:
+            size = super().replace(path, blocks)
             flip(self, path, 4200)
             return size
 
