@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from elastictrain_checkpoint.commit import wrong_sizes
 from elastictrain_checkpoint.errors import AlreadyCommitted, CorruptData, InvalidManifest
 from elastictrain_checkpoint.hashing import block_sum
 from elastictrain_checkpoint.manifest import Manifest, parse_manifest
@@ -97,6 +98,7 @@ def copy_checkpoint(
     _copy_sidecars(source, manifest, target)
     if there is None:
         target.publish(manifest.path, manifest.raw)
+        _take_back_if_torn(target, manifest)
     if target.read_all(manifest.path) != manifest.raw:
         raise AlreadyCommitted(f"{target.url} was given another checkpoint of step {manifest.step} meanwhile")
     written = sum(manifest.files[manifest.paths.index(path)].size_bytes for path in copied)
@@ -117,6 +119,15 @@ def _make_way(target: Store, there: bytes, manifest: Manifest, replace_older: bo
             f"{manifest.generation}. discard(store, {manifest.step}) removes the one that is there"
         )
     discard(target, manifest.step, keep_attempt=manifest.attempt)
+
+
+def _take_back_if_torn(target: Store, manifest: Manifest) -> None:
+    """Somebody else's retention may have taken packs for garbage that had no manifest yet."""
+    if complaints := wrong_sizes(target, manifest):
+        target.remove(manifest.path)
+        raise OSError(
+            f"{target.url}, step {manifest.step}: removed by somebody else while it was copied: {complaints[0]}"
+        )
 
 
 def _copy_sidecars(source: Store, manifest: Manifest, target: Store) -> None:

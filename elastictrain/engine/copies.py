@@ -1,8 +1,8 @@
 """The further places of a run's checkpoints, as the worker sees them that publishes: what is copied there, how they
 are, and what the first place must not lose before.
 
-Copying happens in threads of its own (`elastictrain_checkpoint.Follower`), one for each place, and goes on across
-generations while the same worker publishes. What there is to say is said by the training thread: at a seal, and at the
+Copying happens in threads of its own (`elastictrain_checkpoint.Follower`), one for each place, while the worker
+is in a generation and publishes; it rests in between, since one that was fenced hears of no later seal. What there is to say is said by the training thread: at a seal, and at the
 steps at which something has changed.
 """
 

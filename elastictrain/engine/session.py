@@ -262,6 +262,9 @@ class Session:
     def _leave(self, generation: int) -> None:
         if self.saver is not None:
             self.saver.give_up()  # before the next generation writes into the state
+            # One that was fenced hears of no later seal: it must not go on copying beside its successor. Where this one
+            # publishes again, it serves again at the seal, and takes up what is missing.
+            self.saver.copies.rest()
         with self.apply_lock:
             self._latched = max(self._latched, generation)
             groups, self.groups = self.groups, None

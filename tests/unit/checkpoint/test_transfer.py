@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from elastictrain_checkpoint import AlreadyCommitted, CorruptData, Manifest, Store, load, newest, verify
+from elastictrain_checkpoint import AlreadyCommitted, CorruptData, Manifest, Store, list_steps, load, newest, verify
 from elastictrain_checkpoint.rehearsal import Rehearsal
 from elastictrain_checkpoint.transfer import copy_checkpoint
 from tests.unit.checkpoint.build import flip, make_state, memory_store, save, sign
@@ -86,6 +86,21 @@ def test_a_copy_that_fails_late_leaves_what_another_has_copied_meanwhile(
     with pytest.raises(OSError, match="Input/output error"):
         copy_checkpoint(source, manifest, target, pace=overtaken)
     assert verify(target, load(target, 7)) == []
+
+
+def test_a_pack_that_somebody_removes_before_the_manifest_is_there_makes_no_checkpoint(
+    saved: tuple[Store, Manifest], tmp_path: Path
+) -> None:
+    class Cleaned(Store):
+        def publish(self, path: str, data: bytes) -> None:
+            self.remove(manifest.paths[0])
+            super().publish(path, data)
+
+    source, manifest = saved
+    with pytest.raises(OSError, match=r"step 7: removed by somebody else while it was copied: .* is missing"):
+        copy_checkpoint(source, manifest, Cleaned(tmp_path))
+    assert list_steps(Store(tmp_path)) == []
+    assert copy_checkpoint(source, manifest, Store(tmp_path)).copied == manifest.paths[:1]
 
 
 def test_a_torn_or_damaged_pack_in_the_target_is_written_anew(saved: tuple[Store, Manifest], tmp_path: Path) -> None:

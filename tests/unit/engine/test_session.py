@@ -18,6 +18,7 @@ from elastictrain.engine.session import Session
 from elastictrain.engine.worker_model import build
 from elastictrain.errors import InternalError
 from elastictrain.faults import LoseNode, fail, lose_node
+from elastictrain.job import Checkpoint, Copy
 from elastictrain.layout import Layout, Shard
 from elastictrain.protocol import FormPlan, ParkReport, Restore
 from tests.unit.engine.worlds import CPU, NetRecipe, Numbers, make_job
@@ -70,6 +71,20 @@ def test_a_split_counts_when_those_before_it_have_come_too(running: Running) -> 
     assert session.newest_offer() == 2
     session.offer_lanes(session.generation, 1, ((1, 0),))
     assert session.offers == {1: lanes, 2: lanes}, "the first of a number stays"
+
+
+def test_who_leaves_a_generation_copies_no_more(tmp_path: Path) -> None:
+    """One that was fenced hears of no later seal."""
+    checkpoint = Checkpoint(path=str(tmp_path / "near"), copy_to=[Copy(path=str(tmp_path / "far"))])
+    running = Running(Probes(0, []), checkpoint=checkpoint)
+    saver = running.session.saver
+    assert saver is not None
+    [follower] = saver.copies._followers.values()
+    saver.copies.serve()
+    assert follower._over is not None
+    running.session._leave(0)
+    assert follower._over is None
+    running.close()
 
 
 class TornWhileParking(Probes):
