@@ -239,15 +239,18 @@ class Saver:
         self.wait_for_commit(check)
 
         def work(store: Store) -> bool:
-            if late is not None and late.is_committed(store):
-                committed(late.step, self.path_of(late.step))
-            try:
-                if any(call.step == facts["step"] for call in elsewhere):
-                    raise NotNow("a call to the storage that an earlier generation made there is not answered yet")
-                committed(facts["step"], self._create(store, shares, **facts))
-            except NotNow as error:
-                refused(str(error))
-                return False
+            there = late.step if late is not None and late.is_committed(store) else None
+            if there is not None:
+                committed(there, self.path_of(there))
+            # A late manifest of this very step holds the same bits: to replace it would be to have none for a moment.
+            if there != facts["step"]:
+                try:
+                    if any(call.step == facts["step"] for call in elsewhere):
+                        raise NotNow("a call to the storage that an earlier generation made there is not answered yet")
+                    committed(facts["step"], self._create(store, shares, **facts))
+                except NotNow as error:
+                    refused(str(error))
+                    return False
             gone = self._prune(store, facts["step"], facts["generation"], known_step, elsewhere)
             if gone := self.copies.lost(gone):
                 removed(gone)

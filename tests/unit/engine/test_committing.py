@@ -183,6 +183,29 @@ def test_the_next_commit_waits_for_what_was_left_open_and_says_what_came_of_it(
         assert verify(Store(settings.path), load(Store(settings.path), step)) == []
 
 
+def test_a_late_manifest_of_the_step_that_is_written_again_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, settings = trained(make_job(NetRecipe(), lanes=2)), store_of(tmp_path)
+    saver, told = Saver(settings), []
+    with monkeypatch.context() as patch:
+        gate = Gate(patch, "publish")
+        begin_commit(saver, model, 2, 1, told)
+        begun = saver.begun
+        assert gate.reached.wait(60)
+        saver.give_up()
+    begin_commit(saver, model, 2, 2, told, late=begun)
+    gate.go_on.set()
+    assert saver.wait_for_commit(STAY) == [2]
+    assert [said[0] for said in told] == ["2"], "once"
+    there = load(Store(settings.path), 2)
+    assert there.generation == 1, "never removed to be committed anew"
+    assert verify(Store(settings.path), there) == []
+    begin_commit(saver, model, 3, 3, told)
+    assert saver.wait_for_commit(STAY) == [3]
+    assert packs_in(settings) == ["step-00000002/g000001", "step-00000003/g000003"], "what was not needed goes"
+
+
 def test_who_publishes_spares_what_another_has_left_open(tmp_path: Path) -> None:
     """Nothing is committed in that folder, and the packs stay that the open call may make a checkpoint of."""
     model, settings = trained(make_job(NetRecipe(), lanes=2)), store_of(tmp_path)
