@@ -149,9 +149,15 @@ class Follower:
             return works and self._clock() - self._moved_s > SILENT_S
 
     def holds(self, step: int) -> bool:
-        """Whether the target was seen to have this step."""
+        """Whether the target may have this step: it was seen to, or nobody has looked yet (see `is_known`)."""
         with self._changed:
-            return any(entry.step == step for entry in self._there or ())
+            return self._there is None or any(entry.step == step for entry in self._there)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it was seen what the target has."""
+        with self._changed:
+            return self._there is not None
 
     def needed(self, near: Sequence[Entry], now_s: float) -> set[int]:
         """Steps of the source, whose entries these are, that must stay until they are copied."""
@@ -277,6 +283,8 @@ class Follower:
         verified = () if copied is None else (copied,)
         gone = prune(target, self._keep, verified=verified, current=_last_of(history, target)).removed
         if gone:
+            with self._changed:  # first: whoever asks two targets that have removed a step at once must be told by one
+                self._there = None if self._there is None else [one for one in self._there if one.step not in gone]
             self._removed(gone)
 
     def forget(self, target: Store | None = None) -> None:

@@ -1,16 +1,16 @@
 """The further places of a run's checkpoints, as the worker sees them that publishes: what is copied there, how they
 are, and what the first place must not lose before.
 
-Copying happens in threads of its own (`elastictrain_checkpoint.Follower`), one for each place, while the worker
-is in a generation and publishes; it rests in between, since one that was fenced hears of no later seal. What there is to say is said by the training thread: at a seal, and at the
-steps at which something has changed.
+Copying happens in threads of its own (`elastictrain_checkpoint.Follower`), one for each place, while the worker is in a
+generation and publishes; it rests in between, since one that was fenced hears of no later seal. What there is to say is
+said by the training thread: at a seal, and at the steps at which something has changed.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -52,14 +52,16 @@ class Copies:
         }
         self._lock = threading.Lock()
         self._gone: set[int] = set()
+        self._unsure: set[int] = set()
         self._said: dict[str, Standing] = {}
+        self._is_ending, self._done = False, set[str]()
 
     def __bool__(self) -> bool:
         return bool(self._followers)
 
     def serve(self) -> None:
         """This worker publishes: copy what is missing, and what will be committed."""
-        self._said = {}
+        self._said, self._is_ending = {}, False
         for follower in self._followers.values():
             follower.serve()
 
@@ -70,6 +72,7 @@ class Copies:
 
     def look(self, final: int | None = None) -> None:
         """Something was committed. `final`: the last step of the job, which is copied however `every_steps` is."""
+        self._is_ending = False
         for follower in self._followers.values():
             follower.look(final)
 
@@ -105,16 +108,42 @@ class Copies:
         return steps - let_go(waiting, self._first.free_bytes(), room_bytes)
 
     def lost(self, removed: Collection[int]) -> list[int]:
-        """Those of the steps, which the first place does not have any more, that no other place has either."""
-        return [step for step in removed if not any(follower.holds(step) for follower in self._followers.values())]
+        """Those of the steps, which the first place does not have any more, that no other place has either; and of
+        earlier ones of which that could not be known when they were removed.
+        """
+        gone, unsure = self._nowhere(removed, list(self._followers.values()))
+        with self._lock:
+            earlier, self._unsure = self._unsure, set()
+        found = self._settled(earlier)
+        with self._lock:
+            self._unsure |= unsure
+        return sorted(gone | found)
 
     def _note_removed(self, path: str, steps: list[int]) -> None:
         """In a thread: retention has removed steps from this place."""
-        here = set(list_steps(self._first))
         others = [follower for name, follower in self._followers.items() if name != path]
-        gone = {step for step in steps if step not in here and not any(other.holds(step) for other in others)}
+        gone = self._settled(set(steps), others)
         with self._lock:
             self._gone |= gone
+
+    def _settled(self, steps: set[int], others: Sequence[Follower] | None = None) -> set[int]:
+        """Those that no place has, the first one included; what is not known yet is asked again at the next commit."""
+        if not steps:
+            return set()
+        gone, unsure = self._nowhere(steps, list(self._followers.values()) if others is None else others)
+        try:
+            here = set(list_steps(self._first)) if gone else set()
+        except Exception:  # the first place's error, which is said by those that commit there; fsspec's are any
+            gone, unsure, here = set(), unsure | gone, set()
+        with self._lock:
+            self._unsure |= unsure
+        return gone - here
+
+    def _nowhere(self, steps: Collection[int], others: Sequence[Follower]) -> tuple[set[int], set[int]]:
+        """Steps that none of these places has; and those of which it is not known, since nobody has looked there."""
+        known = [one for one in others if one.is_known]
+        free = {step for step in steps if not any(one.holds(step) for one in known)}
+        return (free, set()) if len(known) == len(others) else (set(), free)
 
     def gone(self) -> list[int]:
         """Steps that no place has any more, since this was asked last."""
@@ -132,16 +161,22 @@ class Copies:
 
     def wait(self, check: Callable[[], None], timeout_s: float) -> bool:
         """Wait until all is copied, or a place has failed and tried once more; whether that came to be in time. `check`
-        is called now and then, and may raise.
+        is called now and then, and may raise. May be called again after that time: what has failed is tried once more
+        only in the first of these calls, and who is done is not waited for again, so that several
+        places that fail, each at its own time, come to an end.
         """
         until_s = time.monotonic() + timeout_s
-        for follower in self._followers.values():
-            follower.hurry()
-        for follower in self._followers.values():
-            while not follower.wait(LOOK_S):
+        if not self._is_ending:
+            self._is_ending, self._done = True, set()
+            for follower in self._followers.values():
+                follower.hurry()
+        for path, follower in self._followers.items():
+            while path not in self._done and not follower.wait(LOOK_S):
                 check()
                 if follower.is_silent:
                     break
                 if time.monotonic() >= until_s:
                     return False
+            self._done.add(path)
+        self._is_ending = False
         return True

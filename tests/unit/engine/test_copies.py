@@ -6,10 +6,11 @@ import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from elastictrain.engine import copies as copies_module
 from elastictrain.engine.copies import Copies
 from elastictrain.engine.saver import Saver
 from elastictrain.engine.saving import find_checkpoint, open_checkpoint, open_stores
@@ -166,6 +167,93 @@ def test_who_waits_for_copies_hears_that_its_generation_is_over(
     monkeypatch.setattr(follower_module, "SILENT_S", 0.0)
     assert saver.copies.wait(lambda: None, 60), "nobody waits for a place that does not answer"
     go_on.set()
+
+
+class Failing:
+    """A follower that fails again `late_s` after it was told to try; the clock goes while somebody waits."""
+
+    def __init__(self, clock: list[float], first_s: float, late_s: float) -> None:
+        self.clock, self.fails_s, self.late_s, self.hurried, self.is_silent = clock, first_s, late_s, 0, False
+
+    def hurry(self) -> None:
+        if self.clock[0] >= self.fails_s:
+            self.hurried, self.fails_s = self.hurried + 1, self.clock[0] + self.late_s
+
+    def look(self, final: int | None) -> None:
+        pass
+
+    def wait(self, timeout_s: float) -> bool:
+        if self.clock[0] < self.fails_s:
+            self.clock[0] += timeout_s
+        return self.clock[0] >= self.fails_s
+
+
+def test_places_that_fail_each_at_its_own_time_do_not_keep_a_run_from_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(copies_module.time, "monotonic", lambda: clock[0])
+    copies = Copies(Checkpoint(path=str(tmp_path)), Store(tmp_path))
+    places = {"a": Failing(clock, 100.0, 15.0), "b": Failing(clock, 112.0, 30.0)}
+    copies._followers = cast("Any", places)
+    rounds = 1
+    while not copies.wait(lambda: None, 20.0):
+        rounds += 1
+        assert rounds < 10
+    assert [place.hurried for place in places.values()] == [1, 0]
+    assert clock[0] < 120
+    places["a"].fails_s, places["b"].fails_s = 0.0, 200.0
+    assert not copies.wait(lambda: None, 20.0)
+    places["a"].fails_s = 1000.0  # a try of its own, later: it has had its chance
+    while not copies.wait(lambda: None, 20.0):
+        assert clock[0] < 300
+    assert [place.hurried for place in places.values()] == [2, 0]
+
+
+def unseen(settings: Checkpoint) -> tuple[Copies, Any]:
+    """Copies, and the follower of their one further place, into which nobody has looked yet."""
+    copies = Copies(settings, Store(settings.path))
+    [follower] = copies._followers.values()
+    return copies, follower
+
+
+def test_what_nobody_has_looked_for_yet_is_not_said_to_be_gone(tmp_path: Path, model: Any, made: Any) -> None:
+    settings = settings_of(tmp_path)
+    saver = Saver(settings)
+    copies, follower = unseen(settings)
+    made.append(copies)
+    store_in(saver, model, 2)
+    copy_step(*open_stores(settings), 2)
+    discard(Store(settings.path), 2)
+    assert follower.holds(2)
+    assert copies.lost([1, 2]) == [], "it is not known yet"
+    assert copies.lost([]) == []
+    copies.serve()
+    wait(copies)
+    assert copies.lost([]) == [1], "now it is"
+    assert copies.lost([]) == []
+
+
+def test_a_first_place_that_cannot_be_listed_delays_what_is_said_of_another(
+    tmp_path: Path, model: Any, made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_of(tmp_path, {"keep": 1})
+    saver = Saver(settings)
+    made.append(saver.copies)
+    for step in (1, 2):
+        store_in(saver, model, step)
+        copy_step(*open_stores(settings), step)
+    discard(Store(settings.path), 1)
+    with monkeypatch.context() as patch:
+
+        def refused(_: Store) -> list[int]:
+            raise OSError(5, "Input/output error")
+
+        patch.setattr(copies_module, "list_steps", refused)
+        saver.copies.serve()
+        assert wait(saver.copies) == [Standing(2, (), "")], "the further place is not to blame"
+        assert saver.copies.gone() == []
+    assert saver.copies.lost([]) == [1]
 
 
 def test_what_is_not_to_be_trusted_goes_everywhere(tmp_path: Path, model: Any, made: Any) -> None:
