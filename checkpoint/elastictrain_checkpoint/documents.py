@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from elastictrain_checkpoint.errors import InvalidManifest
 from elastictrain_checkpoint.manifest import Manifest, parse_manifest
-from elastictrain_checkpoint.sidecar import CHUNKS, sidecar_path
+from elastictrain_checkpoint.sidecar import CHUNKS, check_sidecar, sidecar_path
 from elastictrain_checkpoint.store import Store
 
 _SIZE_BYTES = 8
@@ -19,9 +19,16 @@ def pack_documents(store: Store, manifest: Manifest) -> bytes:
 
     Raises:
         FileNotFoundError, OSError: the table cannot be read.
+        InvalidManifest: it is damaged in this store.
 
     """
-    table = store.read_all(sidecar_path(CHUNKS, manifest.step, manifest.chunks)) if manifest.chunks else b""
+    table = b""
+    if manifest.chunks:
+        path = sidecar_path(CHUNKS, manifest.step, manifest.chunks)
+        try:
+            table = check_sidecar(manifest.chunks, store.read_all(path))
+        except ValueError as error:
+            raise InvalidManifest(f"{store.url}/{path}: {error}") from None
     return len(manifest.raw).to_bytes(_SIZE_BYTES, "little") + manifest.raw + table
 
 

@@ -6,6 +6,7 @@ block comes from the first store that has it undamaged.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -83,24 +84,21 @@ def find(stores: Sequence[Store], step: int) -> Found:
         OSError: nobody else has it, and a store could not be asked.
 
     """
-    asked = [Asked(partial(store.read_all, manifest_path(step))) for store in stores]
+    asked = {store.url: Asked(partial(store.read_all, manifest_path(step))) for store in stores}
     texts: dict[str, bytes] = {}
-    silent: dict[str, str] = {}
-    for store, question in zip(stores, asked, strict=True):
-        try:
-            texts[store.url] = question.answer(ANSWER_S if texts else LAST_ANSWER_S)
-        except OSError as error:
-            if not isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
-                silent[store.url] = str(error)
-    manifests, problems = _believed(stores, step, texts)
-    usable = [store for store in stores if store.url not in silent]
-    for manifest in manifests:
-        if stores[0] in usable and not wrong_sizes(stores[0], manifest):
-            return Found(manifest, tuple(usable))
-        found = _lying(usable, manifest)
-        if isinstance(found, Found):
-            return found
-        problems.append(found)
+    failed: dict[str, str] = {}
+    begun_s = time.monotonic()
+    for within_s in (ANSWER_S, LAST_ANSWER_S):  # who is late is waited for only where nobody can stand in for it
+        late = _answers(asked, texts, failed, begun_s + within_s)
+        silent = failed | dict.fromkeys(late, f"no answer within {within_s:g} s")
+        manifests, problems = _believed(stores, step, texts, silent)
+        for manifest in manifests:
+            found = _answering(stores, manifest, silent)
+            if isinstance(found, Found):
+                return found
+            problems.append(found)
+        if not late:
+            break
     if silent:
         why = "; ".join(f"{url} does not answer: {why}" for url, why in silent.items())
         raise OSError(f"step {step} is whole in no store that answers; {why}")
@@ -109,20 +107,69 @@ def find(stores: Sequence[Store], step: int) -> Found:
     raise (CorruptData if manifests else InvalidManifest)("; ".join(problems))
 
 
-def _believed(stores: Sequence[Store], step: int, texts: Mapping[str, bytes]) -> tuple[list[Manifest], list[str]]:
+def _answers(
+    asked: dict[str, Asked[bytes]], texts: dict[str, bytes], failed: dict[str, str], until_s: float
+) -> list[str]:
+    """Take those answers off ``asked`` that have come until then, into ``texts`` and ``failed``; gives who is late."""
+    late = []
+    for url, question in list(asked.items()):
+        try:
+            texts[url] = question.answer(max(0.0, until_s - time.monotonic()))
+        except TimeoutError:
+            late.append(url)
+            continue
+        except OSError as error:
+            if not isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+                failed[url] = str(error)
+        del asked[url]
+    return late
+
+
+def _believed(
+    stores: Sequence[Store], step: int, texts: Mapping[str, bytes], silent: dict[str, str]
+) -> tuple[list[Manifest], list[str]]:
     """The manifests that these texts are, by URL of their stores, the highest generation first; and what is wrong with
-    the others.
+    the others. What lies beside a text is read from the same store, or else, damaged there, from another one. A store
+    that fails at it is put among the silent ones.
     """
-    fetch = _anywhere([store for store in stores if store.url in texts])
+    answered = [store for store in stores if store.url in texts]
     manifests: dict[bytes, Manifest] = {}
     problems: list[str] = []
-    for url, raw in texts.items():
-        try:
-            manifest = parse_manifest(raw, step, fetch)
-            manifests.setdefault(manifest.raw, manifest)
-        except InvalidManifest as error:
-            problems.append(f"{url}: {error}")
+    for own in answered:
+        found: list[Manifest] = []
+        errors: list[Exception] = []
+        for first in (own, *(store for store in answered if store is not own)):
+            try:
+                found.append(parse_manifest(texts[own.url], step, _anywhere((first, *answered))))
+                break
+            except Exception as error:  # whatever a file system raises: fsspec's do not keep to OSError
+                errors.append(error)
+        if found:
+            manifests.setdefault(found[0].raw, found[0])
+        elif failures := [error for error in errors if not isinstance(error, InvalidManifest)]:
+            silent[own.url] = f"{type(failures[0]).__name__}: {failures[0]}"
+        else:
+            problems.append(f"{own.url}: {errors[0]}")
     return sorted(manifests.values(), key=lambda one: -one.generation), problems
+
+
+def _answering(stores: Sequence[Store], manifest: Manifest, silent: dict[str, str]) -> Found | str:
+    """As `_lying`, of the stores that are not silent; one that fails now is put among those. Others than the nearest
+    one are asked only for what that one lacks.
+    """
+    wrong: dict[str, list[str]] = {}
+    for store in stores:
+        if store.url in silent:
+            continue
+        try:
+            wrong[store.url] = wrong_sizes(store, manifest)
+        except Exception as error:  # whatever a file system raises: fsspec's do not keep to OSError
+            silent[store.url] = f"{type(error).__name__}: {error}"
+        if store is stores[0] and wrong.get(store.url) == []:
+            return Found(manifest, tuple(one for one in stores if one.url not in silent))
+    if not wrong:
+        return f"step {manifest.step}: no store says which packs it has"
+    return _sorted_by(manifest, [(store, wrong[store.url]) for store in stores if store.url in wrong])
 
 
 def newest_good(
@@ -166,11 +213,17 @@ def _find(stores: Sequence[Store], step: int) -> Found | str:
 
 def _lying(stores: Sequence[Store], manifest: Manifest) -> Found | str:
     """The stores of a checkpoint, those that have every pack first; or which pack is whole in none of them."""
-    wrong = [{said.partition(" is ")[0]: said for said in wrong_sizes(store, manifest)} for store in stores]
+    return _sorted_by(manifest, [(store, wrong_sizes(store, manifest)) for store in stores])
+
+
+def _sorted_by(manifest: Manifest, complaints: Sequence[tuple[Store, Sequence[str]]]) -> Found | str:
+    """The same, from what each store has been found to lack."""
+    wrong = [{said.partition(" is ")[0]: said for said in lacks} for _, lacks in complaints]
     lost = set(wrong[0]).intersection(*wrong[1:])
     if lost:
         return f"step {manifest.step}: {wrong[0][min(lost)]}"
-    return Found(manifest, tuple(store for _, store in sorted(zip(map(bool, wrong), stores, strict=True), key=_first)))
+    ordered = sorted(((bool(lacks), store) for store, lacks in complaints), key=_first)
+    return Found(manifest, tuple(store for _, store in ordered))
 
 
 def _first(pair: tuple[bool, Store]) -> bool:

@@ -26,6 +26,7 @@ from elastictrain.job import Checkpoint
 from elastictrain_checkpoint import CheckpointError, CorruptData, Found, Reader, Request
 from elastictrain_checkpoint.boxes import flat_range_to_boxes
 from elastictrain_checkpoint.documents import pack_documents, unpack_documents
+from elastictrain_checkpoint.errors import InvalidManifest
 from elastictrain_checkpoint.reshard import Want, plan_reads
 from elastictrain_checkpoint.together import lay_out, read_together
 
@@ -117,6 +118,8 @@ def open_together(settings: Checkpoint, step: int, company: Company | None) -> R
             return _pack_found(settings, found[0]) if company is not None else b""
         except OSError as error:
             raise unreadable(settings, step, error) from error
+        except CheckpointError as error:
+            raise CorruptCheckpoint(f"checkpoint step {step} in {settings.path}: {error}") from error
 
     if company is None:
         documents()
@@ -137,7 +140,7 @@ def _pack_found(settings: Checkpoint, found: Found) -> bytes:
     urls = [store.url for store in open_stores(settings)]
     order = bytes(urls.index(store.url) for store in found.stores)
     for store in found.stores[:-1]:
-        with suppress(OSError):
+        with suppress(OSError, InvalidManifest):
             return bytes([len(order)]) + order + pack_documents(store, found.manifest)
     return bytes([len(order)]) + order + pack_documents(found.stores[-1], found.manifest)
 

@@ -18,9 +18,11 @@ from elastictrain_checkpoint import (
     find,
     load,
     reachable,
+    sidecar,
     tiers,
 )
 from elastictrain_checkpoint.asking import Asked
+from elastictrain_checkpoint.documents import pack_documents, unpack_documents
 from elastictrain_checkpoint.posix import PosixBackend
 from tests.unit.checkpoint.build import flip, make_state, save
 
@@ -135,6 +137,55 @@ def test_others_stand_in_for_a_store_that_does_not_answer(near, far, broken, han
     there, why = reachable((broken, near, hanging), 0.05)
     assert there == [near]
     assert why == {broken.url: "RuntimeError: the token has expired", hanging.url: "no answer within 0.05 s"}
+
+
+def test_nobody_waits_for_the_last_store_while_another_has_the_step(near, hanging, monkeypatch) -> None:
+    monkeypatch.setattr(tiers, "LAST_ANSWER_S", 0.2)
+    waited_s: list[float] = []
+    answer = Asked.answer
+
+    def timed(self: Any, timeout_s: float) -> Any:
+        waited_s.append(timeout_s)
+        return answer(self, timeout_s)
+
+    monkeypatch.setattr(Asked, "answer", timed)
+    save(near, STATE, step=2)
+    assert [store.url for store in find((hanging, near), 2).stores] == [near.url]
+    assert max(waited_s) <= 0.05, "also for the nearest one"
+    with pytest.raises(OSError, match=r"hanging does not answer: no answer within 0\.2 s"):
+        find((hanging, near), 3)
+    assert max(waited_s) > 0.05
+
+
+class Unseen(PosixBackend):
+    """A disk that does not say which packs it has."""
+
+    def size(self, path: str) -> int | None:
+        raise OSError(5, "Input/output error", path)
+
+
+def test_a_store_that_fails_when_its_packs_are_looked_at_is_passed_over(near: Store, tmp_path: Path) -> None:
+    save(near, STATE, step=2)
+    unseen = Store("unseen", backend=Unseen(tmp_path / "near"))
+    assert [store.url for store in find((unseen, near), 2).stores] == [near.url]
+    with pytest.raises(OSError, match=r"unseen does not answer: OSError: .*Input/output error"):
+        find((unseen,), 2)
+
+
+def test_a_damaged_table_of_chunks_hides_no_whole_copy(near: Store, far: Store, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sidecar, "TABLE_CHUNKS", 1)
+    manifest = save(near, STATE, step=2)
+    assert manifest.chunks is not None
+    copy_step(near, far, 2)
+    path = f"step-00000002/{manifest.chunks.path}"
+    flip(near, path, 100)
+    assert find((near, far), 2).manifest.raw == manifest.raw
+    with pytest.raises(InvalidManifest, match=r"is not as it was written"):
+        pack_documents(near, manifest)
+    assert unpack_documents(pack_documents(far, manifest), 2).raw == manifest.raw
+    far.remove("step-00000002/MANIFEST.json")
+    with pytest.raises(InvalidManifest, match=rf"^{near.url}: .* is not as it was written"):
+        find((near, far), 2)
 
 
 def test_what_cannot_be_read_near_by_is_read_elsewhere(near: Store, far: Store, broken: Store) -> None:

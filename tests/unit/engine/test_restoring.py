@@ -11,12 +11,16 @@ from typing import Any
 
 import pytest
 
-from elastictrain.engine.restoring import Company, Slots, open_together, restore, unreadable
+from elastictrain.engine.restoring import Company, Slots, _pack_found, open_together, restore, unreadable
+from elastictrain.engine.saving import open_stores
 from elastictrain.engine.worker_model import WorkerModel
 from elastictrain.errors import CheckpointMismatch, ClusterError, CorruptCheckpoint
-from elastictrain.job import Checkpoint
-from elastictrain_checkpoint import Store, load
+from elastictrain.job import Checkpoint, Copy
+from elastictrain_checkpoint import Found, Store, copy_step, load, sidecar
+from elastictrain_checkpoint.documents import pack_documents
 from elastictrain_checkpoint.store import Store as AnyStore
+from tests.unit.checkpoint.build import flip, make_state
+from tests.unit.checkpoint.build import save as save_state
 from tests.unit.engine.optimizer_table import ELEMENT_WISE, with_groups
 from tests.unit.engine.test_saving import Averaged, save, trained
 from tests.unit.engine.worlds import Mail, NetRecipe, adamw, differing, make_job, started, state_of
@@ -209,3 +213,15 @@ def test_storage_that_fails_is_no_damage(call: str, tmp_path: Path, monkeypatch:
     assert [type(error) for error in errors] == [ClusterError] * 3
     assert all("cannot be read from checkpoint.path=" in str(error) for error in errors)
     assert all("the network is down" in str(error) for error in errors)
+
+
+def test_the_documents_come_from_the_first_place_that_has_them_whole(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sidecar, "TABLE_CHUNKS", 1)
+    settings = Checkpoint(path=str(tmp_path / "near"), copy_to=[Copy(path=str(tmp_path / "far"))])
+    near, far = open_stores(settings)
+    manifest = save_state(near, make_state(), step=2)
+    assert manifest.chunks is not None
+    copy_step(near, far, 2)
+    flip(near, f"step-00000002/{manifest.chunks.path}", 100)
+    found = Found(manifest, (near, far))
+    assert _pack_found(settings, found) == bytes([2, 0, 1]) + pack_documents(far, manifest)
