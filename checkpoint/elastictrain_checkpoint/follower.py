@@ -230,8 +230,8 @@ class Follower:
                 self._moved_s = self._clock()
 
         source, target = self._source.guarded(check), self._target.guarded(check)
-        self.forget(target)
-        self._mend(source, target)
+        self._go_back(target)
+        self._mend(source, target, over, check)
         near, far = catalogue(source), catalogue(target)
         with self._changed:
             is_first = self._there is None
@@ -287,32 +287,57 @@ class Follower:
                 self._there = None if self._there is None else [one for one in self._there if one.step not in gone]
             self._removed(gone)
 
-    def forget(self, target: Store | None = None) -> None:
-        """Do at once what `go_back` has ordered, in the calling thread.
+    def forget(self) -> None:
+        """Do at once what `go_back` has ordered, in the calling thread. It is done once more before the next copy: the
+        thread may be copying just such a step, and publish it after this.
 
         Raises:
-            OSError: storage failed; it is done before the next copy.
+            OSError: storage failed.
 
         """
-        target = target or self._target
+        with self._changed:
+            back_to = self._back_to
+        if back_to is not None:
+            self._discard_after(self._target, *back_to)
+
+    def _discard_after(self, target: Store, step: int, generation: int) -> None:
+        for entry in catalogue(target):
+            if entry.step > step and entry.generation < generation:
+                discard(target, entry.step)
+
+    def _go_back(self, target: Store) -> None:
+        """In the thread, which copies nothing meanwhile: what is gone now does not come again."""
         with self._changed:
             back_to = self._back_to
         if back_to is None:
             return
-        step, generation = back_to
-        for entry in catalogue(target):
-            if entry.step > step and entry.generation < generation:
-                discard(target, entry.step)
+        self._discard_after(target, *back_to)
         with self._changed:
             if self._back_to == back_to:
                 self._back_to = None
 
-    def _mend(self, source: Store, target: Store) -> None:
+    def _mend(self, source: Store, target: Store, over: threading.Event, check: Callable[..., None]) -> None:
+        """A step stays in the source while it is mended. What fails is tried again in the next pass, and holds up no
+        copy: it may be the source that fails.
+        """
         with self._changed:
-            steps, self._heal = self._heal, set()
+            steps = sorted(self._heal)
         there = list_steps(source) if steps else []
-        for step in sorted(steps.intersection(there)):
-            heal(source, step, [target, *self._others])
+        others = [target, *(store.guarded(check) for store in self._others)]
+        for step in steps:
+            if step in there:
+                self._set(over, _busy=step)
+                try:
+                    heal(source, step, others)
+                except (NoCheckpoint, Stopped) as error:  # retention took it, or it is sound nowhere
+                    if isinstance(error, Stopped):
+                        raise
+                except Exception:  # fsspec's do not keep to OSError
+                    continue
+                finally:
+                    self._set(over, _busy=None)
+            with self._changed:
+                self._heal.discard(step)
 
     def _about_bad(self, steps: Sequence[int], attempts: dict[int, str]) -> str:
         bad = [step for step in steps if (step, attempts[step]) in self._bad]

@@ -261,6 +261,32 @@ def test_it_mends_what_a_reader_has_found_damaged(near, far, follow) -> None:
     assert verify(near, load(near, 4)) == []
 
 
+def test_what_is_mended_stays_and_what_fails_is_mended_later(near, far, follow, monkeypatch) -> None:
+    manifest = save(near, STATE, step=4)
+    follower = follow()
+    follower.serve()
+    idle(follower)
+    flip(near, manifest.paths[0], HEADER + 10)
+    heal, seen = module.heal, []
+
+    def fails_once(store: Any, step: int, others: Any) -> Any:
+        seen.append(follower.needed([], 0.0))
+        if len(seen) == 1:
+            raise OSError(5, "Input/output error")
+        return heal(store, step, others)
+
+    monkeypatch.setattr(module, "heal", fails_once)
+    follower.mend(4)
+    assert idle(follower) == Standing(4, (), ""), "it holds nothing up"
+    assert verify(near, load(near, 4)) != []
+    follower.look()
+    idle(follower)
+    assert verify(near, load(near, 4)) == []
+    follower.look()
+    idle(follower)
+    assert seen == [{4}, {4}], "while it is mended it may not go; then it is done"
+
+
 def test_a_step_that_retention_takes_meanwhile_is_no_failure(near, far, follow, monkeypatch) -> None:
     for step in (2, 4):
         save(near, STATE, step=step)
@@ -296,6 +322,28 @@ def test_what_is_not_to_be_trusted_goes_there_too_before_anything_else(near, far
     follower.go_back(2, 3)
     follower.forget()
     assert list_steps(far) == [2, 4], "what this generation has stored stays"
+
+
+def test_what_is_forgotten_while_it_is_being_copied_does_not_come_back(near, far, follow, mood) -> None:
+    for step in (2, 4):
+        save(near, STATE, step=step)
+    publish, reached, go_on = mood.publish, threading.Event(), threading.Event()
+
+    def held(path: str, data: bytes) -> None:
+        reached.set()
+        assert go_on.wait(60)
+        publish(path, data)
+
+    mood.publish = held
+    follower = follow()
+    follower.serve()
+    assert reached.wait(60)
+    discard(near, 4)
+    follower.go_back(2, 3)
+    follower.forget()
+    go_on.set()
+    idle(follower)
+    assert list_steps(far) == [2]
 
 
 def test_what_a_run_that_went_back_left_there_goes_with_the_next_copy(near, far, follow) -> None:
