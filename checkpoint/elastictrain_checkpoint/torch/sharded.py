@@ -30,9 +30,11 @@ def cuts_of(tensor: DTensor, name: str) -> tuple[Cut | None, ...]:
     """What each axis of a DTensor's mesh does to it.
 
     Raises:
-        InvalidPiece: a placement that says not which elements a process has, such as `Partial`.
+        InvalidPiece: a placement that says not which elements a process has, such as `Partial`, or axes of the mesh
+            that cut in another order than that of the mesh, which placements do not show.
 
     """
+    _check_order(tensor, name)
     cuts: list[Cut | None] = []
     for axis, placed in enumerate(tensor.placements):
         if type(placed) is Replicate:
@@ -47,6 +49,19 @@ def cuts_of(tensor: DTensor, name: str) -> tuple[Cut | None, ...]:
                 "redistribute it to Shard or Replicate first"
             )
     return tuple(cuts)
+
+
+def _check_order(tensor: DTensor, name: str) -> None:
+    """From torch 2.13 on a DTensor may be cut by the axes of its mesh in any order, which its spec alone says."""
+    order = getattr(tensor._spec, "shard_order", None)
+    for entry in order or ():
+        axes = tuple(entry.mesh_dims)
+        if axes != tuple(sorted(axes)):
+            raise InvalidPiece(
+                f"{name} is placed as {tuple(tensor.placements)}: dimension {entry.tensor_dim} is cut by the axes "
+                f"{axes} of its mesh, in this order; expected the order of the mesh. Redistribute it to these "
+                "placements in the usual order first (torch: shard_order)"
+            )
 
 
 def local_held(tensor: DTensor, name: str) -> Held | None:
