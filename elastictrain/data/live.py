@@ -36,7 +36,7 @@ from elastictrain.data.packing import PACKING_VERSION
 from elastictrain.data.retry import Retry
 from elastictrain.data.segments import Closed, SegmentLog
 from elastictrain.data.tokenizers import load_tokenizer
-from elastictrain.errors import DataError
+from elastictrain.errors import DataError, StoreFailed
 
 if TYPE_CHECKING:
     from elastictrain.data_settings import Data
@@ -249,7 +249,8 @@ class LiveSource:
             try:
                 return source.read_block(inside)
             except DataError as error:
-                raise DataError(f"segment {ordinal} ({self._segments.name(ordinal)}): {error}") from error
+                kind = StoreFailed if isinstance(error, StoreFailed) else DataError
+                raise kind(f"segment {ordinal} ({self._segments.name(ordinal)}): {error}") from error
 
     def finish(self, step: int, lane: int, batch: Arrays) -> Arrays:
         """Turn the gathered rows of a batch into what a recipe gets."""
