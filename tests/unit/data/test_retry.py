@@ -192,6 +192,7 @@ def test_a_store_that_goes_away_leaves_no_holes(
         except DataError as failed:
             raised.append(type(failed))
         fails_from += 1
+        assert fails_from < 300
     assert source.samples == 80
     assert "holes" not in source.describe()
     assert raised.count(StoreFailed) > 4
