@@ -98,10 +98,10 @@ def prepare_data(
     done = _begin(store, plan, resume=resume)
     if done is not None:
         if settings.segments:  # it may have been finished without
-            announcer = Announcer(settings)
+            late = Announcer(settings)
             for record in done["files"]:
-                announcer.file(record)
-            announcer.close()
+                late.file(record)
+            late.close()
         _remove_work(store)
         return done
     if tokenizer is not None:
