@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from elastictrain.errors import NoSamples as NoSamples
     from elastictrain.errors import PeerLost as PeerLost
     from elastictrain.errors import RecipeError as RecipeError
+    from elastictrain.errors import StoreFailed as StoreFailed
     from elastictrain.errors import UserError as UserError
     from elastictrain.errors import WorkerStartError as WorkerStartError
     from elastictrain.job import Checkpoint as Checkpoint
@@ -47,7 +48,7 @@ _HOMES = {
     "elastictrain.errors": (
         "CapacityError", "CheckpointMismatch", "ClusterError", "ConfigError", "CorruptCheckpoint", "CorruptWorker",
         "DataEnded", "DataError", "ElasticTrainError", "InternalError", "NoSamples", "PeerLost", "RecipeError",
-        "UserError", "WorkerStartError",
+        "StoreFailed", "UserError", "WorkerStartError",
     ),
     "elastictrain.job": ("Checkpoint", "Data", "Integrity", "Job", "Numerics", "Workers", "dump_job", "load_job"),
     "elastictrain.observe.summary": ("Summary",),
@@ -78,6 +79,7 @@ __all__ = [
     "PeerLost",
     "Recipe",
     "RecipeError",
+    "StoreFailed",
     "Summary",
     "UserError",
     "WorkerStartError",

@@ -7,6 +7,7 @@ ElasticTrainError
 │   ├── RecipeError        the recipe's code (import, model, optimizer, loss)
 │   ├── DataError          the data set (missing, empty, wrong schema, changed)
 │   │   ├── NoSamples        nothing in it to train on
+│   │   ├── StoreFailed      the store of the data does not give what it had listed
 │   │   └── DataEnded        a live source has no further step
 │   └── CheckpointMismatch the checkpoint does not belong to this job
 ├── ClusterError         whoever runs the cluster: machines, storage, network
@@ -46,6 +47,12 @@ class DataError(UserError):
 
 class NoSamples(DataError):
     """The data set is readable, and holds nothing to train on."""
+
+
+class StoreFailed(DataError):
+    """A file of the data cannot be read just now: its store is out of reach, or refuses it. Nothing is known of the
+    content, so it is never left out as corrupt (`data.on_corrupt: skip`).
+    """
 
 
 class DataEnded(DataError):

@@ -167,16 +167,18 @@ class Ahead:
 
     def _read(self, coming: _Coming) -> None:
         loaded: Loaded | None = None
-        following: Window | None = None
+        following: tuple[Window, float] | None = None
         try:
             loaded = self._load(coming.window)
-            following = self._following(coming.window)
+            window = self._following(coming.window)
+            if window is not None:
+                following = window, coming.due + self._steps_of(coming.window, int(coming.due))
         except Exception:  # who asks for the window reads it, and gets the error if there still is one
             loaded = None
         with self._changed:
             self._done(coming, loaded, following)
 
-    def _done(self, coming: _Coming, loaded: Loaded | None, following: Window | None) -> None:
+    def _done(self, coming: _Coming, loaded: Loaded | None, following: tuple[Window, float] | None) -> None:
         here = self._coming.get(place_of(coming.window), {})
         coming.reading = False
         if here.get(key_of(coming.window)) is coming:
@@ -186,5 +188,5 @@ class Ahead:
                 coming.loaded = loaded
                 self._largest_bytes = max(self._largest_bytes, *(block.bytes for block in loaded.blocks))
             if following is not None:
-                self._add(following, coming.due + self._steps_of(coming.window, int(coming.due)))
+                self._add(*following)
         self._changed.notify_all()

@@ -19,7 +19,7 @@ import pyarrow as pa
 from elastictrain.data.columns import as_pairs, select_columns, show_schema
 from elastictrain.data.files import FileSet
 from elastictrain.data.index import BlockTable, Hole, Progress, checksum_of
-from elastictrain.errors import DataError
+from elastictrain.errors import DataError, StoreFailed
 
 CHUNK_BYTES = 16 << 20
 MAX_BLOCK_BYTES = (1 << 31) - 2  # Arrow's readers of text count in 32 bits
@@ -150,6 +150,8 @@ class ByteBlocks(ABC):
     def _contents(self, number: int, holes: list[Hole]) -> Iterable[tuple[int, int, bytes]]:
         try:
             found = list(self.ranges(number))
+        except StoreFailed:  # nothing is known of its content
+            raise
         except DataError as error:
             if self._on_corrupt != "skip":
                 raise
@@ -162,6 +164,8 @@ class ByteBlocks(ABC):
     def _parsed(self, content: bytes, number: int, block: int, start: int, holes: list[Hole]) -> pa.Table | None:
         try:
             return self.parse(content, number, start, self._arrow_schema)
+        except StoreFailed:  # nothing is known of its content
+            raise
         except DataError as error:
             if self._on_corrupt != "skip":
                 raise

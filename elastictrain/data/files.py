@@ -15,7 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from elastictrain.data.meter import TimedFile
 from elastictrain.data.retry import RETRY_LIMIT_S, Retry, RetryingFile, patient
-from elastictrain.errors import DataError
+from elastictrain.errors import DataError, StoreFailed
 
 CODEC_SUFFIXES = (".gz", ".zst", ".bz2", ".lz4")
 """Compression that is undone while reading (see `unpacked`)."""
@@ -63,13 +63,15 @@ class FileSet:
         return isinstance(self.filesystem, LocalFileSystem)
 
     def open(self, number: int) -> Any:
-        """Open a file for reading. Raises DataError if it has gone, or has changed size, since it was listed."""
+        """Open a file for reading. Raises StoreFailed if it cannot be reached, DataError if its size has changed since
+        it was listed; reading from it raises StoreFailed where the store fails.
+        """
         file = self.files[number]
         try:
             handle = self._handle(file.path)
             size = int(handle.seek(0, 2))
         except OSError as error:
-            raise DataError(
+            raise StoreFailed(
                 f"{file.path}: could not be read ({error}). The file was there when the run opened data.path"
             ) from error
         if size != file.size_bytes:

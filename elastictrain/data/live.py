@@ -36,7 +36,7 @@ from elastictrain.data.packing import PACKING_VERSION
 from elastictrain.data.retry import Retry
 from elastictrain.data.segments import Closed, SegmentLog
 from elastictrain.data.tokenizers import load_tokenizer
-from elastictrain.errors import DataError
+from elastictrain.errors import DataError, StoreFailed
 
 if TYPE_CHECKING:
     from elastictrain.data_settings import Data
@@ -233,7 +233,9 @@ class LiveSource:
     def rows_per_step(self, window: Window, step: int) -> float:
         """Return how many rows of a window a lane uses in a step; 0 when nothing is known of what follows it."""
         del step
-        return 0.0 if self.after(window) == window else float(self.lane_batch_size)
+        era = self._eras.get(window.epoch)  # and nothing of the next one: its segments may be out of reach just now
+        is_last = window.stop >= era.steps * self.lane_batch_size and era.stop >= self.decided
+        return 0.0 if is_last else float(self.lane_batch_size)
 
     def ids_of(self, window: Window, blocks: npt.ArrayLike, rows: npt.ArrayLike) -> SampleIds:
         """Return the ids of samples of a window (see `data.ids`)."""
@@ -247,7 +249,8 @@ class LiveSource:
             try:
                 return source.read_block(inside)
             except DataError as error:
-                raise DataError(f"segment {ordinal} ({self._segments.name(ordinal)}): {error}") from error
+                kind = StoreFailed if isinstance(error, StoreFailed) else DataError
+                raise kind(f"segment {ordinal} ({self._segments.name(ordinal)}): {error}") from error
 
     def finish(self, step: int, lane: int, batch: Arrays) -> Arrays:
         """Turn the gathered rows of a batch into what a recipe gets."""

@@ -17,7 +17,7 @@ from elastictrain.data.live_order import Era, Held
 from elastictrain.data.order import Piece
 from elastictrain.data.segments import Closed, Segment, SegmentLog
 from elastictrain.data.source import Source, open_source
-from elastictrain.errors import DataError, NoSamples
+from elastictrain.errors import DataError, NoSamples, StoreFailed
 
 if TYPE_CHECKING:
     from elastictrain.data_settings import Data
@@ -58,14 +58,20 @@ class OpenSegments:
         return _held(source), show_schema(source.columns)
 
     def _check_bytes(self, segment: Segment) -> None:
-        """Compare a file on this machine with the checksum that its writer has recorded. Raises DataError."""
+        """Compare a file on this machine with the checksum that its writer has recorded.
+
+        Raises DataError: they differ; StoreFailed: it cannot be read.
+        """
         path = Path(self._log.path_of(segment).removeprefix("file://")).expanduser()
-        if segment.checksum is None or not path.is_file():
-            return
         digest = xxhash.xxh3_64()
-        with path.open("rb") as handle:
-            while block := handle.read(_READ_BYTES):
-                digest.update(block)
+        try:
+            if segment.checksum is None or not path.is_file():
+                return
+            with path.open("rb") as handle:
+                while block := handle.read(_READ_BYTES):
+                    digest.update(block)
+        except OSError as error:
+            raise StoreFailed(f"segment {segment.ordinal} ({path}): could not be read ({error})") from error
         if digest.hexdigest() != segment.checksum:
             raise DataError(
                 f"segment {segment.ordinal} ({path}): its bytes are not those that were appended (XXH3 "
@@ -188,7 +194,8 @@ class OpenSegments:
         except NoSamples:
             return None
         except DataError as error:
-            raise DataError(f"segment {segment.ordinal} ({path}): {error}") from error
+            kind = StoreFailed if isinstance(error, StoreFailed) else DataError
+            raise kind(f"segment {segment.ordinal} ({path}): {error}") from error
         size_bytes = sum(file.size_bytes for file in source._files.files)
         if size_bytes != segment.size_bytes:
             source.close()

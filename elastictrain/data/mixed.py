@@ -24,7 +24,7 @@ from elastictrain.data.mixture import (
 from elastictrain.data.order import LaneOrder, Piece, StrictOrder, Window, derive_key
 from elastictrain.data.packed import finish_rows
 from elastictrain.data.source import Arrays, Source, open_source
-from elastictrain.errors import DataError
+from elastictrain.errors import DataError, StoreFailed
 
 if TYPE_CHECKING:
     from elastictrain.data_settings import Mixture, Proportions
@@ -225,7 +225,8 @@ def open_mixture(
             try:
                 sources[name] = open_source(data, seed=own_seed, lanes=lanes, lane_batch_size=1, progress=progress)
             except DataError as error:
-                raise DataError(f"data.sources.{name}: {error}") from error
+                kind = StoreFailed if isinstance(error, StoreFailed) else DataError
+                raise kind(f"data.sources.{name}: {error}") from error
         _check_that_they_fit(sources)
         return MixedSource(spec, sources, segments, lane_batch_size=lane_batch_size)
     except BaseException:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from elastictrain.data.columns import Schema, as_pairs, select_columns, show_schema
 from elastictrain.data.files import FileSet
 from elastictrain.data.index import BlockTable, Hole, Progress, checksum_of
-from elastictrain.errors import DataError
+from elastictrain.errors import DataError, StoreFailed
 
 _MAX_OPEN_FILES = 16
 _MAGIC = b"PAR1"
@@ -95,6 +95,8 @@ class ParquetFiles:
         for block in range(len(rows)):
             try:
                 self.read(block).validate(full=True)
+            except StoreFailed:  # nothing is known of its content
+                raise
             except (DataError, pa.ArrowException) as error:
                 rows[block] = 0
                 name = self._files.files[int(self.blocks.file[block])].name
@@ -106,6 +108,8 @@ class ParquetFiles:
     def _parquet_or_hole(self, number: int) -> pq.ParquetFile | None:
         try:
             return self._parquet(number)
+        except StoreFailed:  # nothing is known of its content
+            raise
         except DataError as error:
             if self._on_corrupt != "skip":
                 raise

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from fsspec.implementations.local import LocalFileSystem
 
 from elastictrain.data.meter import timed
+from elastictrain.errors import StoreFailed
 
 T = TypeVar("T")
 
@@ -135,7 +136,8 @@ class _Patient:
 class RetryingFile:
     """A file for reading whose failed reads are tried again, on a handle that is opened anew.
 
-    `reopen`: opens the file at its start. Not thread-safe, as files are.
+    `reopen`: opens the file at its start. Not thread-safe, as files are. What a store refuses, or fails to give for too
+    long, is raised as StoreFailed: decoders take an OSError for damage of the content.
     """
 
     def __init__(self, reopen: Callable[[], Any], retry: Retry, what: str) -> None:
@@ -146,17 +148,25 @@ class RetryingFile:
 
     def read(self, size: int = -1) -> bytes:
         """Read up to `size` bytes, all for -1."""
-        data = bytes(self._retry.call(lambda: self._try(lambda handle: handle.read(size)), self._what))
+        data = bytes(self._call(lambda handle: handle.read(size)))
         self._at += len(data)
         return data
 
     def seek(self, offset: int, whence: int = 0) -> int:
         """Move the position; returns it."""
-        self._at = int(self._retry.call(lambda: self._try(lambda handle: handle.seek(offset, whence)), self._what))
+        self._at = int(self._call(lambda handle: handle.seek(offset, whence)))
         return self._at
 
     def tell(self) -> int:
         return self._at
+
+    def _call(self, action: Callable[[Any], Any]) -> Any:
+        try:
+            return self._retry.call(lambda: self._try(action), self._what)
+        except OSError as error:
+            raise StoreFailed(
+                f"{self._what}: could not be read ({error}). The file was there when the run opened data.path"
+            ) from error
 
     def _try(self, action: Callable[[Any], Any]) -> Any:
         if self._is_broken:

@@ -14,6 +14,7 @@ The cache is only ever a shortcut: what cannot be written is not an error.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -44,6 +45,8 @@ _ORDER_ONLY = (
 _NUMBERS = "biuf"
 _MAPPED_BLOCKS = 4096
 """Files that stay mapped; a process may have 65,530 of them by default."""
+_SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors of a process or machine that has no more to give: they say nothing of the file."""
 
 _log = logging.getLogger(__name__)
 
@@ -97,6 +100,8 @@ class WarmCache:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, OSError) and error.errno in _SHORT:
+                return None
             self.damaged += 1
             _log.warning("The warm cache %s is damaged (%s); the block is made again from the data", path, error)
             try:

@@ -97,6 +97,11 @@ def prepare_data(
     plan = make_plan(settings, index.files, index, functions, tokenizer)
     done = _begin(store, plan, resume=resume)
     if done is not None:
+        if settings.segments:  # it may have been finished without
+            late = Announcer(settings)
+            for record in done["files"]:
+                late.file(record)
+            late.close()
         _remove_work(store)
         return done
     if tokenizer is not None:

@@ -362,3 +362,19 @@ def test_the_end_of_a_feeder_ends_reading_ahead(tmp_path: Path) -> None:
     assert not thread.is_alive()
     assert reader.batch(1, 1)["n"].shape == (2,), "the reader stays open"
     reader.close()
+
+
+def test_a_window_whose_length_cannot_be_told_does_not_end_the_reading() -> None:
+    def unknown(window: Window, step: int) -> float:
+        if window.lane == 0:
+            raise DataError("not just now")
+        return (window.stop - window.start) / 2
+
+    def prepare(files: Files) -> None:
+        files.steps_of = unknown  # type: ignore[method-assign]
+
+    with reading(4, prepare) as (files, ahead):
+        ahead.expect([(1, files.first(0))], range(LANES))
+        files.wait_for_reads(1)
+        ahead.expect([(2, files.first(1))], range(LANES))
+        assert (1, (0, 0)) in until_ready(ahead, 2)

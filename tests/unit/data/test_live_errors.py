@@ -54,6 +54,21 @@ def test_a_segment_of_the_order_must_stay_what_it_was(place: Place, how: str) ->
         reader.batch(2, 0)
 
 
+def test_a_batch_comes_though_the_next_era_is_out_of_reach(place: Place) -> None:
+    place.add(16, 16)
+    open_rows(place.source(segments_at_once=1), 4)
+    (place.folder / "stream" / "part-001.jsonl").unlink()
+    source = place.source(segments_at_once=1)
+    reader = LaneReader(source, ahead_bytes=1 << 20)
+    try:
+        found = [x for step in (0, 1) for lane in range(4) for x in reader.batch(step, lane)["x"].tolist()]
+        assert sorted(found) == list(range(16))
+        with pytest.raises(DataError, match=r"segment 1 .* does not exist"):
+            reader.batch(2, 0)
+    finally:
+        reader.close()
+
+
 def test_a_segment_that_cannot_be_used_is_named(place: Place) -> None:
     place.add(16)
     source = place.source()

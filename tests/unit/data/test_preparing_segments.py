@@ -56,6 +56,15 @@ def test_segments_are_there_while_the_rest_is_being_prepared_and_none_twice(
     assert names(out) == files
 
 
+def test_a_finished_preparation_is_announced_when_it_is_taken_up_with_segments(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    index = prepare_data(settings_for(write_input(tmp_path / "in"), out))
+    for _ in range(2):
+        prepare_data(settings_for(tmp_path / "in", out, segments=True), resume=True)
+        assert names(out) == [file["name"] for file in index["files"]]
+        assert isinstance(SegmentLog(out).get(len(index["files"])), Closed)
+
+
 def interrupted(*_: object) -> None:
     raise Interrupted
 

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import fsspec
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
@@ -17,7 +20,7 @@ from elastictrain.data.files import find_files
 from elastictrain.data.meter import Meter
 from elastictrain.data.retry import Retry, RetryingFile, backoff_s
 from elastictrain.data.segments import SegmentWriter
-from elastictrain.errors import DataError
+from elastictrain.errors import DataError, StoreFailed
 from elastictrain.job import Data
 
 
@@ -155,6 +158,45 @@ def test_a_manifest_on_such_a_store(store: type[Unreliable], tmp_path: Path) -> 
 
 def test_the_pauses_grow_to_a_limit() -> None:
     assert list(itertools.islice(backoff_s(0.1, 1.0), 6)) == [0.1, 0.2, 0.4, 0.8, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "arrow", "csv"])
+@pytest.mark.parametrize("error", [PermissionError, ConnectionError])
+def test_a_store_that_goes_away_leaves_no_holes(
+    store: type[Unreliable], monkeypatch: pytest.MonkeyPatch, kind: str, error: type[Exception]
+) -> None:
+    system, table = Unreliable(), pa.table({"x": range(40)})
+    for number in range(2):
+        with system.open(f"/outage/{number}.{kind}", "wb") as handle:
+            if kind == "parquet":
+                pq.write_table(table, handle, row_group_size=20)
+            elif kind == "arrow":
+                pyarrow.feather.write_feather(table, handle, compression="uncompressed", chunksize=20)
+            else:
+                line = '{"x": %d}\n' if kind == "jsonl" else "%d\n"
+                handle.write((("x\n" if kind == "csv" else "") + "".join(line % row for row in range(40))).encode())
+    spec = Data(kind=kind, path="unreliable://outage", on_corrupt="skip", retry_s=0)
+    fails_from, raised = 0, []
+
+    def maybe(_: Unreliable) -> None:
+        store.calls += 1
+        if store.calls > fails_from:
+            raise error("gone")
+
+    monkeypatch.setattr(Unreliable, "_maybe", maybe)
+    while True:
+        store.calls = 0
+        try:
+            source = open_source(spec, seed=1, lanes=2, lane_batch_size=4)
+            break
+        except DataError as failed:
+            raised.append(type(failed))
+        fails_from += 1
+        assert fails_from < 300
+    assert source.samples == 80
+    assert "holes" not in source.describe()
+    assert raised.count(StoreFailed) > 4
+    source.close()
 
 
 class Clock:

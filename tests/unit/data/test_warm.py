@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -102,6 +103,20 @@ def test_no_more_blocks_stay_mapped_than_a_process_may_have(tmp_path: Path, monk
     for block in (0, 1, 0, 2, 3):
         same(warm.load(block), ARRAYS)
     assert list(warm._mapped) == [2, 3]
+    same(warm.load(0), ARRAYS)
+
+
+def test_a_process_without_descriptors_removes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warm = cache(tmp_path)
+    warm.store(0, ARRAYS)
+
+    def none_left(*_: Any) -> Any:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as short:
+        short.setattr("elastictrain.data.warm._open", none_left)
+        assert warm.load(0) is None
+    assert warm.damaged == 0
     same(warm.load(0), ARRAYS)
 
 
