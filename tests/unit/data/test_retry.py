@@ -239,6 +239,30 @@ def test_the_limit_is_of_time() -> None:
     assert len(clock.slept) == 6
 
 
+def of_a_library(module: str, name: str, **facts: Any) -> Exception:
+    made: Exception = type(name, (Exception,), {"__module__": module, **facts})("no answer")
+    return made
+
+
+def test_what_network_libraries_raise_is_of_the_store_too() -> None:
+    """Their exceptions come through fsspec as they are, and are no OSErrors."""
+    clock = Clock()
+    retry = Retry(limit_s=10, first_s=1, longest_s=4, clock=clock, sleep=clock.sleep)
+    gone = of_a_library("botocore.exceptions", "EndpointConnectionError")
+    assert retry.call(failing(2, gone), "f") == "done"
+    assert retry.call(failing(1, of_a_library("aiohttp.client_exceptions", "Cut", status=503)), "f") == "done"
+    assert clock.slept == [1, 2, 1]
+    with pytest.raises(OSError, match=r"EndpointConnectionError: no answer; given up after 4 tries"):
+        retry.call(failing(99, gone), "f")
+    with pytest.raises(PermissionError, match=r"^Refused: no answer$"):
+        retry.call(failing(1, of_a_library("aiohttp.client_exceptions", "Refused", status=403)), "f")
+    with pytest.raises(FileNotFoundError):
+        retry.call(failing(1, of_a_library("gcsfs.retry", "HttpError", status=404)), "f")
+    with pytest.raises(Exception, match=r"^no answer$") as ours:
+        retry.call(failing(1, of_a_library("recipe", "Wrong")), "f")
+    assert type(ours.value).__name__ == "Wrong"
+
+
 def test_the_meter_says_how_long_a_store_was_asked_again() -> None:
     clock = Clock()
     meter = Meter(clock)
