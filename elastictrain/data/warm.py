@@ -43,8 +43,9 @@ _ORDER_ONLY = (
 )  # fmt: skip
 """Keys of a fingerprint that say in which order samples come, and those that others imply."""
 _NUMBERS = "biuf"
-_MAPPED_BLOCKS = 4096
-"""Files that stay mapped; a process may have 65,530 of them by default."""
+_DESCRIPTORS = os.sysconf("SC_OPEN_MAX")  # -1: no limit
+_MAPPED_BLOCKS = 4096 if _DESCRIPTORS < 0 else min(4096, max(8, _DESCRIPTORS // 4))
+"""Files that stay mapped; each holds a file descriptor, of which others need some too."""
 _SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """Errors of a process or machine that has no more to give: they say nothing of the file."""
 
