@@ -42,7 +42,8 @@ def _says(factors: dict[int, float], since: int, until: int, what: str, worker: 
         elif factor > 1.0:
             seconds[what] = factor - 1.0 if factor < 100.0 else float("nan")
         said = real(self, lanes, *args, **kwargs)
-        return replace(said, exchange_s=0.001, arrive_s=sum(seconds.values()), flags=0, **seconds)
+        made_up = {"exchange_s": 0.001, "arrive_s": sum(seconds.values()), "collected_s": 0.0, "flags": 0}
+        return replace(said, **made_up, **seconds)
 
     StepClock.signal = signal  # type: ignore[method-assign]
 
