@@ -7,13 +7,11 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.distributed.tensor import Shard
 
 import elastictrain_checkpoint.torch as checkpoint
 from elastictrain_checkpoint import InvalidPiece, NoCheckpoint, Store, digest, list_steps, verify
@@ -21,7 +19,6 @@ from elastictrain_checkpoint import load as load_manifest
 from elastictrain_checkpoint.errors import SaveDropped, SaveFailed, StateChanged, StateMismatch
 from elastictrain_checkpoint.handle import SaveState
 from elastictrain_checkpoint.store import _backend
-from elastictrain_checkpoint.torch.sharded import common_aliases, cuts_of
 
 ODD = [torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu, torch.complex128]
 PLAIN = [
@@ -383,27 +380,3 @@ def test_the_function_uses_one_saver_for_a_path(tmp_path) -> None:
         found = {"w": torch.zeros(9)}
         checkpoint.load(found, tmp_path, step=step)
         assert found["w"].tolist() == [-float(step)] * 9
-
-
-def test_names_are_tied_also_where_a_rank_cannot_see_it() -> None:
-    tied, blind, apart = ({"head": "embed"}, ()), ({}, ("embed", "head")), ({}, ())
-    assert common_aliases([tied, tied]) == common_aliases([tied, blind]) == {"head": "embed"}
-    assert common_aliases([blind, tied, blind]) == {"head": "embed"}
-    assert common_aliases([apart, apart]) == {}
-    with pytest.raises(InvalidPiece) as refused:
-        common_aliases([blind, tied, apart])
-    assert str(refused.value) == (
-        "head and embed share memory on some ranks, but not on rank 2; tie them on every rank, or on none"
-    )
-    with pytest.raises(InvalidPiece, match=r"^head and other share memory on some ranks, but not on rank 0;"):
-        common_aliases([tied, ({"head": "other"}, ())])
-
-
-def test_axes_that_cut_in_another_order_than_the_mesh_has_are_refused() -> None:
-    def placed(*axes: int) -> Any:
-        spec = SimpleNamespace(shard_order=(SimpleNamespace(tensor_dim=0, mesh_dims=axes),))
-        return SimpleNamespace(placements=(Shard(0), Shard(0)), dim=lambda: 2, _spec=spec)
-
-    assert [cut is not None and cut.dim for cut in cuts_of(placed(0, 1), "w")] == [0, 0]
-    with pytest.raises(InvalidPiece, match=r"^w is placed as .*: dimension 0 is cut by the axes \(1, 0\) of its mesh"):
-        cuts_of(placed(1, 0), "w")
