@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from elastictrain.errors import RecipeError
+from elastictrain.user_files import NotLoaded, load_file
 
 Batch = Mapping[str, torch.Tensor]
 Loss = torch.Tensor | tuple[torch.Tensor, torch.Tensor | float]
@@ -135,23 +135,7 @@ def _import(module: str, reference: str) -> ModuleType:
 
 
 def _load_file(path: Path, reference: str) -> ModuleType:
-    file = path.resolve()
-    if not file.is_file():
-        raise RecipeError(f"recipe={reference!r}: no such file {file}")
-    # A name of its own keeps two recipes called recipe.py apart; the folder on the path lets it import its neighbours.
-    name = f"_elastictrain_recipe_{file.parent.name}_{file.stem}"
-    if name in sys.modules and getattr(sys.modules[name], "__file__", None) == str(file):
-        return sys.modules[name]
-    if str(file.parent) not in sys.path:
-        sys.path.insert(0, str(file.parent))
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise RecipeError(f"recipe={reference!r}: {file} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise RecipeError(f"recipe={reference!r} does not import: {type(error).__name__}: {error}") from error
-    return module
+        return load_file(path, "recipe")
+    except NotLoaded as error:
+        raise RecipeError(f"recipe={reference!r}{error}") from error.__cause__

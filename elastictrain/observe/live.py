@@ -257,6 +257,10 @@ def _figures(status: Status, rows: Sequence[MetricsRow]) -> Table:
         table.add_row("exposure", exposure_words(status))
     if status.checkpoint_given_up:
         table.add_row("checkpoints", Text(given_up_words(status.checkpoint_given_up), style="yellow"))
+    if status.speeds:
+        known = sorted(status.speeds.items())
+        shown = ", ".join(f"{worker}: {speed:.2f}" for worker, speed in known[:16])
+        table.add_row("speeds", shown + (f" … ({len(known)} workers)" if len(known) > 16 else ""))
     for words, standing in zip(copies_words(status.copies), status.copies.values(), strict=True):
         table.add_row("copies", Text(words, style="yellow" if standing.get("error") else ""))
     if status.last_recovery:

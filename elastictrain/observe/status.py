@@ -12,8 +12,9 @@ class Status(BaseModel):
     stopped. `lanes`: lanes per worker number. `held_once`: blocks with a single holder. `waiting`: why the run waits.
     `exposure_s`: if everything died now, so many seconds of training would be lost; `stored_step`: the newest step that
     is stored. `checkpoint_given_up`: the data of that event, until a checkpoint is committed. `copies`: by
-    further place of checkpoints, its newest step, the steps that wait, and what is wrong. `last_recovery`: the data of
-    the last `recovery` event. `error`: why it failed. Times in seconds or ISO UTC.
+    further place of checkpoints, its newest step, the steps that wait, and what is wrong. `speeds`: relative, by worker
+    number, once lanes were dealt out by them. `last_recovery`: the data of the last `recovery` event.
+    `error`: why it failed. Times in seconds or ISO UTC.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -34,6 +35,7 @@ class Status(BaseModel):
     stored_step: int | None = None
     checkpoint_given_up: dict[str, Any] | None = None
     copies: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    speeds: dict[int, float] = Field(default_factory=dict)
     last_recovery: dict[str, Any] | None = None
     waiting: str | None = None
     error: str | None = None

@@ -387,3 +387,10 @@ def test_places_are_a_list() -> None:
     beside = parse_job(copying({"path": "runs/cc"}, {"path": "s3://b/c"}, {"path": "gs://b/c"}))
     assert beside.checkpoint is not None
     assert len(beside.checkpoint.copy_to) == 3
+
+
+@pytest.mark.parametrize(
+    ("action", "gradients", "watches"), [("watch", "sum", True), ("watch", "hand_over", False), ("off", "sum", False)]
+)
+def test_nobody_is_watched_where_times_tell_nothing(action: str, gradients: str, watches: bool) -> None:
+    assert parse_job(BASE | {"gradients": gradients, "stragglers": {"action": action}}).watches_workers == watches

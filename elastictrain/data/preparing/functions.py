@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from elastictrain.errors import ConfigError, DataError
+from elastictrain.user_files import NotLoaded, load_file
 
 Function = Callable[[pa.Table], Any]
 
@@ -112,20 +113,7 @@ def _import(setting: str, module: str) -> ModuleType:
 
 
 def _load_file(setting: str, path: Path) -> ModuleType:
-    file = path.expanduser().resolve()
-    if not file.is_file():
-        raise ConfigError(f"{setting}: no such file {file}")
-    name = f"_elastictrain_prepare_{file.parent.name}_{file.stem}"
-    if name in sys.modules and getattr(sys.modules[name], "__file__", None) == str(file):
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"{setting}: {file} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise ConfigError(f"{setting}: {file} does not import: {type(error).__name__}: {error}") from error
-    return module
+        return load_file(path, "prepare")
+    except NotLoaded as error:
+        raise ConfigError(f"{setting}{': ' + str(path) if error.__cause__ else ''}{error}") from error.__cause__

@@ -229,18 +229,24 @@ def test_the_thread_goes_on_when_half_of_what_lay_ready_has_gone() -> None:
     assert [full[True, count] for count in range(5)] == [False, False, False, True, True]
 
 
+def when_it_waits(feeder: Feeder, attribute: str) -> threading.Event:
+    """Set when somebody waits while `attribute` is set."""
+    plain, waits = feeder._changed.wait, threading.Event()
+
+    def wait(timeout: float | None = None) -> bool:
+        if getattr(feeder, attribute):
+            waits.set()
+        return plain(timeout)
+
+    feeder._changed.wait = wait  # type: ignore[method-assign]
+    return waits
+
+
 def test_who_has_waited_for_a_while_is_woken_by_the_batch() -> None:
     reader = FakeReader()
     reader.gates[0, 0] = threading.Event()
     with feeder_of(reader) as feeder:
-        plain, sleeps = feeder._changed.wait, threading.Event()
-
-        def wait(timeout: float | None = None) -> bool:
-            if feeder._impatient:
-                sleeps.set()
-            return plain(timeout)
-
-        feeder._changed.wait = wait  # type: ignore[method-assign]
+        sleeps = when_it_waits(feeder, "_impatient")
         feeder.expect([(0, 0), (0, 1)])
         reader.wait_for_reads(1)
         found: list[list[int]] = []
@@ -273,14 +279,7 @@ def test_what_somebody_waits_for_is_not_thrown_away_when_lanes_move() -> None:
     reader = FakeReader()
     reader.gates[0, 0] = threading.Event()
     with feeder_of(reader) as feeder:
-        plain, waits = feeder._changed.wait, threading.Event()
-
-        def wait(timeout: float | None = None) -> bool:
-            if feeder._awaited:
-                waits.set()
-            return plain(timeout)
-
-        feeder._changed.wait = wait  # type: ignore[method-assign]
+        waits = when_it_waits(feeder, "_awaited")
         feeder.expect([(0, 0), (0, 1)])
         reader.wait_for_reads(1)
         found: list[list[int]] = []

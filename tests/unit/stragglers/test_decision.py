@@ -188,3 +188,13 @@ def test_nothing_to_win_never_pays():
 def test_what_has_lasted_will_last():
     assert remaining_s(600.0, 3600.0) > remaining_s(600.0, 60.0) > 600.0
     assert (prior_s(8), prior_s(32), prior_s(10_000)) == (600.0, 1440.0, 4320.0)
+
+
+def test_a_move_that_no_step_can_judge_does_not_stand_in_the_way_for_ever():
+    """A checkpoint is always being written, say: then no step counts."""
+    decider = Decider(4)
+    decisions, lanes = play(decider, (1.0, 1.0, 2.0, 1.0), range(5), slow={2: 0})
+    assert [one.action for one in decisions] == ["move_lanes"]
+    for step in range(5, 300):
+        decider.decide(situation(step, (1.0, 1.0, 2.0, 1.0), lanes=lanes, slow={2: 0}, arrived_s=None))
+    assert decider.outcomes == ["unjudged"]
