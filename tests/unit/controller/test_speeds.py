@@ -174,7 +174,7 @@ def test_nobody_is_left_out_whose_share_of_the_state_fits_nowhere_else():
 def test_learned_speeds_and_shares_that_were_set_are_not_mixed():
     """The ones are about 1, the others are in whatever unit the user likes: a newcomer counts as the median worker."""
     scene = Scene(lane_shares={0: 100.0, 1: 50.0, 2: 100.0, 3: 100.0}, lane_count=12).run()
-    scene.send(proposed(scene, (5, 2, 5), speeds=((0, 1.0), (1, 0.5), (2, 1.0))))
+    only(cm.OfferLanes, scene.send(proposed(scene, (6, 2, 4), speeds=((0, 1.0), (1, 0.5), (2, 1.0)))))
     scene.die(2)
     scene.ready(3)
     plan = only(cm.Form, scene.park(0, 1, applied=5)).plan
