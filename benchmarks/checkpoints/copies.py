@@ -2,7 +2,8 @@
 
 Both end with every file synced; ours compares every block with its hash, and creates the manifest last.
 Every round does both, one after the other, and computes steps (a matrix product, as long as a copy takes) with and
-without a copy beside them: how much longer a step takes while a copy is under way. Ratios are medians over rounds.
+without a copy beside them: how much longer a step takes while a copy is under way, at the share of a processor that
+runs give it, and without a limit. Ratios are medians over rounds.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 
 import common
 from elastictrain_checkpoint import Follower, Manifest, Newest, PackWriter, Piece, Store, commit
+from elastictrain_checkpoint.follower import SHARE
 
 MIB = 1 << 20
 COUNT, SHAPE = 64, (1024, 1024)
@@ -43,9 +45,9 @@ def plain(near: Path, far: Path) -> float:
     return time.perf_counter() - began
 
 
-def followed(near: Path, far: Path) -> tuple[float, list[float]]:
+def followed(near: Path, far: Path, share: float) -> tuple[float, list[float]]:
     """Seconds for a copy by a follower, and those of the steps that were computed meanwhile."""
-    follower, taken = Follower(Store(near), Store(far), Newest(1)), []
+    follower, taken = Follower(Store(near), Store(far), Newest(1), share=share), []
     began = time.perf_counter()
     follower.serve()
     while not follower.wait(0.0) and time.perf_counter() - began < DEADLINE_S:
@@ -71,19 +73,21 @@ def step() -> float:
 def main() -> None:
     options = common.arguments(__doc__, lambda parser: parser.add_argument("--rounds", type=int, default=None))
     results = common.Results("checkpoint_copies", "Checkpoints: copies beside training", options)
-    found: dict[str, list[float]] = {"plain": [], "follower": [], "step": [], "step beside a copy": []}
+    names = ("plain", "follower", "follower, no limit", "step", "step beside a copy", "step beside a copy, no limit")
+    found: dict[str, list[float]] = {name: [] for name in names}
     with common.scratch("copies") as folder:
         size = stored(Store(folder / "near")).size_bytes
         for number in range((options.rounds or (5 if options.quick else 15)) + 1):
             alone = [step() for _ in range(50)]
             plain_s = plain(folder / "near", folder / "plain")
-            spent_s, beside = followed(folder / "near", folder / "far")
-            for name in ("plain", "far"):
+            spent_s, beside = followed(folder / "near", folder / "far", SHARE)
+            fast_s, beside_fast = followed(folder / "near", folder / "fast", 1.0)
+            for name in ("plain", "far", "fast"):
                 shutil.rmtree(folder / name)
             os.sync()
             if number:  # the first one warms
-                values = (plain_s, spent_s, common.median(alone), common.median(beside))
-                for name, value in zip(found, values, strict=True):
+                steps = [common.median(taken) for taken in (alone, beside, beside_fast)]
+                for name, value in zip(names, (plain_s, spent_s, fast_s, *steps), strict=True):
                     found[name].append(value)
     results.raw["seconds"] = found
     for name, taken in found.items():
@@ -91,10 +95,13 @@ def main() -> None:
         rate = size / MIB / common.median(taken) if "step" not in name else None
         shown = {"ms": common.median(milliseconds), "ms over rounds": common.spread(milliseconds)}
         results.row(**{"case": name, **shown, **({} if rate is None else {"MiB/s": rate})})
-    against = common.median(b / a for a, b in zip(found["follower"], found["plain"], strict=True))
-    longer = common.median(b / a - 1 for a, b in zip(found["step"], found["step beside a copy"], strict=True))
-    results.figure("copy, verified, beside steps: throughput / plain copy, synced", against, "none", "beside it")
-    results.figure("a step beside a copy takes longer by, %", 100 * longer, "none", "beside it")
+    for more in ("", ", no limit"):
+        pairs = zip(found[f"follower{more}"], found["plain"], strict=True)
+        against = common.median(b / a for a, b in pairs)
+        results.figure(f"copy, verified{more}: throughput / plain copy, synced", against, "none", "beside it")
+        steps = zip(found["step"], found[f"step beside a copy{more}"], strict=True)
+        longer = 100 * common.median(b / a - 1 for a, b in steps)
+        results.figure(f"a step beside a copy{more} takes longer by, %", longer, "none", "beside it")
     results.write()
 
 

@@ -19,7 +19,7 @@ from elastictrain_checkpoint.catalogue import Entry, catalogue, happened
 from elastictrain_checkpoint.commit import list_steps, load
 from elastictrain_checkpoint.copying import Stopped
 from elastictrain_checkpoint.errors import CorruptData, NoCheckpoint
-from elastictrain_checkpoint.following import in_words, pause_s, wanted
+from elastictrain_checkpoint.following import in_words, pause_s, rest_s, wanted, work_s
 from elastictrain_checkpoint.policies import Policy
 from elastictrain_checkpoint.retain import discard, prune
 from elastictrain_checkpoint.store import Store
@@ -28,6 +28,8 @@ from elastictrain_checkpoint.transfer import copy_checkpoint
 
 MOST_TRIES = 2
 """A step is begun no more often in one pass: once as it is, and once more when it has been healed."""
+SHARE = 0.25
+"""Of a processor, at most, that copying takes while others train."""
 SILENT_S = 60.0
 """A store that has done nothing for so long, in the middle of a call, is said not to answer."""
 
@@ -60,7 +62,9 @@ class Follower:
         apart_steps: copy no step that is less than so many after the last one that was.
         others: further stores, which may have whole what is damaged in ``source``.
         removed: called in the thread with the steps that the retention of ``target`` has removed.
+        share: of a processor, at most, until somebody is in a hurry (`hurry`); from above 0 to 1, which never rests.
         clock: seconds that never go back.
+        worked: seconds that a processor has worked for the thread that asks.
 
     """
 
@@ -73,13 +77,18 @@ class Follower:
         apart_steps: int = 1,
         others: Sequence[Store] = (),
         removed: Callable[[list[int]], None] = lambda _: None,
+        share: float = SHARE,
         clock: Callable[[], float] = time.monotonic,
+        worked: Callable[[], float] = time.thread_time,
     ) -> None:
+        if not 0 < share <= 1:
+            raise ValueError(f"share={share} is not a part of a processor, from above 0 to 1")
         self._source, self._target, self._keep, self._apart_steps = source, target, keep, apart_steps
         self._others, self._removed, self._clock = tuple(others), removed, clock
+        self._share, self._worked, self._worked_s = share, worked, 0.0
         self._changed = threading.Condition()
         self._over: threading.Event | None = None
-        self._asked = self._at_once = self._is_idle = self._has_failed = False
+        self._asked = self._at_once = self._is_idle = self._has_failed = self._hurried = False
         self._final: int | None = None
         self._back_to: tuple[int, int] | None = None
         self._there: list[Entry] | None = None
@@ -97,6 +106,7 @@ class Follower:
             if self._over is not None:
                 return
             self._over, self._asked, self._is_idle, self._there = threading.Event(), True, False, None
+            self._hurried = False
             self._moved_s = self._clock()
             threading.Thread(target=self._work, args=(self._over,), name="elastictrain-copies", daemon=True).start()
 
@@ -168,11 +178,12 @@ class Follower:
         return {step for step in steps if (step, attempts[step]) not in bad} | ({busy} if busy is not None else set())
 
     def hurry(self) -> None:
-        """Try again at once what has failed."""
+        """Try again at once what has failed, and rest no more between two blocks: nobody trains any longer."""
         with self._changed:
+            self._hurried = True
             if self._has_failed:
                 self._at_once, self._has_failed = True, False
-                self._changed.notify_all()
+            self._changed.notify_all()
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until there is nothing to copy any more, or the target has failed; whether that came to be in time. True
@@ -224,11 +235,9 @@ class Follower:
         """Copy until nothing is missing."""
 
         def check(*_: object) -> None:
-            with self._changed:
-                if over.is_set():
-                    raise Stopped("somebody else copies now")
-                self._moved_s = self._clock()
+            self._rest(over)
 
+        self._worked_s = self._worked()
         source, target = self._source.guarded(check), self._target.guarded(check)
         self._go_back(target)
         self._mend(source, target, over, check)
@@ -261,10 +270,21 @@ class Follower:
             near, far = catalogue(source), catalogue(target)
             self._set(over, _busy=None)
 
+    def _rest(self, over: threading.Event) -> None:
+        """Between two blocks, and two calls: rest so long that the share is kept."""
+        worked_s = self._worked()
+        pause_s = rest_s(worked_s - self._worked_s, self._share)
+        self._worked_s = min(worked_s, self._worked_s + work_s(pause_s, self._share))
+        with self._changed:
+            self._changed.wait_for(lambda: over.is_set() or self._hurried, pause_s)
+            if over.is_set():
+                raise Stopped("somebody else copies now")
+            self._moved_s = self._clock()
+
     def _copy(self, source: Store, target: Store, step: int, attempt: str, check: Callable[..., None]) -> bool:
         """Copy one step; whether it is there now."""
         try:
-            copy_checkpoint(source, load(source, step), target, pace=check, replace_older=True)
+            copy_checkpoint(source, load(source, step), target, progress=check, replace_older=True)
         except NoCheckpoint:
             return False  # retention took it
         except CorruptData:
@@ -329,9 +349,10 @@ class Follower:
                 self._set(over, _busy=step)
                 try:
                     heal(source, step, others)
-                except (NoCheckpoint, Stopped) as error:  # retention took it, or it is sound nowhere
-                    if isinstance(error, Stopped):
-                        raise
+                except NoCheckpoint:
+                    pass  # retention took it, or it is sound nowhere
+                except Stopped:
+                    raise
                 except Exception:  # fsspec's do not keep to OSError
                     continue
                 finally:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from math import inf
 
 from elastictrain_checkpoint.catalogue import Entry, happened
 from elastictrain_checkpoint.policies import Policy
 
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
+LONGEST_REST_S = 1.0
 
 
 def present(near: Sequence[Entry], far: Sequence[Entry]) -> set[int]:
@@ -72,6 +74,16 @@ def let_go(waiting: Sequence[Entry], free_bytes: int | None, room_bytes: int) ->
 def pause_s(failures: int) -> float:
     """How long to wait after so many failures in a row: twice as long each time, a minute at most."""
     return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(failures - 1, 30)) if failures > 0 else 0.0
+
+
+def rest_s(worked_s: float, share: float) -> float:
+    """How long to rest after so much work, so that it takes this share of the time; a second at most."""
+    return min(LONGEST_REST_S, max(0.0, worked_s) * (1 / share - 1))
+
+
+def work_s(rested_s: float, share: float) -> float:
+    """The work that such a rest makes up for."""
+    return rested_s * share / (1 - share) if share < 1 else inf
 
 
 def in_words(steps: Collection[int]) -> str:

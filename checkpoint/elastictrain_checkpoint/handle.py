@@ -36,6 +36,7 @@ class SaveHandle:
         total_bytes, written_bytes: of all packs, and of them in the hands of the storage.
         copied_bytes: what had to be copied before the state changed (the pool that this save needed).
         stall_s: how long `before_mutation` has taken for this save.
+        awaited: whether somebody waits, or has waited, for the outcome.
 
     """
 
@@ -45,6 +46,7 @@ class SaveHandle:
         self.error: BaseException | None = None
         self.total_bytes = self.written_bytes = self.copied_bytes = 0
         self.stall_s = 0.0
+        self.awaited = False
         self._where = where
         self._started = time.monotonic()
         self._value: Any = None
@@ -73,6 +75,7 @@ class SaveHandle:
 
     def _wait(self, timeout_s: float, check: Callable[[], None] = lambda: None) -> None:
         until_s = time.monotonic() + timeout_s
+        self.awaited = self.awaited or timeout_s > 0
         while not self._ended.wait(max(0.0, min(CHECK_S, until_s - time.monotonic()))):
             if time.monotonic() >= until_s:
                 raise SaveTimeout(f"{self._progress()}; waited {timeout_s:g} s for it")

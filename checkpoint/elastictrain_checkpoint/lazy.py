@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from elastictrain_checkpoint.changes import Changes, plan_changes
+from elastictrain_checkpoint.collector import no_collections
 from elastictrain_checkpoint.handle import DEADLINE_S, SaveHandle, SaveState
 from elastictrain_checkpoint.hashing import block_sum
 from elastictrain_checkpoint.incremental import Base, check_base
+from elastictrain_checkpoint.pace import REMEMBERED
 from elastictrain_checkpoint.pack import DEFAULT_PACK_BYTES, Piece, record_of
 from elastictrain_checkpoint.part import Part, check_names
 from elastictrain_checkpoint.paths import step_folder
@@ -32,6 +35,10 @@ from elastictrain_checkpoint.running import copy_bytes as copy_bytes
 from elastictrain_checkpoint.store import Store
 from elastictrain_checkpoint.units import Bytes, CellHashes, PlannedPack, make_part, plan_units
 
+YIELD_S, YIELD_PIECE_S = 0.001, 5e-6
+"""Planning does not let go of Python's lock: whoever has begun the save goes on first, and gives the device work. For
+every piece of the state there is something that it must let go of.
+"""
 WhenBusy = Literal["wait", "skip", "supersede"]
 
 
@@ -72,6 +79,7 @@ class LazySaver:
         self._jobs: list[Job] = []
         self._failed: list[SaveHandle] = []
         self._arena: dict[tuple[str, int], list[Bytes]] = {}
+        self._windows_s: deque[float] = deque(maxlen=REMEMBERED)
 
     def save(
         self,
@@ -130,7 +138,7 @@ class LazySaver:
         copied, own = set(eager), set(stable)
         frozen = self._copied(pieces, copied)
         own_pieces = {number for number, piece in enumerate(pieces) if piece.name in copied | own}
-        job = Job(handle, self.pool, finish, intact or _always_intact)
+        job = Job(handle, self.pool, finish, intact or _always_intact, self._windows_s)
         self._jobs.append(job)
         threading.Thread(
             target=self._run,
@@ -153,6 +161,9 @@ class LazySaver:
         """
         for job in self._jobs:
             begun = time.perf_counter()
+            if not job.seen:
+                job.seen = True
+                self._windows_s.append(begun - job.begun_s)
             if not job.handle.done:
                 job.freeze(self._deadline_s, self.max_copy if max_copy is None else max_copy)
                 job.handle.stall_s += time.perf_counter() - begun
@@ -242,7 +253,9 @@ class LazySaver:
     ) -> None:
         told = dropped or (lambda _: None)
         try:
-            job.start(plan_units(pieces, self._pack_bytes, own))
+            time.sleep(YIELD_S + YIELD_PIECE_S * len(pieces))
+            with no_collections():
+                job.start(plan_units(pieces, self._pack_bytes, own))
             if ready is not None:
                 ready()
             earlier, changes = None if base is None else base(), None
@@ -279,20 +292,32 @@ class LazySaver:
         for number, pack in enumerate(plan.packs):
             path = f"{folder}/{writer}-{number:02d}.safetensors"
             sums: list[int] = []
-            size = self._store.create(path, _stream(job, pack, hashes, sums))
+            size = self._store.create(path, _Stream(job, pack, hashes, sums))
             files.append(record_of(path, size, pack.data_start, sums))
         if changes is not None:
             return changes.part(files, step=step, attempt=attempt, writer=writer)
         assert hashes is not None
-        return make_part(plan, files, hashes, step=step, attempt=attempt, writer=writer)
+        with no_collections():
+            return make_part(plan, files, hashes, step=step, attempt=attempt, writer=writer)
 
 
-def _stream(job: Job, pack: PlannedPack, hashes: CellHashes | None, sums: list[int]) -> Iterator[memoryview]:
-    """The bytes of a pack, each unit summed, and hashed unless it was before, from the bytes that are written."""
-    for unit in pack.units:
-        number, data = job.take()
-        sums.append(block_sum(data))
-        if hashes is not None:
-            hashes.add(unit, data)
-        yield data
-        job.wrote(number)
+class _Stream:
+    """The bytes of a pack, each unit summed, and hashed unless it was before, from the bytes that are written; with
+    what `Store.create` may ask about them.
+    """
+
+    def __init__(self, job: Job, pack: PlannedPack, hashes: CellHashes | None, sums: list[int]) -> None:
+        self._job, self._pack, self._hashes, self._sums = job, pack, hashes, sums
+        self.size_bytes = pack.size_bytes
+
+    def __iter__(self) -> Iterator[memoryview]:
+        for unit in self._pack.units:
+            number, data = self._job.take()
+            self._sums.append(block_sum(data))
+            if self._hashes is not None:
+                self._hashes.add(unit, data)
+            yield data
+            self._job.wrote(number)
+
+    def past_cache(self) -> bool:
+        return self._job.has_time()

@@ -78,7 +78,7 @@ class Reader:
         self._lock = threading.Lock()
         self.manifest = manifest
         self._number = {name: number for number, name in enumerate(manifest.table.names)}
-        self._kept: OrderedDict[tuple[int, int], bytes] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, int], memoryview] = OrderedDict()
         self._bounds = manifest.table.bounds.tolist()
         self.tensors = {
             **manifest.tensors,
@@ -241,18 +241,24 @@ class Reader:
         if low == high:
             return
         begin, end = low * block, min(high * block, size)
-        tiles = _tile(copies, begin, end) if len(copies) * SCATTERED_BYTES <= end - begin else None
-        views = tiles or [memoryview(bytearray(end - begin))]
+        last = (high - 1) * block
+        # Only a block of which something was not wanted is likely to be asked for again.
+        wanted = sum(min(len(out), start + len(out) - last) for start, out in copies if start + len(out) > last)
+        kept = np.empty(end - last, dtype=np.uint8).data if wanted < end - last else None
+        tiles = _tile(copies, begin, end, kept) if len(copies) * SCATTERED_BYTES <= end - begin else None
+        views = tiles or [np.empty(end - begin, dtype=np.uint8).data]
         why = self._fetch(file, begin, views) or "its hash differs from the manifest's"
         for number, parts in zip(range(low, high), _in_blocks(views, block), strict=True):
             if block_sum_of(parts) != int(self.manifest.sums[file][number]):
                 self._heal(file, number, parts, why)
-        # Only a block of which something was not wanted is likely to be asked for again.
-        last = (high - 1) * block
-        if sum(min(len(out), start + len(out) - last) for start, out in copies if start + len(out) > last) < end - last:
-            self._keep(file, high - 1, b"".join(parts))
         if tiles is None:
             _copy_out(views[0], begin, copies)
+        if kept is not None:
+            for start, out in copies if tiles else [(begin, views[0])]:
+                inside = max(start, last)
+                if start + len(out) > inside:
+                    kept[inside - last : start + len(out) - last] = out[inside - start :]
+            self._keep(file, high - 1, kept)
 
     def _fetch(self, file: int, start: int, outs: Sequence[memoryview]) -> str | OSError | None:
         """Read; gives what is wrong, where blocks may still come from elsewhere."""
@@ -290,7 +296,7 @@ class Reader:
             at += len(part)
         self.healed.append(Healed(error.file, number, error.tensors, source.url, str(error)))
 
-    def _keep(self, file: int, number: int, data: bytes) -> None:
+    def _keep(self, file: int, number: int, data: memoryview) -> None:
         with self._lock:
             self._kept[file, number] = data
             while len(self._kept) > CACHED_BLOCKS:
@@ -319,11 +325,10 @@ def _start(copy: _Copy) -> int:
     return copy[0]
 
 
-def _copy_out(data: memoryview | bytes, begin: int, copies: Sequence[_Copy]) -> list[_Copy]:
-    """Copy what lies in ``data``, the bytes of a file from ``begin`` on; gives the copies that are left to do."""
+def _copy_out(view: memoryview, begin: int, copies: Sequence[_Copy]) -> list[_Copy]:
+    """Copy what lies in ``view``, the bytes of a file from ``begin`` on; gives the copies that are left to do."""
     left = []
-    end = begin + len(data)
-    view = memoryview(data)
+    end = begin + len(view)
     for start, out in copies:
         take = max(0, min(start + len(out), end) - start)
         if take:
@@ -333,21 +338,23 @@ def _copy_out(data: memoryview | bytes, begin: int, copies: Sequence[_Copy]) -> 
     return left
 
 
-def _tile(copies: Sequence[_Copy], begin: int, end: int) -> list[memoryview] | None:
-    """Buffers that hold bytes [begin, end) one after the other: the copies', and spare ones for what nobody wants.
-    None if two copies want the same byte.
+def _tile(copies: Sequence[_Copy], begin: int, end: int, last: memoryview | None) -> list[memoryview] | None:
+    """Buffers that hold bytes [begin, end) one after the other: the copies', and others for what nobody wants, in
+    ``last`` what lies among the last bytes, if it is given. None if two copies want the same byte.
     """
+    border = end - len(last) if last is not None else end
     tiles = []
     at = begin
-    for start, out in copies:
+    for start, out in (*copies, (end, memoryview(b""))):
         if start < at:
             return None
-        if start > at:
-            tiles.append(memoryview(bytearray(start - at)))
-        tiles.append(out)
+        if at < min(start, border):
+            tiles.append(np.empty(min(start, border) - at, dtype=np.uint8).data)
+        if last is not None and max(at, border) < start:
+            tiles.append(last[max(at, border) - border : start - border])
+        if len(out):
+            tiles.append(out)
         at = start + len(out)
-    if at < end:
-        tiles.append(memoryview(bytearray(end - at)))
     return tiles
 
 

@@ -15,8 +15,15 @@ import threading
 from collections.abc import Iterable
 from typing import Any
 
+from fsspec import AbstractFileSystem
+from fsspec.asyn import AsyncFileSystem
+
 _publishing = threading.Lock()
 """Serialises look and put inside one process, for file systems whose own create is not atomic (memory)."""
+
+
+_LOOKING = (AbstractFileSystem.pipe_file, AsyncFileSystem._pipe_file)
+"""What fsspec gives to file systems that have no conditional create of their own."""
 
 
 class RemoteBackend:
@@ -63,10 +70,35 @@ class RemoteBackend:
             self.system.invalidate_cache()
             if self._is_there(full):
                 raise FileExistsError(full)
-            if "mode" in inspect.signature(self._pipe()).parameters:
+            if self._has_modes():
                 self.system.pipe_file(full, data, mode="create")
             else:
                 self.system.pipe_file(full, data)
+
+    def probe_exclusive(self, path: str) -> str:
+        """Some stores take the condition of a create and do not look at it, so that is tried out, without a look."""
+        name = type(self.system).__name__
+        pipe = self._pipe()
+        if not self._has_modes() or getattr(pipe, "__func__", pipe) in _LOOKING:
+            return f"{name} offers no conditional create, it looks first and then writes"
+        full = self._full(path)
+        first, second = b"the first", b"the second"
+        try:
+            try:
+                self.system.pipe_file(full, first, mode="create")
+            except FileExistsError:  # where the answer to a create was lost and its client has asked again
+                if self.read_all(path) != first:
+                    raise
+            try:
+                self.system.pipe_file(full, second, mode="create")
+            except FileExistsError:
+                return ""
+            return f"the store behind {name} takes a conditional create and writes over what is there"
+        except (NotImplementedError, TypeError, ValueError) as error:
+            return f"{name} refuses a conditional create ({error!r})"
+        finally:
+            with contextlib.suppress(Exception):
+                self.system.rm_file(full)
 
     def put(self, path: str, data: bytes) -> None:
         self.system.pipe_file(self._full(path), data)
@@ -122,6 +154,9 @@ class RemoteBackend:
 
     def _full(self, path: str) -> str:
         return f"{self.root}/{path}"
+
+    def _has_modes(self) -> bool:
+        return "mode" in inspect.signature(self._pipe()).parameters
 
     def _pipe(self) -> Any:
         return getattr(self.system, "_pipe_file", self.system.pipe_file)

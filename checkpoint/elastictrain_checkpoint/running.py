@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from elastictrain_checkpoint import hashing
 from elastictrain_checkpoint.errors import SaveTimeout, StateChanged
 from elastictrain_checkpoint.handle import SaveHandle, SaveState
 from elastictrain_checkpoint.ledger import Ledger
+from elastictrain_checkpoint.pace import has_time
 from elastictrain_checkpoint.part import Part
 from elastictrain_checkpoint.pool import Pool
 from elastictrain_checkpoint.units import Bytes, Plan, Unit, gather
@@ -29,9 +31,16 @@ class Job:
     """One save that runs. The lock stands between the writer taking a unit and the state being let go to change."""
 
     def __init__(
-        self, handle: SaveHandle, pool: Pool, finish: Callable[[Part], Any] | None, intact: Callable[[], str]
+        self,
+        handle: SaveHandle,
+        pool: Pool,
+        finish: Callable[[Part], Any] | None,
+        intact: Callable[[], str],
+        windows_s: Iterable[float] = (),
     ) -> None:
         self.handle, self.pool, self.finish, self.intact = handle, pool, finish, intact
+        self._windows_s = tuple(windows_s)
+        self.begun_s, self.seen = time.perf_counter(), False
         self.lock = threading.Condition(threading.Lock())
         self.planned = threading.Event()
         self.plan: Plan | None = None
@@ -89,6 +98,17 @@ class Job:
             self.handle.written_bytes += self.units[number].size
         if slot is not None:
             self.pool.give_back([slot])
+
+    def has_time(self) -> bool:
+        """Whether what is left can be written slowly; not when the state waits for it, or somebody for the outcome."""
+        with self.lock:
+            live_bytes = self.ledger.live * hashing.SUM_BLOCK_BYTES
+            return not (self.handle.awaited or (self.touched and live_bytes)) and has_time(
+                read_bytes=self.handle.written_bytes,
+                live_bytes=live_bytes,
+                since_s=time.perf_counter() - self.begun_s,
+                windows_s=self._windows_s,
+            )
 
     def freeze(self, deadline_s: float, max_copy: float) -> None:
         """Copy what is still live: up to this fraction of the state. Wait until the writer has read what is beyond."""

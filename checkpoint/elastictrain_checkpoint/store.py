@@ -67,8 +67,9 @@ class Store:
         """Stream ``blocks`` into a new file; durable on return. Gives its size in bytes.
 
         A block may be reused by its producer when the next one is asked for. If ``blocks`` has an attribute
-        ``size_bytes``, a local disk sets aside that much room first. If the stream fails, the file
-        is removed as far as possible; a torn file can remain, under a name that nothing refers to.
+        ``size_bytes``, a local disk sets aside that much room first; if it has a method ``past_cache``, the next block
+        is written past the page cache while that gives true, where this can be. If the stream fails, the file is
+        removed as far as possible; a torn file can remain, under a name that nothing refers to.
 
         Raises:
             FileExistsError: the file is there; it is left as it is.
@@ -85,6 +86,21 @@ class Store:
 
         """
         self._backend.publish(_checked(path), data)
+
+    def probe_exclusive(self, path: str) -> str:
+        """Say why two processes that `publish` one name at the same time might both succeed; "" if they cannot.
+
+        One coordinator at a time needs no such promise; whoever lets the quickest of several decide does. Writes and
+        removes `path`, which must be a name that nobody else uses.
+
+        Raises:
+            OSError: storage failed.
+
+        """
+        probe: Callable[[str], str] | None = getattr(self._backend, "probe_exclusive", None)
+        if probe is None:
+            return f"{type(self._backend).__name__} does not say whether it creates a file only where there is none"
+        return probe(_checked(path))
 
     def put(self, path: str, data: bytes) -> None:
         """Write a small file over whatever was there. Only for hints: not durable, last writer wins."""

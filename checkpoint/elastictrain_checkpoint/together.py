@@ -15,11 +15,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from elastictrain_checkpoint.boxes import Box
 from elastictrain_checkpoint.dtypes import item_bytes
 from elastictrain_checkpoint.errors import CheckpointError, CorruptData, InvalidPiece
 from elastictrain_checkpoint.reader import Reader
 from elastictrain_checkpoint.reshard import ReadPlan, Want, plan_reads
+from elastictrain_checkpoint.slabs import Slab, slabs
 
 Exchange = Callable[[Sequence[Sequence[NDArray[Any]]], Sequence[int]], Sequence[memoryview]]
 """``exchange(sent, sizes)``: hands the arrays ``sent[w]``, row-major and one after the other, to worker ``w``, and
@@ -159,7 +159,7 @@ def _in_shared_memory(
     error: _Error = None
     for spans in _rounds(plan, round_bytes):
         mine = spans[job.worker]
-        scratch = np.frombuffer(exchange.scratch(int(plan.size_bytes[mine.start : mine.stop].sum())), dtype=np.uint8)
+        scratch = np.frombuffer(exchange.scratch(job.size_bytes(mine)), dtype=np.uint8)
         try:
             job.read(mine, scratch, targets, damaged=error is not None)
         except (CheckpointError, OSError) as found:
@@ -213,15 +213,22 @@ class _Target:
 
 
 class _Job:
-    """The geometry of one worker's share of a plan."""
+    """One worker's share of a plan: what it reads, and what it takes from others."""
 
     def __init__(self, reader: Reader, plan: ReadPlan, wants: Sequence[Sequence[Want]], worker: int) -> None:
         self._reader = reader
         self._plan = plan
         self._wants = wants
         self.worker = worker
-        self._table = reader.manifest.table
+        table = reader.manifest.table
         self._scratch = np.empty(0, dtype=np.uint8)
+        self._ends = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(plan.size_bytes)])
+        for_me = plan.worker == worker
+        self._slabs = slabs(plan, table, wants, np.flatnonzero(for_me | (plan.owner[plan.span] == worker)))
+        self._mine = np.flatnonzero(for_me)
+        self._workers, self._bounds, self._spans = plan.worker.tolist(), plan.bounds.tolist(), plan.span.tolist()
+        items = np.array([item_bytes(manifest_dtype) for manifest_dtype in _dtypes(reader)], dtype=np.int64)
+        self._items = items[table.tensor[plan.row]].tolist()
 
     def targets(self, outs: Sequence[Any]) -> list[_Target]:
         """The buffers of this worker's wants."""
@@ -231,7 +238,7 @@ class _Job:
         made = []
         for want, out in zip(mine, outs, strict=True):
             view = memoryview(out)
-            item = self._item(want.name)
+            item = item_bytes(self._reader.tensors[want.name][0])
             size = math.prod(want.sizes) * item
             if view.readonly or not view.c_contiguous or view.nbytes != size:
                 raise InvalidPiece(
@@ -244,10 +251,14 @@ class _Job:
 
     def room(self, spans: range) -> NDArray[np.uint8]:
         """Memory of this worker's own for spans; used again by the next ones."""
-        need = int(self._plan.size_bytes[spans.start : spans.stop].sum())
+        need = self.size_bytes(spans)
         if len(self._scratch) < need:
             self._scratch = np.empty(need, dtype=np.uint8)
         return self._scratch
+
+    def size_bytes(self, spans: range) -> int:
+        """Bytes of spans."""
+        return int(self._ends[spans.stop] - self._ends[spans.start])
 
     def read(self, spans: range, scratch: NDArray[np.uint8], targets: Sequence[_Target], *, damaged: bool) -> None:
         """Read this worker's spans to where they belong, or else into ``scratch``, each at its place among them.
@@ -271,101 +282,69 @@ class _Job:
         sent: list[list[NDArray[Any]]] | None,
     ) -> None:
         """Fill the targets that are here from this worker's spans; add what others want to ``sent``, if it is given."""
-        plan, at = self._plan, 0
         for span in spans:
-            size = int(plan.size_bytes[span])
-            here, at = scratch[at : at + size], at + size
             if self._straight(span, targets) is not None:
                 continue
-            box = self._span_box(span)
-            source = here.view(_ELEMENTS[self._item(self._name(span))]).reshape(box[1])
-            for number in range(int(plan.bounds[span]), int(plan.bounds[span + 1])):
-                worker = int(plan.worker[number])
-                if worker != self.worker and sent is None:
-                    continue
-                want, slab = self._slab(number, box)
-                part = source[_within(slab, box[0])]
-                if worker == self.worker:
-                    targets[int(plan.want[number])].box[_within(slab, want.offsets)] = part
+            numbers = range(self._bounds[span], self._bounds[span + 1])
+            if sent is None:
+                numbers = [number for number in numbers if self._workers[number] == self.worker]  # type: ignore[assignment]
+            for number in numbers:
+                slab, part = self._part(number, scratch, spans.start)
+                if self._workers[number] == self.worker:
+                    targets[slab.want].box[slab.into] = part
                 elif sent is not None:
-                    sent[worker].append(part)
+                    sent[self._workers[number]].append(part)
 
     def take(self, spans: range, theirs: memoryview, targets: Sequence[_Target]) -> None:
         """Fill the targets that are here from another worker's spans, which lie in its memory one after the other."""
-        plan = self._plan
-        if not spans:
-            return
-        starts = np.cumsum(plan.size_bytes[spans.start : spans.stop]) - plan.size_bytes[spans.start : spans.stop]
-        first, last = int(plan.bounds[spans.start]), int(plan.bounds[spans.stop])
-        for number in (np.flatnonzero(plan.worker[first:last] == self.worker) + first).tolist():
-            span = int(plan.span[number])
-            box = self._span_box(span)
-            want, slab = self._slab(number, box)
-            at = int(starts[span - spans.start])
-            here = np.frombuffer(theirs[at : at + int(plan.size_bytes[span])], dtype=np.uint8)
-            source = here.view(_ELEMENTS[self._item(self._name(span))]).reshape(box[1])
-            targets[int(plan.want[number])].box[_within(slab, want.offsets)] = source[_within(slab, box[0])]
+        numbers = self._coming(spans)
+        if numbers:
+            memory = np.frombuffer(theirs, dtype=np.uint8)
+            for number in numbers:
+                slab, part = self._part(number, memory, spans.start)
+                targets[slab.want].box[slab.into] = part
 
     def coming_bytes(self, spans: range) -> int:
         """Bytes that the owner of these spans sends here."""
-        return sum(math.prod(slab[1]) * item for _, slab, item, _ in self._coming(spans))
+        return sum(self._slab_bytes(number) for number in self._coming(spans))
 
     def place(self, spans: range, data: memoryview, targets: Sequence[_Target]) -> None:
         """Put what came from the owner of these spans where it belongs."""
         at = 0
-        for want, slab, item, number in self._coming(spans):
-            size = math.prod(slab[1]) * item
-            part = np.frombuffer(data[at : at + size], dtype=_ELEMENTS[item]).reshape(slab[1])
-            targets[number].box[_within(slab, want.offsets)] = part
+        for number in self._coming(spans):
+            slab, size = self._slabs[number], self._slab_bytes(number)
+            part = np.frombuffer(data[at : at + size], dtype=_ELEMENTS[self._items[self._spans[number]]])
+            targets[slab.want].box[slab.into] = part.reshape(slab.sizes)
             at += size
 
-    def _coming(self, spans: range) -> list[tuple[Want, Box, int, int]]:
-        plan = self._plan
+    def _part(self, number: int, memory: NDArray[np.uint8], first: int) -> tuple[Slab, NDArray[Any]]:
+        """What a delivery hands on, from memory in which spans lie from ``first`` on."""
+        slab, span = self._slabs[number], self._spans[number]
+        begin, end = (int(self._ends[at] - self._ends[first]) for at in (span, span + 1))
+        return slab, memory[begin:end].view(_ELEMENTS[self._items[span]]).reshape(slab.shape)[slab.inside]
+
+    def _coming(self, spans: range) -> list[int]:
+        """Deliveries that these spans have for this worker."""
         if not spans:
             return []
-        first, last = int(plan.bounds[spans.start]), int(plan.bounds[spans.stop])
-        out = []
-        for number in (np.flatnonzero(plan.worker[first:last] == self.worker) + first).tolist():
-            span = int(plan.span[number])
-            want, slab = self._slab(number, self._span_box(span))
-            out.append((want, slab, self._item(self._name(span)), int(plan.want[number])))
-        return out
+        low, high = np.searchsorted(self._mine, [self._bounds[spans.start], self._bounds[spans.stop]]).tolist()
+        numbers: list[int] = self._mine[low:high].tolist()
+        return numbers
+
+    def _slab_bytes(self, number: int) -> int:
+        return math.prod(self._slabs[number].sizes) * int(self._items[self._spans[number]])
 
     def _straight(self, span: int, targets: Sequence[_Target]) -> memoryview | None:
         """Where the whole span can be read to without a copy, if only this worker wants it and it lies in one run."""
-        plan = self._plan
-        number = int(plan.bounds[span])
-        if int(plan.bounds[span + 1]) != number + 1 or int(plan.worker[number]) != self.worker:
+        number = self._bounds[span]
+        if self._bounds[span + 1] != number + 1 or self._workers[number] != self.worker:
             return None
-        box = self._span_box(span)
-        want, slab = self._slab(number, box)
-        if slab != box or slab[1][1:] != want.sizes[1:]:
+        slab, item = self._slabs[number], self._items[span]
+        if slab.run < 0:
             return None
-        target = targets[int(plan.want[number])]
-        width = math.prod(slab[1][1:]) * self._item(want.name)
-        begin = (slab[0][0] - want.offsets[0]) * width if slab[0] else 0
-        return target.flat[begin : begin + int(plan.size_bytes[span])]
-
-    def _span_box(self, span: int) -> Box:
-        offsets, sizes = self._table.boxes[int(self._plan.row[span])]
-        if not sizes:
-            return (), ()
-        low, high = int(self._plan.low[span]), int(self._plan.high[span])
-        return (offsets[0] + low, *offsets[1:]), (high - low, *sizes[1:])
-
-    def _slab(self, number: int, box: Box) -> tuple[Want, Box]:
-        """What delivery ``number`` takes of the span, in the tensor's coordinates."""
-        want = self._wants[int(self._plan.worker[number])][int(self._plan.want[number])]
-        low = tuple(map(max, box[0], want.offsets))
-        ends = (min(a + b, c + d) for a, b, c, d in zip(box[0], box[1], want.offsets, want.sizes, strict=True))
-        return want, (low, tuple(end - begin for end, begin in zip(ends, low, strict=True)))
-
-    def _name(self, span: int) -> str:
-        return self._table.names[int(self._table.tensor[self._plan.row[span]])]
-
-    def _item(self, name: str) -> int:
-        return item_bytes(self._reader.tensors[name][0])
+        return targets[slab.want].flat[slab.run * item : slab.run * item + math.prod(slab.sizes) * item]
 
 
-def _within(slab: Box, origin: Sequence[int]) -> tuple[slice, ...]:
-    return tuple(slice(at - o, at - o + size) for at, size, o in zip(*slab, origin, strict=True))
+def _dtypes(reader: Reader) -> list[str]:
+    """Of each tensor of the manifest's table."""
+    return [reader.manifest.tensors[name][0] for name in reader.manifest.table.names]

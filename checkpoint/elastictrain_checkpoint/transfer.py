@@ -167,8 +167,9 @@ def _stream(
     """Blocks of a pack, each compared with its sum before it is handed on."""
     size, block = manifest.files[number].size_bytes, manifest.block_bytes
     step = block * max(1, WINDOW_BYTES // block)
+    memory = memoryview(bytearray(min(step, size)))  # once: memory that is new costs more than the copy
     for start in range(0, size, step):
-        buffer = memoryview(bytearray(min(step, size - start)))
+        buffer = memory[: min(step, size - start)]
         try:
             got = store.read_into(manifest.paths[number], start, buffer)
         except FileNotFoundError:

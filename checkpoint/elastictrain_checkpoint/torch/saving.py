@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from elastictrain_checkpoint.collector import no_collections
 from elastictrain_checkpoint.commit import commit, list_steps
 from elastictrain_checkpoint.dtypes import num_elements
 from elastictrain_checkpoint.errors import CheckpointError, StateChanged
@@ -133,14 +134,32 @@ class AsyncSaver:
             SaveTimeout: an earlier save did not end in time.
 
         """
-        problem: Exception | None = None
-        flat, facts = Flat(), Facts([], [], {}, frozenset())
+        problem: CheckpointError | None = None
         try:
             if when_busy == "wait":
                 self._lazy.wait()
             self._lazy.check()
-            flat = flatten(state_dict)
-            facts = facts_of(flat)
+        except CheckpointError as error:
+            problem = error
+        handle = self._begin(state_dict, step, eager, when_busy, problem)
+        if not lazy and handle.state is not SaveState.SKIPPED:  # another save that runs is none of its business
+            self._lazy.before_mutation(max_copy=1.0)
+        return TorchHandle(handle, self)
+
+    def _begin(
+        self,
+        state_dict: Mapping[str, Any],
+        step: int | None,
+        eager: Sequence[str],
+        when_busy: WhenBusy,
+        problem: CheckpointError | None,
+    ) -> SaveHandle:
+        flat, facts = Flat(), Facts([], [], {}, frozenset())
+        try:
+            if problem is None:
+                with no_collections():  # several small objects for every tensor
+                    flat = flatten(state_dict)
+                    facts = facts_of(flat)
         except CheckpointError as error:
             problem = error
         agreed = self._agree(facts, step, problem)
@@ -153,8 +172,9 @@ class AsyncSaver:
         if agreed.busy and when_busy == "skip":
             handle = SaveHandle(step, self.store.url)
             handle._end(SaveState.SKIPPED)
-            return TorchHandle(handle, self)
-        taken = self._take(flat, fresh=self._lazy.is_busy)
+            return handle
+        with no_collections():
+            taken = self._take(flat, fresh=self._lazy.is_busy)
         pieces, own = self._pieces(flat, spreads, taken)
         changing = re.compile("|".join(map(translate, eager)) or r"(?!)")
         copied = {name for name in taken.buffers if changing.match(name)}
@@ -162,7 +182,7 @@ class AsyncSaver:
             copied = taken.buffers.keys() - taken.own
         names = {piece.name for piece in pieces}
         taken.watched = [one for one in taken.watched if one[0] in taken.own or one[0] not in copied]
-        handle = self._lazy.save(
+        return self._lazy.save(
             pieces,
             step=step,
             attempt=attempt,
@@ -175,9 +195,6 @@ class AsyncSaver:
             dropped=partial(meeting.say_dropped, self.store, step, attempt, self._writer) if self._group else None,
             when_busy=when_busy,
         )
-        if not lazy:
-            self._lazy.before_mutation(max_copy=1.0)
-        return TorchHandle(handle, self)
 
     def before_mutation(self) -> None:
         """Call it right before the state changes; see `LazySaver.before_mutation`."""
@@ -226,8 +243,9 @@ class AsyncSaver:
         """Step and attempt, the same on every rank."""
         chosen: list[Any] = [None, None]
         if self._group is None or dist.get_rank(self._group) == 0:
-            newest = max([*list_steps(self.store), self._last_step])
-            chosen = [step if step is not None else newest + 1, uuid.uuid4().hex[:12]]
+            if step is None:
+                step = max([*list_steps(self.store), self._last_step]) + 1
+            chosen = [step, uuid.uuid4().hex[:12]]
         if self._group is not None:
             dist.broadcast_object_list(chosen, group=self._group, group_src=0)
         return chosen[0], chosen[1]

@@ -137,9 +137,11 @@ def as_buffer(value: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, writable, without a copy."""
     if not value.numel():
         return memoryview(b"")
+    if value.requires_grad:
+        value = value.detach()
     if value.dtype in _PLAIN:  # a state may have thousands of small tensors: this is three times as fast
-        return memoryview(value.detach().numpy()).cast("B")  # type: ignore[arg-type]
-    return memoryview(value.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        return memoryview(value.numpy()).cast("B")  # type: ignore[arg-type]
+    return memoryview(value.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def describe(flat: Flat) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def mutations(draw: st.DrawFn) -> Altered:
         elif what == "nudge" and type(old) is int:
             at[key] = old + draw(st.sampled_from([-4096, -8, -1, 1, 8, 4096]))
         elif what == "copy" and isinstance(at, list):
-            at.append(copy.deepcopy(old))
+            at.append(copy.copy(old))  # no deeper: an earlier mutation may have put in what nests too deeply for that
         elif what == "swap" and isinstance(at, list):
             other = draw(st.integers(0, len(at) - 1))
             at[key], at[other] = at[other], at[key]

@@ -57,7 +57,7 @@ class KilledOs:
 
     CALLS = (
         "open",
-        "write",
+        "pwrite",
         "fsync",
         "close",
         "link",
@@ -84,8 +84,8 @@ class KilledOs:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.counter.tick():
-                if name == "write":
-                    real(args[0], args[1][: len(args[1]) // 2])
+                if name == "pwrite":
+                    real(args[0], args[1][: len(args[1]) // 2], args[2])
                 raise Killed
             result = real(*args, **kwargs)
             self.note(name, args, result)

@@ -157,10 +157,10 @@ def test_a_store_that_fails_is_said_and_tried_again_and_meanwhile_nothing_may_go
     save(near, STATE, step=6)
     assert follower.needed(catalogue(near), 0.0) == {6}
     mood.error = None
-    while follower.standing.error:  # a try that had begun before may still fail
+    follower.hurry()
+    while (standing := idle(follower)).error:  # a try that had begun before may still fail
         follower.hurry()
-        idle(follower)
-    assert follower.standing == Standing(6, (), "")
+    assert standing == Standing(6, (), "")
     assert follower.needed(catalogue(near), 0.0) == set()
 
 

@@ -338,8 +338,9 @@ def test_one_that_is_skipped_or_superseded_says_so(saver, gate) -> None:
     state = {"w": torch.zeros(9)}
     first = saver.save(state, step=1)
     assert gate.reached.wait(30)
-    skipped = saver.save(state, step=2, when_busy="skip")
+    skipped = saver.save(state, step=2, when_busy="skip", lazy=False)
     assert skipped.state is SaveState.SKIPPED
+    assert saver.extra_bytes == 0, "it copies nothing of the one that runs"
     with pytest.raises(SaveDropped, match=r"^the save of step 2 was skipped: another one ran at that time$"):
         skipped.result(0)
     second = saver.save(state, step=3, when_busy="supersede")
