@@ -30,6 +30,9 @@ def prepare(
     map_: Annotated[str | None, typer.Option("--map", help="module:function, or file.py:function.")] = None,
     filter_: Annotated[str | None, typer.Option("--filter", help="module:function, or file.py:function.")] = None,
     deduplicate: Annotated[bool | None, typer.Option("--deduplicate", help="Of equal documents keep one.")] = None,
+    near_duplicates: Annotated[
+        float | None, typer.Option("--near-duplicates", help="Of documents that are so similar (0.8, say) keep one.")
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of the shuffle.")] = None,
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="Tasks at the same time.")] = None,
     segments: Annotated[
@@ -42,13 +45,17 @@ def prepare(
     as_json: AsJson = False,
 ) -> None:
     """Tokenise, filter, deduplicate and shuffle data on Ray, into Parquet that is ready to train on."""
-    given = {"out": out, "kind": kind, "text_column": text_column, "columns": columns or None, "tokenizer": tokenizer,
-             "map": map_, "filter": filter_, "seed": seed, "workers": workers}  # fmt: skip
+    given: dict[str, Any] = {
+        "out": out, "kind": kind, "text_column": text_column, "columns": columns or None, "tokenizer": tokenizer,
+        "map": map_, "filter": filter_, "seed": seed, "workers": workers,
+    }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     if segments:
         given["segments"] = True
     if deduplicate is not None:
         given["deduplicate"] = "exact" if deduplicate else "no"
+    if near_duplicates is not None:
+        given["near_duplicates"] = {"threshold": near_duplicates}
     settings = _settings(source, given)
 
     from elastictrain.data.preparing.summary import advice, data_settings
@@ -87,7 +94,9 @@ def _print(out: str, index: dict[str, Any], said: list[str], job: dict[str, Any]
     counts = index["counts"]
     typer.echo(
         f"{counts['read']:,} rows read, {counts['filtered']:,} filtered, {counts['duplicates']:,} duplicates, "
-        f"{counts['rows']:,} written" + (f", {counts['tokens']:,} tokens" if counts["tokens"] is not None else "")
+        + (f"{counts['near_duplicates']:,} near-duplicates, " if "near_duplicates" in counts else "")
+        + f"{counts['rows']:,} written"
+        + (f", {counts['tokens']:,} tokens" if counts["tokens"] is not None else "")
     )
     groups = sum(file["row_groups"] for file in index["files"])
     typer.echo(f"{out}: {len(index['files'])} file(s), {counts['bytes']:,} bytes, {groups} row groups")

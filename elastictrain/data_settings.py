@@ -94,7 +94,11 @@ class Data(Settings):
     max_document_bytes: PositiveInt = 256 << 20
     """A longer text is an error: tokenising it takes many times its size in memory."""
     prefetch_bytes: PositiveInt = 256 << 20
-    """What a worker has read ahead takes at most this much memory: batches a quarter, decoded row groups the rest."""
+    """What a worker has read ahead takes at most this much memory: batches a quarter, decoded row groups the rest. With
+    `feeder: node` that is for all workers of a node together."""
+    feeder: Literal["worker", "node"] = "worker"
+    """Who decodes, tokenises and packs: every worker for itself, or one actor on each node for all workers there, which
+    take row groups from it out of Ray's object store. Without Ray every worker reads for itself."""
     warm_cache_bytes: Bytes = 0
     """Disk that decoded, tokenised and packed data may take (in the cache folder); 0: none is kept."""
     retry_s: Annotated[float, BeforeValidator(a_number), Field(ge=0)] = 120.0
@@ -130,6 +134,15 @@ class Data(Settings):
         """Whether segments arrive while it is read."""
         return self.live is not None
 
+    @property
+    def lacks_record(self) -> str:
+        """Of a live source that does not say where its order is recorded, the setting it is in; "" for others."""
+        return "data" if self.live is not None and self.live.record is None else ""
+
+    def settled(self) -> Self:
+        """The same of the files that are there, without those that arrive."""
+        return self.model_copy(update={"live": None})
+
     def relocated(self, change: Callable[[str], str]) -> Self:
         """The same with `change` done to every path."""
         live = self.live
@@ -151,6 +164,8 @@ class Data(Settings):
             )
         if self.live is not None and (not isinstance(self.path, str) or self.kind == "huggingface"):
             raise ValueError("data.live: data.path is one manifest of segments, each of them a file of data.kind")
+        if self.live is not None and self.feeder != "worker":
+            raise ValueError("data.feeder=node: segments of a live source are read by each worker; leave it out")
         if self.live is not None and self.ragged != "drop":
             raise ValueError("data.ragged=repeat: a live source has no epochs to fill up; leave it out")
         return self
@@ -196,7 +211,11 @@ class Mixture(Proportions):
     sources: dict[str, Data] = Field(min_length=1)
     stages: tuple[MixtureStage, ...] = ()
     prefetch_bytes: PositiveInt = 256 << 20
-    """What a worker has read ahead takes at most this much memory: batches a quarter, decoded row groups the rest."""
+    """What a worker has read ahead takes at most this much memory: batches a quarter, decoded row groups the rest. With
+    `feeder: node` that is for all workers of a node together."""
+    feeder: Literal["worker", "node"] = "worker"
+    """Who decodes, tokenises and packs: every worker for itself, or one actor on each node for all workers there, which
+    take row groups from it out of Ray's object store. Without Ray every worker reads for itself."""
     warm_cache_bytes: Bytes = 0
     """Disk that decoded, tokenised and packed data may take (in the cache folder); 0: none is kept."""
 
@@ -212,8 +231,17 @@ class Mixture(Proportions):
 
     @property
     def is_live(self) -> bool:
-        """Whether segments arrive while it is read; never."""
-        return False
+        """Whether segments of one of its sources arrive while it is read."""
+        return any(source.is_live for source in self.sources.values())
+
+    @property
+    def lacks_record(self) -> str:
+        """The setting of a live source that does not say where its order is recorded; "" if there is none."""
+        return next((f"data.sources.{name}" for name, source in self.sources.items() if source.lacks_record), "")
+
+    def settled(self) -> Self:
+        """The same of the files that are there, without those that arrive."""
+        return self.model_copy(update={"sources": {name: source.settled() for name, source in self.sources.items()}})
 
     @property
     def is_remote(self) -> bool:
@@ -249,9 +277,9 @@ class Mixture(Proportions):
                 f"one; got {', '.join(f'{name}: {length}' for name, length in lengths.items())}"
             )
         for name, source in self.sources.items():
-            if source.live is not None:
-                raise ValueError(f"data.sources.{name}.live: a live source cannot be one of a mixture")
-            for setting in ("prefetch_bytes", "warm_cache_bytes"):
+            if source.live is not None and self.feeder != "worker":
+                raise ValueError("data.feeder=node: segments of a live source are read by each worker; leave it out")
+            for setting in ("prefetch_bytes", "feeder", "warm_cache_bytes"):
                 if getattr(source, setting) != type(source).model_fields[setting].default:
                     raise ValueError(f"data.sources.{name}.{setting} is one for all sources: set data.{setting}")
         known = ", ".join(sorted(self.sources))
@@ -268,6 +296,14 @@ class Mixture(Proportions):
                     f"{where}.sequence_length={shares.sequence_length} does not divide data.sequence_length="
                     f"{self.sequence_length}, the longest one, to which rows are packed"
                 )
+            if self.is_live and (shares.epochs or shares.temperature or (shares is self and not shares.weights)):
+                raise ValueError(
+                    f"{where} says shares by the sizes of the sources, and nobody knows how large a live source "
+                    f"becomes; set {where}.weights"
+                )
+        records = [str(source.live.record) for source in self.sources.values() if source.live and source.live.record]
+        if len(records) != len(set(records)):
+            raise ValueError("data.sources.*.live.record: each live source needs a folder of its own, or none")
         for one, other in pairwise(self.stages):
             if one.from_step >= other.from_step:
                 raise ValueError(f"data.stages: from_step {one.from_step}, then {other.from_step}; expected ascending")

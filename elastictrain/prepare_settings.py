@@ -18,6 +18,17 @@ WHERE_ONLY = ("out", "out_options", "storage_options", "workers", "cpus", "gpus"
 """Settings that say where and how fast something is made, and not what."""
 
 
+class NearDuplicates(Settings):
+    """Documents that share about `threshold` of their runs of `ngram` words with an earlier one are left out."""
+
+    threshold: Annotated[float, BeforeValidator(a_number), Field(gt=0, lt=1)] = 0.8
+    """The Jaccard similarity from which two documents are nearly the same."""
+    ngram: Annotated[int, BeforeValidator(not_a_switch), Field(ge=1, le=64)] = 5
+    """Words in a row that are compared."""
+    permutations: Annotated[int, BeforeValidator(not_a_switch), Field(ge=1, le=512)] = 128
+    """Values of a signature: more of them are more exact, and take more time."""
+
+
 class Preparation(Settings):
     """Documents or rows are read, mapped, filtered, deduplicated, tokenised, shuffled and written as Parquet."""
 
@@ -41,6 +52,8 @@ class Preparation(Settings):
     """`bytes`, or the path of a Hugging Face `tokenizers` file. None: documents stay text."""
     deduplicate: Literal["no", "exact"] = "no"
     """`exact`: of documents with the same text the first one stays."""
+    near_duplicates: NearDuplicates | None = None
+    """Set: of documents that are nearly the same the first one stays."""
     shuffle: Literal["global", "none"] = "global"
     """Order rows by a keyed hash, or leave them in the order in which they are read."""
     seed: Seed = 0
@@ -88,7 +101,7 @@ class Preparation(Settings):
     def _fits(self) -> Self:
         if self.kind == "text" and (self.text_column != "text" or self.columns):
             raise ValueError("kind: text has one column, called text; set text_column: text and leave columns out")
-        for name in ("tokenizer", "deduplicate"):
+        for name in ("tokenizer", "deduplicate", "near_duplicates"):
             if self.text_column is None and getattr(self, name) not in (None, "no"):
                 raise ValueError(f"{name} is about documents; set text_column, or leave {name} out")
         if self.deduplicate != "no" and self.shuffle == "none":
@@ -103,7 +116,7 @@ class Preparation(Settings):
 
 
 def load_preparation(path: str | Path, **overrides: Any) -> Preparation:
-    """Read a YAML of settings; `overrides` replace some. Raises ConfigError."""
+    """Read a YAML of settings; `overrides` replace some, of mappings the entries that they name. Raises ConfigError."""
     file = Path(path)
     try:
         raw = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -113,7 +126,9 @@ def load_preparation(path: str | Path, **overrides: Any) -> Preparation:
         raise ConfigError(f"{file}: cannot be read ({error}); expected YAML with at least kind, path and out") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{file}: expected a mapping of settings, got {kind(raw)}")
-    return parse_preparation(raw | overrides, where=str(file))
+    for name, value in overrides.items():
+        raw[name] = raw[name] | value if isinstance(value, dict) and isinstance(raw.get(name), dict) else value
+    return parse_preparation(raw, where=str(file))
 
 
 def parse_preparation(raw: dict[str, Any], where: str = "preparation") -> Preparation:

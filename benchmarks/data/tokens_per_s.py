@@ -1,15 +1,20 @@
 """Tokens/s of shuffled, packed batches: against bare reading of row groups, torch's DataLoader and mosaicml-streaming.
 
-Two cases. "text": documents are tokenised (bytes), packed to 1024 tokens and shuffled; one thread each for us and for
-the bare `read_row_group` loop, which only decodes. "table": rows of 1025 int32 tokens, which are only shuffled; the
-others read these with two worker processes: the DataLoader in file order, its best case, mosaicml-streaming from shards
-of its own, shuffled. All sides hand out
-the samples of an epoch, page cache warm, interleaved; ratios are medians over rounds of ratios within a round.
+Three cases. "text": documents are tokenised (bytes), packed to 1024 tokens and shuffled; one thread each for us and for
+the bare `read_row_group` loop, which only decodes. "prepared": documents that are tokens already (uint16), as
+`elastictrain data prepare` writes them, packed and shuffled. "table": rows of 1025 int32 tokens, which are only
+shuffled; the others read these with two worker processes: the DataLoader in file order, its best case,
+mosaicml-streaming from shards of its own, shuffled. All sides hand out the samples of an epoch, page cache warm,
+interleaved; ratios are medians over rounds of ratios within a round.
+
+"a copy of such batches": nothing is read, one batch that lies in the processor's cache is copied as often as an epoch
+has batches. No reader of any kind hands out batches of these bytes faster than that.
 """
 
 from __future__ import annotations
 
 import gc
+import json
 import os
 import sys
 import time
@@ -29,13 +34,15 @@ import torch
 import common
 from elastictrain.data import LaneReader, open_source
 from elastictrain.data.feeder import Feeder
+from elastictrain.data.tokenizers import BytesTokenizer, tokens_record
 from elastictrain.job import Data
 
 LANES, SIZE, LENGTH = 8, 8, 1024
 LARGE = 64
 """Samples of a lane and step in a second case of the Feeder: what time batches take that no token takes."""
+CASES = ("text", "prepared", "table")
 ROUNDS, MEGABYTES, GROUP_BYTES = 7, 256, 8 << 20
-BARE, MOSAIC = "bare read_row_group", "mosaicml-streaming, 2 workers"
+BARE, MOSAIC, COPY = "bare read_row_group", "mosaicml-streaming, 2 workers", "a copy of such batches"
 
 
 def documents(total_bytes: int) -> Iterator[str]:
@@ -50,13 +57,18 @@ def documents(total_bytes: int) -> Iterator[str]:
 
 
 def write_data(folder: Path, megabytes: int) -> dict[str, Path]:
-    """Both cases, zstd, row groups of about 8 MB decoded, four files each."""
+    """All cases, zstd, row groups of about 8 MB decoded, four files each."""
     texts = list(documents(megabytes << 20))
     group = max(1, len(texts) * GROUP_BYTES // (megabytes << 20))
     joined = np.frombuffer("".join(texts).encode(), dtype=np.uint8)
     rows = joined[: len(joined) // (LENGTH + 1) * (LENGTH + 1)].reshape(-1, LENGTH + 1)[: (megabytes << 18) // LENGTH]
     tokens = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1).astype(np.int32)), LENGTH + 1)
+    half = texts[: len(texts) // 2]  # two bytes a token
+    documents_of_tokens, starts = BytesTokenizer().encode_with_offsets(pa.chunked_array([half]))
+    prepared = pa.LargeListArray.from_arrays(pa.array(starts), pa.array(documents_of_tokens))
+    (folder / "prepared.json").write_text(json.dumps(tokens_record(BytesTokenizer())))
     sides = {"text": (pa.table({"text": texts}), group),
+             "prepared": (pa.table({"text": prepared}), max(1, group // 2)),
              "table": (pa.table({"tokens": tokens}), GROUP_BYTES // (4 * LENGTH))}  # fmt: skip
     for name, (table, size) in sides.items():
         (folder / name).mkdir()
@@ -78,7 +90,9 @@ def bare_file(path: Path) -> int:
 
 
 def spec_of(folder: Path, *, warm: bool = False) -> Data:
-    text = {"text_column": "text", "sequence_length": LENGTH} if folder.name == "text" else {}
+    text = {} if folder.name == "table" else {"text_column": "text", "sequence_length": LENGTH}
+    if folder.name == "prepared":
+        text["tokenizer"] = str(folder.parent / "prepared.json")
     return Data(kind="parquet", path=str(folder), warm_cache_bytes=(8 << 30) if warm else 0, **text)
 
 
@@ -130,6 +144,23 @@ class WarmEpochs:
         self.reader.close()
 
 
+class Copies:
+    """What no reader can be faster than: the bytes of an epoch's batches are written once, from the nearest cache."""
+
+    def __init__(self, folder: Path, size: int = SIZE) -> None:
+        source = open_source(spec_of(folder), seed=1, lanes=LANES, lane_batch_size=size)
+        reader = LaneReader(source)
+        self.arrays, self.count = list(reader.batch(0, 0).values()), source.steps_per_epoch * LANES
+        reader.close()
+        self.tokens = self.count * size * (LENGTH + 1)
+
+    def __call__(self) -> int:
+        for _ in range(self.count):
+            for array in self.arrays:
+                array.copy()
+        return self.tokens
+
+
 class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
     """Rows by number; a worker keeps the row group that it read last."""
 
@@ -178,7 +209,9 @@ def ratio(speeds: dict[str, list[float]], one: str, other: str) -> list[float]:
 
 
 def main() -> None:
-    options = common.arguments(__doc__)
+    options = common.arguments(
+        __doc__, lambda parser: parser.add_argument("--case", choices=CASES, help="only this one (default: all)")
+    )
     warnings.simplefilter("ignore")
     common.prepare_data()
     torch.set_num_threads(1)
@@ -188,7 +221,9 @@ def main() -> None:
         os.environ["XDG_CACHE_HOME"] = str(place / "cache")
         folders = write_data(place, megabytes)
         for case, folder in folders.items():
-            warm = WarmEpochs(folder)
+            if options.case not in (None, case):
+                continue
+            warm, warm_large = WarmEpochs(folder), WarmEpochs(folder, LARGE)
             sides: dict[str, Callable[[], int]] = {
                 BARE: lambda folder=folder: bare(folder),
                 f"{BARE}, 2 threads": lambda folder=folder: bare_in_threads(folder),
@@ -196,6 +231,8 @@ def main() -> None:
                 "Feeder": lambda folder=folder: ours(folder, ahead=True),
                 f"Feeder, {LARGE} a lane": lambda folder=folder: ours(folder, ahead=True, size=LARGE),
                 "LaneReader, warm cache": warm,
+                f"LaneReader, warm cache, {LARGE} a lane": warm_large,
+                COPY: Copies(folder),
             }
             if case == "table":
                 sides["torch DataLoader, 2 workers"] = lambda folder=folder: data_loader(folder)
@@ -206,9 +243,10 @@ def main() -> None:
                     results.notes.append("mosaicml-streaming is not installed, so it is not measured.")
             measure(results, case, sides, rounds)
             warm.close()
+            warm_large.close()
     results.notes.append(
-        "The bare loop's tokens are those that our epoch hands out of the same files. It is one thread, "
-        "and so is the LaneReader; the Feeder has one that decodes and one that makes batches."
+        "The bare loop's tokens are those that our epoch hands out of the same files. It is one thread, and so is the "
+        "LaneReader; the Feeder has two: one decodes, the other makes batches, and decodes too where it would wait."
     )
     results.notes.append('In case "text" a batch has 8 bytes (int64) for every byte that the bare loop decodes.')
     results.write()
@@ -230,6 +268,10 @@ def measure(results: common.Results, case: str, sides: dict[str, Callable[[], in
         results.row(case=case, side=name, tokens_per_s=common.median(speeds[name]), spread=common.spread(speeds[name]),
                     against_bare=against)  # fmt: skip
     results.raw[case] = speeds
+    most = common.median(ratio(speeds, COPY, BARE))
+    results.notes.append(
+        f'Case "{case}": a copy of the same batches is {most:.1f} x a bare loop: no reader does better.'
+    )
     figures: list[tuple[str, str, str, float]] = [
         ("Feeder", BARE, "packed and shuffled tokens/s against a bare read_row_group loop", 0.90),
         ("LaneReader, warm cache", BARE, "from the warm cache, second epoch on, against a bare Parquet loop", 5.0),

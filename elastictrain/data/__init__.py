@@ -58,14 +58,15 @@ def open_data(
     record: str | None = None,
     record_options: Mapping[str, Any] | None = None,
 ) -> AnySource:
-    """Open whatever `Job.data` holds; `segments` belong to a mixture, `record` to a live source (see `open_live`).
+    """Open whatever `Job.data` holds; `segments` belong to a mixture, `record` to live sources (see `open_live`).
 
     Raises DataError, as `open_source`.
     """
     if isinstance(spec, Mixture):
         return open_mixture(
-            spec, seed=seed, lanes=lanes, lane_batch_size=lane_batch_size, segments=segments, progress=progress
-        )
+            spec, seed=seed, lanes=lanes, lane_batch_size=lane_batch_size, segments=segments, progress=progress,
+            record=record, record_options=record_options,
+        )  # fmt: skip
     if spec.live is not None:
         return open_live(
             spec, seed=seed, lanes=lanes, lane_batch_size=lane_batch_size, record=record, record_options=record_options

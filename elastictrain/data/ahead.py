@@ -2,7 +2,9 @@
 
 Without this a lane that comes to the end of its window waits for the next one to be decoded, and as the lanes of a
 source come there at about the same step, all of them wait then and none of them later. So the window that follows the
-current one is decoded meanwhile, that of the lane which will need it first before the others.
+current one is decoded meanwhile, that of the lane which will need it first before the others. Who has to wait for one
+that is being decoded decodes the one after it meanwhile: so at the start, when all windows are wanted at once, and
+wherever batches are made faster than windows are decoded, two threads decode.
 
 What is decoded here is only ever early: who asks for a window that is not here, or whose reading failed here, reads it
 and gets the error that belongs to it.
@@ -51,10 +53,16 @@ class Ahead:
         after: Callable[[Window], Window],
         steps_of: Callable[[Window, int], float],
         budget_bytes: int,
+        *,
+        helps: bool = False,
     ) -> None:
+        """`helps`: who waits in `take` reads another window meanwhile, if one is queued. Then `load` must be safe to be
+        called by several threads, and not last long.
+        """
         if budget_bytes < 1:
             raise ValueError(f"budget_bytes is {budget_bytes}; expected at least 1")
         self._load, self._after, self._steps_of, self._budget_bytes = load, after, steps_of, budget_bytes
+        self._helps = helps
         self._changed = threading.Condition()
         self._coming: dict[Place, dict[Key, _Coming]] = {}
         self._largest_bytes = 0  # block that was seen
@@ -74,10 +82,11 @@ class Ahead:
     def take(self, window: Window) -> Loaded | None:
         """Return a window if it is here, waiting for it while it is being read; None if the caller must read it."""
         place, key = place_of(window), key_of(window)
+        while (other := self._wait_while_read(place, key)) is not None:
+            self._read(other)
         with self._changed:
             here = self._coming.get(place, {})
-            while (coming := here.get(key)) is not None and coming.reading and not self._ended:
-                self._changed.wait(_LOOK_S)
+            coming = here.get(key)
             for passed in [one for one in here if one <= key]:
                 del here[passed]
             self._changed.notify_all()
@@ -92,6 +101,18 @@ class Ahead:
             if key_of(following) not in self._coming.get(place_of(window), {}):
                 self._coming[place_of(window)] = {}
                 self._add(following, due)
+            self._changed.notify_all()
+
+    def due(self, window: Window) -> float:
+        """The step that needs a window; infinite if none does any more."""
+        with self._changed:
+            coming = self._coming.get(place_of(window), {}).get(key_of(window))
+            return coming.due if coming is not None else math.inf
+
+    def limit(self, budget_bytes: int) -> None:
+        """From now on blocks may take so much; what is ready stays."""
+        with self._changed:
+            self._budget_bytes = max(1, budget_bytes)
             self._changed.notify_all()
 
     def check(self) -> None:
@@ -122,6 +143,17 @@ class Ahead:
         except (DataError, IndexError):
             return None
 
+    def _wait_while_read(self, place: Place, key: Key) -> _Coming | None:
+        """Wait until a window is not being read any more; or return another one, to be read meanwhile."""
+        with self._changed:
+            while (coming := self._coming.get(place, {}).get(key)) is not None and coming.reading and not self._ended:
+                other = self._next() if self._helps else None
+                if other is not None:
+                    other.reading = True
+                    return other
+                self._changed.wait(_LOOK_S)
+        return None
+
     def _all(self) -> list[_Coming]:
         return [coming for here in self._coming.values() for coming in here.values()]
 
@@ -134,13 +166,22 @@ class Ahead:
             self._thread.start()
 
     def _next(self) -> _Coming | None:
-        """The window to read now: the one that is needed first, if the budget has room for it."""
+        """The window to read now: the one that is needed first, if the budget has room for it.
+
+        What other threads are reading counts as ready, each block with the bytes of the largest that was seen: nothing,
+        until a first one was.
+        """
         queued: list[_Coming] = []
         taken: dict[int, int] = {}
         for here in self._coming.values():
-            ready = [coming.loaded for coming in here.values() if coming.loaded is not None]
-            taken.update((block.number, block.bytes) for loaded in ready for block in loaded.blocks)
-            if len(ready) < _WINDOWS_READY:
+            begun = [coming for coming in here.values() if coming.reading or coming.loaded is not None]
+            for coming in begun:
+                if coming.loaded is not None:
+                    taken.update((block.number, block.bytes) for block in coming.loaded.blocks)
+                else:
+                    for piece in coming.window.pieces:
+                        taken.setdefault(piece.block, self._largest_bytes)
+            if len(begun) < _WINDOWS_READY:
                 queued += [coming for coming in here.values() if coming.loaded is None and not coming.reading]
         if not queued:
             return None
@@ -175,8 +216,9 @@ class Ahead:
                 following = window, coming.due + self._steps_of(coming.window, int(coming.due))
         except Exception:  # who asks for the window reads it, and gets the error if there still is one
             loaded = None
-        with self._changed:
-            self._done(coming, loaded, following)
+        finally:
+            with self._changed:
+                self._done(coming, loaded, following)
 
     def _done(self, coming: _Coming, loaded: Loaded | None, following: tuple[Window, float] | None) -> None:
         here = self._coming.get(place_of(coming.window), {})

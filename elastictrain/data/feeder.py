@@ -12,9 +12,11 @@ from typing import Self
 import numpy as np
 import torch
 
+from elastictrain.data.block_client import BlockClient
 from elastictrain.data.ids import lane_hash
 from elastictrain.data.meter import Meter, waited_for
 from elastictrain.data.reader import LaneReader
+from elastictrain.data.sharing import share_bytes
 from elastictrain.data.sources import AnySource
 from elastictrain.errors import DataError
 
@@ -25,6 +27,12 @@ PREFETCH_BYTES = 64 << 20
 _PATIENCE_S = 0.001
 """Whoever finds nothing ready sleeps this long before the thread wakes it up for a batch. Small batches are read in
 microseconds, and to be woken for each of them takes longer than to read it."""
+
+
+def _split(prefetch_bytes: int) -> tuple[int, int]:
+    """Bytes for batches that lie ready, and for decoded windows."""
+    quarter = max(1, prefetch_bytes // 4)
+    return quarter, max(1, prefetch_bytes - quarter)
 
 
 class Tensors(dict[str, torch.Tensor]):
@@ -38,11 +46,11 @@ class Tensors(dict[str, torch.Tensor]):
         self,
         tensors: Mapping[str, torch.Tensor],
         samples_hash: int,
-        waited: Mapping[str, float] | None = None,
+        waited: dict[str, float] | None = None,
         copied: torch.cuda.Event | None = None,
     ) -> None:
         super().__init__(tensors)
-        self.samples_hash, self.waited, self.copied = samples_hash, dict(waited or {}), copied
+        self.samples_hash, self.waited, self.copied = samples_hash, waited or {}, copied
         self.bytes = sum(tensor.nbytes for tensor in self.values())
 
 
@@ -55,13 +63,17 @@ class Feeder:
     """
 
     @classmethod
-    def of(cls, source: AnySource, device: torch.device | str = "cpu") -> Self:
+    def of(cls, source: AnySource, device: torch.device | str = "cpu", client: BlockClient | None = None) -> Self:
         """A feeder with a reader of its own that together keep to `data.prefetch_bytes`: a quarter for batches that lie
         ready, for a batch takes several times as much as the tokens that it is made of, the rest for decoded windows.
+        `client`: of the node's feeder, with whose other workers that budget is shared.
         """
-        quarter = max(1, source.spec.prefetch_bytes // 4)
-        ahead_bytes = max(1, source.spec.prefetch_bytes - quarter)
-        return cls(LaneReader(source, ahead_bytes=ahead_bytes), device, budget_bytes=quarter)
+        quarter, ahead_bytes = _split(source.spec.prefetch_bytes)
+        reader = LaneReader(source, ahead_bytes=ahead_bytes, shared=None if client is None else client.of(source))
+        feeder = cls(reader, device, budget_bytes=quarter)
+        if client is not None:
+            client.listen(lambda workers: feeder.limit(share_bytes(source.spec.prefetch_bytes, workers)))
+        return feeder
 
     def __init__(
         self,
@@ -80,7 +92,8 @@ class Feeder:
         self._budget_bytes, self._deadline_s = budget_bytes, deadline_s
         self.meter: Meter = getattr(reader, "meter", None) or Meter()
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # taken for every batch: entering the condition itself takes longer
+        self._changed = threading.Condition(self._lock)
         self._wanted: deque[Place] = deque()
         self._ready: dict[Place, Tensors | Exception] = {}
         self._ready_bytes = self._usual_bytes = 0
@@ -93,6 +106,15 @@ class Feeder:
         self._thread = threading.Thread(target=self._read_ahead, name="elastictrain-feeder", daemon=True)
         self._thread.start()
 
+    def limit(self, prefetch_bytes: int) -> None:
+        """From now on keep to so many bytes with what is read ahead; what is ready stays."""
+        quarter, ahead_bytes = _split(prefetch_bytes)
+        with self._changed:
+            self._budget_bytes = quarter
+            self._changed.notify_all()
+        if isinstance(self._reader, LaneReader):
+            self._reader.limit_ahead(ahead_bytes)
+
     def expect(self, upcoming: Iterable[Place]) -> None:
         """Say which batches come next, in order; replaces what was expected before.
 
@@ -102,7 +124,7 @@ class Feeder:
         places = dict.fromkeys(upcoming)
         if isinstance(self._reader, LaneReader):
             self._reader.expect(places)
-        with self._changed:
+        with self._lock:
             for place in [place for place in self._ready if place not in places and place not in self._awaited]:
                 self._take(place)
             self._keep_in_flight = self._in_flight in places or self._in_flight in self._awaited
@@ -119,7 +141,7 @@ class Feeder:
         Raises what `LaneReader.batch` raises, and DataError if reading takes longer than the deadline.
         """
         place = (step, lane)
-        with self._changed:
+        with self._lock:
             if self._closed:
                 raise RuntimeError("the Feeder is closed")
             result = self._take(place)
@@ -143,7 +165,7 @@ class Feeder:
 
     def _wait_for(self, place: Place, deadline: float) -> Tensors | Exception:
         """Wait for a batch that is being read, or read one that is not."""
-        with self._changed:
+        with self._lock:
             try:
                 self._wait_while_in_flight(place, deadline)
             finally:
@@ -170,7 +192,7 @@ class Feeder:
 
     def close(self) -> None:
         """Stop the thread and wait for it; may be called twice. The reader stays open, but reads no more ahead."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._wanted.clear()
             self._ready.clear()
@@ -218,7 +240,7 @@ class Feeder:
 
     def _read_ahead(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 while not self._closed and (not self._wanted or self._is_full()):
                     self._rests = bool(self._wanted)
                     self._changed.wait()  # ended by expect, batch or close; nothing of the run hangs on it
@@ -232,7 +254,7 @@ class Feeder:
                 result = self._read(place)
             except Exception as error:
                 result = error
-            with self._changed:
+            with self._lock:
                 size = result.bytes if isinstance(result, Tensors) else 0
                 self._usual_bytes = size or self._usual_bytes
                 if self._keep_in_flight and not self._closed:

@@ -13,8 +13,9 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from elastictrain.data.listing import patient
 from elastictrain.data.meter import TimedFile
-from elastictrain.data.retry import RETRY_LIMIT_S, Retry, RetryingFile, patient
+from elastictrain.data.retry import FINAL, RETRY_LIMIT_S, Retry, RetryingFile
 from elastictrain.errors import DataError, StoreFailed
 
 CODEC_SUFFIXES = (".gz", ".zst", ".bz2", ".lz4")
@@ -124,7 +125,7 @@ def find_files(
     try:
         return FileSet(filesystem, tuple(_describe(asked, name, root) for name in found), retry_s)
     except OSError as error:
-        raise DataError(f"data.path: {patterns[0]!r} cannot be listed ({error})") from error
+        raise _not_listed(patterns[0], error) from error
 
 
 def _expand(pattern: str, kind: str, storage_options: dict[str, Any], retry: Retry) -> tuple[Any, list[str]]:
@@ -141,7 +142,13 @@ def _expand(pattern: str, kind: str, storage_options: dict[str, Any], retry: Ret
     try:
         return fs, _list(patient(fs, retry), name, pattern, kind)
     except OSError as error:
-        raise DataError(f"data.path: {pattern!r} cannot be listed ({error})") from error
+        raise _not_listed(pattern, error) from error
+
+
+def _not_listed(pattern: str, error: OSError) -> DataError:
+    """Nothing is known of what lies there, unless the store has said that it does not."""
+    gone = isinstance(error, FINAL) and not isinstance(error, PermissionError)
+    return (DataError if gone else StoreFailed)(f"data.path: {pattern!r} cannot be listed ({error})")
 
 
 def _list(fs: Any, name: str, pattern: str, kind: str) -> list[str]:
@@ -149,7 +156,11 @@ def _list(fs: Any, name: str, pattern: str, kind: str) -> list[str]:
     if kind == "huggingface" and fs.isdir(name):
         return _list_saved_dataset(fs, name, pattern)
     if any(character in name for character in "*?[") and not fs.exists(name):
-        found = sorted(str(hit) for hit in fs.glob(name) if not fs.isdir(hit))
+        try:
+            hits = fs.glob(name)
+        except ValueError as error:
+            raise DataError(f"data.path: {pattern!r} is no pattern ({error})") from error
+        found = sorted(str(hit) for hit in hits if not fs.isdir(hit))
         if not found:
             raise DataError(f"data.path: no file matches {pattern!r}")
     elif fs.isdir(name):

@@ -50,7 +50,7 @@ def split_ids(ids: SampleIds) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int
 
 def lane_hash(lane: int, ids: SampleIds) -> int:
     """Return the hash of one lane's batch."""
-    return xxhash.xxh3_64_intdigest(_words(lane) + ids.astype("<u8", copy=False).tobytes())
+    return xxhash.xxh3_64_intdigest(lane.to_bytes(8, "little") + ids.astype("<u8", copy=False).tobytes())
 
 
 def step_hash(lane_hashes: Iterable[int]) -> int:

@@ -8,37 +8,28 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from elastictrain.data.fingerprint import seal_fingerprint
-from elastictrain.data.formats import CUT_BY_ROWS
 from elastictrain.data.ids import SampleIds, sample_ids
 from elastictrain.data.live_eras import KnownEras
-from elastictrain.data.live_order import (
-    LIVE_VERSION,
-    Era,
-    EraOrder,
-    Held,
-    end_of_order,
-    fresh_era,
-    reservoir_era,
-)
+from elastictrain.data.live_fingerprint import live_fingerprint
+from elastictrain.data.live_order import Era, EraOrder, Held, end_of_order, fresh_era, reservoir_era
 from elastictrain.data.live_record import OrderRecord
 from elastictrain.data.live_segments import OpenSegments
 from elastictrain.data.locate import Part, SampleLocation
-from elastictrain.data.order import ORDER_VERSION, Window
+from elastictrain.data.order import Window
 from elastictrain.data.packed import Arrays, finish_rows
-from elastictrain.data.packing import PACKING_VERSION
 from elastictrain.data.retry import Retry
 from elastictrain.data.segments import Closed, SegmentLog
 from elastictrain.data.tokenizers import load_tokenizer
 from elastictrain.errors import DataError, StoreFailed
 
 if TYPE_CHECKING:
+    from elastictrain.data.growing import Growing
     from elastictrain.data_settings import Data
 
 RESERVOIR = "reservoir"
@@ -61,12 +52,17 @@ class LiveSource:
         lane_batch_size: int,
         record: str,
         record_options: Mapping[str, Any],
+        batches_at_once: int = 1,
+        others: Callable[[], str] = lambda: "",
     ) -> None:
         assert spec.live is not None, "open_live has seen to it"
         self.spec, self.live, self.lanes, self.lane_batch_size = spec, spec.live, lanes, lane_batch_size
-        self._log, self._segments = log, OpenSegments(spec, log)
+        self._batches_at_once, self._others = batches_at_once, others
         self._tokenizer = load_tokenizer(spec.tokenizer, spec.storage_options) if spec.text_column else None
-        self.fingerprint: dict[str, Any] = self._make_fingerprint(manifest)
+        self._log, self._segments = log, OpenSegments(spec, log, self._tokenizer)
+        self.fingerprint: dict[str, Any] = live_fingerprint(
+            spec, manifest, self._tokenizer, lanes=lanes, lane_batch_size=lane_batch_size
+        )
         header = {"manifest": manifest, "seed": seed, "content": self.fingerprint["hash"]}
         self._record = OrderRecord(record, header, storage_options=record_options, retry=Retry(spec.retry_s))
         self._eras = KnownEras(
@@ -82,7 +78,12 @@ class LiveSource:
         self._waiting_for = ""
         self._seen: dict[int, tuple[Held, str]] = {}  # segments behind those of the order: what they hold, columns
 
-    # --- how far the order is known, and how it grows ---
+    # --- how far the order is known, and how it grows (see `growing.Growing`) ---
+
+    @property
+    def growth(self) -> Growing:
+        """Itself."""
+        return self
 
     @property
     def decided(self) -> int:
@@ -98,6 +99,21 @@ class LiveSource:
     def waiting_for(self) -> str:
         """What the last `advance` that found nothing to do waits for, in words."""
         return self._waiting_for
+
+    @property
+    def place(self) -> str:
+        """Where its segments come from."""
+        return f"the live source {self._log.url}"
+
+    @property
+    def poll_s(self) -> float:
+        """How often to look for segments."""
+        return self.live.poll_s
+
+    @property
+    def deadline(self) -> tuple[str, float]:
+        """The setting that says how long to wait for a segment, and the seconds."""
+        return "data.live.deadline_s", self.live.deadline_s
 
     def advance(self, *, needed: bool) -> bool:
         """Take the next era: the one that is recorded, or else one that the segments that are there allow for. False
@@ -119,6 +135,10 @@ class LiveSource:
             self._eras.append(era)
             self._seen = {ordinal: found for ordinal, found in self._seen.items() if ordinal >= era.segments}
             return True
+
+    def prepare(self, step: int) -> None:
+        """Open the segments that a decided step is made of; may take long, and fails silently."""
+        self._eras.prepare(step)
 
     def check(self, mark: Mapping[str, Any]) -> None:
         """Raise DataError when the recorded order is not that of `mark` (see `mark_of`), which a checkpoint keeps."""
@@ -152,7 +172,7 @@ class LiveSource:
             return None
         if live.policy == "reservoir":
             assert live.reservoir is not None, "checked with the settings"
-            size, steps = live.reservoir.samples, live.reservoir.steps
+            size, steps = live.reservoir.samples, live.reservoir.steps * self._batches_at_once
             return reservoir_era(
                 last, carry, samples=size, steps=steps, decided=self._eras.samples_of(last, size), per_step=per_step
             )
@@ -166,7 +186,7 @@ class LiveSource:
         is closed behind them.
         """
         held: list[Held] = []
-        schema, samples = last.schema, carried
+        samples, schema = carried, last.schema or ("" if self._tokenizer else self._others())
         while len(held) < self.live.segments_at_once or samples < self.lanes * self.lane_batch_size:
             ordinal = last.segments + len(held)
             if ordinal not in self._seen:  # each is looked for until it is there, and looked at once
@@ -176,9 +196,10 @@ class LiveSource:
                 self._seen[ordinal] = self._segments.examine(segment)
             found, columns = self._seen[ordinal]
             if columns and schema and columns != schema:
+                those = "segments before it" if last.schema or any(one.samples for one in held) else "other sources"
                 raise DataError(
-                    f"segment {ordinal} ({self._segments.name(ordinal)}): its columns are {columns}; those of "
-                    f"the segments before it are {schema}. All segments must be alike; write others to a new manifest"
+                    f"segment {ordinal} ({self._segments.name(ordinal)}): its columns are {columns}; those of the "
+                    f"{those} are {schema}. All segments must be alike; write others to a new manifest"
                 )
             schema = schema or columns
             held.append(found)
@@ -191,6 +212,16 @@ class LiveSource:
     def samples(self) -> int:
         """Samples of the segments that are part of the order."""
         return self._eras.samples_of(self._eras.last, 1 << 62)
+
+    @property
+    def schema(self) -> str:
+        """The columns in words; "" before the first segment is part of the order."""
+        return self._eras.last.schema
+
+    @property
+    def tokenizer_fingerprint(self) -> str | None:
+        """Says which tokens a text becomes; None in table mode."""
+        return self._tokenizer.fingerprint if self._tokenizer else None
 
     @property
     def vocabulary_size(self) -> int | None:
@@ -211,6 +242,14 @@ class LiveSource:
         """Yield the windows that batch `step` of `lane` touches, each with its `[start, stop)` in the window."""
         yield from self._eras.order(self._eras.at_step(step)).spans(step, lane)
 
+    def spans_at(self, start: int, stop: int, lane: int) -> Iterator[tuple[Window, int, int]]:
+        """As `spans`, for positions `[start, stop)` of a lane counted from the beginning."""
+        while start < stop:
+            era = self._eras.at_step(start // self.lane_batch_size)
+            end = min(stop, era.stop * self.lane_batch_size)
+            yield from self._eras.order(era).spans_at(start, end, lane)
+            start = end
+
     def order_of(self, window: Window) -> tuple[str, EraOrder]:
         """Return "" or "reservoir", and the order of the window's era."""
         era = self._eras.get(window.epoch)
@@ -221,20 +260,19 @@ class LiveSource:
         return self._eras.order(self._eras.get(window.epoch)).batches_in(window, start)
 
     def after(self, window: Window) -> Window:
-        """Return the window that follows in a window's lane; the last one that is decided is followed by itself."""
+        """Return the window that follows in a window's lane; the last one that is at hand (see `prepare`) by itself."""
         era = self._eras.get(window.epoch)
         order = self._eras.order(era)
         if window.stop < order.samples_per_lane:
             return order.window_at(window.lane, window.stop)
-        if era.stop >= self.decided:
-            return window
-        return self._eras.order(self._eras.at_step(era.stop)).window_at(window.lane, 0)
+        following = self._eras.following(era)
+        return window if following is None else self._eras.order(following).window_at(window.lane, 0)
 
     def rows_per_step(self, window: Window, step: int) -> float:
         """Return how many rows of a window a lane uses in a step; 0 when nothing is known of what follows it."""
         del step
-        era = self._eras.get(window.epoch)  # and nothing of the next one: its segments may be out of reach just now
-        is_last = window.stop >= era.steps * self.lane_batch_size and era.stop >= self.decided
+        era = self._eras.get(window.epoch)
+        is_last = window.stop >= era.steps * self.lane_batch_size and self._eras.following(era) is None
         return 0.0 if is_last else float(self.lane_batch_size)
 
     def ids_of(self, window: Window, blocks: npt.ArrayLike, rows: npt.ArrayLike) -> SampleIds:
@@ -311,31 +349,6 @@ class LiveSource:
         """Close all files."""
         self._segments.close()
 
-    def _make_fingerprint(self, manifest: str) -> dict[str, Any]:
-        """Of what is the same for all segments; what each of them holds is recorded with its era."""
-        spec = self.spec
-        packing: dict[str, Any] | None = None
-        if self._tokenizer is not None:
-            packing = {"version": PACKING_VERSION, "sequence_length": spec.sequence_length, "method": spec.packing}
-        content = {
-            "version": 1,
-            "live_version": LIVE_VERSION,
-            "manifest": manifest,
-            "kind": spec.kind,
-            "text_column": spec.text_column,
-            "columns": list(spec.columns) if spec.columns is not None else None,
-            "rows_per_block": spec.rows_per_block if spec.kind in CUT_BY_ROWS else None,
-            "document": spec.document,
-            "tokenizer": self._tokenizer.fingerprint if self._tokenizer else None,
-            "packing": packing,
-            "lanes": self.lanes,
-            "lane_batch_size": self.lane_batch_size,
-            "shuffle": spec.shuffle,
-            "window_row_groups": spec.window_row_groups,
-            "order_version": ORDER_VERSION,
-        }
-        return seal_fingerprint(content, [])
-
 
 def open_live(
     spec: Data,
@@ -345,9 +358,14 @@ def open_live(
     lane_batch_size: int,
     record: str | None = None,
     record_options: Mapping[str, Any] | None = None,
+    batches_at_once: int = 1,
+    others: Callable[[], str] = lambda: "",
 ) -> LiveSource:
     """Open a manifest of segments as a source. `record`: where its order is recorded, in place of `data.live.record`,
     and what fsspec needs for that.
+
+    In a mixture, `batches_at_once`: how many of its steps, which have one sample for each lane there, count as one of
+    `data.live.reservoir.steps`; `others`: the columns of the other sources in words, as far as they are known ("").
 
     Raises DataError: no manifest there, a tokenizer that cannot be loaded, or an order that another run has recorded.
     """
@@ -374,4 +392,6 @@ def open_live(
         lane_batch_size=lane_batch_size,
         record=place,
         record_options=spec.storage_options if record is None else record_options or {},
+        batches_at_once=batches_at_once,
+        others=others,
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from elastictrain.data.live_order import NOTHING, Era, EraOrder, Held
@@ -18,7 +19,8 @@ _ORDERS_KEPT = 4
 
 class KnownEras:
     """Begins with the last era that is recorded; of those before it only what is asked for is read, a number of them
-    that grows with the logarithm of how many there are. Thread-safe. `how`: the settings of an `EraOrder`.
+    that grows with the logarithm of how many there are. Thread-safe, and nothing is held while a store is asked. `how`:
+    the settings of an `EraOrder`.
     """
 
     def __init__(self, record: OrderRecord, segments: OpenSegments, **how: Any) -> None:
@@ -39,12 +41,15 @@ class KnownEras:
     def get(self, number: int) -> Era:
         """The era with this number, of those that are recorded. Raises DataError when it has gone or was changed."""
         with self._lock:
-            if number not in self._eras:
-                era = self._record.get(number)
-                if era is None:
-                    raise DataError(f"{self._record.url}: era {number} of the recorded order is missing. Restore it")
-                self._admit(era)
-            return self._eras[number]
+            known = self._eras.get(number)
+        if known is not None:
+            return known
+        era = self._record.get(number)
+        if era is None:
+            raise DataError(f"{self._record.url}: era {number} of the recorded order is missing. Restore it")
+        with self._lock:
+            self._admit(era)
+        return era
 
     def at_step(self, step: int) -> Era:
         """The era that a step belongs to. Raises DataError for one that is not decided."""
@@ -63,12 +68,34 @@ class KnownEras:
         """The order within an era. Opens its segments. Raises DataError when they are not what they were."""
         with self._lock:
             order = self._orders.get(era.number)
-            if order is None:
-                order = self._orders[era.number] = EraOrder(era, self._pieces_of(era), **self._how)
-                while len(self._orders) > _ORDERS_KEPT:
-                    self._orders.popitem(last=False)
+            if order is not None:
+                self._orders.move_to_end(era.number)
+                return order
+        order = EraOrder(era, self._pieces_of(era), **self._how)  # of two that make it at once, both are the same
+        with self._lock:
+            self._orders[era.number] = order
             self._orders.move_to_end(era.number)
+            while len(self._orders) > _ORDERS_KEPT:
+                self._orders.popitem(last=False)
             return order
+
+    def prepare(self, step: int) -> None:
+        """Open what the order at a step consists of, which may take long, so that `following` knows it. What cannot be
+        opened is left to whoever needs it.
+        """
+        with suppress(DataError):
+            self.order(self.at_step(step))
+
+    def following(self, era: Era) -> Era | None:
+        """The era behind one, if its order can be given without asking a store; None otherwise."""
+        with self._lock:
+            after = self._eras.get(era.number + 1)
+            if after is None or not after.steps:
+                return None
+            if after.number in self._orders:
+                return after
+        first = after.first_segment if after.kind == "fresh" else 0
+        return after if all(self._segments.is_at_hand(n) for n in self._consists_of(after, first)) else None
 
     def carry_after(self, era: Era) -> tuple[tuple[int, int, int], ...]:
         """(block, start, stop) of what is left over behind an era, for the next fresh one."""
@@ -133,6 +160,16 @@ class KnownEras:
                     found.append(Piece(piece.block, start, piece.stop))
                     missing -= piece.stop - start
         return found[::-1]
+
+    def _consists_of(self, era: Era, first: int) -> Iterator[int]:
+        """Yield the segments of an era's order from the last one back to `first`, or as far as its reservoir goes."""
+        missing, ordinal = era.reservoir if era.kind == "reservoir" else 1, era.segments
+        while ordinal > first and missing > 0:
+            ordinal -= 1
+            yield ordinal
+            known = self._segments.held(ordinal)
+            if era.kind == "reservoir" and known is not None:
+                missing -= known[1].samples
 
     def _held(self, ordinal: int) -> Held:
         """Of a segment of the order; its era is looked up for it."""

@@ -163,6 +163,17 @@ class EraOrder:
         for window, start, stop in self._order.spans(step - self.era.from_step, lane):
             yield self._numbered(window), start, stop
 
+    def spans_at(self, start: int, stop: int, lane: int) -> Iterator[tuple[Window, int, int]]:
+        """As `spans`, for positions `[start, stop)` of a lane, counted through all eras, that are of this one."""
+        first = self.era.from_step * self.lane_batch_size
+        if not first <= start < stop <= first + self.samples_per_lane:
+            raise IndexError(
+                f"positions {start} to {stop - 1}: era {self.era.number} has {first} to "
+                f"{first + self.samples_per_lane - 1}"
+            )
+        for window, begin, end in self._order.spans_at(start - first, stop - first, lane):
+            yield self._numbered(window), begin, end
+
     def window_at(self, lane: int, position: int) -> Window:
         """Return the window that holds a position, below `samples_per_lane`, of a lane in this era."""
         return self._numbered(self._order.window_at(0, lane, position))

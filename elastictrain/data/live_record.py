@@ -16,8 +16,8 @@ from typing import Any
 
 from elastictrain.data.live_order import Era
 from elastictrain.data.retry import Retry
-from elastictrain.data.segments import count_records, open_folder
-from elastictrain.errors import DataError
+from elastictrain.data.segments import check_exclusive, count_records, open_folder
+from elastictrain.errors import DataError, StoreFailed
 
 
 class OrderRecord:
@@ -33,6 +33,7 @@ class OrderRecord:
         self._store = open_folder(self.url, storage_options or {}, "data.live.record")
         self._header = _dump({"v": 1, **header})
         self._is_ours = self._has_our_header()  # looking alone writes nothing
+        self._is_checked = False
 
     def get(self, number: int) -> Era | None:
         """The era with this number; None when it is not decided yet. One request."""
@@ -52,6 +53,8 @@ class OrderRecord:
 
     def decide(self, era: Era) -> Era:
         """Make `era` what comes next, unless somebody has been quicker; returns what is recorded."""
+        if not self._is_checked:
+            self._check_store()
         if not self._is_ours:
             self._is_ours = self._publish("order.json", self._header) or self._has_our_header()
         data = _dump(era.as_json())
@@ -61,6 +64,13 @@ class OrderRecord:
         if there is None:
             raise DataError(f"{self.url}/{_path(era.number)}: exists and cannot be read. Look at the store")
         return there
+
+    def _check_store(self) -> None:
+        try:
+            check_exclusive(self._store, "eras", self._retry, "data.live.record (or checkpoint.path)")
+        except OSError as error:
+            raise self._not_written("eras", error) from error
+        self._is_checked = True
 
     def _has_our_header(self) -> bool:
         """False when there is none. Raises DataError when it is that of another order."""
@@ -76,7 +86,10 @@ class OrderRecord:
 
     def _is_there(self, number: int) -> bool:
         path = _path(number)
-        return self._retry.call(lambda: self._store.size(path), f"{self.url}/{path}") is not None
+        try:
+            return self._retry.call(lambda: self._store.size(path), f"{self.url}/{path}") is not None
+        except OSError as error:
+            raise self._not_read(path, error) from error
 
     def _read(self, path: str) -> bytes | None:
         try:
@@ -84,7 +97,10 @@ class OrderRecord:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise DataError(f"{self.url}/{path}: cannot be read ({error}). Look at the store") from error
+            raise self._not_read(path, error) from error
+
+    def _not_read(self, path: str, error: OSError) -> StoreFailed:
+        return StoreFailed(f"{self.url}/{path}: cannot be read ({error}). Look at the store behind data.live.record")
 
     def _publish(self, path: str, data: bytes) -> bool:
         """False when there is one already."""
@@ -93,11 +109,14 @@ class OrderRecord:
         except FileExistsError:
             return False
         except OSError as error:
-            raise DataError(
-                f"{self.url}/{path}: cannot be written ({error}). Set data.live.record to a folder that all workers "
-                "can write to"
-            ) from error
+            raise self._not_written(path, error) from error
         return True
+
+    def _not_written(self, path: str, error: OSError) -> DataError:
+        return DataError(
+            f"{self.url}/{path}: cannot be written ({error}). Set data.live.record to a folder that all workers can "
+            "write to"
+        )
 
 
 def _path(number: int) -> str:

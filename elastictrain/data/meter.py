@@ -14,8 +14,9 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-STAGES = ("store", "retry", "decode", "tokenise", "pack", "copy", "arrival")
-"""`retry`: a store that failed was asked again; `arrival`: the next segment of a live source was not there yet."""
+STAGES = ("store", "retry", "decode", "tokenise", "pack", "copy", "arrival", "feeder")
+"""`retry`: a store that failed was asked again; `arrival`: the next segment of a live source was not there yet;
+`feeder`: the node's feeder was asked for a decoded block."""
 OTHER = "other"
 """Waited for nothing that a stage says: the interpreter's lock, a thread that had no processor."""
 

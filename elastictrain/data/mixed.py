@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
 
-from elastictrain.data.columns import show_schema
 from elastictrain.data.fingerprint import seal_mixture
+from elastictrain.data.growing import Growing, MixedGrowth, naming
 from elastictrain.data.ids import SampleIds, ids_in, sample_ids
 from elastictrain.data.index import Progress
+from elastictrain.data.live import LiveSource, open_live
+from elastictrain.data.live_order import EraOrder
 from elastictrain.data.locate import Part, SampleLocation
 from elastictrain.data.mixture import (
     MIXTURE_VERSION,
@@ -24,10 +27,17 @@ from elastictrain.data.mixture import (
 from elastictrain.data.order import LaneOrder, Piece, StrictOrder, Window, derive_key
 from elastictrain.data.packed import finish_rows
 from elastictrain.data.source import Arrays, Source, open_source
-from elastictrain.errors import DataError, StoreFailed
+from elastictrain.errors import DataError
 
 if TYPE_CHECKING:
     from elastictrain.data_settings import Mixture, Proportions
+
+
+OneSource = Source | LiveSource
+"""What a source of a mixture may be."""
+
+_LIVE_BLOCKS = 1 << 40
+"""The blocks of the live source with number i are numbered from (1 + i) times this on: there is no last one."""
 
 
 class MixedSource:
@@ -38,14 +48,21 @@ class MixedSource:
     """
 
     def __init__(
-        self, spec: Mixture, sources: Mapping[str, Source], segments: Sequence[Segment], *, lane_batch_size: int
+        self, spec: Mixture, sources: Mapping[str, OneSource], segments: Sequence[Segment], *, lane_batch_size: int
     ) -> None:
         self.spec, self.sources = spec, dict(sorted(sources.items()))
         self.lanes = next(iter(self.sources.values())).lanes
-        self.plan = resolve_plan(spec, {name: source.order.samples for name, source in self.sources.items()})
+        whole = {name: source for name, source in self.sources.items() if isinstance(source, Source)}
+        live = {name: source for name, source in self.sources.items() if isinstance(source, LiveSource)}
+        self.plan = resolve_plan(spec, {name: source.order.samples for name, source in whole.items()})
         self.schedule = Schedule(segments or self.plan, lanes=self.lanes, lane_batch_size=lane_batch_size)
-        counts = [len(source.order.block_rows) for source in self.sources.values()]
-        self._first_block = dict(zip(self.sources, np.cumsum([0, *counts]).tolist(), strict=False))
+        self.growth: Growing | None = None
+        """How the order grows, if it does: where a source that is live has a share at some time."""
+        if live.keys() & set(self.schedule.names):
+            self.growth = MixedGrowth(self.schedule, live)
+        counts = [len(source.order.block_rows) for source in whole.values()]
+        self._first_block = dict(zip(whole, np.cumsum([0, *counts]).tolist(), strict=False))  # ascending
+        self._first_block |= {name: (1 + i) * _LIVE_BLOCKS for i, name in enumerate(live)}
         self.fingerprint: dict[str, Any] = seal_mixture(
             {name: source.fingerprint for name, source in self.sources.items()},
             {"mixture_version": MIXTURE_VERSION, "lanes": self.lanes, "lane_batch_size": lane_batch_size},
@@ -69,7 +86,7 @@ class MixedSource:
         """Yield the windows that batch `step` of `lane` touches, each with its `[start, stop)` in the window."""
         for run in self.schedule.runs(step, lane):
             source = self._source(self.schedule.names[run.source], step)
-            for window, start, stop in source.order.spans_at(run.start, run.stop, lane):
+            for window, start, stop in source.spans_at(run.start, run.stop, lane):
                 yield self._numbered(window, run.source), start, stop
 
     def _numbered(self, window: Window, number: int) -> Window:
@@ -85,24 +102,27 @@ class MixedSource:
 
     def after(self, window: Window) -> Window:
         """Return the window that follows in a window's lane and source."""
-        order = self.sources[self.schedule.names[window.source]].order
-        return self._numbered(order.after(window), window.source)
+        following = self.sources[self.schedule.names[window.source]].after(window)
+        return window if following is window else self._numbered(following, window.source)
 
     def rows_per_step(self, window: Window, step: int) -> float:
         """Return how many rows of the window's source a lane uses in a step, on average; 0 if it has none now."""
         weights = self.schedule.segments[self.schedule.segment_at(step)].weights
         share = weights.get(self.schedule.names[window.source], 0) / sum(weights.values())
-        return share * self.schedule.lane_batch_size
+        # Of a live source nothing may be known of what follows.
+        known = self.sources[self.schedule.names[window.source]].rows_per_step(window, step) > 0
+        return share * self.schedule.lane_batch_size if known else 0.0
 
     @property
     def content(self) -> dict[str, Any]:
         """What the content of decoded blocks follows from, and more: names a warm cache (see `data.warm`)."""
         return {**self.fingerprint, "sources": {name: source.content for name, source in self.sources.items()}}
 
-    def order_of(self, window: Window) -> tuple[str, LaneOrder | StrictOrder]:
-        """Return the name of the source that a window is of, and the order of that source."""
+    def order_of(self, window: Window) -> tuple[str, LaneOrder | StrictOrder | EraOrder]:
+        """Return the name of the source that a window is of, and the order of that source (see its `order_of`)."""
         name = self.schedule.names[window.source]
-        return name, self.sources[name].order
+        part, order = self.sources[name].order_of(window)
+        return f"{name}/{part}" if part else name, order
 
     def ids_of(self, window: Window, blocks: npt.ArrayLike, rows: npt.ArrayLike) -> SampleIds:
         """Return the ids of samples of a window (see `data.ids`); `blocks` as the mixture numbers them."""
@@ -113,6 +133,12 @@ class MixedSource:
         """Decode a block, as `Source.read_block`."""
         name = self._name_of(block)
         return self.sources[name].read_block(block - self._first_block[name])
+
+    def rows_in(self, block: int) -> int | None:
+        """Return how many samples a block has; None of a live source, where the answer may need the store."""
+        name = self._name_of(block)
+        source = self.sources[name]
+        return source.rows_in(block - self._first_block[name]) if isinstance(source, Source) else None
 
     def where(self, block: int, row: int) -> str:
         """Say where a sample comes from."""
@@ -172,7 +198,7 @@ class MixedSource:
     def _name_of(self, block: int) -> str:
         return [name for name, first in self._first_block.items() if first <= block][-1]
 
-    def _source(self, name: str, step: int) -> Source:
+    def _source(self, name: str, step: int) -> OneSource:
         if name not in self.sources:
             raise DataError(
                 f"step {step} used source {name!r}, which data.sources does not name any more. "
@@ -212,21 +238,41 @@ def open_mixture(
     lane_batch_size: int,
     segments: Sequence[Segment] = (),
     progress: Progress | None = None,
+    record: str | None = None,
+    record_options: Mapping[str, Any] | None = None,
 ) -> MixedSource:
     """Open all sources of a mixture. `segments`: the schedule of the run; none: the one that the settings ask for.
+    `record`: the folder in which the orders of live sources are recorded that do not say it (see `open_live`).
 
     Every source has a seed of its own, by its name, so that a source that is added leaves the others as they are.
     Raises DataError as `open_source`, beginning with the name of the source; sources that do not fit together.
     """
-    sources: dict[str, Source] = {}
+    sources: dict[str, OneSource] = {}
+
+    def columns() -> str:
+        return next((source.schema for source in sources.values() if source.schema), "")
+
     try:
         for name, data in spec.sources.items():
-            own_seed = derive_key("source", seed, *name.encode())
-            try:
-                sources[name] = open_source(data, seed=own_seed, lanes=lanes, lane_batch_size=1, progress=progress)
-            except DataError as error:
-                kind = StoreFailed if isinstance(error, StoreFailed) else DataError
-                raise kind(f"data.sources.{name}: {error}") from error
+            how: dict[str, Any] = {
+                "seed": derive_key("source", seed, *name.encode()),
+                "lanes": lanes,
+                "lane_batch_size": 1,
+            }
+            with naming(name):
+                if data.live is None:
+                    sources[name] = open_source(data, progress=progress, **how)
+                    continue
+                own = None if data.live.record or record is None else f"{record}/{record_folder(name)}"
+                others = columns if data.text_column is None else str
+                sources[name] = open_live(
+                    data,
+                    record=own,
+                    record_options=record_options,
+                    batches_at_once=lane_batch_size,
+                    others=others,
+                    **how,
+                )
         _check_that_they_fit(sources)
         return MixedSource(spec, sources, segments, lane_batch_size=lane_batch_size)
     except BaseException:
@@ -235,8 +281,13 @@ def open_mixture(
         raise
 
 
-def _check_that_they_fit(sources: Mapping[str, Source]) -> None:
-    (first_name, first), *others = sources.items()
+def record_folder(name: str) -> str:
+    """Where the order of a live source of a mixture is recorded, below the folder of the run's."""
+    return f"source-{quote(name, safe='')}"
+
+
+def _check_that_they_fit(sources: Mapping[str, OneSource]) -> None:
+    (first_name, first), *others = sorted(sources.items(), key=lambda item: not item[1].schema)
     for name, other in others:
         if (first.tokenizer_fingerprint, first.spec.packing_of_rows) != (
             other.tokenizer_fingerprint,
@@ -248,9 +299,9 @@ def _check_that_they_fit(sources: Mapping[str, Source]) -> None:
                 f"({first.spec.tokenizer}, {first.spec.packing_of_rows or 'a table'}). Samples of one batch must be of "
                 "one kind: set the same tokenizer and packing for all sources, or text_column for all or none"
             )
-        if first.tokenizer_fingerprint is None and first.columns != other.columns:
+        if first.tokenizer_fingerprint is None and other.schema and first.schema != other.schema:
             raise DataError(
-                f"data.sources.{name}: its columns ({show_schema(other.columns)}) differ from those of {first_name!r} "
-                f"({show_schema(first.columns)}). Rows of one batch must be alike: set data.sources.*.columns so that "
+                f"data.sources.{name}: its columns ({other.schema}) differ from those of {first_name!r} "
+                f"({first.schema}). Rows of one batch must be alike: set data.sources.*.columns so that "
                 "they agree"
             )

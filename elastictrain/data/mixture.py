@@ -31,6 +31,9 @@ from typing import Any
 
 MIXTURE_VERSION = 1
 
+ENDLESS = 1 << 40
+"""More steps than any run has."""
+
 _TEMPERATURE_PARTS = 1 << 16
 """Shares by temperature are no fractions; they are rounded to this many parts of the whole."""
 
@@ -208,6 +211,31 @@ class Schedule:
                 runs.append(Run(source, at[source], at[source] + 1))
             at[source] += 1
         return runs
+
+    def reach(self, step: int) -> list[int]:
+        """Return how many samples of every source the lane that has used most of it has used before `step`."""
+        of_lanes = [self.positions(step, lane) for lane in range(self.lanes)]
+        return [max(of_source) for of_source in zip(*of_lanes, strict=True)]
+
+    def steps_within(self, limits: Mapping[str, int], known: int = 0) -> int:
+        """Return how many steps no lane needs more samples for than `limits` says, by source; at most `ENDLESS`.
+
+        `known`: a number of steps for which that is known to be so. The time grows with the logarithm of the answer.
+        """
+        numbers = [(self.names.index(name), limit) for name, limit in limits.items() if name in self.names]
+
+        def fits(steps: int) -> bool:
+            reach = self.reach(steps)
+            return all(reach[number] <= limit for number, limit in numbers)
+
+        low, more = known, 1
+        while low + more <= ENDLESS and fits(low + more):
+            low, more = low + more, more * 2
+        high = min(low + more, ENDLESS + 1)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
 
     def _base(self, lane: int) -> list[list[int]]:
         if lane not in self._bases:

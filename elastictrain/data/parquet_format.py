@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +24,10 @@ _MAGIC = b"PAR1"
 
 
 class ParquetFiles:
-    """Row groups of Parquet files with one schema; `index()` or `restore()` must run before `read`."""
+    """Row groups of Parquet files with one schema; `index()` or `restore()` must run before `read`.
+
+    `read` may be called by several threads at once: each has an open file to itself while it reads.
+    """
 
     def __init__(
         self,
@@ -33,7 +39,8 @@ class ParquetFiles:
     ) -> None:
         self._files, self._on_corrupt = files, on_corrupt
         self._text_column, self._columns = text_column, columns
-        self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
+        self._lock = threading.Lock()  # of `_open`
+        self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()  # that nobody reads just now, the last used last
         self._footers: list[int] = []
         self.holes: tuple[Hole, ...] = ()
         self.blocks = BlockTable.of([])
@@ -107,7 +114,8 @@ class ParquetFiles:
 
     def _parquet_or_hole(self, number: int) -> pq.ParquetFile | None:
         try:
-            return self._parquet(number)
+            with self._parquet(number) as parquet:
+                return parquet
         except StoreFailed:  # nothing is known of its content
             raise
         except DataError as error:
@@ -118,44 +126,55 @@ class ParquetFiles:
                 self._footers.append(0)
             return None
 
-    def _parquet(self, number: int) -> pq.ParquetFile:
-        parquet = self._open.pop(number, None)
+    @contextmanager
+    def _parquet(self, number: int) -> Iterator[pq.ParquetFile]:
+        """Lend a file that is open, or open it; nobody else has it meanwhile, and it stays open."""
+        with self._lock:
+            parquet = self._open.pop(number, None)
         if parquet is None:
-            path = self._files.files[number].path
-            handle = self._files.open(number)
-            footer = _footer_checksum(handle, self._files.files[number].size_bytes, path)
-            if number == len(self._footers):
-                self._footers.append(footer)
-            elif footer != self._footers[number]:
-                raise DataError(
-                    f"{path}: changed since the run opened it (its footer is another one). Data must not be "
-                    "written to while a run reads them: restore the file, or write to a new data.path"
-                )
-            try:
-                if self._files.is_local:  # read without the interpreter: a Python file would take its lock
-                    handle.close()
-                    handle = pa.OSFile(path)
-                parquet = pq.ParquetFile(handle, page_checksum_verification=True)
-            except (pa.ArrowException, OSError) as error:
-                raise _corrupt(path, "its footer cannot be read", error) from error
-        self._open[number] = parquet
-        if len(self._open) > _MAX_OPEN_FILES:
-            _, oldest = self._open.popitem(last=False)
-            oldest.close(force=True)
-        return parquet
+            parquet = self._open_file(number)
+        try:
+            yield parquet
+        finally:
+            with self._lock:
+                surplus = [self._open.pop(number)] if number in self._open else []
+                self._open[number] = parquet
+                if len(self._open) > _MAX_OPEN_FILES:
+                    surplus.append(self._open.popitem(last=False)[1])
+            for one in surplus:
+                one.close(force=True)
+
+    def _open_file(self, number: int) -> pq.ParquetFile:
+        path = self._files.files[number].path
+        handle = self._files.open(number)
+        footer = _footer_checksum(handle, self._files.files[number].size_bytes, path)
+        if number == len(self._footers):
+            self._footers.append(footer)
+        elif footer != self._footers[number]:
+            raise DataError(
+                f"{path}: changed since the run opened it (its footer is another one). Data must not be "
+                "written to while a run reads them: restore the file, or write to a new data.path"
+            )
+        try:
+            if self._files.is_local:  # read without the interpreter: a Python file would take its lock
+                handle.close()
+                handle = pa.OSFile(path)
+            return pq.ParquetFile(handle, page_checksum_verification=True)
+        except (pa.ArrowException, OSError) as error:
+            raise _corrupt(path, "its footer cannot be read", error) from error
 
     def read(self, block: int) -> pa.Table:
         """Return the columns of a row group. Raises DataError if it is corrupt or has changed."""
         if not self.blocks.rows[block]:
             return self._arrow_schema.empty_table()
         group = int(self.blocks.number[block])
-        parquet = self._parquet(int(self.blocks.file[block]))
         path = self._files.files[int(self.blocks.file[block])].path
-        try:
-            # One thread: decoding runs beside training, whose threads are part of the job's numerics.
-            table = parquet.read_row_group(group, columns=self._names, use_threads=False)
-        except (pa.ArrowException, OSError) as error:
-            raise _corrupt(path, f"row group {group} cannot be decoded", error) from error
+        with self._parquet(int(self.blocks.file[block])) as parquet:
+            try:
+                # One thread: decoding runs beside training, whose threads are part of the job's numerics.
+                table = parquet.read_row_group(group, columns=self._names, use_threads=False)
+            except (pa.ArrowException, OSError) as error:
+                raise _corrupt(path, f"row group {group} cannot be decoded", error) from error
         if table.num_rows != int(self.blocks.rows[block]):
             raise DataError(
                 f"{path}: row group {group} holds {table.num_rows} rows, expected {self.blocks.rows[block]}. "
@@ -169,8 +188,11 @@ class ParquetFiles:
 
     def close(self) -> None:
         """Close all files."""
-        while self._open:
-            self._open.popitem()[1].close(force=True)
+        with self._lock:
+            surplus = list(self._open.values())
+            self._open.clear()
+        for parquet in surplus:
+            parquet.close(force=True)
 
 
 def _selected(

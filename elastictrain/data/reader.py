@@ -14,17 +14,21 @@ import numpy as np
 import numpy.typing as npt
 
 from elastictrain.data.ahead import Ahead
+from elastictrain.data.block_client import SharedBlocks
 from elastictrain.data.ids import SampleIds
+from elastictrain.data.live import LiveSource
 from elastictrain.data.meter import Meter
 from elastictrain.data.order import Window
 from elastictrain.data.source import Arrays
 from elastictrain.data.sources import AnySource
-from elastictrain.data.warm import WarmCache, cache_root
+from elastictrain.data.warm import WarmCache, cache_root, read_through
 from elastictrain.data.windows import Block, Loaded, Place, join, key_of, place_of
 from elastictrain.errors import DataError
 
 _MAX_DECODED_BLOCKS = 2
 """Blocks kept besides the windows: neighbouring lanes meet inside one, and small sources have few."""
+_LOOK_S = 1.0
+_CLOSE_S = 60.0
 _FINISHED_BYTES = 1 << 19
 """Batches of a lane that are made in one go, as its next ones: what costs time by call is paid once for all of them."""
 
@@ -55,28 +59,42 @@ class LaneReader:
     (`data.warm_cache_bytes`) are mapped and take no memory of their own.
 
     With `ahead_bytes` the windows that come next are decoded in a thread meanwhile, and their blocks take as much more;
-    such a reader must be closed, or its reading ahead ended.
+    such a reader must be closed, or its reading ahead ended. With `shared` blocks come from the feeder of the node, as
+    long as it brings them, and lie in memory that its workers share.
     """
 
-    def __init__(self, source: AnySource, *, warm: WarmCache | None = None, ahead_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        source: AnySource,
+        *,
+        warm: WarmCache | None = None,
+        ahead_bytes: int = 0,
+        shared: SharedBlocks | None = None,
+    ) -> None:
         """`warm`: by default a cache of the size that the job's data setting says, if it says any."""
-        self.source = source
+        self.source, self.shared = source, shared
         limit_bytes = source.spec.warm_cache_bytes
         if warm is None and limit_bytes:
             warm = WarmCache(cache_root(), source.content, limit_bytes)
         self.warm, self.meter = warm, Meter()
         self._lock = threading.Lock()  # of `batch`; taken before the others
         self._order_lock = threading.Lock()  # of the source's order, which keeps what it has computed last
-        self._blocks_lock = threading.Lock()  # of the blocks and the source's files
+        self._blocks_changed = threading.Condition()  # of the blocks; not held while one is read
+        self._in_reading: set[int] = set()
+        self._needed_now: frozenset[int] = frozenset()  # blocks of the window that `batch` waits for
         self._windows: dict[Place, Loaded] = {}
         self._prepared: dict[int, tuple[int, deque[Batch]]] = {}  # by lane: a step, and the batches from it on
         self._finished_row_bytes = _FINISHED_BYTES
         self._living: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()
         self._recent: OrderedDict[int, Block] = OrderedDict()
         self._last_use: OrderedDict[int, int] = OrderedDict()  # by lane, the one that was longest idle first
-        self._calls = 0
+        self._calls, self._two_rounds = 0, 2 * source.lanes
         self._closed = False
-        self._ahead = Ahead(self._load_ahead, self._after, self._steps_of, ahead_bytes) if ahead_bytes else None
+        self._ahead: Ahead | None = None
+        if ahead_bytes:
+            # Who waits for data of its own disk decodes meanwhile; a remote store, or the node's feeder, might last.
+            helps = not source.spec.is_remote and shared is None
+            self._ahead = Ahead(self._load_ahead, self._after, self._steps_of, ahead_bytes, helps=helps)
         self.blocks_decoded = 0  # how often a block was read, for tests and for tuning
 
     def batch(self, step: int, lane: int) -> Batch:
@@ -99,7 +117,8 @@ class LaneReader:
                 self._prepared[lane] = (step + 1, prepared)
             else:
                 batch = self._make(step, lane)
-            self._forget_idle_lanes()
+            if next(iter(self._last_use.values())) < self._calls - self._two_rounds:
+                self._forget_idle_lanes()
             return batch
 
     def expect(self, places: Iterable[tuple[int, int]]) -> None:
@@ -127,6 +146,11 @@ class LaneReader:
                         needed.append((step, window))
         self._ahead.expect(needed, first)
 
+    def limit_ahead(self, ahead_bytes: int) -> None:
+        """From now on windows that are read ahead may take so much; nothing that is there is thrown away."""
+        if self._ahead is not None:
+            self._ahead.limit(ahead_bytes)
+
     def end_ahead(self) -> None:
         """End reading ahead, and wait for its thread; batches come as before. May be called twice."""
         if self._ahead is not None:
@@ -135,8 +159,9 @@ class LaneReader:
     def close(self) -> None:
         """Close all files and drop what is decoded; may be called twice."""
         self.end_ahead()
-        with self._lock, self._blocks_lock:
+        with self._lock, self._blocks_changed:
             self._closed = True
+            self._blocks_changed.wait_for(lambda: not self._in_reading, _CLOSE_S)
             self._windows.clear()
             self._prepared.clear()
             self._recent.clear()
@@ -174,9 +199,12 @@ class LaneReader:
         self._finished_row_bytes = max(1, sum(array.nbytes for array in arrays.values()) // (count * size))
         if count == 1:
             return Batch(arrays, ids)
-        cuts = [slice(at, at + size) for at in range(0, count * size, size)]
-        first, *others = [Batch({name: array[cut] for name, array in arrays.items()}, ids[cut]) for cut in cuts]
-        self._prepared[lane] = (step + 1, deque(others))
+        prepared = deque(
+            Batch({name: array[at : at + size] for name, array in arrays.items()}, ids[at : at + size])
+            for at in range(0, count * size, size)
+        )
+        first = prepared.popleft()
+        self._prepared[lane] = (step + 1, prepared)
         return first
 
     def _load(self, window: Window, step: int, start: int) -> Loaded:
@@ -184,9 +212,13 @@ class LaneReader:
         loaded = self._windows.get(place)
         if loaded is None or loaded.key != key_of(window):
             self._windows.pop(place, None)  # its memory goes before the next window comes
-            loaded = self._ahead.take(window) if self._ahead else None
-            if loaded is None:
-                loaded = Loaded(self.source, window, [self._block(piece.block) for piece in window.pieces])
+            self._needed_now = frozenset(piece.block for piece in window.pieces)
+            try:
+                loaded = self._ahead.take(window) if self._ahead else None
+                if loaded is None:
+                    loaded = Loaded(self.source, window, [self._block(piece.block, step) for piece in window.pieces])
+            finally:
+                self._needed_now = frozenset()
             self._windows[place] = loaded
             if self._ahead:
                 left = 1 - start / (window.stop - window.start)
@@ -195,10 +227,10 @@ class LaneReader:
 
     def _load_ahead(self, window: Window) -> Loaded:
         assert self._ahead is not None
-        blocks = []
+        blocks, due = [], self._ahead.due(window)
         for piece in window.pieces:
             self._ahead.check()
-            blocks.append(self._block(piece.block))
+            blocks.append(self._block(piece.block, due))
         return Loaded(self.source, window, blocks)
 
     def _after(self, window: Window) -> Window:
@@ -210,37 +242,62 @@ class LaneReader:
         rows = self.source.rows_per_step(window, step)
         return (window.stop - window.start) / rows if rows else math.inf
 
-    def _block(self, number: int) -> Block:
-        with self._blocks_lock:
-            block = self._living.get(number)
-            if block is None:
-                while len(self._recent) >= _MAX_DECODED_BLOCKS:
-                    self._recent.popitem(last=False)
-                block = Block(number, self._read(number))
-                self._living[number] = block
-            self._recent[number] = block
-            self._recent.move_to_end(number)
-            while len(self._recent) > _MAX_DECODED_BLOCKS:
+    def _block(self, number: int, due: float = 0.0) -> Block:
+        """Return a block, decoding it if nobody has it; different ones are decoded by several threads at once. `due`:
+        the step that needs it.
+        """
+        with self._blocks_changed:
+            while (block := self._living.get(number)) is None and number in self._in_reading:
+                self._blocks_changed.wait(_LOOK_S)  # its reading ends, in an error at the latest
+            if block is not None:
+                return self._keep(block)
+            while len(self._recent) >= _MAX_DECODED_BLOCKS:  # their memory goes before the next one comes
                 self._recent.popitem(last=False)
-            return block
+            self._in_reading.add(number)
+        try:
+            block = self._shared_block(number, due) or Block(number, self._read(number))
+            with self._blocks_changed:
+                self._living[number] = block
+                return self._keep(block)
+        finally:
+            with self._blocks_changed:
+                self._in_reading.discard(number)
+                self._blocks_changed.notify_all()
 
-    def _read(self, number: int) -> Arrays:
+    def _keep(self, block: Block) -> Block:
+        self._recent[block.number] = block
+        self._recent.move_to_end(block.number)
+        while len(self._recent) > _MAX_DECODED_BLOCKS:
+            self._recent.popitem(last=False)
+        return block
+
+    def _shared_block(self, number: int, due: float) -> Block | None:
+        """A block of the warm cache or of the node's feeder; None where there is no feeder, or it does not bring it."""
+        if self.shared is None:
+            return None
         if self.warm is not None:
             with self.meter.stage("store"):
                 arrays = self.warm.load(number)
             if arrays is not None:
-                return arrays
-        with self.meter.stage("decode"):
-            arrays = self.source.read_block(number)
-        self.blocks_decoded += 1
-        if self.warm is not None:
-            with self.meter.stage("store"):
-                self.warm.store(number, arrays)
+                return Block(number, arrays)
+        with self.meter.stage("feeder"):
+            block = self.shared.take(number, due, urgent=lambda: number in self._needed_now)
+        return block if block is not None and self._fits(block) else None
+
+    def _fits(self, block: Block) -> bool:
+        """Whether a block has the rows that this worker's order counts with; a gather would clip to others silently."""
+        rows = None if isinstance(self.source, LiveSource) else self.source.rows_in(block.number)
+        return rows is None or all(len(array) == rows for array in block.arrays.values())
+
+    def _read(self, number: int) -> Arrays:
+        arrays, decoded = read_through(self.warm, number, self.source.read_block, self.meter)
+        with self._blocks_changed:
+            self.blocks_decoded += decoded
         return arrays
 
     def _forget_idle_lanes(self) -> None:
         """Of a lane in use every window is kept: a rare source of a mixture waits for its turn."""
-        while (idle := next(iter(self._last_use.items())))[1] < self._calls - 2 * self.source.lanes:
+        while (idle := next(iter(self._last_use.items())))[1] < self._calls - self._two_rounds:
             del self._last_use[idle[0]]
             self._prepared.pop(idle[0], None)
             for place in [place for place in self._windows if place[0] == idle[0]]:

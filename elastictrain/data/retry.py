@@ -15,8 +15,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from fsspec.implementations.local import LocalFileSystem
-
 from elastictrain.data.meter import timed
 from elastictrain.errors import StoreFailed
 
@@ -95,58 +93,6 @@ def _pause(seconds: float) -> None:
 
 def _tired(error: OSError, tries: int, limit_s: float) -> OSError:
     return OSError(f"{error}; given up after {tries} tries within {limit_s:.0f} s (data.retry_s)")
-
-
-def patient(filesystem: Any, retry: Retry) -> Any:
-    """What `data.files` asks of a file system to list it, with every single request tried again. A local one is itself.
-
-    Other than fsspec's own `exists`, `isdir` and `find`, which take a failure for "nothing there".
-    """
-    return filesystem if isinstance(filesystem, LocalFileSystem) else _Patient(filesystem, retry)
-
-
-class _Patient:
-    def __init__(self, filesystem: Any, retry: Retry) -> None:
-        self._inner, self._retry = filesystem, retry
-
-    def info(self, path: str) -> dict[str, Any]:
-        return dict(self._retry.call(lambda: self._inner.info(path), path))
-
-    def exists(self, path: str) -> bool:
-        try:
-            self.info(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        return True
-
-    def isdir(self, path: str) -> bool:
-        try:
-            return bool(self.info(path)["type"] == "directory")
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-
-    def find(self, path: str) -> list[str]:
-        if getattr(self._inner, "async_impl", False):
-            return list(self._retry.call(lambda: self._inner.find(path), path))
-        found, folders = [], [path]
-        while folders:
-            folder = folders.pop()
-            for entry in self._ls(folder):
-                name = str(entry["name"])
-                if entry["type"] != "directory":
-                    found.append(name)
-                elif name.rstrip("/") != folder.rstrip("/"):
-                    folders.append(name)
-        return found
-
-    def _ls(self, folder: str) -> list[dict[str, Any]]:
-        return list(self._retry.call(lambda: self._inner.ls(folder, detail=True), folder))
-
-    def glob(self, pattern: str) -> list[str]:
-        return list(self._retry.call(lambda: self._inner.glob(pattern), pattern))
-
-    def cat_file(self, path: str) -> bytes:
-        return bytes(self._retry.call(lambda: self._inner.cat_file(path), path))
 
 
 class RetryingFile:

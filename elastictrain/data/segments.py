@@ -28,7 +28,7 @@ import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
 from elastictrain.data.retry import Retry
-from elastictrain.errors import DataError
+from elastictrain.errors import DataError, StoreFailed
 from elastictrain_checkpoint import Store
 
 MANIFEST_VERSION = 1
@@ -126,7 +126,10 @@ class SegmentLog:
 
     def _is_there(self, ordinal: int) -> bool:
         path = record_path(ordinal)
-        return self._retry.call(lambda: self.store.size(path), f"{self.url}/{path}") is not None
+        try:
+            return self._retry.call(lambda: self.store.size(path), f"{self.url}/{path}") is not None
+        except OSError as error:
+            raise self._not_read(path, error) from error
 
     def _read(self, path: str) -> bytes | None:
         try:
@@ -134,9 +137,10 @@ class SegmentLog:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise DataError(
-                f"{self.url}/{path}: cannot be read ({error}). Look at the store behind data.path"
-            ) from error
+            raise self._not_read(path, error) from error
+
+    def _not_read(self, path: str, error: OSError) -> StoreFailed:
+        return StoreFailed(f"{self.url}/{path}: cannot be read ({error}). Look at the store behind data.path")
 
 
 class SegmentWriter:
@@ -149,6 +153,7 @@ class SegmentWriter:
         self._log = SegmentLog(url, storage_options=storage_options, retry=retry)
         self._retry = retry or Retry()
         self._next = 0
+        self._is_checked = False
         if self._log.identity() is None:
             made = {"v": MANIFEST_VERSION, "id": uuid.uuid4().hex}
             self._create(f"{FOLDER}/manifest.json", made)  # who comes second reads what the first has written
@@ -194,6 +199,9 @@ class SegmentWriter:
         """Create a record; False when another has the name. A try whose answer was lost is told by its content."""
         data = (json.dumps(record, separators=(",", ":")) + "\n").encode()
         try:
+            if not self._is_checked:
+                check_exclusive(self._log.store, FOLDER, self._retry, "the writer's url (data.path)")
+                self._is_checked = True
             self._retry.call(lambda: self._log.store.publish(path, data), f"{self._log.url}/{path}")
         except FileExistsError:
             return self._log._read(path) == data
@@ -270,6 +278,24 @@ def open_folder(url: str, options: Mapping[str, Any], setting: str) -> Store:
             f"{setting}: {url!r} cannot be opened ({error}). Expected a path or a URL of a file system that fsspec "
             "knows, with its package installed, and data.storage_options that it accepts"
         ) from error
+
+
+def check_exclusive(store: Store, folder: str, retry: Retry, setting: str) -> None:
+    """Try whether a store creates a file only where there is none: of all who write one number, one must be heard.
+
+    `folder`: below the store's root, where it is tried. Raises DataError when it does not, OSError when it fails.
+    """
+
+    def probe() -> str:
+        return store.probe_exclusive(f"{folder}/.probe-{uuid.uuid4().hex}")
+
+    why = retry.call(probe, f"{store.url}/{folder}")
+    if why:
+        raise DataError(
+            f"{store.url}: {why}. What is decided once needs a store that creates a file only if there is none: "
+            f"set {setting} to a folder on a disk that all share, or in S3, Google Cloud Storage or Azure with their "
+            "present clients"
+        )
 
 
 def _filesystem(place: str, options: Mapping[str, Any]) -> tuple[Any, str]:

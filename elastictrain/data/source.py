@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elastictrain.data.best_fit import BEST_FIT_VERSION
-from elastictrain.data.columns import Schema, stack
+from elastictrain.data.columns import Schema, show_schema, stack
 from elastictrain.data.files import FileSet, find_files
 from elastictrain.data.fingerprint import seal_fingerprint
 from elastictrain.data.formats import CUT_BY_ROWS, open_blocks
@@ -66,6 +66,16 @@ class Source:
     def columns(self) -> Schema:
         """Name and type of the columns that are read."""
         return self._blocks.schema
+
+    @property
+    def schema(self) -> str:
+        """The columns in words."""
+        return show_schema(self.columns)
+
+    @property
+    def growth(self) -> None:
+        """Its order is whole from the beginning."""
+        return
 
     @property
     def tokenizer_fingerprint(self) -> str | None:
@@ -126,6 +136,10 @@ class Source:
         where = self._blocks.where(block)
         return {name: stack(table.column(name), f"{where}, column {name!r}") for name in table.column_names}
 
+    def rows_in(self, block: int) -> int:
+        """Return how many samples a block has."""
+        return int(self.order.block_rows[block])
+
     @property
     def content(self) -> dict[str, Any]:
         """What the content of decoded blocks follows from, and more: names a warm cache (see `data.warm`)."""
@@ -144,6 +158,10 @@ class Source:
     def spans(self, step: int, lane: int) -> Iterator[tuple[Window, int, int]]:
         """Yield the windows that batch `step` of `lane` touches, each with its `[start, stop)` in the window."""
         return self.order.spans(step, lane)
+
+    def spans_at(self, start: int, stop: int, lane: int) -> Iterator[tuple[Window, int, int]]:
+        """As `spans`, for the positions `[start, stop)` of a lane counted through all epochs."""
+        return self.order.spans_at(start, stop, lane)
 
     def batches_in(self, window: Window, start: int) -> int:
         """Return how many batches in a row, the first of them at place `start` of a window, it surely holds."""
@@ -252,14 +270,24 @@ class Source:
         return packing
 
 
-def open_source(spec: Data, *, seed: int, lanes: int, lane_batch_size: int, progress: Progress | None = None) -> Source:
-    """Open a job's data: list the files, check them, make or load the index, lay down the order.
+def open_source(
+    spec: Data,
+    *,
+    seed: int,
+    lanes: int,
+    lane_batch_size: int,
+    progress: Progress | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Source:
+    """Open a job's data: list the files, check them, make or load the index, lay down the order. `tokenizer`: that of
+    the settings where it is loaded already; sources may share it.
 
     Raises DataError: missing, empty, of the wrong schema, corrupt, a tokenizer that cannot be loaded, or fewer
     samples than one step of all lanes needs. Each message names the file and the setting to change.
     """
     files = find_files(spec.path, spec.kind, spec.storage_options, spec.retry_s)
-    tokenizer = load_tokenizer(spec.tokenizer, spec.storage_options) if spec.text_column else None
+    if spec.text_column and tokenizer is None:
+        tokenizer = load_tokenizer(spec.tokenizer, spec.storage_options)
     blocks, token_index = open_blocks(spec, files, tokenizer, progress)
     rows: npt.NDArray[np.int64] = blocks.blocks.rows
     tails = None

@@ -17,7 +17,6 @@ from elastictrain.data.mixed import MixedSource
 from elastictrain.data.mixture import Segment, join_plans
 from elastictrain.data.order import LaneOrder
 from elastictrain.data.seeds import stage_seed
-from elastictrain.data_settings import Mixture
 from elastictrain.errors import DataError
 from elastictrain.protocol import Stage
 
@@ -90,9 +89,8 @@ def open_stage(job: Job, stage: Stage, before: Sequence[Stage] = (), progress: P
 
 
 def _record_of(job: Job) -> tuple[str | None, Mapping[str, Any] | None]:
-    """Where the order of a live source is recorded, if its setting does not say: beside the run's checkpoints."""
-    live = None if isinstance(job.data, Mixture) else job.data.live
-    if live is None or live.record is not None or job.checkpoint is None:
+    """Where the orders of live sources are recorded whose settings do not say: beside the run's checkpoints."""
+    if not job.data.lacks_record or job.checkpoint is None:
         return None, None
     return f"{job.checkpoint.path.rstrip('/')}/{ORDER_FOLDER}", job.checkpoint.storage_options
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from elastictrain.data.live import LiveSource, open_live
+from elastictrain.data.live import open_live
 from elastictrain.data.live_feeder import open_feeder
 from elastictrain.data.mixed import MixedSource, open_mixture
 from elastictrain.data.mixture import Segment, join_plans
@@ -95,7 +95,9 @@ class Stream(IterableDataset[dict[str, torch.Tensor]]):
                 yield {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def state(self) -> bytes:
-        """Return where the stream is; the same on all ranks. 256 bytes or less, but for long plans of mixtures."""
+        """Return where the stream is; the same on all ranks. 256 bytes or less, but for mixtures that are
+        live or have long plans.
+        """
         content: dict[str, Any] = {
             "v": STATE_VERSION,
             "step": self._step,
@@ -104,8 +106,8 @@ class Stream(IterableDataset[dict[str, torch.Tensor]]):
             "size": self._size,
             "data": self._hashes(),
         }
-        if isinstance(self.source, LiveSource) and self._step:
-            content["live"] = self.source.mark_of(self._step - 1)
+        if self.source.growth is not None and self._step:
+            content["live"] = self.source.growth.mark_of(self._step - 1)
         if self._plans:
             content["plans"] = [[step, [segment.as_json() for segment in plan]] for step, plan in self._plans]
         return json.dumps(content, separators=(",", ":")).encode()
@@ -125,8 +127,8 @@ class Stream(IterableDataset[dict[str, torch.Tensor]]):
         if differing or ("plans" in stored) != bool(self._plans):
             what = "; ".join(differing) or "one source was a mixture, or the other way round"
             raise DataError(f"this state belongs to another stream: {what}. Open the stream as it was, or start anew")
-        if isinstance(self.source, LiveSource) and "live" in stored:
-            self.source.check(stored["live"])
+        if self.source.growth is not None and "live" in stored:
+            self.source.growth.check(stored["live"])
         self._step = int(stored["step"])
         if self._plans:
             plans = [(int(step), [Segment.from_json(shown) for shown in plan]) for step, plan in stored["plans"]]

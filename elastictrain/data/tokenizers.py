@@ -194,7 +194,9 @@ class StoredTokens:
         if documents.null_count:
             raise DataError(f"{documents.null_count} null(s) among documents that are tokenised already")
         parts = [chunk.flatten() for chunk in documents.chunks]
-        tokens = np.concatenate([np.asarray(part) for part in parts]) if parts else np.zeros(0, dtype=np.int32)
+        tokens = np.zeros(0, dtype=np.int32)
+        if parts:  # one part, as a row group has, is not copied
+            tokens = np.concatenate([np.asarray(part) for part in parts]) if len(parts) > 1 else np.asarray(parts[0])
         starts = np.zeros(len(documents) + 1, dtype=np.int64)
         np.cumsum(np.asarray(pc.list_value_length(documents)), out=starts[1:])
         last = tokens[starts[1:] - 1] if len(tokens) else tokens
@@ -203,7 +205,8 @@ class StoredTokens:
                 f"a document does not end with token {self.end_of_document}; data.tokenizer {self.name} is not the one "
                 "that these tokens were made with"
             )
-        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocabulary_size:
+        lowest = int(tokens.min()) if len(tokens) and tokens.dtype.kind != "u" else 0
+        if len(tokens) and not 0 <= lowest <= int(tokens.max()) < self.vocabulary_size:
             raise DataError(
                 f"tokens from {tokens.min()} to {tokens.max()}, but data.tokenizer {self.name} has "
                 f"{self.vocabulary_size}; it is not the one that these tokens were made with"

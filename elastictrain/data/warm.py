@@ -23,14 +23,17 @@ import os
 import shutil
 import struct
 import tempfile
+import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
+
+from elastictrain.data.meter import Meter
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -69,12 +72,15 @@ def cache_root() -> Path:
 
 class WarmCache:
     """Blocks of one source. All caches of `root` together take at most `limit_bytes`: those of other data that were
-    used least recently go first, and when this one alone is full, no more blocks are added.
+    used least recently go first, and when this one alone is full, no more blocks are added. Several threads may load
+    and store different blocks at once.
     """
 
     def __init__(self, root: Path, fingerprint: Mapping[str, Any], limit_bytes: int) -> None:
         self.root, self.folder, self.limit_bytes = root, root / cache_key(fingerprint), limit_bytes
         self._full = False
+        self._lock = threading.Lock()  # of what is mapped
+        self._storing = threading.Lock()
         self._mapped: OrderedDict[int, Arrays] = OrderedDict()  # those that were used least recently first
         self.hits = self.stored = self.damaged = 0
 
@@ -84,14 +90,16 @@ class WarmCache:
         A block that was opened stays mapped, which takes no memory that the kernel could not use otherwise: a second
         epoch neither opens nor checks it again.
         """
-        arrays = self._mapped.pop(block, None)
+        with self._lock:
+            arrays = self._mapped.pop(block, None)
         if arrays is None:
             arrays = self._open(block)
+        with self._lock:
             while len(self._mapped) >= _MAPPED_BLOCKS:
                 self._mapped.popitem(last=False)
-        if arrays is not None:
-            self._mapped[block] = arrays
-            self.hits += 1
+            if arrays is not None:
+                self._mapped[block] = arrays
+                self.hits += 1
         return arrays
 
     def _open(self, block: int) -> Arrays | None:
@@ -103,7 +111,8 @@ class WarmCache:
         except (OSError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, OSError) and error.errno in _SHORT:
                 return None
-            self.damaged += 1
+            with self._lock:
+                self.damaged += 1
             _log.warning("The warm cache %s is damaged (%s); the block is made again from the data", path, error)
             try:
                 path.unlink(missing_ok=True)
@@ -116,6 +125,10 @@ class WarmCache:
         if self._full or any(array.dtype.kind not in _NUMBERS for array in arrays.values()):
             return False
         content = _content(block, arrays)
+        with self._storing:
+            return self._write(block, content)
+
+    def _write(self, block: int, content: list[bytes]) -> bool:
         size = sum(len(part) for part in content)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -157,6 +170,23 @@ class WarmCache:
                 shutil.rmtree(folder, ignore_errors=True)
                 total -= sizes[folder]
         return total + size <= self.limit_bytes
+
+
+def read_through(
+    warm: WarmCache | None, block: int, decode: Callable[[int], Arrays], meter: Meter
+) -> tuple[Arrays, bool]:
+    """Return a block from the cache, or decoded (and then stored there), and whether it was decoded."""
+    if warm is not None:
+        with meter.stage("store"):
+            arrays = warm.load(block)
+        if arrays is not None:
+            return arrays, False
+    with meter.stage("decode"):
+        arrays = decode(block)
+    if warm is not None:
+        with meter.stage("store"):
+            warm.store(block, arrays)
+    return arrays, True
 
 
 def _size_of(folder: Path) -> int:

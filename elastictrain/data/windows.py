@@ -37,7 +37,8 @@ class Block:
     __slots__ = ("__weakref__", "arrays", "bytes", "number")
 
     def __init__(self, number: int, arrays: Arrays) -> None:
-        self.number, self.arrays = number, arrays
+        # Rows are taken from arrays as NumPy likes them; of others every gather would copy all.
+        self.number, self.arrays = number, {name: np.require(array, None, ["C", "A"]) for name, array in arrays.items()}
         self.bytes = sum(array.nbytes for array in arrays.values())
 
 
@@ -62,6 +63,7 @@ class Loaded:
         row_bytes = sum(array[:1].nbytes for array in blocks[0].arrays.values())
         self._at_once = max(1, GATHER_BYTES // max(1, row_bytes))
         self._gathered: tuple[int, int, Arrays] = (0, 0, {})
+        self._plan, self._next = Plan(self._which[:0], self._rows[:0], start=0, size=1), 0
 
     def rows(self, start: int, stop: int) -> tuple[Arrays, SampleIds]:
         """Return the rows at the window's places `[start, stop)`, which are the caller's, and their ids."""
@@ -75,17 +77,52 @@ class Loaded:
         return {name: array[start - first : stop - first] for name, array in arrays.items()}, self._ids[start:stop]
 
     def _gather(self, start: int, stop: int) -> Arrays:
-        which, rows = self._which[start:stop], self._rows[start:stop]
+        """Take the rows of each block one behind the other, then put them in order: by then they are in the cache."""
+        if not self._plan.covers(start, stop):
+            # Who goes on where the last gather ended is likely to go on so; anybody else gets a plan for this alone.
+            end = len(self._rows) if start == self._next else stop
+            self._plan = Plan(self._which[start:end], self._rows[start:end], start=start, size=stop - start)
+        self._next = stop
+        return self._plan.gather(self.blocks, start, stop)
+
+
+class Plan:
+    """In which order to take the places of a window from `start` on from its blocks, `size` of them at a time.
+
+    `which` block holds each of these places, and in which of its `rows`; both of shape [places].
+    """
+
+    def __init__(self, which: npt.NDArray[np.int32], rows: Int64Array, *, start: int, size: int) -> None:
+        self.start, self.stop, self.size = start, start + len(rows), max(1, size)
+        self._blocks = int(which.max(initial=0)) + 1
+        group = np.arange(len(rows)) // self.size * self._blocks + which
+        order = np.argsort(group, kind="stable")
+        self._rows = rows[order]
+        self._ends: list[int] = np.cumsum(
+            np.bincount(group, minlength=-(-len(rows) // self.size) * self._blocks)
+        ).tolist()
+        self._back = np.empty(len(rows), dtype=np.int32)
+        self._back[order] = np.arange(len(rows)) % self.size
+
+    def covers(self, start: int, stop: int) -> bool:
+        """Whether the places `[start, stop)` lie in one gather of this plan, and begin it."""
+        inside = self.start <= start and stop <= self.stop and stop - start <= self.size
+        return inside and (start - self.start) % self.size == 0
+
+    def gather(self, blocks: list[Block], start: int, stop: int) -> Arrays:
+        """Return the rows at places that the plan `covers`."""
+        at, end = start - self.start, stop - self.start
+        group = at // self.size * self._blocks
+        edges = [at, *self._ends[group : group + self._blocks]]
         arrays: Arrays = {}
-        for at, block in enumerate(self.blocks):
-            mine = np.flatnonzero(which == at)
-            for name, array in block.arrays.items() if len(mine) else ():
-                if len(mine) == len(rows):
-                    arrays[name] = array[rows]
-                    continue
-                if name not in arrays:
-                    arrays[name] = np.empty((len(rows), *array.shape[1:]), dtype=array.dtype)
-                arrays[name][mine] = array[rows[mine]]
+        for name, array in blocks[0].arrays.items():
+            joined = np.empty((edges[-1] - at, *array.shape[1:]), dtype=array.dtype)
+            for block, first, last in zip(blocks, edges, edges[1:], strict=False):
+                if first < last:  # "clip": NumPy takes straight into `out`; all of these rows are there
+                    rows, mine = self._rows[first:last], joined[first - at : last - at]
+                    block.arrays[name].take(rows, axis=0, out=mine, mode="clip")
+            in_order = self._blocks == 1
+            arrays[name] = joined[: end - at] if in_order else joined.take(self._back[at:end], axis=0, mode="clip")
         return arrays
 
 

@@ -53,6 +53,14 @@ class Stream:
         return Job.model_validate({**dict(job), "data": data})
 
 
+def mixed(stream: Stream, folder: Path, **settings: Any) -> Job:
+    """The job with the stream as one of two sources, two to one; the other is what is there from the beginning."""
+    job, files = stream.job(folder, **settings), byte_job(folder).data
+    sources = {"stream": job.data.model_dump(), "files": files.model_dump()}
+    data = {"sources": sources, "weights": {"stream": 2, "files": 1}, "sequence_length": files.sequence_length}
+    return Job.model_validate({**dict(job), "data": data})
+
+
 @pytest.fixture
 def stream(tmp_path: Path) -> Stream:
     made = Stream(tmp_path)
@@ -84,6 +92,30 @@ def test_segments_arrive_while_workers_are_killed_join_and_leave(folder, tmp_pat
     assert verdict.agrees
     assert (verdict.steps, verdict.unrecorded) == (8, 0)
     assert run.digest == replayed(stream, folder, tmp_path / "ckpt" / "order").digest
+
+
+def test_a_live_source_of_a_mixture_gives_the_same_bits_after_kills_and_when_taken_up(folder, tmp_path, stream):
+    job = mixed(stream, folder, workers={"max": 3, "start": 3, "min": 1, "replace": True})
+    first = run_job(job.model_copy(update={"steps": 5}), [kill(1, 3, "exchange")], on_row=stream.on_row)
+    assert first.outcome.outcome == "finished"
+    tree = load(Store(job.checkpoint.path), 4).tree
+    assert tree["live"].keys() == {"stream"}
+    stream.add(200)  # what has arrived since does not change what was decided before
+    start = find_start(job, resume=True, step=2)
+    again = run_job(job, [kill(0, 6, "vote")], restore=start.restore, base_generation=start.generation)
+    assert again.outcome.outcome == "finished"
+    assert [again.losses[step] for step in (3, 4, 5)] == [first.losses[step] for step in (3, 4, 5)]
+    assert audited(job, again).agrees
+    record = tmp_path / "ckpt" / "order" / "source-stream"
+    replay = run_job(mixed(stream, folder, record=str(record), checkpoint="replay", workers=1))
+    assert replay.digest == again.digest
+    assert replay.losses == {**first.losses, **again.losses}
+    with pytest.raises(DataError, match="one order for the life of a run"):
+        find_start(job.model_copy(update={"lane_batch_size": 1}), resume=True)
+    era = record / "eras" / "0000000000.json"
+    era.unlink()
+    with pytest.raises(DataError, match=r"data\.sources\.stream: .*era 0 of the recorded order is missing"):
+        find_start(job, resume=True, step=2)
 
 
 def test_a_run_that_is_stopped_and_taken_up_uses_what_was_decided(folder, tmp_path, stream):

@@ -39,9 +39,11 @@ def files_of(out: Path) -> dict[str, str]:
     return {name: digest for name, digest in bytes_in(out).items() if name != "_index.json"}
 
 
+@pytest.mark.parametrize("near", [None, {"threshold": 0.5, "ngram": 1}])
 def test_any_number_of_workers_writes_the_same_bytes(
-    shared_ray: None, tmp_path: Path, settings: dict[str, Any]
+    shared_ray: None, tmp_path: Path, settings: dict[str, Any], near: dict[str, Any] | None
 ) -> None:
+    settings["near_duplicates"] = near
     write_input(tmp_path / "in")
     expected = undisturbed(tmp_path, **settings)
     assert sum(name.endswith(".parquet") for name in expected) > 1
@@ -53,7 +55,7 @@ def test_any_number_of_workers_writes_the_same_bytes(
             progress=lambda what, done, total: told.append((what, done, total)),
         )
         assert files_of(out) == expected
-    for what in ("preparing parts", "writing files"):
+    for what in ("preparing parts", "writing files", *(["finding near-duplicates"] if near else [])):
         mine = [(done, total) for name, done, total in told if name == what]
         assert mine[0][0] == 0
         assert mine[-1][0] == mine[-1][1]

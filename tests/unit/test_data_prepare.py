@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -58,6 +59,22 @@ def test_by_a_file_whose_settings_options_replace(tmp_path: Path) -> None:
     assert any("row groups take" in sentence for sentence in told["advice"])
     assert not (tmp_path / "out").exists()
     assert call("prepare.yaml", "--out", str(tmp_path / "other"), "--resume", "--json").output == result.output
+
+
+def test_near_duplicates_by_an_option_and_by_a_file(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    texts = [" ".join(f"w{family}-{n}" for n in range(60)) + f" {member}" for member in range(3) for family in range(4)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "in" / "a.parquet")
+    result = call("in", "--out", "out", "--text-column", "text", "--near-duplicates", "0.6")
+    assert result.exit_code == 0, result.output
+    assert "12 rows read, 0 filtered, 0 duplicates, 8 near-duplicates, 4 written" in result.output
+    settings = settings_for(tmp_path / "in", tmp_path / "by file", columns=None, near_duplicates={"ngram": 61})
+    (tmp_path / "prepare.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    told = json.loads(call("prepare.yaml", "--near-duplicates", "0.6", "--json").output)
+    assert told["counts"]["near_duplicates"] == 0  # all sixty-one words in a row are never the same
+    wrong = call("in", "--out", "other", "--text-column", "text", "--near-duplicates", "1.5")
+    assert wrong.exit_code == 2
+    assert "near_duplicates.threshold" in wrong.output
 
 
 def test_what_the_settings_say_can_be_trained_on(tmp_path: Path) -> None:

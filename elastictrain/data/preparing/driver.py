@@ -18,7 +18,9 @@ from elastictrain.data.index import Progress
 from elastictrain.data.preparing.announce import Announcer
 from elastictrain.data.preparing.functions import find_function, hash_of_file
 from elastictrain.data.preparing.inputs import open_input
+from elastictrain.data.preparing.near import cut_slots
 from elastictrain.data.preparing.output import FileMaker
+from elastictrain.data.preparing.pairs import GONE, PairMaker, is_whole, read_words, settle
 from elastictrain.data.preparing.part import WORK, PartMaker, Work, published, record_path, types_differ
 from elastictrain.data.preparing.plan import Plan, Range, count_slots, cut_parts, group_slots, plan_differences
 from elastictrain.data.preparing.summary import index_of
@@ -67,11 +69,25 @@ class NewPartMaker:
 class NewFileMaker:
     """Opens a maker of files; travels between processes."""
 
-    def __init__(self, work: Work, runs: Sequence[str], files: Sequence[Range], schema: pa.Schema) -> None:
-        self.work, self.runs, self.files, self.schema = work, tuple(runs), tuple(files), schema
+    def __init__(
+        self, work: Work, runs: Sequence[str], files: Sequence[Range], schema: pa.Schema, gone: dict[str, Any] | None
+    ) -> None:
+        """`gone`: the record of the places that are left out."""
+        self.work, self.runs, self.files, self.schema, self.gone = work, tuple(runs), tuple(files), schema, gone
 
     def __call__(self) -> Maker:
-        return FileMaker(self.work, self.runs, self.files, self.schema)
+        gone = None if self.gone is None else read_words(self.work.store(), self.gone)
+        return FileMaker(self.work, self.runs, self.files, self.schema, gone)
+
+
+class NewPairMaker:
+    """Opens a maker of pairs; travels between processes."""
+
+    def __init__(self, work: Work, runs: Sequence[str], ranges: Sequence[Range]) -> None:
+        self.work, self.runs, self.ranges = work, tuple(runs), tuple(ranges)
+
+    def __call__(self) -> Maker:
+        return PairMaker(self.work, self.runs, self.ranges)
 
 
 def prepare_data(
@@ -120,10 +136,13 @@ def prepare_data(
             "at path"
         )
     runs = [run for part in parts for run in part["runs"]]
-    maker = NewFileMaker(work, runs, files, schema)
+    gone = _gone(store, work, parts, execute, progress) if settings.near_duplicates else None
+    maker = NewFileMaker(work, runs, files, schema, gone)
     announcer = Announcer(settings) if settings.segments else None
 
     def tell(record: dict[str, Any]) -> None:
+        if not record["rows"]:
+            return
         if announcer is not None:
             announcer.file(record)
         if finished is not None:
@@ -151,6 +170,7 @@ def make_plan(
         blocks=len(index.table),
         parts=cut_parts(index.block_bytes, settings.part_bytes),
         slots=count_slots(int(index.block_bytes.sum()), settings.file_bytes),
+        pyarrow=pa.__version__,
     )
 
 
@@ -172,7 +192,8 @@ def _begin(store: Store, plan: Plan, *, resume: bool) -> dict[str, Any] | None:
         what = "a finished" if finished is not None else "an unfinished"
         hint = "choose another folder" if finished is not None else "finish it with --resume, or choose another folder"
         raise ConfigError(f"out={store.url!r}: there is {what} preparation in it; {hint}")
-    differences = plan_differences(finished["plan"] if finished is not None else old or {}, wanted)
+    begun = finished["plan"] if finished is not None else old or {}
+    differences = plan_differences(begun, wanted, is_done=finished is not None)
     if differences:
         raise ConfigError(
             f"out={store.url!r}: what is there was prepared in another way, so it cannot be gone on with:\n  "
@@ -190,7 +211,7 @@ def _parts(store: Store, work: Work, execute: Execute, progress: Progress | None
         record = _record(store, there, "part", number)
         if record is None:
             continue
-        if all(run.rpartition("/")[2] in there for run in record["runs"]):
+        if all(run.rpartition("/")[2] in there for run in [*record["runs"], *record.get("near_runs", ())]):
             records[number] = record
         else:
             store.remove(record_path("part", number))
@@ -198,6 +219,31 @@ def _parts(store: Store, work: Work, execute: Execute, progress: Progress | None
     for record in _executed(execute, NewPartMaker(work), todo, count, "preparing parts", progress):
         records[record["part"]] = record
     return [records[number] for number in range(count)]
+
+
+def _gone(
+    store: Store, work: Work, parts: list[dict[str, Any]], execute: Execute, progress: Progress | None
+) -> dict[str, Any]:
+    """The record of the documents that go because one before them is nearly the same."""
+    done = _read(store, GONE)
+    if done is not None and is_whole(store, done):
+        return done
+    if done is not None:
+        store.remove(GONE)
+    ranges = cut_slots(work.plan.slots, len(parts))
+    there = set(store.list(WORK))
+    records: dict[int, dict[str, Any]] = {}
+    for number in range(len(ranges)):
+        record = _record(store, there, "pairs", number)
+        if record is not None and is_whole(store, record):
+            records[number] = record
+        elif record is not None:
+            store.remove(record_path("pairs", number))
+    todo = [number for number in range(len(ranges)) if number not in records]
+    maker = NewPairMaker(work, [run for part in parts for run in part["near_runs"]], ranges)
+    for record in _executed(execute, maker, todo, len(ranges), "finding near-duplicates", progress):
+        records[record["pairs"]] = record
+    return settle(store, [records[number] for number in range(len(ranges))])
 
 
 def _files(
@@ -212,7 +258,7 @@ def _files(
     records: dict[int, dict[str, Any]] = {}
     for number in range(count):
         record = _record(store, there, "file", number)
-        if record is not None and store.size(record["name"]) == record["bytes"]:
+        if record is not None and (store.size(record["name"]) or 0) == record["bytes"]:
             records[number] = record
         elif record is not None:
             store.remove(record_path("file", number))

@@ -12,9 +12,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
+from elastictrain.data.preparing.near import is_among
 from elastictrain.data.preparing.part import HELPERS, Work, begin_unit, published, record_path
 from elastictrain.data.preparing.plan import Range, row_group_rows
-from elastictrain.data.preparing.rows import sorted_rows
+from elastictrain.data.preparing.rows import Words, sorted_rows
 from elastictrain.data.preparing.runs import read_slots
 from elastictrain.data.preparing.transform import KEY, PLACE, TOKENS, TWIN
 
@@ -29,7 +30,12 @@ def file_name(number: int) -> str:
 class FileMaker:
     """Makes files out of the runs of all parts."""
 
-    def __init__(self, work: Work, runs: Sequence[str], files: Sequence[Range], schema: pa.Schema) -> None:
+    def __init__(
+        self, work: Work, runs: Sequence[str], files: Sequence[Range], schema: pa.Schema, gone: Words | None = None
+    ) -> None:
+        """`gone`: places that are left out, ascending."""
+        work.check()
+        self._gone = gone
         self._work, self._store = work, work.store()
         self._runs, self._files, self._schema = runs, files, schema
 
@@ -39,8 +45,13 @@ class FileMaker:
         The same bytes whoever makes it and how often, so a file that is there already is replaced by itself.
         """
         begin_unit(self._store, "file", number)
-        table, order, duplicates = self._rows(number)
+        table, order, duplicates, near = self._rows(number)
         settings = self._work.settings
+        if not len(order):  # all of it was nearly the same as what is elsewhere
+            nothing = {"file": number, "name": file_name(number), "bytes": 0, "rows": 0, "row_groups": 0,
+                       "decoded_bytes": 0, "tokens": 0 if settings.tokenizer else None, "duplicates": duplicates,
+                       "near_duplicates": near, "xxh3": ""}  # fmt: skip
+            return published(self._store, record_path("file", number), nothing)
         size_bytes = table.nbytes * len(order) // table.num_rows  # without those that are left out
         group = row_group_rows(len(order), size_bytes, settings.row_group_bytes)
         sink, tokens, decoded = pa.BufferOutputStream(), 0, 0
@@ -70,6 +81,7 @@ class FileMaker:
             "decoded_bytes": decoded,
             "tokens": tokens if settings.tokenizer else None,
             "duplicates": duplicates,
+            "near_duplicates": near,
             "xxh3": xxhash.xxh3_128_hexdigest(content),
         }
         return published(self._store, record_path("file", number), record)
@@ -77,8 +89,8 @@ class FileMaker:
     def close(self) -> None:
         """Nothing stays open."""
 
-    def _rows(self, number: int) -> tuple[pa.Table, npt.NDArray[np.int64], int]:
-        """The rows of a file, in which order they are written, and how many of them are not."""
+    def _rows(self, number: int) -> tuple[pa.Table, npt.NDArray[np.int64], int, int]:
+        """The rows of a file, in which order they are written, and how many are not, as equal and as near ones."""
         first, end = self._files[number]
         pieces = [self._schema.empty_table()]
         for run in self._runs:
@@ -89,8 +101,12 @@ class FileMaker:
         keys, places = (np.asarray(table.column(name)) for name in (KEY, PLACE))
         twins = np.asarray(table.column(TWIN)) if TWIN in table.column_names else None
         order, duplicates = sorted_rows(keys, twins, places)
+        near = 0
+        if self._gone is not None:
+            goes = is_among(places[order], self._gone)
+            order, near = order[~goes], int(goes.sum())
         table = table.drop_columns([name for name in HELPERS if name in table.column_names])
-        return table, order, duplicates
+        return table, order, duplicates, near
 
 
 def _tokens(table: pa.Table) -> int:

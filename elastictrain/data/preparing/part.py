@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import pyarrow as pa
 from elastictrain.data.columns import as_pairs, show_schema
 from elastictrain.data.preparing.inputs import InputIndex, Inputs
 from elastictrain.data.preparing.plan import Plan
-from elastictrain.data.preparing.rows import slot_edges, sorted_rows
+from elastictrain.data.preparing.rows import Words, slot_edges, sorted_rows
 from elastictrain.data.preparing.runs import run_content
 from elastictrain.data.preparing.transform import KEY, PLACE, TWIN, Transform
 from elastictrain.errors import ClusterError, DataError, StoreFailed
@@ -38,6 +39,15 @@ class Work:
     index: InputIndex
     functions: Mapping[str, Any]
 
+    def check(self) -> None:
+        """Raise ClusterError where this process would write other bytes than the one that has made the plan."""
+        if pa.__version__ != self.plan.pyarrow:
+            raise ClusterError(
+                f"{platform.node()} has pyarrow {pa.__version__}, and the preparation was begun with "
+                f"{self.plan.pyarrow}, so its files might have other bytes. Install the same version on all nodes, and "
+                "go on with --resume"
+            )
+
     def store(self) -> Store:
         """The folder that is written."""
         return Store(self.settings.out, storage_options=self.settings.out_options)
@@ -47,6 +57,7 @@ class PartMaker:
     """Makes parts, one after the other; opens the input and loads tokenizer and functions once."""
 
     def __init__(self, work: Work) -> None:
+        work.check()
         self._work, self._store = work, work.store()
         self._inputs = Inputs(work.settings, work.index)
         self._transform = Transform(work.settings, work.functions, work.plan.blocks)
@@ -75,7 +86,10 @@ class PartMaker:
                 collected.read += batch.read
                 collected.filtered += batch.filtered
                 collected.add(batch.table, where)
+                if batch.near is not None:
+                    collected.add_bands(*batch.near)
         collected.flush()
+        collected.flush_bands()
         return published(self._store, record_path("part", number), collected.record())
 
     def close(self) -> None:
@@ -93,6 +107,9 @@ class _Collected:
         self._schema: pa.Schema | None = None
         self._slot_bytes = np.zeros(work.plan.slots, dtype=np.int64)
         self._runs: list[str] = []
+        self._bands: list[tuple[Words, Words]] = []
+        self._band_bytes = 0
+        self._near_runs: list[str] = []
         self.read = self.filtered = self._duplicates = 0
         self.holes: list[list[Any]] = []
 
@@ -123,10 +140,30 @@ class _Collected:
         self._runs.append(path)
         self._slot_bytes += slot_bytes
 
+    def add_bands(self, keys: Words, places: Words) -> None:
+        """`keys`: of the bands of documents, shape [documents, bands]."""
+        self._bands.append((keys.ravel(), np.repeat(places, keys.shape[1])))
+        self._band_bytes += 2 * keys.nbytes
+        if self._band_bytes >= self._work.settings.part_bytes:
+            self.flush_bands()
+
+    def flush_bands(self) -> None:
+        if not self._bands:
+            return
+        keys, places = (np.concatenate(arrays) for arrays in zip(*self._bands, strict=True))
+        self._bands, self._band_bytes = [], 0
+        order = np.lexsort((places, keys)).astype(np.int64)
+        edges = slot_edges(keys[order], self._work.plan.slots)
+        blocks, _ = run_content(pa.table({KEY: keys, PLACE: places}), order, edges)
+        path = f"{WORK}/part-{self._number:06d}-{uuid.uuid4().hex}.near"
+        self._store.create(path, blocks)
+        self._near_runs.append(path)
+
     def record(self) -> dict[str, Any]:
+        near = {"near_runs": self._near_runs} if self._work.settings.near_duplicates else {}
         schema = self._schema.serialize().to_pybytes().hex() if self._schema is not None else None
         counts = {"read": self.read, "filtered": self.filtered, "duplicates": self._duplicates}
-        return {"part": self._number, "schema": schema, "runs": self._runs, "holes": self.holes, **counts,
+        return {"part": self._number, "schema": schema, "runs": self._runs, "holes": self.holes, **counts, **near,
                 "slot_bytes": self._slot_bytes.tolist()}  # fmt: skip
 
 

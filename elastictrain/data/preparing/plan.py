@@ -25,8 +25,8 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True)
 class Plan:
-    """`parts`: ranges `[first, end)` of blocks. `settings`, `functions` (a hash of the file of each), `tokenizer` and
-    `files` (name, bytes, version) are what everything that is written follows from.
+    """`parts`: ranges `[first, end)` of blocks. `settings`, `functions` (a hash of the file of each), `tokenizer`,
+    `files` (name, bytes, version) and the version of `pyarrow` are what everything that is written follows from.
     """
 
     settings: Mapping[str, Any]
@@ -37,6 +37,7 @@ class Plan:
     blocks: int
     parts: tuple[Range, ...]
     slots: int
+    pyarrow: str
 
     def as_json(self) -> dict[str, Any]:
         """For `plan.json`."""
@@ -95,8 +96,11 @@ def row_group_rows(rows: int, size_bytes: int, row_group_bytes: int) -> int:
     return max(1, -(-rows // groups))
 
 
-def plan_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Say how the plan that was begun (as JSON gave it back) differs from the one that was asked for; [] if not."""
+def plan_differences(old: Mapping[str, Any], new: Mapping[str, Any], *, is_done: bool = False) -> list[str]:
+    """Say how the plan that was begun (as JSON gave it back) differs from the one that was asked for; [] if not.
+
+    `is_done`: nothing is to be written any more, so it does not matter what would write it.
+    """
     said: list[str] = []
     if old.get("v") != new["v"]:
         said.append(f"it was begun by another version of elastictrain (plan {old.get('v')}, now {new['v']})")
@@ -109,10 +113,18 @@ def plan_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
     if old.get("tokenizer") != new["tokenizer"] and before.get("tokenizer") == after.get("tokenizer"):
         said.append(f"the content of the tokenizer {after.get('tokenizer')} has changed")
     said += _changed_files(old.get("files") or [], new["files"])
+    if not is_done and old.get("pyarrow") != new["pyarrow"]:
+        said.append(_other_pyarrow(old.get("pyarrow"), new["pyarrow"]))
     others = ("schema", "blocks", "parts", "slots")
     if not said and any(old.get(name) != new[name] for name in others):
         said.append(f"the input is cut in another way ({', '.join(n for n in others if old.get(n) != new[n])})")
     return said
+
+
+def _other_pyarrow(before: str | None, now: str) -> str:
+    known = f"with pyarrow {before}" if before else "when the version of pyarrow was not recorded"
+    how = f"install pyarrow=={before} to go on" if before else "go on with the elastictrain that it was begun with"
+    return f"it was begun {known}, and this is pyarrow {now}, whose files may have other bytes: {how}"
 
 
 def _changed_files(old: Sequence[Sequence[Any]], new: Sequence[Sequence[Any]], shown: int = 5) -> list[str]:

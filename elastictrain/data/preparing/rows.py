@@ -34,8 +34,8 @@ def places_of(block: int, first: int, count: int) -> Words:
 def keys_of_places(seed: int, places: Words) -> Words:
     """Return a key for each place: SplitMix64's finaliser over it, twice, keyed by the seed."""
     with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is what SplitMix64 asks for
-        return _mix(
-            _mix(places * _GAMMA + np.uint64(derive_key("prepare", seed))) + np.uint64(derive_key("again", seed))
+        return mixed(
+            mixed(places * _GAMMA + np.uint64(derive_key("prepare", seed))) + np.uint64(derive_key("again", seed))
         )
 
 
@@ -83,7 +83,12 @@ def slot_edges(sorted_keys: Words, slots: int) -> npt.NDArray[np.int64]:
     return np.searchsorted(numbers, np.arange(slots + 1, dtype=np.uint64), side="left").astype(np.int64)
 
 
-def _mix(z: Words) -> Words:
-    z = (z ^ (z >> np.uint64(30))) * _MIX_1
-    z = (z ^ (z >> np.uint64(27))) * _MIX_2
-    return z ^ (z >> np.uint64(31))
+def mixed(z: Words) -> Words:
+    """Return SplitMix64's finaliser of each word (see `data.order`)."""
+    z = z ^ (z >> np.uint64(30))
+    z *= _MIX_1
+    shifted = z >> np.uint64(27)
+    z ^= shifted
+    z *= _MIX_2
+    z ^= np.right_shift(z, np.uint64(31), out=shifted)
+    return z

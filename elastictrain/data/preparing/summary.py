@@ -24,7 +24,10 @@ def index_of(
 ) -> dict[str, Any]:
     """Return what `_index.json` holds: the same bytes however the work was done. `digest`: of all files' content."""
     holes = [[hole.file, hole.block, hole.why] for hole in index.holes] + [h for part in parts for h in part["holes"]]
-    listed = [{name: file[name] for name in _OF_A_FILE} for file in files]
+    listed = [{name: file[name] for name in _OF_A_FILE} for file in files if file["rows"]]
+    near = (
+        {"near_duplicates": sum(file["near_duplicates"] for file in files)} if plan.settings["near_duplicates"] else {}
+    )
     content = json.dumps([[file["name"], file["bytes"], file["xxh3"]] for file in listed], separators=(",", ":"))
     return {
         "v": 1,
@@ -33,6 +36,7 @@ def index_of(
             "read": sum(part["read"] for part in parts),
             "filtered": sum(part["filtered"] for part in parts),
             "duplicates": sum(one["duplicates"] for one in [*parts, *files]),
+            **near,
             "rows": sum(file["rows"] for file in files),
             "tokens": sum(file["tokens"] for file in files) if tokenizer else None,
             "bytes": sum(file["bytes"] for file in files),

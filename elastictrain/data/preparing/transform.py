@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from elastictrain.data.columns import as_pairs, is_text, show_schema
 from elastictrain.data.preparing.functions import kept, made, mapped
+from elastictrain.data.preparing.near import band_keys, bands_for, signatures_of
 from elastictrain.data.preparing.rows import Words, keys_in_order, keys_of_places, keys_of_texts, places_of
 from elastictrain.data.tokenizers import Tokenizer, load_tokenizer
 from elastictrain.errors import DataError
@@ -30,6 +31,8 @@ class Batch:
     table: pa.Table
     read: int
     filtered: int
+    near: tuple[Words, Words] | None = None
+    """Keys of bands, shape [documents, bands], and places of the documents that have some; None where nobody asks."""
 
 
 class Transform:
@@ -58,7 +61,18 @@ class Transform:
                 filtered = found.num_rows - int(pc.sum(mask).as_py() or 0)
                 places, found = places[np.asarray(mask, dtype=bool)], found.filter(mask)
             row, out_row = row + batch.num_rows, out_row + found.num_rows + filtered
-            yield Batch(self._keyed(block, found, places, behind), batch.num_rows, filtered)
+            near = self._near(found, places) if self._settings.near_duplicates else None
+            yield Batch(self._keyed(block, found, places, behind), batch.num_rows, filtered, near)
+
+    def _near(self, rows: pa.Table, places: Words) -> tuple[Words, Words]:
+        how = self._settings.near_duplicates
+        assert how is not None, "asked for"
+        signatures, has = signatures_of(self._texts(rows), how.ngram, how.permutations)
+        return band_keys(signatures[has], *bands_for(how.threshold, how.permutations)), places[has]
+
+    def _texts(self, rows: pa.Table) -> pa.ChunkedArray:
+        texts = rows.column(str(self._settings.text_column))
+        return texts.cast(texts.type.value_type) if pa.types.is_dictionary(texts.type) else texts
 
     def _check(self, table: pa.Table, where: str) -> None:
         text = self._settings.text_column
@@ -87,9 +101,7 @@ class Transform:
     def _tokenised(self, rows: pa.Table, where: str, places: Words) -> pa.Table:
         assert self._tokenizer is not None
         name = str(self._settings.text_column)
-        texts = rows.column(name)
-        if pa.types.is_dictionary(texts.type):
-            texts = texts.cast(texts.type.value_type)
+        texts = self._texts(rows)
         self._check_lengths(texts, where, places)
         tokens = tokens_of(self._tokenizer, texts, where, places)
         if name not in (self._settings.columns or ()):

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastictrain.data.mixture import (
+    ENDLESS,
     Apportionment,
     Schedule,
     Segment,
@@ -183,3 +184,31 @@ def test_golden_vectors() -> None:
 
 GOLDEN_DEAL = ["aaabaabaacaaabaabaac", "aabaacaabaaabaacaaba", "abaabaacaaabaabaacaa"]
 GOLDEN_COUNTS = [333333333335, 266666666669, 200000000002, 133333333334, 66666666667]
+
+
+@given(st.data())
+def test_steps_within_limits_are_as_many_as_every_lane_has_samples_for(data: st.DataObject) -> None:
+    names = "abc"[: data.draw(st.integers(1, 3))]
+    lanes, size = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 4))
+    segments, begin = [], 0
+    for _ in range(data.draw(st.integers(1, 3))):
+        chosen = data.draw(st.lists(st.integers(0, 5), min_size=len(names), max_size=len(names)).filter(any))
+        segments.append(Segment(begin, {name: weight for name, weight in zip(names, chosen, strict=True) if weight}))
+        begin += data.draw(st.integers(1, 6))
+    schedule = Schedule(segments, lanes=lanes, lane_batch_size=size)
+    limits = data.draw(st.dictionaries(st.sampled_from([*names, "stranger"]), st.integers(0, 60), min_size=1))
+
+    def fits(steps: int) -> bool:
+        return all(
+            schedule.positions(steps, lane)[schedule.names.index(name)] <= limit
+            for name, limit in limits.items()
+            if name in schedule.names
+            for lane in range(lanes)
+        )
+
+    found = schedule.steps_within(limits)
+    assert fits(found)
+    assert found == ENDLESS or not fits(found + 1)
+    known = data.draw(st.integers(0, found))
+    assert schedule.steps_within(limits, known) == found
+    assert schedule.steps_within({}) == ENDLESS

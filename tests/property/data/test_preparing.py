@@ -201,6 +201,12 @@ PLAN = Plan(
     blocks=3,
     parts=((0, 3),),
     slots=4,
+    pyarrow="21.0.0",
+)
+
+BEGUN_WITH_ANOTHER = (
+    "it was begun with pyarrow 21.0.0, and this is pyarrow 22.0.0, whose files may have other bytes: install "
+    "pyarrow==21.0.0 to go on"
 )
 
 
@@ -215,6 +221,8 @@ PLAN = Plan(
         ({"files": (("a", 1, "w"), ("c", 2, "v"))}, ["b is missing", "c is new", "a has changed"]),
         ({"parts": ((0, 1), (1, 3))}, ["the input is cut in another way (parts)"]),
         ({"slots": 8, "schema": ()}, ["the input is cut in another way (schema, slots)"]),
+        ({"pyarrow": "22.0.0"},
+         [BEGUN_WITH_ANOTHER]),
         ({}, []),
     ],
 )  # fmt: skip
@@ -227,3 +235,9 @@ def test_what_differs_between_two_plans_is_said(change: dict[str, Any], words: l
     assert (PLAN.identity == other.identity) == (not words)
     old = PLAN.as_json() | {"v": 0}
     assert plan_differences(old, PLAN.as_json()) == ["it was begun by another version of elastictrain (plan 0, now 1)"]
+    unsaid = {name: value for name, value in PLAN.as_json().items() if name != "pyarrow"}
+    (words_of_old,) = plan_differences(unsaid, PLAN.as_json())
+    assert words_of_old.startswith(
+        "it was begun when the version of pyarrow was not recorded, and this is pyarrow 21.0.0"
+    )
+    assert plan_differences(unsaid, PLAN.as_json(), is_done=True) == []

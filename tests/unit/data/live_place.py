@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import elastictrain as et
-from elastictrain.data import LaneReader
+from elastictrain.data import LaneReader, open_mixture
 from elastictrain.data.live import LiveSource, open_live
+from elastictrain.data.mixed import MixedSource
 from elastictrain.data.segments import SegmentWriter
 from elastictrain.data.streaming import Stream
-from elastictrain.job import Data
+from elastictrain.job import Data, Mixture
+
+OLD = 100_000
+"""Rows of the source that was there from the beginning are numbered from here on."""
+LANES, SIZE = 4, 2
 
 FAST = {"poll_s": 0.01, "deadline_s": 30.0}
 
@@ -43,6 +48,31 @@ class Place:
 
     def source(self, record: str = "order", seed: int = 5, **live: Any) -> LiveSource:
         return open_live(self.data(record, **live), seed=seed, lanes=4, lane_batch_size=2)
+
+
+class Mixed(Place):
+    """A live source `new` and one of 60 rows, `old`, three to one."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        (folder / "old").mkdir()
+        rows = (json.dumps({"x": OLD + row}) + "\n" for row in range(60))
+        (folder / "old" / "rows.jsonl").write_text("".join(rows))
+
+    def spec(self, record: str = "order", weights: dict[str, float] | None = None, **live: Any) -> Mixture:
+        settings = {key: live.pop(key) for key in ("stages", "second") if key in live}
+        old = et.data.jsonl(str(self.folder / "old"), rows_per_block=7)
+        sources = {"new": self.data(record, **live), "old": old}
+        if second := settings.pop("second", None):
+            sources["second"] = second
+        return et.data.mixture(sources, weights=weights or {"new": 3, "old": 1}, **settings)
+
+    def opened(self, record: str = "order", **settings: Any) -> MixedSource:
+        return open_mixture(self.spec(record, **settings), seed=5, lanes=LANES, lane_batch_size=SIZE)
+
+    def mixed(self, record: str = "order", *, rank: int = 0, world: int = 1, **settings: Any) -> Stream:
+        spec = self.spec(record, **settings)
+        return et.data.stream(spec, batch_size=LANES * SIZE, lanes=LANES, seed=5, rank=rank, world=world)
 
 
 def taken(stream: Stream, steps: int | None = None) -> list[list[int]]:

@@ -215,11 +215,6 @@ def test_settings_that_do_not_fit(settings: dict[str, Any], match: str) -> None:
         et.data.jsonl(**{"path": "x", **settings})
 
 
-def test_no_live_source_in_a_mixture(place: Place) -> None:
-    with pytest.raises(ConfigError, match="cannot be one of a mixture"):
-        et.data.mixture({"a": place.data()})
-
-
 def test_a_writer_beside_two_ranks_that_are_taken_up_again_and_again(place: Place) -> None:
     def write() -> None:
         for count in [5, 9, 1, 0, 30, 2, 2, 2, 50, 8, 8, 16, 3] * 3:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from elastictrain.data.preparing.driver import in_this_process, prepare_data
+from elastictrain.data.preparing.driver import NewPartMaker, in_this_process, prepare_data
 from elastictrain.data.preparing.part import TRIES
 from elastictrain.errors import ClusterError, ConfigError, DataError
 from elastictrain.prepare_settings import parse_preparation
@@ -65,6 +66,40 @@ def test_an_input_or_function_that_changes_in_between_is_refused(tmp_path: Path)
     write_input(source, row_group_size=10)
     (source / "1.parquet").unlink()
     refused(settings, ConfigError, r"\n  1\.parquet is missing\n  0\.parquet has changed\n", resume=True)
+
+
+def test_another_pyarrow_does_not_go_on_with_what_is_unfinished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(write_input(tmp_path / "in"), tmp_path / "out")
+    with pytest.raises(Interrupted):
+        prepare_data(settings, StopsAfter(1))
+    begun_with = pa.__version__
+    with monkeypatch.context() as other:
+        other.setattr(pa, "__version__", "0.0.1")
+        refused(settings, ConfigError, rf"begun with pyarrow {begun_with}, and this is pyarrow 0\.0\.1, .* install "
+                rf"pyarrow=={begun_with} to go on", resume=True)  # fmt: skip
+    index = prepare_data(settings, resume=True)
+    assert index["plan"]["pyarrow"] == begun_with
+    monkeypatch.setattr(pa, "__version__", "0.0.1")
+    assert prepare_data(settings, resume=True) == index, "what is finished is not written again"
+
+
+@pytest.mark.parametrize("pass_", ["parts", "files"])
+def test_a_node_with_another_pyarrow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pass_: str) -> None:
+    settings = settings_for(write_input(tmp_path / "in"), tmp_path / "out")
+
+    def elsewhere(new_maker: Any, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+        if isinstance(new_maker, NewPartMaker) == (pass_ == "parts"):
+            monkeypatch.setattr(pa, "__version__", "0.0.1")
+        yield from in_this_process(new_maker, numbers)
+
+    with pytest.raises(ClusterError, match=r"has pyarrow 0\.0\.1, and the preparation was begun with .* on all nodes"):
+        prepare_data(settings, elsewhere)
+    assert len(list((tmp_path / "out" / "_work").glob("part-*.json"))) == (0 if pass_ == "parts" else 12)
+    assert not list((tmp_path / "out").glob("*.parquet"))
+    monkeypatch.undo()
+    prepare_data(settings, resume=True)
 
 
 def test_errors_of_functions_name_file_row_group_and_row(tmp_path: Path) -> None:

@@ -14,9 +14,11 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from elastictrain.data.live_record import OrderRecord
 from elastictrain.data.retry import Retry
 from elastictrain.data.segments import Closed, Segment, SegmentLog, SegmentWriter, count_records
-from elastictrain.errors import DataError
+from elastictrain.errors import DataError, StoreFailed
+from elastictrain_checkpoint import Store
 
 WRITER = Path(__file__).parents[2] / "support" / "segment_writer.py"
 
@@ -135,6 +137,28 @@ def test_an_answer_that_is_lost_appends_nothing_twice(tmp_path: Path, file: Path
     assert not failures
     assert writer.append(file).ordinal == 2
     assert writer.log.count() == 3
+
+
+def test_a_store_that_fails_is_said_to_whoever_counts(
+    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    SegmentWriter(tmp_path / "s").append(file)
+    log = SegmentLog(tmp_path / "s", retry=Retry(0))
+
+    def fail(self: Store, path: str) -> None:
+        raise ConnectionError("reset")
+
+    monkeypatch.setattr(Store, "size", fail)
+    with pytest.raises(StoreFailed, match=r"s/_segments/0000000000\.json: cannot be read \(reset.* behind data\.path"):
+        log.count()
+    record = OrderRecord(str(tmp_path / "order"), {}, storage_options=None, retry=Retry(0))
+    with pytest.raises(StoreFailed, match=r"eras/0000000000\.json: cannot be read \(reset.* behind data\.live\.record"):
+        record.last()
+    monkeypatch.setattr(Store, "read_all", fail)
+    with pytest.raises(StoreFailed, match=r"eras/0000000000\.json: cannot be read"):
+        record.get(0)
+    with pytest.raises(StoreFailed, match=r"_segments/0000000000\.json: cannot be read"):
+        log.get(0)
 
 
 def test_what_cannot_be_appended(tmp_path: Path, file: Path) -> None:

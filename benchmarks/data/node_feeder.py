@@ -1,0 +1,220 @@
+"""One feeder for each worker against one for all workers of a node: tokens/s, decoded bytes, memory.
+
+Text in zstd Parquet, tokenised to bytes and packed, page cache warm, no warm cache. One, two and four processes share a
+node and take the same steps together, each some of the lanes: as workers whose data are decoded by themselves
+(`data.feeder: worker`), or by one actor for all of them (`node`), from which they map row groups out of Ray's object
+store. Two sets of data: many row groups, so that lanes are in different ones (nothing to share), and few, so that all
+lanes are in the same ones. Processes are started and data are opened before the clock is. Sides are interleaved; ratios
+are medians over rounds of ratios within a round. Memory is what is not shared with others (USS) of consumers and feeder
+together, at its largest, and what the object store holds.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import common
+
+LANES, SIZE, LENGTH = 8, 4, 1024
+ROUNDS, MEGABYTES, FILES = 5, 192, 8
+PREFETCH_BYTES = 64 << 20
+STORE_BYTES = 1 << 30
+CASES = {"many row groups": 2 << 20, "few row groups": 24 << 20}
+"""Bytes of text in a row group."""
+WORKERS = (1, 2, 4)
+SAMPLE_S = 0.02
+
+
+def write_text(folder: Path, megabytes: int, group_bytes: int) -> None:
+    """The example's texts, as often as needed."""
+    texts = pq.read_table(common.DATA, columns=["text"]).column("text").to_pylist()
+    mean_bytes = sum(len(text.encode()) for text in texts) / len(texts)
+    count = int(megabytes * 2**20 / mean_bytes)
+    table = pa.table({"text": [texts[number % len(texts)] for number in range(count)]})
+    folder.mkdir()
+    for part in range(FILES):
+        piece = table.slice(part * count // FILES, count // FILES)
+        rows = max(1, int(group_bytes / mean_bytes))
+        pq.write_table(piece, folder / f"{part}.parquet", row_group_size=rows, compression="zstd")
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    return {"kind": "parquet", "path": str(folder), "text_column": "text", "sequence_length": LENGTH,
+            "prefetch_bytes": PREFETCH_BYTES}  # fmt: skip
+
+
+class Consumer:
+    """An actor that takes some of the lanes of every step, and counts tokens."""
+
+    def open(self, data: dict[str, Any], rank: int, world: int, feeder: Any) -> int:
+        """`feeder`: the actor, or None. Gives the process."""
+        import torch
+
+        from elastictrain.data import open_source
+        from elastictrain.data.block_client import BlockClient
+        from elastictrain.data.feeder import Feeder
+        from elastictrain.job import Data
+        from elastictrain_actors.node_feeder import FeederLine
+
+        torch.set_num_threads(1)
+        self._client = None
+        if feeder is not None:
+            line = FeederLine()
+            line.use(1, feeder)
+            self._client = BlockClient(line, rank, workers=world)
+        source = open_source(Data(**data), seed=1, lanes=LANES, lane_batch_size=SIZE)
+        self._lanes = range(rank, LANES, world)
+        self._feeder = Feeder.of(source, client=self._client)
+        return os.getpid()
+
+    def take(self, first: int, steps: int) -> tuple[int, int]:
+        """Tokens of the steps, and their sum."""
+        tokens = checked = 0
+        for step in range(first, first + steps):
+            ahead = range(step, min(first + steps, step + 16))
+            self._feeder.expect((s, lane) for s in ahead for lane in self._lanes)
+            for lane in self._lanes:
+                batch = self._feeder.batch(step, lane)["tokens"]
+                tokens += batch.numel()
+                checked += int(batch.sum())
+        return tokens, checked
+
+    def decoded(self) -> int:
+        """Row groups that this process has decoded."""
+        return int(self._feeder._reader.blocks_decoded)
+
+
+@contextmanager
+def memory_peak(pids: list[int]) -> Iterator[Callable[[], int]]:
+    """Largest sum of what these processes have for themselves, within."""
+    done, seen = threading.Event(), list[int]()
+
+    def own_bytes(pid: int) -> int:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines()
+        return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty")))
+
+    def look() -> None:
+        while not done.wait(SAMPLE_S):
+            seen.append(sum(own_bytes(pid) for pid in pids))
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield lambda: max(seen)  # a ValueError where nothing could be seen
+    finally:
+        done.set()
+        thread.join(30)
+
+
+def measure(side: str, folder: Path, world: int, steps: int) -> dict[str, Any]:
+    """So many steps of one side, by processes of its own."""
+    import ray
+
+    from elastictrain.job import Data
+    from elastictrain_actors.node_feeder import NodeFeeder
+
+    data = settings(folder)
+    feeder, pids = None, []
+    if side == "node":
+        actor = ray.remote(num_cpus=0, max_concurrency=64)(NodeFeeder)
+        feeder = actor.remote(Data(**data), LANES, SIZE)
+        pid, error, _ = ray.get(feeder.opened.remote())
+        assert error is None, error
+        pids.append(pid)
+    consumers = [ray.remote(num_cpus=0)(Consumer).remote() for _ in range(world)]
+    calls = [one.open.remote(data, rank, world, feeder) for rank, one in enumerate(consumers)]
+    pids += ray.get(calls)
+    with memory_peak(pids) as peak:
+        begun_s = time.perf_counter()
+        taken = ray.get([one.take.remote(0, steps) for one in consumers])
+        seconds = time.perf_counter() - begun_s
+    stats = ray.get(feeder.stats.remote()) if feeder is not None else {}
+    decoded = sum(ray.get([one.decoded.remote() for one in consumers])) + stats.get("decoded", 0)
+    for one in (*consumers, feeder):
+        if one is not None:
+            ray.kill(one)
+    tokens = sum(count for count, _ in taken)
+    return {"tokens_per_s": tokens / seconds, "checked": sum(check for _, check in taken), "decoded": decoded,
+            "store_bytes": stats.get("peak_bytes", 0), "own_bytes": peak(),
+            "by_workers": decoded - stats.get("decoded", 0), "refused": stats.get("refused", 0)}  # fmt: skip
+
+
+def main() -> None:
+    options = common.arguments(__doc__)
+    warnings.simplefilter("ignore")
+    common.prepare_data()
+    import ray
+
+    from elastictrain.data import open_source
+    from elastictrain.job import Data
+
+    results = common.Results("data_node_feeder", "Data: one feeder for a node against one for each worker", options)
+    rounds, megabytes = (1, 48) if options.quick else (ROUNDS, MEGABYTES)
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    with common.scratch("node-feeder") as place:
+        os.environ["XDG_CACHE_HOME"] = str(place / "cache")
+        ray.init(address="local", num_cpus=8, num_gpus=0, include_dashboard=False, log_to_driver=False,
+                 object_store_memory=STORE_BYTES, logging_level=logging.ERROR,
+                 runtime_env={"env_vars": common.child_environment()})  # fmt: skip
+        try:
+            for number, (case, group_bytes) in enumerate(CASES.items()):
+                folder = place / str(number)
+                write_text(folder, megabytes, group_bytes)
+                source = open_source(Data(**settings(folder)), seed=1, lanes=LANES, lane_batch_size=SIZE)  # its index
+                blocks, steps = len(source.order.block_rows), source.steps_per_epoch
+                source.close()
+                for world in WORKERS:
+                    run_case(results, case, folder, world, steps, blocks, rounds)
+        finally:
+            ray.shutdown()
+    results.notes.append(
+        f"An epoch of {megabytes} MiB of text in {FILES} files, tokenised to bytes and packed to {LENGTH}; {LANES} "
+        f"lanes of {SIZE}; data.prefetch_bytes {PREFETCH_BYTES >> 20} MiB: for each worker, or for all of them."
+    )
+    results.notes.append("Nothing but feeding happens: no step hides it. All processes share the cores named above.")
+    results.write()
+
+
+def run_case(
+    results: common.Results, case: str, folder: Path, world: int, steps: int, blocks: int, rounds: int
+) -> None:
+    found: dict[str, list[dict[str, Any]]] = {"worker": [], "node": []}
+    for _ in range(rounds):
+        for side, runs in found.items():
+            runs.append(measure(side, folder, world, steps))
+    assert len({run["checked"] for runs in found.values() for run in runs}) == 1, "the sides read different tokens"
+    for side, runs in found.items():
+        results.row(
+            data=case, workers=world, feeder=side,
+            tokens_per_s=common.median(run["tokens_per_s"] for run in runs),
+            spread=common.spread([run["tokens_per_s"] for run in runs]),
+            decoded_of_all=common.median(run["decoded"] for run in runs) / blocks,
+            decoded_by_workers=common.median(run["by_workers"] for run in runs) / blocks,
+            own_memory_mib=common.median(run["own_bytes"] for run in runs) / 2**20,
+            store_peak_mib=common.median(run["store_bytes"] for run in runs) / 2**20,
+        )  # fmt: skip
+    pairs = list(zip(found["node"], found["worker"], strict=True))
+    ratio = common.median(a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs)
+    memory = common.median((a["own_bytes"] + a["store_bytes"]) / b["own_bytes"] for a, b in pairs)
+    print(f"-> {case}, {world} workers: tokens/s of node against worker {ratio:.3g}, memory {memory:.3g}", flush=True)
+    results.raw.setdefault("cases", []).append(
+        {"data": case, "workers": world, "speed": ratio, "memory": memory, "runs": found}
+    )
+
+
+if __name__ == "__main__":
+    main()
