@@ -119,6 +119,31 @@ def monitoring(results: common.Results) -> None:
     results.row(case="monitoring", run=f"{RECORD_BYTES} bytes", **{"µs a step": 1e6 * each_s})
     results.figure("monitoring, share of a step of 0.1 s", share, "0.003 or less",
                    common.verdict(share, 0.003, at_most=True))  # fmt: skip
+    watching(results)
+
+
+def watching(results: common.Results) -> None:
+    """What the controller does with them, beside the steps and never in their path."""
+    import time
+    from random import Random
+
+    from elastictrain.stragglers.signals import table
+    from elastictrain.stragglers.watch import StragglerWatch
+
+    for workers in (4, 64):
+        rng, watch, steps = Random(workers), StragglerWatch(10_000), 500
+        raws = []
+        for _ in range(50):
+            own = [0.1 * rng.lognormvariate(0, 0.02) for _ in range(workers)]
+            waits = [max(own) - one + 0.01 for one in own]
+            raws.append(table(lanes=[4] * workers, compute_s=own, arrive_s=own, exchange_s=waits).tobytes())
+        begun = time.process_time()
+        for step in range(1, steps + 1):
+            watch.feed(1, range(workers), step, raws[step % len(raws)])
+        each_s = (time.process_time() - begun) / steps
+        results.row(case="the watch, in the controller", run=f"{workers} workers", **{"µs a step": 1e6 * each_s})
+        results.figure(f"the watch of {workers} workers, share of a core beside steps of 0.1 s", each_s / 0.1,
+                       "none", "beside it: not in a step's path")  # fmt: skip
 
 
 def main() -> None:

@@ -49,6 +49,7 @@ ALL = {
     "data_live": ["data/live.py"],
     "data_steady": ["data/steady.py"],
     "data_ray_data": ["data/ray_data.py"],
+    "data_node_feeder": ["data/node_feeder.py"],
 }
 BEGIN, END = "<!-- figures: written by run_all.py -->", "<!-- end of figures -->"
 

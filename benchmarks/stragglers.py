@@ -7,19 +7,23 @@ Every figure comes from the detector, decider and planner that a run uses; only 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from random import Random
 from typing import Any
 
 import numpy as np
 
 import common
-from elastictrain.sim.speeds import Slowness, SpeedReport, SpeedScenario, draw_slowness, run_speeds
+from elastictrain.sim.speeds import Slowness, SpeedReport, SpeedScenario, draw_slowness, run_speeds, unwatched_s
 from elastictrain.stragglers.alarms import CAUSES, Cause
 from elastictrain.stragglers.watch import StragglerWatch
 
 HELD_BACK = 100_000
 WORLDS = ((2, 16), (4, 32), (8, 64), (16, 128), (32, 256))
 LEARNING = 60
+HEALTHY_STEPS = 100_000
+HEALTHY_RATE, SLOWED_RATE = 37.4, 18.9
+"""Iterations a minute that Greyhound's authors measured when nobody was slow, and when nothing was done."""
 LATE = 3
 """An alarm whose onset is at most so many steps before the true one is of that slowness."""
 
@@ -120,31 +124,92 @@ def healthy(results: common.Results, first: int, steps: int) -> None:
     )  # fmt: skip
 
 
+def greyhound_case(seed: int, lane_s: float, factor: float) -> SpeedScenario:
+    """12 of 16 data-parallel groups, one after the other, are `factor` times as slow for 150 steps each."""
+    each = 150
+    events = tuple(
+        Slowness(group, "compute", factor, 30 + each * n, 30 + each * (n + 1))
+        for n, group in enumerate(Random(f"{seed}/greyhound").sample(range(16), 12))
+    )
+    return SpeedScenario(
+        16, 16 * 16, 12 * each + 30, seed, lane_s, noise=0.01, hiccup_every=2000, slowness=events
+    )  # fmt: skip
+
+
+def a_minute(scenario: SpeedScenario, seconds: float) -> float:
+    return 60 * scenario.steps / seconds
+
+
+def calibrated(seeds: range) -> tuple[float, float]:
+    """(seconds of a lane, factor) with which the virtual case has the published rates: 37.4 iterations a minute when
+    nobody is slow, 18.9 when nothing is done. Those were measured, so noise, hiccups and collections are in them.
+    """
+
+    def rate(lane_s: float, factor: float, slow: bool) -> float:
+        cases = [greyhound_case(seed, lane_s, factor) for seed in seeds]
+        return common.median(
+            a_minute(case, unwatched_s(case if slow else replace(case, slowness=()))) for case in cases
+        )
+
+    lane_s = 0.1 * rate(0.1, 1.0, slow=False) / HEALTHY_RATE  # every time is a multiple of it
+    low, high = 1.5, 3.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rate(lane_s, middle, slow=True) > SLOWED_RATE else (low, middle)
+    return lane_s, (low + high) / 2
+
+
 def greyhound(results: common.Results, seeds: range) -> None:
     """Their injected case (ATC 2025): 16 data-parallel groups that make 37.4 iterations a minute, and 12 slow-downs in
     a row, so severe that without help 18.9 are left. Which groups and for how long is not published: groups are drawn,
     all events last as long.
     """
-    healthy_s, slowed_s, each = 60 / 37.4, 60 / 18.9, 150
-    steps, rates, none = 12 * each + 30, [], []
-    for seed in seeds:
-        rng = Random(f"{seed}/greyhound")
-        groups = rng.sample(range(16), 12)
-        events = tuple(
-            Slowness(group, "compute", slowed_s / healthy_s, 30 + each * n, 30 + each * (n + 1))
-            for n, group in enumerate(groups)
+    lane_s, factor = calibrated(seeds[:3])
+    # As if noise, hiccups and collections came on top of the published rates; 3 % of a step is the exchange.
+    bare = (60 / HEALTHY_RATE / 1.03 / 16, HEALTHY_RATE / SLOWED_RATE)
+    for what, chosen in (("Greyhound's case", (lane_s, factor)), ("... noise on top of its rates", bare)):
+        rates: dict[str, list[float]] = {"iterations/min": [], "without": [], "oracle": [], "nobody slow": []}
+        for seed in seeds:
+            scenario = greyhound_case(seed, *chosen)
+            report = run_speeds(scenario)
+            well_s = unwatched_s(replace(scenario, slowness=()))
+            for name, seconds in zip(rates, (report.ours_s, report.none_s, report.oracle_s, well_s), strict=True):
+                rates[name].append(a_minute(scenario, seconds))
+        shown = {name: common.median(found) for name, found in rates.items()}
+        results.row(what=what, seeds=len(seeds), **shown)
+        if chosen is not bare:
+            ours = shown["iterations/min"]
+            results.figure("Greyhound's case, iterations a minute (theirs 29.8, without 18.9)", ours, "33 or more",
+                           common.verdict(ours, 33, at_most=False))  # fmt: skip
+
+
+def at_scale(results: common.Results, workers: int, steps: int = 160) -> None:
+    """One in 500 workers becomes slow, at any time; the same code as for two workers."""
+    rng = Random(f"{workers}/scale")
+    slowness = tuple(
+        Slowness(worker, "compute", 1.15 + rng.expovariate(1 / 0.85), begin, begin + 40)
+        for worker, begin in (
+            (worker, rng.randrange(30, steps - 50)) for worker in rng.sample(range(workers), max(1, workers // 500))
         )
-        # 3 % of a step is the exchange, as the scenario has it
-        scenario = SpeedScenario(
-            16, 16 * 16, steps, seed, healthy_s / 1.03 / 16, noise=0.01, hiccup_every=2000, slowness=events
-        )
-        report = run_speeds(scenario)
-        rates.append(60 * steps / report.ours_s)
-        none.append(60 * steps / report.none_s)
-    shown = {"iterations/min": common.median(rates), "without": common.median(none)}
-    results.row(what="Greyhound's case", seeds=len(seeds), **shown)
-    results.figure("Greyhound's case, iterations a minute (theirs 29.8, without 18.9)", common.median(rates),
-                   "33 or more", common.verdict(common.median(rates), 33, at_most=False))  # fmt: skip
+    )
+    # Hiccups and collections in every fourth step: if each worker had them as often as in a small world, some would be
+    # in every step, and no split of the lanes could win anything.
+    rare = 4.0 * workers
+    scenario = SpeedScenario(
+        workers, 8 * workers, steps, 1, noise=0.02, hiccup_every=rare, collect_every=rare, slowness=slowness
+    )  # fmt: skip
+    begun = time.process_time()
+    report = run_speeds(scenario)
+    taken = time.process_time() - begun
+    alarms, right, found, delays = matches(scenario, report)
+    share, moves = report.share_of_oracle, len(report.decisions)
+    results.row(
+        what=f"{workers:,} workers", slow=asked(scenario), alarms=alarms, precision=right / max(1, alarms),
+        recall=found / max(1, asked(scenario)), moves=moves, **{"delay p50": common.median(delays),
+        "share of the oracle's gain": share, "most reversals in a run": report.reversals, "processor s": taken},
+    )  # fmt: skip
+    results.figure(f"{workers:,} workers, {steps} steps: slow-downs found, wrong alarms",
+                   f"{found} of {asked(scenario)}, {alarms - right}", "printed", "printed")  # fmt: skip
 
 
 def cost(results: common.Results) -> None:
@@ -186,8 +251,9 @@ def main() -> None:
     for name, value, target, at_most in verdicts:
         wanted = f"{target:g} or {'less' if at_most else 'more'}"
         results.figure(name, value, wanted, common.verdict(value, target, at_most=at_most))
-    healthy(results, first, 10_000 if options.quick else 100 * seeds)
+    healthy(results, first, 10_000 if options.quick else HEALTHY_STEPS)
     greyhound(results, range(first, first + (2 if options.quick else 9)))
+    at_scale(results, 1_000 if options.quick else 10_000)
     cost(results)
     results.notes += [
         f"Healthy runs: where devices differ, moves of the first {LEARNING} steps are learning and not counted.",
@@ -196,7 +262,11 @@ def main() -> None:
             "2 to 32 workers with 8 lanes each, noise of 1 to 3 %, hiccups, garbage collection, checkpoints, "
             "evaluations; a third of the runs with sequences of unequal length, a quarter with devices of two speeds."
         ),
-        "Greyhound's case is rebuilt from the published rates; groups and order of the events are drawn.",
+        (
+            "Greyhound's case is rebuilt so that its published rates come out of the virtual devices: 37.4 when nobody "
+            "is slow, 18.9 without help; groups and order of the events are drawn. The row below it takes 37.4 for a "
+            "world without noise, and adds noise: there even the oracle reaches no more than it shows."
+        ),
     ]
     results.write()
 

@@ -145,7 +145,7 @@ def place_of(path: str) -> str:
     """What two ways to write the same place have in common."""
     scheme, _, rest = path.rpartition("://")
     if scheme in ("", "file", "local"):
-        return os.path.abspath(Path(rest).expanduser())  # noqa: PTH100  (not resolve: links may change)
+        return os.path.abspath(os.path.expanduser(rest))  # noqa: PTH100, PTH111  (leaves ~nobody, and links, as they are)
     return f"{scheme}://{rest.rstrip('/')}"
 
 
@@ -356,9 +356,10 @@ class Job(Settings):
             raise ValueError(
                 f"lane_batch_size={self.lane_batch_size} is not a multiple of micro_batches={self.micro_batches}"
             )
-        if isinstance(self.data, Data) and self.data.live and not (self.data.live.record or self.checkpoint):
+        if self.data.lacks_record and not self.checkpoint:
             raise ValueError(
-                "data.live.record is not set, and there is no checkpoint.path to record the order in; set one of them"
+                f"{self.data.lacks_record}.live.record is not set, and there is no checkpoint.path to record the order "
+                "in; set one of them"
             )
         for where, keep in self.checkpoint.kept() if self.checkpoint is not None else ():
             best = keep.best if isinstance(keep, Keep) else None

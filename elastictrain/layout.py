@@ -252,11 +252,14 @@ def balanced(
     block_shares: Mapping[int, float] | None = None,
     lane_order: LaneOrder = "contiguous",
     mirrors: bool = True,
+    mirror_loads: Mapping[int, int] | None = None,
 ) -> Layout:
-    """A layout from scratch: lanes by `lane_shares` (speed), blocks by `block_shares` (memory), default even."""
+    """A layout from scratch: lanes by `lane_shares` (speed), blocks by `block_shares` (memory), default even.
+    `mirror_loads`: elements that workers are taken to mirror already; who has least mirrors next.
+    """
     lanes = deal_lanes(lane_count, [(lane_shares or {}).get(w, 1.0) for w in workers], lane_order)
     borders = deal_blocks(block_elements, [(block_shares or {}).get(w, 1.0) for w in workers])
-    candidates = Candidates(workers, domains or {}, {})
+    candidates = Candidates(workers, domains or {}, mirror_loads or {})
     shards: list[Shard] = []
     for worker, lo, hi in zip(workers, borders[:-1], borders[1:], strict=True):
         if lo == hi:

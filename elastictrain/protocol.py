@@ -43,9 +43,15 @@ class ParkReport:
     doubt: Doubt | None = None
 
 
+COUNTED_SUMS = 2
+"""So many sums of gradients have room in `ModelFacts.fixed_bytes`."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What the controller and the user need to know of a model; from `meta` tensors, without its memory."""
+    """What the controller and the user need to know of a model; from `meta` tensors, without its memory. The first
+    `active_blocks` blocks have gradients; `fixed_bytes` has room for `COUNTED_SUMS` sums of them.
+    """
 
     block_elements: tuple[int, ...]
     parameters: int
@@ -53,6 +59,7 @@ class ModelFacts:
     state_tensors: int
     fixed_bytes: int
     bytes_per_held_element: int
+    active_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +88,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class StepSignals:
-    """What all workers of `generation` said of `step` with their votes: `stragglers.signals` records in rank order."""
+    """What all workers of `generation` said of `step` with their votes: `stragglers.signals` records in rank order.
+    `age_s`: how long it had waited in the outbox when a controller asked for it.
+    """
 
     generation: int
     step: int
     records: bytes
+    age_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

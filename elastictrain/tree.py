@@ -11,6 +11,7 @@ else, however the leaves were dealt out. Leaves are lanes (gradients, buffers) o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -86,3 +87,23 @@ def finish(parts: Mapping[Node, T], add: Callable[[T, T], T], node: Node) -> T:
         raise KeyError(f"no part covers leaf {node.lo}")
     left, right = node.children()
     return add(finish(parts, add, left), finish(parts, add, right))
+
+
+@lru_cache(maxsize=4096)
+def most_sums(members: tuple[int, ...], count: int, *, apart: bool = False) -> int:
+    """How many sums there are at once, at most, while the leaves `members` (ascending) are summed one after the other
+    as far as siblings meet. A leaf whose sibling is there is added to it and needs no room; `apart`: each first needs
+    room of its own.
+    """
+    there: set[Node] = set()
+    most = 0
+    for leaf in members:
+        sum_of, met = Node(leaf, leaf + 1), 0
+        for sibling, parent in path_up(leaf, count):
+            if sibling not in there:
+                break
+            sum_of, met = parent, met + 1
+            there.discard(sibling)
+        most = max(most, len(there) + met + (apart or not met))
+        there.add(sum_of)
+    return most

@@ -16,7 +16,11 @@ from elastictrain.job import Job
 from elastictrain_actors.runtime_env import needs_shipping, prepare
 
 OBJECT_STORE_BYTES = 100 * 2**20
-"""Nothing on the path of a step goes through the object store; the embedded one can be small."""
+"""Nothing on the path of a step goes through the object store; the embedded one can be small. With `data.feeder: node`
+decoded row groups do: it then has room for `WINDOWS_TIMES` the budget more, as far as shared memory has.
+"""
+WINDOWS_TIMES = 4
+"""The budget is for what is read ahead; the windows that lanes are in, and a reserve, come on top."""
 
 EMBEDDED = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -79,9 +83,24 @@ def _embedded(job: Job) -> dict[str, Any]:
     wanted = (job.workers.max + job.workers.spares + 1) * job.workers.cpus
     resources: dict[str, Any] = {
         "num_cpus": max(os.cpu_count() or 1, int(wanted) + 1),
-        "object_store_memory": OBJECT_STORE_BYTES,
+        "object_store_memory": object_store_bytes(job, _shared_memory_bytes()),
     }
     return resources
+
+
+def object_store_bytes(job: Job, free_bytes: int) -> int:
+    """How large the object store of an embedded Ray is, where so much shared memory is free; pure."""
+    if job.data.feeder != "node":
+        return OBJECT_STORE_BYTES
+    return max(OBJECT_STORE_BYTES, min(OBJECT_STORE_BYTES + WINDOWS_TIMES * job.data.prefetch_bytes, free_bytes // 2))
+
+
+def _shared_memory_bytes() -> int:
+    try:
+        found = os.statvfs("/dev/shm")
+    except OSError:
+        return 0
+    return found.f_bavail * found.f_frsize
 
 
 def _end_log_monitor() -> None:

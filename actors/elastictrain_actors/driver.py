@@ -21,12 +21,12 @@ from elastictrain.controller.adoption import outstanding, reconcile
 from elastictrain.controller.events import Message
 from elastictrain.controller.journal import dump_event
 from elastictrain.controller.machine import Machine
+from elastictrain.controller.slowness import Slowness
 from elastictrain.controller.view import view
 from elastictrain.errors import ElasticTrainError
 from elastictrain.faults import Add, Drain, Fault, KillController
 from elastictrain.protocol import Awaited, Ready, Row, StepSignals
 from elastictrain_actors.journal_file import Replaced
-from elastictrain_actors.slowness import Slowness
 
 Heard = Message | cmd.Announce
 """What effects hand to the driver: what workers say, and lines for events.jsonl."""
@@ -183,27 +183,28 @@ class Driver:
         self._show()
 
     def _hear(self, messages: Sequence[Heard]) -> None:
+        newest = max((said.step for said in messages if isinstance(said, StepSignals | ev.Progress)), default=0)
         for message in messages:
             if isinstance(message, Row):
                 self.record.row(message.values)
             elif isinstance(message, cmd.Announce):
                 self.record.event(message.kind, message.data, self.machine.generation or None)
             elif isinstance(message, StepSignals):
-                self._watch(message)
+                self._watch(message, newest)
             elif isinstance(message, Awaited):
                 self._await_data(message)
             elif not isinstance(message, Ready):  # effects have made a WorkerReady of it
                 self._handle(message)
 
-    def _watch(self, signals: StepSignals) -> None:
-        """They are not journalled: what follows from them is."""
+    def _watch(self, signals: StepSignals, newest_step: int) -> None:
+        """They are not journalled: what follows from them is. `newest_step`: of which something is heard now."""
         if self._slowness is None:
             return
         try:
             members = self._slowness.members(signals)
             if members:
                 self.record.signals(signals, members)
-            said, event = self._slowness.hear(signals)
+            said, event = self._slowness.hear(signals, newest_step)
         except Exception as error:  # advice: a run does not end for want of it
             self._slowness = None
             said, event = [cmd.Announce("watch_ended", {"reason": f"{type(error).__name__}: {error}"})], None

@@ -32,6 +32,7 @@ from elastictrain_actors.calls import Calls
 from elastictrain_actors.creations import GRACE_S, Creations, end_actor
 from elastictrain_actors.deaths import death_in_words
 from elastictrain_actors.driver import Heard
+from elastictrain_actors.feeders import Feeders
 from elastictrain_actors.heartbeats import Heartbeats
 from elastictrain_actors.procfs import KillAnswer
 from elastictrain_actors.starts import Starts
@@ -68,6 +69,14 @@ class _Worker:
     """Why it has been told to die; nothing that it says counts any more."""
 
 
+def suspicion_for(job: Job) -> Suspicion:
+    """Batches come late without anybody's fault from a remote store, from a segment that is still to arrive, and from
+    the feeder of the node.
+    """
+    late = job.data.is_remote or job.data.is_live or job.data.feeder == "node"
+    return Suspicion(debug=job.debug, remote_data=late)
+
+
 class RayEffects:
     """Workers as Ray actors. Used from one thread, the driver's."""
 
@@ -84,10 +93,10 @@ class RayEffects:
         self._numerics: dict[str, str] | None = None
         self._out: list[Heard] = []
         ears = Heartbeats(self._address, place.token, place.epoch)
-        judgement = Suspicion(debug=job.debug, remote_data=job.data.is_remote or job.data.is_live)
-        self._watchman = Watchman(ears, judgement, place.clock)
+        self._watchman = Watchman(ears, suspicion_for(job), place.clock)
         self._creations = Creations()
         self._agents = Agents(place, self._watchman, self._calls, self._environment, job.workers.spot_notices)
+        self._feeders = Feeders(place, self._calls, self._environment, job, self.stages)
         self._surroundings = Surroundings(place.clock)
         self._starts = Starts()
 
@@ -175,6 +184,7 @@ class RayEffects:
         names = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True)
                  if a["namespace"] == self._place.namespace]  # fmt: skip
         self._agents.replace(names)
+        self._feeders.replace(names)
         for name in names:
             number = worker_number(name)
             if number is not None:
@@ -192,6 +202,7 @@ class RayEffects:
         facts = self._workers[worker]
         facts.who, facts.store = who, facts.store or who.store
         self._agents.need(who.node)
+        self._feeders.need(who.node, worker, facts.handle)
         if facts.end:
             self._kill(worker, facts.end)  # told to die before anybody knew where it was
         return [ev.WorkerPlaced(0.0, worker, who.node)]
@@ -241,6 +252,7 @@ class RayEffects:
         self._to_poll.clear()
         self._start_due()
         self._agents.start_due()
+        self._out += self._feeders.start_due()
         if not self._out:
             self._out += self._calls.take(timeout_s)
         found, self._out = [*self._out, *self._look(), *self._slow_starts(), *self._surroundings.take()], []
@@ -252,6 +264,7 @@ class RayEffects:
         for noticed in self._watchman.look():
             if isinstance(noticed, ev.NodeLost):
                 self._agents.lost(noticed.node)
+                self._feeders.lost(noticed.node)
             if isinstance(noticed, ev.WorkerDied):
                 if noticed.worker not in self._workers:
                     continue
@@ -301,6 +314,7 @@ class RayEffects:
         if self._workers.pop(worker, None) is not None:
             self._calls.forget(worker)
             self._watchman.worker_gone(worker)
+            self._feeders.worker_gone(worker)
 
     def _prepared(self, worker: int, ready: Ready) -> list[Heard]:
         refusal = self._compare(worker, ready)
@@ -360,5 +374,6 @@ class RayEffects:
             self._kill(worker, "the run is over")
             self._forget(worker)
         self._agents.close()
+        self._feeders.close()
         self._surroundings.close()
         self._watchman.heartbeats.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from elastictrain.controller.facts import MachineSpec, StragglerSpec
+from elastictrain.controller.facts import GradientSpec, MachineSpec, StragglerSpec
 from elastictrain.job import Job
 from elastictrain.protocol import ModelFacts
 
@@ -28,6 +28,8 @@ def machine_spec(job: Job, facts: ModelFacts, *, base_generation: int = 0) -> Ma
         block_shares=workers.block_shares,
         fixed_bytes=facts.fixed_bytes,
         bytes_per_held_element=facts.bytes_per_held_element,
+        gradients=GradientSpec(facts.active_blocks, job.micro_batches > 1) if job.gradients == "sum" else None,
+        plans=job.plan == "auto",
         domain_label=workers.domain_label,
         checkpoint=job.checkpoint is not None,
         checkpoints_kept=keep if isinstance(keep, int) else None,

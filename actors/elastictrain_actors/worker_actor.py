@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -21,6 +21,7 @@ from elastictrain.job import Job
 from elastictrain.protocol import FormPlan, Stage
 from elastictrain.pulse import Pulse, pulse_folder, start_ticks
 from elastictrain_actors.departure import on_sigterm
+from elastictrain_actors.node_feeder import FeederLine
 from elastictrain_actors.node_loss import lose_node
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ class WorkerActor:
         self._epoch = 0
         self._outbox = Outbox()
         self._host: WorkerHost | None = None
+        self._feeder_line = FeederLine()
         self._unwanted = threading.Timer(unwanted_s, os._exit, (0,))
         self._unwanted.daemon = True
         self._unwanted.start()
@@ -133,7 +135,7 @@ class WorkerActor:
             pulse, _ = Pulse.create_or_mute(folder, self._worker)
             self._host = WorkerHost(
                 job, self._worker, host=address, faults=faults, stages=stages, outbox=self._outbox, pulse=pulse,
-                lose_node=partial(lose_node, folder),
+                lose_node=partial(lose_node, folder), feeder_line=self._feeder_line,
             )  # fmt: skip
             context = ray.get_runtime_context()
             ready = self._host.prepare()
@@ -166,7 +168,12 @@ class WorkerActor:
 
     def offer_lanes(self, epoch: int, generation: int, plan: int, lanes: tuple[tuple[int, ...], ...]) -> None:
         self._check(epoch)
-        self.host.offer_lanes(generation, plan, lanes)
+        self.host.offer_lanes(generation, plan, lanes, epoch)
+
+    def use_feeder(self, epoch: int, number: int, handle: Any) -> None:
+        """This node has a feeder. May come before `prepare`, and again when another one stands in."""
+        self._check(epoch)
+        self._feeder_line.use(number, handle)
 
     def retire(self, epoch: int) -> None:
         """End without a word: what this worker held is held by others."""

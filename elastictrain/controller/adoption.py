@@ -15,7 +15,7 @@ from elastictrain.controller.facts import MachineSpec, Role
 from elastictrain.controller.journal import read_events
 from elastictrain.controller.machine import Machine
 from elastictrain.controller.phases import Ended, Forming, Parking, Phase, Running
-from elastictrain.controller.speeds import offers
+from elastictrain.controller.speeds import offered_again
 
 
 def outstanding(machine: Machine) -> list[Command]:
@@ -38,7 +38,7 @@ def outstanding(machine: Machine) -> list[Command]:
     elif isinstance(state, Parking):
         out += [Park(ledger.generation, (worker,)) for worker in sorted(state.nudged) if worker in core.waiting()]
     elif isinstance(state, Running):
-        out += offers(core)
+        out += offered_again(core)
         if state.asked is not None:
             core.ask_pause(state.asked, out)
     return out

@@ -48,8 +48,8 @@ class AskPause:
 
 @dataclass(frozen=True, slots=True)
 class OfferLanes:
-    """Tell `workers` of split number `plan` of the lanes of `generation` (by rank; numbers begin at 1). All switch to
-    it at the first step at which every vote has seen it; in another generation it changes nothing.
+    """Tell `workers` of split number `plan` of the lanes of `generation` (by rank; 0: its layout's). All switch to it
+    at the first step at which all votes name it; in another generation it changes nothing.
     """
 
     generation: int

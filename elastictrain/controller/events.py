@@ -290,6 +290,18 @@ class LanesProposed:
 
 
 @dataclass(frozen=True, slots=True)
+class SpeedsLearned:
+    """What the straggler watch has learned of the speeds of `generation`, where lanes do not move by themselves: the
+    next generation is dealt out by it. `speeds`: (worker, relative speed).
+    """
+
+    now_s: float
+    generation: int
+    step: int
+    speeds: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StragglerLeaves:
     """The straggler watch would do without `worker`: "replace" it by a spare that waits, or "leave_out"."""
 
@@ -347,6 +359,7 @@ Event = (
     | ClusterChanged
     | LanesProposed
     | StragglerLeaves
+    | SpeedsLearned
     | ControllerBack
     | Tick
 )

@@ -27,12 +27,24 @@ class StragglerSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class GradientSpec:
+    """What sums of gradients need: the first `blocks` blocks have some, 4 bytes for each element. `apart`: every lane
+    has several micro-batches, so that its own sum needs room before it meets its sibling's.
+    """
+
+    blocks: int
+    apart: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class MachineSpec:
     """All that the controller must know about a job; it never changes during a run.
 
     `block_elements`: elements of every block of the state. `lane_shares`, `block_shares`: by worker number, default 1.
     `fixed_bytes` and `bytes_per_held_element`: a worker needs `fixed_bytes + bytes_per_held_element x elements it
-    holds` (owned and mirrored); 0 and 0 switch the memory check off. `checkpoint`: the job stores checkpoints.
+    holds` (owned and mirrored); 0 and 0 switch the memory check off. `gradients`: what it needs besides, where its
+    lanes leave more than two sums of gradients at once; None: nothing. `plans`: every layout made afresh
+    gives each worker as many blocks as suit its memory. `checkpoint`: the job stores checkpoints.
     `start_attempts`: failed starts in a row before the controller stops trying for `start_retry_s`. `deadline_s`: how
     long forming or parking may take, or 20 x the longest seen if that is more.
     `base_generation`: the newest generation of an earlier controller of this run; ours are above it. `domain_label`:
@@ -55,6 +67,8 @@ class MachineSpec:
     block_shares: Mapping[int, float] = field(default_factory=dict)
     fixed_bytes: int = 0
     bytes_per_held_element: float = 0.0
+    gradients: GradientSpec | None = None
+    plans: bool = False
     checkpoint: bool = False
     checkpoints_kept: int | None = None
     start_attempts: int = 3
@@ -234,7 +248,9 @@ class Ledger:
     `counted_in_vain`: the newest that is counted there, or that has a limit of its own; `vain_replaced`: workers, with
     reasons, replaced for it since the job came to step `reached`. `closing`: generations that a run which is stopped
     has formed only to store its state. `lane_offers`: lane counts by rank of every split that was offered in this
-    generation; `speeds`: by worker, as learned with the last of them.
+    generation, `lanes_refused` those of the last one that does not fit into memory; `speeds`: by worker, as learned
+    with the last of them that holds, `speeds_before` with the one before it: a move that is taken back has shown that
+    what was learned with it is wrong.
     """
 
     target: int
@@ -285,7 +301,9 @@ class Ledger:
     longest_parking_s: float = 0.0
     patience: int = 1
     lane_offers: tuple[tuple[int, ...], ...] = ()
+    lanes_refused: tuple[int, ...] = ()
     speeds: dict[int, float] = field(default_factory=dict)
+    speeds_before: dict[int, float] = field(default_factory=dict)
 
     @property
     def generation(self) -> int:

@@ -22,7 +22,7 @@ from elastictrain.controller.facts import MachineSpec
 from elastictrain.controller.machine import Machine
 from elastictrain.errors import ClusterError
 
-VERSION = 5
+VERSION = 6
 """Of the journal: raised whenever an old event would lead the machine somewhere else than it did."""
 
 EVENT_TYPES: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Event)}

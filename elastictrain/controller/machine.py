@@ -24,7 +24,7 @@ from elastictrain.controller.core import Core
 from elastictrain.controller.facts import Ledger, MachineSpec
 from elastictrain.controller.phases import Gathering, Phase
 from elastictrain.controller.settle import settle
-from elastictrain.controller.speeds import on_lanes, on_let_go
+from elastictrain.controller.speeds import on_lanes, on_let_go, on_speeds
 
 HANDLERS: dict[type[Any], Callable[[Core, Any, list[Command]], bool]] = {
     ev.Begun: moves.on_begun,
@@ -53,6 +53,7 @@ HANDLERS: dict[type[Any], Callable[[Core, Any, list[Command]], bool]] = {
     ev.ClusterChanged: alarms.on_cluster,
     ev.LanesProposed: on_lanes,
     ev.StragglerLeaves: on_let_go,
+    ev.SpeedsLearned: on_speeds,
     ev.ControllerBack: alarms.on_back,
     ev.Tick: on_tick,
 }

@@ -26,7 +26,7 @@ from elastictrain.controller.policies import (
     world_cap,
 )
 from elastictrain.controller.recovery import Standing
-from elastictrain.controller.speeds import by_speed
+from elastictrain.controller.speeds import with_and_without_speeds
 from elastictrain.layout import Layout, moves_between
 from elastictrain.protocol import FormPlan, ParkReport
 
@@ -52,7 +52,24 @@ def plan_next(
     `reports`: of the parked members. `standing`: of them and of the leaving workers, without lost shards. `planned`:
     nobody was lost since the last seal, so that holders may change.
     """
-    spec = by_speed(spec, ledger)
+    found: FormPlan | Shortage | None = None
+    for under in with_and_without_speeds(spec, ledger):
+        found = _plan_under(under, spec, ledger, standing, reports, planned=planned)
+        if isinstance(found, FormPlan) or found.kind != "memory":
+            break
+    assert found is not None
+    return found
+
+
+def _plan_under(
+    spec: MachineSpec,
+    plain: MachineSpec,
+    ledger: Ledger,
+    standing: Standing,
+    reports: Mapping[int, ParkReport],
+    *,
+    planned: bool,
+) -> FormPlan | Shortage:
     if standing.truth is None:
         return _plan_restore(spec, ledger, reports)
     truth, generation = standing.truth, ledger.generation + 1
@@ -66,8 +83,9 @@ def plan_next(
         return _too_few(spec, len(candidates))
     size = max(least, min(ledger.target, world_cap(spec)))
     if planned and not standing.behind and all(worker in known for worker in truth.workers):
-        uneven = is_uneven(spec, truth, ledger.domains())
-        proposal = propose_now(spec, ledger, truth, generation, learners(truth, reports), uneven)
+        uneven = is_uneven(spec, truth, ledger.domains(), ledger.memory())
+        # What the run has paused for was found with the plain spec too; with the learned one it might not be again.
+        proposal = propose_now(plain, ledger, truth, generation, learners(truth, reports), uneven)
         if proposal is not None:
             return _plan(ledger, standing, proposal.layout, reports)
         due = [worker for worker in candidates if worker in ledger.notices and ledger.notices[worker].due]
@@ -76,7 +94,7 @@ def plan_next(
     reason, domains, memory = "", ledger.domains(), ledger.memory()
     while size <= world_cap(spec):  # more than the target only when the state does not fit otherwise
         group = candidates[:size]
-        for remake in (partial(layout_after_loss, spec, truth), partial(even_layout, spec)):
+        for remake in (partial(layout_after_loss, spec, truth), partial(even_layout, spec, memory=memory)):
             layout = remake(generation, group, domains)
             why = shortfall(spec, layout, memory)
             if why is None:
@@ -106,17 +124,21 @@ def propose_now(
     room = min(ledger.target, world_cap(spec)) > truth.world_size and (first or ledger.workers.of(Role.READY))
     if not (room or rebalance or ledger.draining):
         return None  # asked at every event: nobody may come, nobody leaves
-    return propose(
-        by_speed(spec, ledger),
-        truth,
-        generation,
-        newcomers=[*first, *ledger.with_role(Role.READY)],
-        draining=ledger.draining,
-        target=ledger.target,
-        domains=ledger.domains(),
-        memory=ledger.memory(),
-        rebalance=rebalance,
-    )
+    for under in with_and_without_speeds(spec, ledger):
+        proposal = propose(
+            under,
+            truth,
+            generation,
+            newcomers=[*first, *ledger.with_role(Role.READY)],
+            draining=ledger.draining,
+            target=ledger.target,
+            domains=ledger.domains(),
+            memory=ledger.memory(),
+            rebalance=rebalance,
+        )
+        if proposal is not None:
+            return proposal
+    return None
 
 
 def _candidates(ledger: Ledger, truth: Layout, reports: Mapping[int, ParkReport]) -> list[int]:
@@ -137,9 +159,10 @@ def _plan_restore(spec: MachineSpec, ledger: Ledger, reports: Mapping[int, ParkR
     if len(waiting) < spec.min_workers:
         return _too_few(spec, len(waiting))
     size, reason = min(ledger.target, world_cap(spec)), ""
+    domains, memory = ledger.domains(), ledger.memory()
     while size <= world_cap(spec):
-        layout = even_layout(spec, ledger.generation + 1, waiting[:size], ledger.domains())
-        why = shortfall(spec, layout, ledger.memory())
+        layout = even_layout(spec, ledger.generation + 1, waiting[:size], domains, (), memory)
+        why = shortfall(spec, layout, memory)
         if why is None:
             return FormPlan(
                 generation=layout.generation,

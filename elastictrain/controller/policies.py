@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
+from types import MappingProxyType
 
 from elastictrain.controller.facts import MachineSpec
 from elastictrain.layout import Layout, balanced, promoted
+from elastictrain.protocol import COUNTED_SUMS
+from elastictrain.tree import most_sums, roots
 
-UNEVEN = 1.5
-"""An owner with more than this many times the mean elements is worth a pause."""
+UNEVEN, WORTH_A_PAUSE = 1.5, 1.1
+"""An owner with more than 1.5 x the mean elements is worth a pause, if the heaviest then has a tenth less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +35,70 @@ def even_layout(
     generation: int,
     workers: Sequence[int],
     domains: Mapping[int, str],
-    empty_handed: Iterable[int] = (),
+    empty_handed: Collection[int] = (),
+    memory: Mapping[int, int] = MappingProxyType({}),
 ) -> Layout:
-    """A balanced layout; the workers in `empty_handed` own no blocks (they are about to leave)."""
+    """A balanced layout; the workers in `empty_handed` own no blocks (they are about to leave). Where the job plans,
+    and the `memory` of all is known, the one of which the fullest worker is least full.
+    """
     shares = {worker: spec.block_shares.get(worker, 1.0) for worker in workers}
-    shares |= dict.fromkeys(empty_handed, 0.0)
+    layout = _with_shares(spec, generation, workers, domains, shares, empty_handed)
+    if not spec.plans or spec.bytes_per_held_element <= 0 or not all(worker in memory for worker in workers):
+        return layout
+    room = room_bytes(spec, layout, memory)
+    if len(set(room.values())) == 1:
+        return layout
+    best, fullest = layout, fullest_share(spec, layout, memory)
+    for power, lean in product(MEMORY_POWERS, MIRRORS_LEAN):
+        shares = {worker: max(own, 1) ** power for worker, own in room.items()}
+        loads = mirror_loads(spec, room, lean)
+        other = _with_shares(spec, generation, workers, domains, shares, empty_handed, loads)
+        full = fullest_share(spec, other, memory)
+        if full < fullest * (1 - 1e-9):  # of two that are as full, the more even one
+            best, fullest = other, full
+    return best
+
+
+MEMORY_POWERS = (0.0, 0.5, -0.5, 1.0, -1.0, -2.0)
+"""Powers of the room in memory by which blocks are dealt out to their owners. Negative ones are needed since a shard
+has one mirror: the blocks of two small workers may both be mirrored by a large one, but not the other way round.
+"""
+
+
+MIRRORS_LEAN = (1, 3)
+"""How strongly mirrors follow the room in memory; more than in proportion, since they come in whole shards."""
+
+
+def room_bytes(spec: MachineSpec, layout: Layout, memory: Mapping[int, int]) -> dict[int, int]:
+    """What each worker has left for blocks, beside what it needs whatever it holds."""
+    sums = sums_bytes(spec, layout)
+    return {worker: max(0, memory[worker] - spec.fixed_bytes - sums.get(worker, 0)) for worker in layout.workers}
+
+
+def mirror_loads(spec: MachineSpec, room: Mapping[int, int], lean: int) -> dict[int, int]:
+    """Elements that each worker is taken to mirror already, so that mirrors, of which whoever has least is given the
+    next one, follow the room in memory (`lean`: 1 for in proportion).
+    """
+    elements, total, most = lean * sum(spec.block_elements), max(1, sum(room.values())), max(room.values())
+    return {worker: elements * (most - own) // total for worker, own in room.items()}
+
+
+def fullest_share(spec: MachineSpec, layout: Layout, memory: Mapping[int, int]) -> float:
+    """Of its memory, what the fullest worker needs; above 1 when it does not fit."""
+    needs = needed_bytes(spec, layout)
+    return max(needs[worker] / max(1, memory[worker]) for worker in layout.workers)
+
+
+def _with_shares(
+    spec: MachineSpec,
+    generation: int,
+    workers: Sequence[int],
+    domains: Mapping[int, str],
+    shares: Mapping[int, float],
+    empty_handed: Iterable[int],
+    mirror_loads: Mapping[int, int] = MappingProxyType({}),
+) -> Layout:
+    shares = {**shares, **dict.fromkeys(empty_handed, 0.0)}
     if sum(shares.values()) <= 0:  # only workers with share 0 are left: somebody has to own the blocks
         shares = dict.fromkeys(workers, 1.0)
     return balanced(
@@ -47,6 +111,7 @@ def even_layout(
         block_shares=shares,
         lane_order=spec.lane_order,
         mirrors=spec.mirrors,
+        mirror_loads=mirror_loads,
     )
 
 
@@ -161,24 +226,29 @@ def propose(
             handing.append(worker)
     join = join[: max(0, world_cap(spec) - len(group))]
     if leave or handing or join or rebalance:
-        layout = even_layout(spec, generation, [*group, *join], domains, handing)
+        layout = even_layout(spec, generation, [*group, *join], domains, handing, memory)
         if shortfall(spec, layout, memory) is None:
             return Proposal(layout, join, tuple(leave))
     if (leave or handing) and (join or rebalance):  # perhaps it fits when nobody leaves
         join = join[: max(0, world_cap(spec) - len(truth.workers))]
-        layout = even_layout(spec, generation, [*truth.workers, *join], domains)
+        layout = even_layout(spec, generation, [*truth.workers, *join], domains, (), memory)
         if (join or rebalance) and shortfall(spec, layout, memory) is None:
             return Proposal(layout, join, ())
     return None
 
 
-def is_uneven(spec: MachineSpec, layout: Layout, domains: Mapping[int, str]) -> bool:
-    """Whether the heaviest owner has more than `UNEVEN` x the mean, and a balanced layout would have it lighter."""
+def is_uneven(
+    spec: MachineSpec, layout: Layout, domains: Mapping[int, str], memory: Mapping[int, int] = MappingProxyType({})
+) -> bool:
+    """Whether the heaviest owner has more than `UNEVEN` x the mean, and a balanced layout would have it lighter, by
+    enough to be worth a pause: that layout depends on the speeds learned so far, which never stand quite still.
+    """
     mean = sum(spec.block_elements) / layout.world_size
     heaviest = _heaviest(spec, layout)
     if heaviest <= UNEVEN * mean:
         return False
-    return _heaviest(spec, even_layout(spec, layout.generation, layout.workers, domains)) < heaviest
+    even = even_layout(spec, layout.generation, layout.workers, domains, (), memory)
+    return WORTH_A_PAUSE * _heaviest(spec, even) < heaviest
 
 
 def _heaviest(spec: MachineSpec, layout: Layout) -> int:
@@ -190,20 +260,58 @@ def _heaviest(spec: MachineSpec, layout: Layout) -> int:
 
 def shortfall(spec: MachineSpec, layout: Layout, memory: Mapping[int, int]) -> str | None:
     """Why `layout` does not fit into the memory of its workers, in words; None when it fits or memory is unknown."""
-    held: dict[int, int] = {}
-    for shard in layout.shards:
-        for worker in shard.holders():
-            held[worker] = held.get(worker, 0) + sum(spec.block_elements[shard.lo : shard.hi])
-    for worker in layout.workers:
-        need = spec.fixed_bytes + int(held.get(worker, 0) * spec.bytes_per_held_element)
+    if not memory:
+        return None
+    held, sums = _held(spec, layout), sums_bytes(spec, layout)
+    for worker, need in needed_bytes(spec, layout).items():
         if worker in memory and need > memory[worker]:
+            more = f", {sums[worker]} for the sums of {len(layout.lanes_of(worker))} lanes" if sums.get(worker) else ""
+            fewer = ", lower its share in workers.lane_shares" if sums.get(worker) else ""
             return (
                 f"worker {worker} has {memory[worker]} bytes of memory but would need {need} "
-                f"({spec.fixed_bytes} fixed, and {held.get(worker, 0)} elements held with "
+                f"({spec.fixed_bytes} fixed{more}, and {held[worker]} elements held with "
                 f"{layout.world_size} workers); add workers (raise workers.start or workers.max), "
-                f"lower its share in workers.block_shares, or give workers more memory"
+                f"lower its share in workers.block_shares{fewer}, or give workers more memory"
             )
     return None
+
+
+def _held(spec: MachineSpec, layout: Layout) -> Counter[int]:
+    """Elements that each worker holds, as owner or as mirror."""
+    held = Counter[int]()
+    for shard in layout.shards:
+        for worker in shard.holders():
+            held[worker] += sum(spec.block_elements[shard.lo : shard.hi])
+    return held
+
+
+def needed_bytes(spec: MachineSpec, layout: Layout) -> dict[int, int]:
+    """What each worker needs under `layout`."""
+    held, sums = _held(spec, layout), sums_bytes(spec, layout)
+    return {
+        worker: spec.fixed_bytes + int(held[worker] * spec.bytes_per_held_element) + sums.get(worker, 0)
+        for worker in layout.workers
+    }
+
+
+def sums_bytes(spec: MachineSpec, layout: Layout) -> dict[int, int]:
+    """By worker: bytes of sums of gradients beyond those that `fixed_bytes` has room for. While its lanes are computed
+    a worker has up to `most_sums` of them. In the exchange it has its roots, and of its own blocks those of all others;
+    they come to lie where sums were that are needed no more.
+    """
+    if spec.gradients is None:
+        return {}
+    elements = sum(spec.block_elements[: spec.gradients.blocks])
+    owned = Counter[int]()
+    for shard in layout.shards:
+        owned[shard.owner] += sum(spec.block_elements[shard.lo : min(shard.hi, spec.gradients.blocks)])
+    own = [len(roots(lanes, layout.lane_count)) for lanes in layout.lanes]
+    found: dict[int, int] = {}
+    for worker, lanes, mine in zip(layout.workers, layout.lanes, own, strict=True):
+        computing = elements * most_sums(lanes, layout.lane_count, apart=spec.gradients.apart)
+        exchanging = elements * mine + owned[worker] * (sum(own) - mine)
+        found[worker] = 4 * max(0, max(computing, exchanging) - COUNTED_SUMS * elements)
+    return found
 
 
 def refuse_drain(

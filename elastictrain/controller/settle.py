@@ -29,6 +29,7 @@ from elastictrain.controller.phases import Ended, Finishing, Forming, Gathering,
 from elastictrain.controller.planning import Shortage, plan_next, propose_now
 from elastictrain.controller.policies import is_uneven
 from elastictrain.controller.recovery import Standing, take_stock
+from elastictrain.controller.speeds import by_speed
 from elastictrain.controller.vain import End, end_in_vain
 from elastictrain.errors import InternalError
 from elastictrain.protocol import Doubt, FormPlan, ParkReport
@@ -294,7 +295,7 @@ def _form(core: Core, plan: FormPlan, reports: Mapping[int, ParkReport], now_s: 
             ledger.workers.update_facts(worker, role=Role.READY)
     if ledger.incident is not None:
         _note_plan(core, ledger.incident, plan, now_s)
-    ledger.plan, ledger.accused, ledger.lane_offers = plan, (), ()
+    ledger.plan, ledger.accused, ledger.lane_offers, ledger.lanes_refused = plan, (), (), ()
     ledger.layouts = {plan.generation: plan.layout} | ({} if truth is None else {truth.generation: truth})
     if plan.restore is not None:
         ledger.published_step = min(ledger.published_step, plan.restore.step)
@@ -365,7 +366,7 @@ def _pause_is_worth_it(core: Core, state: Running) -> bool:
         return True  # below the minimum too
     due = ledger.published_step - ledger.plan.step >= spec.rebalance_after_steps
     if due and state.uneven is None:
-        state.uneven = is_uneven(spec, ledger.truth, ledger.domains())
+        state.uneven = is_uneven(by_speed(spec, ledger), ledger.truth, ledger.domains(), ledger.memory())
     rebalance = due and state.uneven is True
     return propose_now(spec, ledger, ledger.truth, ledger.generation, rebalance=rebalance) is not None
 

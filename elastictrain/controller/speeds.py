@@ -1,9 +1,9 @@
 """Learned speeds: lanes that move between two steps, and workers that leave because moving lanes is not enough.
 
-A split is numbered from 1 in each generation. It is offered to all members, who switch at the first step at which every
-vote has seen it (`engine.stepping`), without a pause. So until the next generation the lanes in force are those of the
-newest split that has been offered, or for a moment of the one before. The next generation deals the lanes out by the
-speeds that came with it.
+A split is numbered from 1 in each generation (0: its layout's own). It is offered to all members, who switch at the
+first step at which all votes name it (`offers`), without a pause. So until the next generation the lanes in force are
+those of the newest split that has been offered, or for a moment of the one before. The next generation deals the lanes
+out by the speeds that came with it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,12 @@ def by_speed(spec: MachineSpec, ledger: Ledger) -> MachineSpec:
     return replace(spec, lane_shares=known) if known else spec  # relative to others' speeds, so not mixed with shares
 
 
+def with_and_without_speeds(spec: MachineSpec, ledger: Ledger) -> tuple[MachineSpec, ...]:
+    """The specs under which a layout is looked for, in turn: more lanes need more memory, where even ones may fit."""
+    learned = by_speed(spec, ledger)
+    return (learned,) if learned == spec else (learned, spec)
+
+
 def lanes_in_force(spec: MachineSpec, ledger: Ledger) -> Layout | None:
     """The layout of the newest generation with the newest split of its lanes."""
     if ledger.plan is None or not ledger.lane_offers:
@@ -36,14 +42,20 @@ def lanes_in_force(spec: MachineSpec, ledger: Ledger) -> Layout | None:
     return ledger.plan.layout.with_lanes(deal_lanes(spec.lane_count, ledger.lane_offers[-1], spec.lane_order))
 
 
-def offers(core: Core) -> list[Command]:
-    """All splits of this generation, as they were offered: for a new controller, which offers them again."""
-    ledger, spec = core.ledger, core.spec
-    workers = tuple(ledger.members())
-    return [
-        OfferLanes(ledger.generation, number, deal_lanes(spec.lane_count, counts, spec.lane_order), workers)
-        for number, counts in enumerate(ledger.lane_offers, 1)
-    ]
+def offered_again(core: Core) -> list[Command]:
+    """What a new controller offers: the split that it knows to be in force, also that of the layout, whatever the one
+    before it may have offered besides. A line of the journal that is lost is a split of which nobody knows any more.
+    """
+    watch = core.spec.stragglers
+    return [newest_offer(core)] if core.ledger.lane_offers or (watch is not None and watch.moves) else []
+
+
+def newest_offer(core: Core) -> OfferLanes:
+    """The split in force, as it was offered."""
+    layout = lanes_in_force(core.spec, core.ledger)
+    assert layout is not None
+    ledger = core.ledger
+    return OfferLanes(ledger.generation, len(ledger.lane_offers), layout.lanes, tuple(ledger.members()))
 
 
 def on_lanes(core: Core, event: ev.LanesProposed, out: list[Command]) -> bool:
@@ -61,7 +73,15 @@ def on_lanes(core: Core, event: ev.LanesProposed, out: list[Command]) -> bool:
     assert before is not None
     if tuple(map(len, before.lanes)) == tuple(event.lanes):
         return False  # asked for by who has not seen it yet
+    after = before.with_lanes(deal_lanes(spec.lane_count, event.lanes, spec.lane_order))
+    reason = shortfall(spec, after, ledger.memory())
+    if reason is not None:
+        return _refuse_lanes(core, event, reason, out)
     ledger.lane_offers = (*ledger.lane_offers, tuple(event.lanes))
+    if event.action == "move_back":
+        speeds = ledger.speeds_before
+    else:
+        ledger.speeds_before = ledger.speeds
     ledger.speeds = {worker: share for worker, share in speeds.items() if worker in ledger.workers}
     changed = {
         worker: [len(old), new]
@@ -71,7 +91,28 @@ def on_lanes(core: Core, event: ev.LanesProposed, out: list[Command]) -> bool:
     data = {"action": event.action, "lanes": changed, "reason": event.reason, "step": event.step}
     data |= {"before_s": round(event.before_s, 6), "after_s": round(event.after_s, 6)}
     out.append(Announce("lanes_moved", data))
-    out.append(offers(core)[-1])
+    out.append(newest_offer(core))
+    return True
+
+
+def _refuse_lanes(core: Core, event: ev.LanesProposed, reason: str, out: list[Command]) -> bool:
+    """More lanes may need more sums of gradients than there is room for. Said once: the same is proposed again."""
+    if core.ledger.lanes_refused == tuple(event.lanes):
+        return False
+    core.ledger.lanes_refused = tuple(event.lanes)
+    lanes = dict(zip(core.ledger.members(), event.lanes, strict=False))
+    out.append(Announce("lanes_refused", {"lanes": lanes, "reason": reason, "step": event.step}))
+    return True
+
+
+def on_speeds(core: Core, event: ev.SpeedsLearned, out: list[Command]) -> bool:  # noqa: ARG001
+    """For the next generation; nothing moves now."""
+    ledger, speeds = core.ledger, dict(event.speeds)
+    sound = all(math.isfinite(share) and share > 0 for share in speeds.values())
+    if event.generation != ledger.generation or not sound or set(speeds) != set(ledger.members()):
+        return False
+    known = {**ledger.speeds, **speeds}
+    ledger.speeds = {worker: share for worker, share in known.items() if worker in ledger.workers}
     return True
 
 
@@ -106,5 +147,6 @@ def too_big_for(core: Core, staying: list[int]) -> str | None:
     ledger = core.ledger
     if not staying or len(staying) >= len(ledger.members()):
         return None
-    layout = even_layout(core.spec, max(1, ledger.generation), staying, ledger.domains())
-    return shortfall(core.spec, layout, ledger.memory())
+    memory = ledger.memory()
+    layout = even_layout(core.spec, max(1, ledger.generation), staying, ledger.domains(), (), memory)
+    return shortfall(core.spec, layout, memory)

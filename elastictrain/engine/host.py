@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from elastictrain.data import AnySource
+from elastictrain.data.block_client import BlockClient, Line
 from elastictrain.data.feeder import Feeder
 from elastictrain.data.live_feeder import LiveFeeder, open_feeder
 from elastictrain.data.stages import first_stage, open_stage, stage_of
@@ -105,12 +106,17 @@ class WorkerHost:
         outbox: Outbox | None = None,
         pulse: Pulse | None = None,
         lose_node: Callable[[LoseNode], None] | None = None,
+        feeder_line: Line | None = None,
     ) -> None:
+        """`feeder_line`: how this node's feeder is reached, where `data.feeder` asks for one."""
         self.job, self.worker, self.host = job, worker, host
         self.stages = tuple(stages) or (first_stage(job),)
         self.outbox = outbox or Outbox()
         self.pulse = pulse or Pulse.create_or_mute(None, worker)[0]
         self._probes = Probes(worker, faults, lose_node)
+        self._blocks: BlockClient | None = None
+        if feeder_line is not None and job.data.feeder == "node":
+            self._blocks = BlockClient(feeder_line, worker, workers=job.workers.max + job.workers.spares)
         self._session: Session | None = None
         self._thread: threading.Thread | None = None
         self._rendezvous: Rendezvous | None = None
@@ -166,7 +172,7 @@ class WorkerHost:
         return open_stage(self.job, stage, [one for one in self.stages if one.index < stage.index])
 
     def _feeder(self, source: AnySource, device: torch.device) -> Feeder | LiveFeeder:
-        return open_feeder(source, device)
+        return open_feeder(source, device, self._blocks)
 
     @property
     def store(self) -> str:
@@ -188,8 +194,8 @@ class WorkerHost:
     def ask_pause(self, generation: int, store: bool) -> None:
         self.session.ask_pause(generation, store)
 
-    def offer_lanes(self, generation: int, plan: int, lanes: tuple[tuple[int, ...], ...]) -> None:
-        self.session.offer_lanes(generation, plan, lanes)
+    def offer_lanes(self, generation: int, plan: int, lanes: tuple[tuple[int, ...], ...], epoch: int = 0) -> None:
+        self.session.offer_lanes(generation, plan, lanes, epoch)
 
     def stop(self) -> None:
         """End the training thread; the process may then go."""

@@ -81,6 +81,11 @@ class LaneTree:
         self._pool.extend(self._lent)
         self.nodes, self._lent, self._lent_room = {}, [], 0
 
+    def keep(self, sums: int) -> None:
+        """Let go of buffers beyond so many that lie unused: a worker that has fewer lanes now needs fewer."""
+        while len(self._pool) > sums:
+            self._views.pop(id(self._pool.pop()), None)
+
     def scratch(self, elements: int) -> torch.Tensor:
         """fp32 [elements] with any values, until the next `reset`: from a buffer that the tree needs no more in this
         step where one has room, else new memory. Lanes that are still to come would want those buffers back.

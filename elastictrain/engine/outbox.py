@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
 
 from elastictrain.controller import events as ev
 from elastictrain.controller.events import Message
@@ -17,8 +20,9 @@ class Outbox:
     writing has heard nothing, and its successor is told again. A long poll ends as soon as something urgent comes.
     """
 
-    def __init__(self) -> None:
-        self._messages: list[tuple[Message, bool]] = []
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._messages: list[tuple[Message, bool, float]] = []
+        self._clock = clock
         self._first = 1
         self._progress_is_news = False
         self._signals = 0
@@ -38,7 +42,7 @@ class Outbox:
                 urgent, self._progress_is_news = self._progress_is_news, False
             elif isinstance(message, ev.Sealed):
                 self._progress_is_news = True
-            self._messages.append((message, urgent))
+            self._messages.append((message, urgent, self._clock()))
             if urgent:
                 self._changed.notify_all()
 
@@ -48,8 +52,13 @@ class Outbox:
         """
         with self._changed:
             written = max(0, number + 1 - self._first)
-            self._signals -= sum(isinstance(message, StepSignals) for message, _ in self._messages[:written])
+            self._signals -= sum(isinstance(message, StepSignals) for message, *_ in self._messages[:written])
             del self._messages[:written]
             self._first += written
-            self._changed.wait_for(lambda: any(urgent for _, urgent in self._messages), timeout=timeout_s)
-            return self._first + len(self._messages) - 1, [message for message, _ in self._messages]
+            self._changed.wait_for(lambda: any(urgent for _, urgent, _ in self._messages), timeout=timeout_s)
+            now_s = self._clock()
+            return self._first + len(self._messages) - 1, [_aged(m, now_s - put_s) for m, _, put_s in self._messages]
+
+
+def _aged(message: Message, age_s: float) -> Message:
+    return replace(message, age_s=age_s) if isinstance(message, StepSignals) else message

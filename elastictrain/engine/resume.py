@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from elastictrain.data import AnySource, LiveSource, MixedSource, Segment, fingerprint_difference
+from elastictrain.data import AnySource, MixedSource, Segment, fingerprint_difference
 from elastictrain.data.stages import Skip, first_stage, open_stage, with_lanes, with_mixture, with_skips
 from elastictrain.engine.origins import pin
 from elastictrain.engine.stored import Note, Stored, folder_of, refuse_checkpoints
@@ -161,8 +161,8 @@ def _check_data(
     try:
         changes = fingerprint_difference(manifest.tree.get("data", {}), source.fingerprint, ignoring=_ABOUT_ORDER)
         mark = manifest.tree.get("live")
-        if isinstance(source, LiveSource) and mark is not None and not changes:
-            source.check(mark)
+        if source.growth is not None and mark is not None and not changes:
+            source.growth.check(mark)
     finally:
         source.close()
     if changes:

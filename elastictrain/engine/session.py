@@ -42,6 +42,7 @@ from elastictrain.errors import (
 )
 from elastictrain.job import Job
 from elastictrain.layout import Layout, Shard
+from elastictrain.offers import Lanes, Split, first_split
 from elastictrain.protocol import Doubt, FormPlan, ParkReport, Row, StepSignals
 from elastictrain.pulse import Pulse
 from elastictrain.signs import Activity
@@ -89,7 +90,8 @@ class Session:
         self._inbox: queue.SimpleQueue[FormPlan | None] = queue.SimpleQueue()
         self._latched = 0
         self._pause_in, self._pause_flags = -1, 0
-        self._offers: tuple[int, dict[int, tuple[tuple[int, ...], ...]]] = (0, {})
+        self._split: Split | None = None
+        self._offering = threading.Lock()
         self.groups: GroupSet | None = None
         self.generation = 0
         self.layout: Layout | None = None
@@ -161,27 +163,19 @@ class Session:
         """What this worker's next vote says about a pause."""
         return self._pause_flags if self._pause_in == self.generation else 0
 
-    def offer_lanes(self, generation: int, plan: int, lanes: tuple[tuple[int, ...], ...]) -> None:
-        """Offer a new split of the lanes of `generation` (plans are numbered from 1 in each). It is switched in,
-        without a barrier, at the first step at which every vote has seen it.
+    def offer_lanes(self, generation: int, plan: int, lanes: Lanes, epoch: int = 0) -> None:
+        """Offer split number `plan` of the lanes of `generation`, by controller `epoch`. It is switched in, without a
+        barrier, at the first step at which all votes name it (see `offers`).
         """
-        of, offers = self._offers  # taken once: a generation that begins meanwhile has others
-        if generation == of:
-            offers.setdefault(plan, lanes)
+        with self._offering:
+            if self._split is not None:
+                self._split = self._split.after(generation, plan, lanes, epoch)
 
     @property
-    def offers(self) -> Mapping[int, tuple[tuple[int, ...], ...]]:
-        """The splits that were offered in this generation, by number."""
-        return self._offers[1]
-
-    def newest_offer(self) -> int:
-        """The newest split of which this worker has all before it too: 0 for none. So whatever split all members have
-        in common, each of them has it.
-        """
-        number, offers = 0, self.offers
-        while number + 1 in offers:
-            number += 1
-        return number
+    def newest_split(self) -> Split:
+        """The newest split of this generation's lanes that this worker has been offered."""
+        assert self._split is not None  # since its first generation
+        return self._split
 
     def stop(self) -> None:
         """Let the training thread end."""
@@ -286,7 +280,8 @@ class Session:
         if plan.generation <= self._latched:
             raise Parked
         self.generation = plan.generation
-        self._offers = (plan.generation, {})
+        with self._offering:
+            self._split = first_split(plan.layout)
         self.pulse.at(plan.generation, plan.step, Activity.MEET)
         groups = self._open_groups(plan)
         with self.apply_lock:

@@ -29,7 +29,7 @@ from elastictrain.engine.vote import Ballot, VoteFormat, root_sums
 from elastictrain.job import Job
 from elastictrain.layout import Layout, Shard
 from elastictrain.signs import Activity
-from elastictrain.tree import Node, finish, path_up, roots, whole
+from elastictrain.tree import Node, finish, most_sums, path_up, roots, whole
 
 SLICES = 4
 """In how many slices an owner takes lanes that are handed over."""
@@ -120,8 +120,10 @@ class StepRunner:
         return pending
 
     def _sum_locally(self, step: int, pending: Pending) -> None:
+        lanes = self.layout.lanes[self.rank]
+        self.tree.keep(most_sums(lanes, self.layout.lane_count, apart=self.job.micro_batches > 1))
         with self._timed("compute"):
-            for turn, lane in enumerate(self.layout.lanes[self.rank]):
+            for turn, lane in enumerate(lanes):
                 self.run_lane(step, lane, pending, first=turn == 0, merge=True)
         self.clock.arrive()
         with self._timed("exchange"):

@@ -19,6 +19,7 @@ from elastictrain.engine.signals import StepClock
 from elastictrain.engine.step import StepRunner, Timer
 from elastictrain.engine.vote import FLAG_PAUSE, FLAG_STORE, FLAG_STORING, Tally
 from elastictrain.engine.worker_model import hook
+from elastictrain.offers import first_split
 from elastictrain.protocol import FormPlan, Row, StepSignals
 from elastictrain.signs import Activity
 
@@ -41,7 +42,8 @@ class Stepping:
         self.job = session.job
         self.layout = plan.layout
         self.first_step = True
-        self.lane_plan = 0
+        self.split = first_split(plan.layout)
+        self.named = self.split  # in our last ballot
         self.clock = StepClock()
         self.expected: tuple[tuple[int, ...], int] = ((), 0)  # lanes, and the step up to which they are expected
         self.runner = self._runner()
@@ -106,7 +108,8 @@ class Stepping:
         s.probes.flips(s, self.step, "reduced")
         flags = s.pause_flags() | self.keeper.flags | s.pacing.flags(is_publisher=self.is_publisher)
         storing = report.stores or bool(self.keeper.flags & FLAG_STORING)
-        vote = self.runner.vote(pending, flags=flags, plan=s.newest_offer(), stores=storing, evaluates=report.evaluates)
+        self.named = s.newest_split
+        vote = self.runner.vote(pending, flags=flags, plan=self.named.mark, stores=storing, evaluates=report.evaluates)
         self._tell_signals(vote)
         self._check_sums(vote)
         stored = self._gather_shares(vote)
@@ -183,11 +186,11 @@ class Stepping:
             expect(places)
             self.expected = (lanes, step + AHEAD_STEPS)
 
-    def _switch_lanes(self, plan: int) -> None:
-        """`plan` is the oldest of the newest plans that the votes have seen, so everybody has it."""
-        if plan > self.lane_plan:
-            self.lane_plan = plan
-            self.layout = self.layout.with_lanes(self.session.offers[plan])
+    def _switch_lanes(self, agreed: int | None) -> None:
+        """`agreed`: the mark of the split that all ballots have named, so ours too; None: they named several."""
+        if agreed is not None and agreed != self.split.mark:
+            self.split = self.named
+            self.layout = self.layout.with_lanes(self.split.lanes)
             self.runner = self._runner()
             self.clock.changed()
 

@@ -34,9 +34,10 @@ _HEADER = 7  # generation, step, flags, plan, counter hash, tokens, hash of the 
 class Ballot:
     """One worker's part. `lanes`: (loss sum, weight) of each of its lanes, ascending; `norms`: sums of squares (fp64)
     of the reduced gradient over its roots of the block tree; `counter_hash`: of its integer buffers after this step;
-    `signal`: how its step went (`stragglers.signals`), where the format has room; `claims`: sums of its state and of
-    its reduced gradients, where the format has room for them; `samples_hash`: of the sample ids of its lanes, unsigned
-    64 bits, of which all workers' sum modulo 2**64 is the step's.
+    `plan`: the mark of the newest split of the lanes that it has been offered (`offers`); `signal`: how its step went
+    (`stragglers.signals`), where the format has room; `claims`: sums of its state and of its reduced gradients, where
+    the format has room for them; `samples_hash`: of the sample ids of its lanes, unsigned 64 bits, of which all
+    workers' sum modulo 2**64 is the step's.
     """
 
     generation: int
@@ -56,13 +57,13 @@ class Ballot:
 @dataclass(frozen=True, slots=True)
 class Tally:
     """What a complete vote says. Losses and weights in lane order; `norm` is of the weighted-sum gradient (not yet
-    divided by the weight); `flags` is the union, `plan` the newest that everybody has seen; `samples_hash` is of the
-    step's sample ids, whoever had which lane.
+    divided by the weight); `flags` is the union, `plan` the mark that all have named, None if they named several;
+    `samples_hash` is of the step's sample ids, whoever had which lane.
     """
 
     step: int
     flags: int
-    plan: int
+    plan: int | None
     losses: tuple[float, ...]
     weights: tuple[float, ...]
     norm: float
@@ -185,7 +186,7 @@ class VoteFormat:
         return Tally(
             step=int(heads[0][1]),
             flags=int(np.bitwise_or.reduce([int(h[2]) for h in heads])),
-            plan=min(int(h[3]) for h in heads),
+            plan=int(heads[0][3]) if len({int(h[3]) for h in heads}) == 1 else None,
             losses=tuple(losses),
             weights=tuple(weights),
             norm=math.sqrt(squares) if squares >= 0 else math.nan,

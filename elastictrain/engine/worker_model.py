@@ -18,7 +18,7 @@ from elastictrain.engine.optimizers import check_optimizer, optimizer_template
 from elastictrain.engine.space import Space
 from elastictrain.errors import ElasticTrainError, RecipeError
 from elastictrain.job import Job
-from elastictrain.protocol import ModelFacts
+from elastictrain.protocol import COUNTED_SUMS, ModelFacts
 from elastictrain.recipe import Recipe, load_recipe
 
 
@@ -93,7 +93,7 @@ def inspect(job: Job) -> ModelFacts:
     tensors = check_optimizer(template, sliced=job.ownership == "sliced")
     dtype = COMPUTE_DTYPES[job.numerics.compute_dtype]
     ema = hook(recipe, "ema_decay") is not None
-    fixed = space.total_elements * dtype.itemsize + 2 * space.active_elements * 4
+    fixed = space.total_elements * dtype.itemsize + COUNTED_SUMS * space.active_elements * 4
     held = 4 * (tensors + ema + (dtype != torch.float32))
     return ModelFacts(
         block_elements=space.block_elements,
@@ -102,4 +102,5 @@ def inspect(job: Job) -> ModelFacts:
         state_tensors=tensors,
         fixed_bytes=fixed,
         bytes_per_held_element=held + 4,
+        active_blocks=space.active_blocks,
     )

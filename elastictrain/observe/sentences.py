@@ -313,6 +313,14 @@ SENTENCES: dict[str, Callable[[Data], str]] = {
     "worker_prepared": lambda data: _join(f"{_who(data)} is prepared", _node(data), _prepared(data)),
     "slow_start": _slow_start,
     "start_failed": _worker("could not start"),
+    "feeder_started": lambda data: f"the feeder of {place(data['node'])} reads for the workers there",
+    "feeder_lost": lambda data: _join(
+        f"the feeder of {place(data['node'])} is lost, its workers read for themselves until there is another",
+        _why(data),
+    ),
+    "feeder_failed": lambda data: _join(
+        f"the feeder of {place(data['node'])} cannot open the data, its workers read for themselves", _why(data)
+    ),
     "start_paused": lambda data: (
         _join("no new workers for now", _fact(data, "after_s", ", next try in {} s")) + _why(data)
     ),

@@ -32,6 +32,13 @@ def _lanes_moved(data: Data) -> str:
     return f"{moved}: {', '.join(shown)}{_expected(data)}{_reason(data)}"
 
 
+def _lanes_refused(data: Data) -> str:
+    lanes = list(data["lanes"].items())
+    shown = ", ".join(f"worker {worker} {count}" for worker, count in lanes[:_SHOWN])
+    more = f", {len(lanes) - _SHOWN} more" if len(lanes) > _SHOWN else ""
+    return f"lanes stay as they are: another split ({shown}{more}) does not fit{_reason(data)}"
+
+
 def _expected(data: Data) -> str:
     before, after = data.get("before_s"), data.get("after_s")
     return f"; {before:.3g} s of computation a step, expected {after:.3g} s" if before and after else ""
@@ -45,5 +52,6 @@ def _leaves(data: Data) -> str:
 SLOWNESS: dict[str, Callable[[Data], str]] = {
     "straggler": _straggler,
     "lanes_moved": _lanes_moved,
+    "lanes_refused": _lanes_refused,
     "straggler_leaves": _leaves,
 }

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from random import Random
 
 from elastictrain.controller import commands as cm
 from elastictrain.controller import events as ev
 from elastictrain.errors import InternalError
-from elastictrain.protocol import Restore
+from elastictrain.protocol import Restore, StepSignals
 from elastictrain.sim.books import Books, require
 from elastictrain.sim.clock import Clock
 from elastictrain.sim.crew import Band, Crew
 from elastictrain.sim.nodes import Node, Nodes
+from elastictrain.sim.pace import Devices, Samples, Swings
+from elastictrain.sim.paced import PacedCrew
 from elastictrain.sim.pilot import Letter, Pilot
 from elastictrain.sim.process import Process, Stage
 from elastictrain.sim.report import Tally
-from elastictrain.sim.scenario import Scenario
+from elastictrain.sim.scenario import SMALL_WORLD, Scenario
 
 
 class Cluster:
@@ -30,6 +33,9 @@ class Cluster:
         self.clock = Clock()
         self.rng = Random(f"{scenario.seed}/cluster")
         self.books, self.tally = Books(), Tally()
+        lanes = scenario.lanes_per_worker * scenario.workers
+        self.devices, self.swings = Devices(scenario), Swings()
+        self.samples = Samples(lanes) if scenario.paced and scenario.workers <= SMALL_WORLD else None
         self.nodes = Nodes(scenario.nodes, scenario.workers_per_node)
         self.processes: dict[int, Process] = {}
         self.unreported: dict[int, Process] = {}
@@ -47,6 +53,11 @@ class Cluster:
     def post(self, delay_s: float, letter: Letter) -> None:
         """Messages to the controller, on their way for so long."""
         self.clock.after(delay_s, self.pilot.deliver, letter)
+
+    def tell(self, delay_s: float, said: StepSignals) -> None:
+        """For the straggler watch; it says how long it has waited when somebody listens."""
+        begun_s = self.clock.now_s
+        self.post(delay_s, lambda now_s: [replace(said, age_s=now_s - begun_s)])
 
     def found(self) -> list[int]:
         """The processes that a returning controller finds, and those for which a place is still being sought."""
@@ -108,7 +119,8 @@ class Cluster:
         elif isinstance(command, cm.AskPause):
             self.clock.after(delay_s, self._ask_pause, command)
         elif isinstance(command, cm.OfferLanes):
-            pass  # its workers are all alike: whoever has which lanes, a step takes as long
+            if isinstance(self.crew, PacedCrew) and self.crew.generation == command.generation:
+                self.crew.offer(command, self.pilot.deaths)  # elsewhere it does not matter who has which lanes
         elif isinstance(command, cm.Retire):
             self._check_retire(command.worker)
             self.clock.after(delay_s, self.end_process, command.worker)
@@ -116,7 +128,9 @@ class Cluster:
             self.doomed.add(command.worker)
             self.clock.after(delay_s, self._kill, command)
         elif isinstance(command, cm.Announce):
-            if command.kind == "went_back":
+            if command.kind in ("straggler", "lanes_moved", "straggler_leaves"):
+                self.tally.note_slowness(command.kind, command.data)
+            elif command.kind == "went_back":
                 self.tally.went_back += 1
                 self.books.went_back(command.data["to_step"], self.believed())
         elif isinstance(command, cm.EndRun):
@@ -132,7 +146,7 @@ class Cluster:
 
     def _form(self, command: cm.Form) -> None:
         if self.crew is None or self.crew.generation < command.plan.generation:
-            self.crew = Crew(self, command.plan)
+            self.crew = (PacedCrew if self.scenario.paced else Crew)(self, command.plan)
 
     def _park(self, command: cm.Park) -> None:
         if self.crew is not None:

@@ -1,7 +1,8 @@
 """The members of one generation, as one: they form, seal, step, stall, park and finish together.
 
-Steps are not simulated one by one: how many have been committed follows from the time since the seal. What differs
-between members is drawn when something interrupts them: a vote may have been complete at some and not yet at others.
+Steps are not simulated one by one (`paced` does that): how many have been committed follows from the time since the
+seal. What differs between members is drawn when something interrupts them: a vote may have been complete at some and
+not yet at others.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from random import Random
 from typing import Protocol, TypeVar
 
 from elastictrain.controller import events as ev
-from elastictrain.protocol import FormPlan
+from elastictrain.protocol import FormPlan, StepSignals
 from elastictrain.sim.books import Books
 from elastictrain.sim.clock import Clock
+from elastictrain.sim.pace import Devices, Samples, Swings
 from elastictrain.sim.pilot import Letter
 from elastictrain.sim.process import Process, Stage, vote_bytes
 from elastictrain.sim.report import PAUSE, Tally
@@ -47,10 +49,14 @@ class Surroundings(Protocol):
     tally: Tally
     processes: dict[int, Process]
     next_checkpoint_s: float
+    devices: Devices
+    samples: Samples | None
+    swings: Swings
 
     @property
     def machine_steps(self) -> int: ...
     def post(self, delay_s: float, letter: Letter) -> None: ...
+    def tell(self, delay_s: float, said: StepSignals) -> None: ...
 
 
 class Crew:
@@ -103,11 +109,15 @@ class Crew:
         members = self.members()
         around.books.enter(self.plan, around.processes)
         self._see_seal(members)
-        self.band, self.since_s = Band.STEPPING, around.clock.now_s
+        self.band = Band.STEPPING
+        self._begin_stepping()
         around.tally.resume(around.clock.now_s, self.plan)
         self._later(around.scenario.costs.report_every_s, self._report)
         around.clock.at(around.next_checkpoint_s, self._begin_checkpoint)
         around.clock.at(self.time_of(around.machine_steps), self._finish)
+
+    def _begin_stepping(self) -> None:
+        self.since_s = self.around.clock.now_s
 
     def _see_seal(self, members: Sequence[Process]) -> None:
         for process in members:

@@ -24,6 +24,7 @@ def picture(report: Report, wall_s: float) -> Group:
         ("world", f"{report.world_least:,} at least, {report.generations:,} generations"),
         ("went back", f"{report.went_back} times to a checkpoint"),
         ("controller", f"died {report.controller_deaths} times, {report.replayed:,} events replayed"),
+        ("lanes", f"moved {report.lanes_moved} times ({report.lanes_moved_back} back, {report.lanes_swung} swings)"),
         ("invariants", f"checked after {report.checks:,} events"),
         ("faults", ", ".join(f"{count} × {kind}" for kind, count in report.faults.items()) or "none"),
     ]

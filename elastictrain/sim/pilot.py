@@ -7,16 +7,19 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from elastictrain.controller import Machine, MachineSpec, Watch, dump_event, read_events
 from elastictrain.controller import events as ev
 from elastictrain.controller.adoption import outstanding, reconcile
 from elastictrain.controller.commands import Announce, Command
+from elastictrain.controller.slowness import Slowness
+from elastictrain.protocol import StepSignals
 from elastictrain.sim.books import require
 from elastictrain.sim.clock import Clock
 
-Letter = Callable[[float], Iterable[ev.Event]]
+Letter = Callable[[float], Iterable[ev.Event | StepSignals]]
 """Messages on their way: the events as they are observed when they arrive, given the time of that."""
 
 WHOLE_JOURNAL_WORLD = 64
@@ -26,7 +29,7 @@ TEXT_LINES = 20_000
 """Up to this many lines a journal goes through its text form; longer ones are replayed from memory."""
 
 
-def _later(events: Sequence[ev.Event], _: float) -> Sequence[ev.Event]:
+def _later(events: Sequence[ev.Event | StepSignals], _: float) -> Sequence[ev.Event | StepSignals]:
     return events
 
 
@@ -57,6 +60,8 @@ class Pilot:
         self.wakes_s: float | None = None
         self.is_dying = False
         self.unsaid: list[Command] | None = None
+        self.newest_step = 0
+        self.slowness = self._new_watch()
         if spec.initial_workers <= WHOLE_JOURNAL_WORLD:
             self.keep_journal()
 
@@ -66,11 +71,24 @@ class Pilot:
             self.waiting.append(letter)
             return
         events = list(letter(self.clock.now_s))
-        for at, event in enumerate(events, start=1):
-            if not self.handle(event):  # it died over this one
+        for at, said in enumerate(events, start=1):
+            event = self._hear(said) if isinstance(said, StepSignals) else said
+            if event is not None and not self.handle(event):  # it died over this one
                 self.waiting.append(partial(_later, events[at:]))
                 return
         self._set_alarm()
+
+    def _new_watch(self) -> Slowness | None:
+        """A new controller begins to learn anew."""
+        return None if self.spec.stragglers is None else Slowness(self.machine, self.spec.stragglers)
+
+    def _hear(self, said: StepSignals) -> ev.Event | None:
+        """What the straggler watch makes of it: it is not written down, what follows from it is."""
+        if self.slowness is None:
+            return None
+        told, event = self.slowness.hear(said, self.newest_step)
+        self._perform(told)
+        return None if event is None else replace(event, now_s=self.clock.now_s)
 
     def handle(self, event: ev.Event) -> bool:
         """Write the event down, let the machine handle it and do what it commands. False: died before doing it."""
@@ -154,7 +172,11 @@ class Pilot:
             if self.spec.initial_workers <= WHOLE_JOURNAL_WORLD:
                 self.keep_journal()
         self.wakes_s = None
-        letters, self.waiting = list(self.waiting), deque()
+        self.slowness = self._new_watch()
+        letters = [partial(_later, list(letter(self.clock.now_s))) for letter in self.waiting]
+        waited = [said for letter in letters for said in letter(0.0)]
+        self.newest_step = max((said.step for said in waited if isinstance(said, StepSignals | ev.Progress)), default=0)
+        self.waiting = deque()
         self._perform([command for command in self.unsaid or () if isinstance(command, Announce)])
         self.unsaid = None
         self._adopt()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from elastictrain.offers import Split
 from elastictrain.protocol import ParkReport
 
 
@@ -27,7 +28,9 @@ def vote_bytes(step: int) -> bytes:
 @dataclass(slots=True, eq=False)
 class Process:
     """`silent`: frozen, torn or cut off: it answers nobody. `cut`: no kill reaches it either. `generation`: the newest
-    plan that it has entered; it refuses plans up to `parked_at`. `applied`: the step that its state is at.
+    plan that it has entered; it refuses plans up to `parked_at`. `applied`: the step that its state is at. `split`: the
+    newest one that it was offered; `lanes`: those that it computes. `speed`: of its device, once known; its lanes take
+    `slow_factor` times as long until `slow_until_s`.
     """
 
     number: int
@@ -41,6 +44,11 @@ class Process:
     sealed: int = 0
     gathered: bool = False
     vote: bytes | None = None
+    split: Split | None = None
+    lanes: tuple[int, ...] = ()
+    speed: float | None = None
+    slow_factor: float = 1.0
+    slow_until_s: float = 0.0
 
     def park(self, generation: int) -> ParkReport:
         """Latch apply off and promise it (invariant R3)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -38,7 +38,11 @@ class Report:
     time; what it lacks is start-up, outages, steps redone and worlds that were too small. `stepping`: the share of time
     in which the members stepped. `outages`: by cause. `steps_redone`: computed again, those of going back included.
     `steps_lost`, `steps_twice`: by the simulator's own books; anything but 0 is a bug. `checks`: after how many events
-    the machine's invariants were checked. `replayed`: events that returning controllers have replayed.
+    the machine's invariants were checked. `replayed`: events that returning controllers have replayed. `lanes_moved`:
+    times that other workers got other lanes between two steps, of these `lanes_moved_back` since it had not helped;
+    `lanes_swung`: times that a worker's lanes went to and fro although no speed had changed. `stragglers`: what was
+    said of slow workers. `samples`: digest of what the steps have given, the same for any number of workers, faults and
+    slow-downs.
     """
 
     workers: int
@@ -61,6 +65,11 @@ class Report:
     controller_deaths: int
     replayed: int
     world_least: int
+    lanes_moved: int
+    lanes_moved_back: int
+    lanes_swung: int
+    stragglers: dict[str, int]
+    samples: str | None
     phase: str
     error: str | None
 
@@ -82,6 +91,8 @@ class Tally:
     steps_redone: int = 0
     went_back: int = 0
     world_least: int = 0
+    stragglers: Counter[str] = field(default_factory=Counter)
+    lanes_moved_back: int = 0
 
     def interrupt(self, now_s: float, cause: str) -> None:
         if self.stepping_since_s is not None:
@@ -98,6 +109,13 @@ class Tally:
         if self.open_since_s is not None:
             self.outages.setdefault(self.open_cause, []).append(now_s - self.open_since_s)
         self.open_since_s, self.open_cause, self.stepping_since_s = None, "", now_s
+
+    def note_slowness(self, kind: str, data: Mapping[str, Any]) -> None:
+        """An announcement of the straggler watch, or of what is done about it."""
+        if kind == "lanes_moved":
+            self.lanes_moved_back += data["action"] == "move_back"
+        else:
+            self.stragglers[data["what"] if kind == "straggler" else data["action"]] += 1
 
     def recoveries(self) -> list[float]:
         return [value for cause, values in self.outages.items() if cause != PAUSE for value in values]

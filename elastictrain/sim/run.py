@@ -79,6 +79,11 @@ def _report(cluster: Cluster) -> Report:
         controller_deaths=pilot.deaths,
         replayed=pilot.replayed,
         world_least=tally.world_least,
+        lanes_moved=cluster.swings.moves,
+        lanes_moved_back=tally.lanes_moved_back,
+        lanes_swung=cluster.swings.swings,
+        stragglers=dict(sorted(tally.stragglers.items())),
+        samples=None if cluster.samples is None else cluster.samples.digest(steps),
         phase=pilot.machine.phase.value,
         error=ended.error,
     )

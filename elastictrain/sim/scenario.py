@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from elastictrain.controller import MachineSpec
 from elastictrain.controller.budgets import FailureBudget
+from elastictrain.controller.facts import StragglerSpec
 from elastictrain.errors import ConfigError
 from elastictrain.settings import PositiveInt, explain, not_a_switch
 
@@ -39,6 +40,7 @@ class FaultRates(_Part):
     The defaults are a bad cluster: some ten times the losses that were reported for the training of Llama 3 (one
     interruption in 2.8 hours on 16,384 GPUs, so 45,000 hours for one GPU), so that a day shows every kind.
 
+    `slow_down_h`: of one worker, for a while, as strong and as long as `sim.speeds` draws it.
     `unseen_freeze`: the share of frozen workers that nobody names, so that the machine's own deadlines must find them.
     `split_vote`: the share of faults that hit while a vote was complete at some members and not yet at others.
     `late_seal`: ... while a forming generation's seal was so.
@@ -51,6 +53,7 @@ class FaultRates(_Part):
     node_notice_h: Hours | None = 4_000.0
     node_partition_h: Hours | None = 10_000.0
     controller_death_h: Hours | None = 6.0
+    slow_down_h: Hours | None = None
     start_failure: Share = 0.001
     corrupt_checkpoint: Share = 0.05
     unseen_freeze: Share = 0.1
@@ -107,7 +110,9 @@ class Scenario(_Part):
 
     `spares`: by default a worker in a hundred. `min_workers`: by default three quarters. `spare_nodes`: machines that
     stand empty at the start, by default one in fifty. `steps`: the run may finish before the `hours` are over; None: it
-    is stopped then. `check`: the machine's invariants after every event ("all"), after a sample of them, or not.
+    is stopped then. `stragglers`: what is done about slow workers, as in a job. `speeds`: of the devices, of which each
+    worker has one; `noise`: standard deviation of the logarithm of a worker's time in a step. `check`: the machine's
+    invariants after every event ("all"), after a sample of them, or not.
     """
 
     workers: PositiveInt = 1000
@@ -121,6 +126,9 @@ class Scenario(_Part):
     blocks_per_worker: PositiveInt = 4
     mirrors: bool = True
     steps: PositiveInt | None = None
+    stragglers: Literal["off", "watch", "lanes", "evict"] = "off"
+    speeds: tuple[Annotated[float, BeforeValidator(not_a_switch), Field(gt=0)], ...] = (1.0,)
+    noise: Share = 0.02
     check: Check = "auto"
     rates: FaultRates = FaultRates()
     costs: Costs = Costs()
@@ -130,6 +138,11 @@ class Scenario(_Part):
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers={self.min_workers} is more than workers={self.workers}; lower min_workers")
         return self
+
+    @property
+    def paced(self) -> bool:
+        """Whether steps differ, and have to be simulated one by one."""
+        return self.stragglers != "off" or self.rates.slow_down_h is not None or self.speeds != (1.0,)
 
     @property
     def end_s(self) -> float:
@@ -170,6 +183,9 @@ class Scenario(_Part):
             spares=self.spare_workers,
             mirrors=self.mirrors,
             checkpoint=True,
+            stragglers=StragglerSpec(self.stragglers in ("lanes", "evict"), self.stragglers == "evict")
+            if self.stragglers != "off"
+            else None,
             budget=FailureBudget(many, many, many, many, many, vain=many),
         )
 

@@ -12,15 +12,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
+import numpy as np
+import numpy.typing as npt
+
 from elastictrain.planner.split import split_affine
+from elastictrain.sim import draws
 from elastictrain.stragglers.alarms import Cause
 from elastictrain.stragglers.decision import Decision, Policy
-from elastictrain.stragglers.rental import prior_s
 from elastictrain.stragglers.signals import (
     FLAG_CHECKPOINT,
     FLAG_COLLECTION,
     FLAG_EVALUATION,
-    Signal,
+    Floats,
+    table,
 )
 from elastictrain.stragglers.watch import Finding, StragglerWatch
 
@@ -87,11 +91,24 @@ def draw_slowness(
     rng: Random, *, workers: int, steps: int, step_s: float, first: int = 30, causes: Sequence[Cause] = ("compute",)
 ) -> Slowness:
     """One slow-down that lasts at least 20 steps, somewhere in the run."""
-    mean = prior_s(workers)
-    lasts_s = mean * ((1.0 - rng.random()) ** -0.5 - 1.0)  # Lomax, shape 2
-    factor = min(6.0, 1.15 + rng.expovariate(1 / 0.85))
+    lasts_s, factor = draws.lasts_s(rng, workers), draws.factor(rng)
     begin = rng.randrange(first, max(first + 1, steps - 60))
     return Slowness(rng.randrange(workers), rng.choice(list(causes)), factor, begin, begin + 20 + int(lasts_s / step_s))
+
+
+@dataclass(slots=True)
+class _Drawn:
+    """What a step would be like whoever has the lanes, by worker: noise of its times, tokens and Σ squares per lane."""
+
+    noise: Floats
+    tokens: Floats
+    squares: Floats
+    flags: npt.NDArray[np.int64]
+
+    @property
+    def work(self) -> Floats:
+        """A lane's work against a mean one: seven tenths linear, three tenths attention."""
+        return 0.7 * self.tokens / 1000.0 + 0.3 * self.squares / 1e6
 
 
 class _Devices:
@@ -99,34 +116,38 @@ class _Devices:
 
     def __init__(self, scenario: SpeedScenario) -> None:
         self.scenario, self.rng = scenario, Random(f"{scenario.seed}/devices")
-        speeds = scenario.speeds or (1.0,) * scenario.workers
-        self.unit_s = [scenario.lane_s / speed for speed in speeds]
+        self.unit_s = scenario.lane_s / np.array(scenario.speeds or (1.0,) * scenario.workers)
         self.step_s = max(scenario.lane_s * scenario.lanes / scenario.workers, 1e-9)
 
-    def true_units(self, step: int) -> list[float]:
+    def active(self, step: int) -> tuple[Slowness, ...]:
+        """Who is slow in this step."""
+        return tuple(slow for slow in self.scenario.slowness if slow.begin <= step < slow.end)
+
+    def true_units(self, slowness: Sequence[Slowness]) -> Floats:
         """Seconds per lane of every worker now, without noise."""
-        units = list(self.unit_s)
-        for slow in self.scenario.slowness:
-            if slow.cause == "compute" and slow.begin <= step < slow.end:
+        units = self.unit_s.copy()
+        for slow in slowness:
+            if slow.cause == "compute":
                 units[slow.worker] *= slow.factor
         return units
 
-    def extra_s(self, step: int, cause: Cause, worker: int) -> float:
-        return sum(
-            (slow.factor - 1.0) * self.step_s
-            for slow in self.scenario.slowness
-            if slow.cause == cause and slow.worker == worker and slow.begin <= step < slow.end
-        )
+    def extra_s(self, slowness: Sequence[Slowness], cause: Cause) -> Floats:
+        """Seconds more of every worker, for a cause that is not the computation."""
+        extra = np.zeros(self.scenario.workers)
+        for slow in slowness:
+            if slow.cause == cause:
+                extra[slow.worker] += (slow.factor - 1.0) * self.step_s
+        return extra
 
-    def draw(self, step: int) -> list[tuple[float, float, float, int]]:
-        """(noise, tokens per lane, Σ squares per lane, flags) of every worker: the same whoever has the lanes."""
+    def draw(self, step: int) -> _Drawn:
+        """The same whoever has the lanes, and one worker after the other."""
         s, rng = self.scenario, self.rng
         shared = 0
         if s.checkpoint_every and step % s.checkpoint_every == 0:
             shared |= FLAG_CHECKPOINT
         if s.evaluate_every and step % s.evaluate_every == 0:
             shared |= FLAG_EVALUATION
-        drawn = []
+        rows = []
         for _ in range(s.workers):
             factor, flags = rng.lognormvariate(0.0, s.noise), shared
             if rng.random() * s.hiccup_every < 1.0:
@@ -137,40 +158,48 @@ class _Devices:
                 factor *= 1.0 + 0.5 * rng.random()
             length = max(0.2, rng.gauss(1.0, s.lengths / 2.83)) if s.lengths else 1.0
             spread = 1.0 + s.lengths**2 * max(0.1, rng.gauss(1.0, 0.3)) if s.lengths else 1.0
-            drawn.append((factor, 1000.0 * length, 1e6 * length * length * spread, flags))
-        return drawn
+            rows.append((factor, 1000.0 * length, 1e6 * length * length * spread, flags))
+        noise, tokens, squares, flags_of = np.array(rows).T
+        return _Drawn(noise, tokens, squares, flags_of.astype(np.int64))
 
 
-def _work(tokens: float, squares: float) -> float:
-    """A lane's work against a mean one: seven tenths linear, three tenths attention."""
-    return 0.7 * tokens / 1000.0 + 0.3 * squares / 1e6
+def unwatched_s(scenario: SpeedScenario) -> float:
+    """Seconds of the run when nobody looks: the lanes stay as they were at first."""
+    devices, lanes = _Devices(scenario), _even(scenario)
+    return sum(
+        _take(devices, devices.active(step), np.array(lanes), devices.draw(step)).total_s
+        for step in range(1, scenario.steps + 1)
+    )
+
+
+def _even(scenario: SpeedScenario) -> tuple[int, ...]:
+    base, more = divmod(scenario.lanes, scenario.workers)
+    return tuple(base + (worker < more) for worker in range(scenario.workers))
 
 
 def run_speeds(scenario: SpeedScenario, policy: Policy | None = None) -> SpeedReport:
     """Train on virtual devices under the real watch; its moves take effect at the next step but one."""
     devices, report = _Devices(scenario), SpeedReport()
     watch = StragglerWatch(scenario.steps, policy=policy)
-    workers = tuple(range(scenario.workers))
-    base, more = divmod(scenario.lanes, scenario.workers)
-    first = tuple(base + (worker < more) for worker in workers)
+    workers, first = tuple(range(scenario.workers)), _even(scenario)
     lanes, coming = first, list[tuple[int, tuple[int, ...]]]()
-    best_for: dict[tuple[float, ...], tuple[int, ...]] = {}
+    best_for: dict[tuple[Slowness, ...], tuple[int, ...]] = {}
     last = [(0, 0)] * scenario.workers
     changes = [step for slow in scenario.slowness for step in (slow.begin, slow.end)]
     for step in range(1, scenario.steps + 1):
         while coming and coming[0][0] <= step:
             lanes = coming.pop(0)[1]
-        drawn, units = devices.draw(step), devices.true_units(step)
-        oracle = best_for.get(tuple(units))
+        drawn, slowness = devices.draw(step), devices.active(step)
+        oracle = best_for.get(slowness)
         if oracle is None:
-            even = [0.0] * scenario.workers
+            even, units = [0.0] * scenario.workers, devices.true_units(slowness).tolist()
             oracle = split_affine(scenario.lanes, even, units, least=[1] * scenario.workers, before=first).parts
-            best_for[tuple(units)] = oracle
-        took = _take(devices, step, lanes, units, drawn)
+            best_for[slowness] = oracle
+        took = _take(devices, slowness, np.array(lanes), drawn)
         taken_s = took.total_s
         report.ours_s += taken_s
-        report.none_s += taken_s if lanes == first else _take(devices, step, first, units, drawn).total_s
-        report.oracle_s += taken_s if lanes == oracle else _take(devices, step, oracle, units, drawn).total_s
+        report.none_s += taken_s if lanes == first else _take(devices, slowness, np.array(first), drawn).total_s
+        report.oracle_s += taken_s if lanes == oracle else _take(devices, slowness, np.array(oracle), drawn).total_s
         verdict = watch.feed(1, workers, step, _records(took, lanes, drawn))
         report.findings += verdict.findings
         decision = verdict.decision
@@ -204,51 +233,38 @@ def _turns(
 class _Step:
     """What a step took of each worker, in seconds."""
 
-    compute: list[float]
-    data: list[float]
-    transfer: list[float]
+    compute: Floats
+    data: Floats
+    transfer: Floats
 
     @property
-    def arrive(self) -> list[float]:
-        return [own + waited for own, waited in zip(self.compute, self.data, strict=True)]
+    def arrive(self) -> Floats:
+        return self.compute + self.data
 
     @property
     def total_s(self) -> float:
-        return max(self.arrive) + max(self.transfer)
+        return float(self.arrive.max() + self.transfer.max())
 
 
-def _take(
-    devices: _Devices,
-    step: int,
-    lanes: Sequence[int],
-    units: Sequence[float],
-    drawn: Sequence[tuple[float, float, float, int]],
-) -> _Step:
+def _take(devices: _Devices, slowness: Sequence[Slowness], lanes: npt.NDArray[np.int64], drawn: _Drawn) -> _Step:
     """A step under this split of the lanes."""
-    found = _Step([], [], [])
-    slow_there = any(slow.begin <= step < slow.end for slow in devices.scenario.slowness)
-    for worker, (factor, tokens, squares, _) in enumerate(drawn):
-        found.compute.append(units[worker] * lanes[worker] * factor * _work(tokens, squares))
-        found.data.append(devices.extra_s(step, "data", worker) if slow_there else 0.0)
-        own = devices.extra_s(step, "link", worker) if slow_there else 0.0
-        found.transfer.append((0.03 * devices.step_s + own) * factor**0.5)
-    return found
-
-
-def _records(took: _Step, lanes: Sequence[int], drawn: Sequence[tuple[float, float, float, int]]) -> bytes:
-    """What the workers would say of it."""
-    arrive = took.arrive
-    last = max(arrive)
-    return b"".join(
-        Signal(
-            lanes=lanes[worker],
-            compute_s=took.compute[worker],
-            data_s=took.data[worker],
-            arrive_s=arrive[worker],
-            exchange_s=last - arrive[worker] + took.transfer[worker],
-            tokens=lanes[worker] * tokens,
-            squares=lanes[worker] * squares,
-            flags=flags,
-        ).encode()
-        for worker, (_, tokens, squares, flags) in enumerate(drawn)
+    return _Step(
+        compute=devices.true_units(slowness) * lanes * drawn.noise * drawn.work,
+        data=devices.extra_s(slowness, "data"),
+        transfer=(0.03 * devices.step_s + devices.extra_s(slowness, "link")) * drawn.noise**0.5,
     )
+
+
+def _records(took: _Step, lanes: Sequence[int], drawn: _Drawn) -> bytes:
+    """What the workers would say of it."""
+    arrive, counts = took.arrive, np.array(lanes)
+    return table(
+        lanes=counts,
+        compute_s=took.compute,
+        data_s=took.data,
+        arrive_s=arrive,
+        exchange_s=arrive.max() - arrive + took.transfer,
+        tokens=counts * drawn.tokens,
+        squares=counts * drawn.squares,
+        flags=drawn.flags,
+    ).tobytes()

@@ -37,6 +37,7 @@ class Weather:
         self._begin("node loss", rates.node_loss_h, nodes, self._lose_node)
         self._begin("preemption", rates.node_notice_h, nodes, self._announce)
         self._begin("partition", rates.node_partition_h, nodes, self._cut)
+        self._begin("slow-down", rates.slow_down_h, workers, self._slow_down)
         self._begin("controller death", rates.controller_death_h, 1, self._kill_controller, TAIL_S)
 
     def _begin(
@@ -88,6 +89,18 @@ class Weather:
         if process is not None:
             self.cluster.lose(process, kind, self.costs.detect_death_s)
         return process is not None
+
+    def _slow_down(self, _: str, rng: Random) -> bool:
+        """A busy host, a hot device: it computes, only slower, and some time later as before."""
+        process = self._process(rng, Stage.STEPPING)
+        if process is None or self.clock.now_s < process.slow_until_s:
+            return False
+        devices = self.cluster.devices
+        self.clock.after(devices.slow_down(process, self.clock.now_s, rng), self._as_before)
+        return True
+
+    def _as_before(self) -> None:
+        self.cluster.devices.changed_s = self.clock.now_s
 
     def _freeze(self, kind: str, rng: Random) -> bool:
         """Detection names it, or nobody does: then its peers complain, or all are seen to wait for each other."""

@@ -9,10 +9,11 @@ Each step gives four numbers per worker, logarithms so that 0.1 is about 10 %:
 
 From each is taken the worker's own usual level, and what all its peers (same role) have in common in this step: the
 median, or, where there are only two, the change nearest to none. What is left drives Page's CUSUM (Biometrika 1954) of
-the likelihood ratio against a shift of 15 %, in both directions, in units of the noise. An alarm needs three steps at
-least (a step counts at most 0.4 of the threshold, so hiccups never add up to one), and a median since its onset of 11 %
-or more: the verification of Greyhound (ATC 2025). Then the level is the new one. So the levels are also the learned
-speeds, from the first steps on.
+the likelihood ratio against a shift of 15 %, in both directions, in units of the noise. An alarm needs three steps that
+agree, or five (a step counts at most 0.4 of the threshold; hiccups in a row are of different sizes), and a median since
+its onset of 11 % or more: the verification of Greyhound (ATC 2025). Then the level is the new one. So the levels are
+also the learned speeds, from the first steps on. A change that is within what is not known of the level (it was learned
+from few steps, or before it was known what lengths cost) corrects it without a word.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from elastictrain.stragglers.alarms import (
     Together,
     Tuning,
 )
+from elastictrain.stragglers.robust import middle, spread, variance
 from elastictrain.stragglers.signals import EXCUSED, Flags, Floats, Records, checked, parts
 from elastictrain.stragglers.work import WorkModel
 
@@ -44,6 +46,8 @@ _APART = 3.0
 _JUMP = math.log(1.2)
 _LENGTHS = 20
 """Steps with unequal lengths after which it is known how much they vary."""
+_SURE = 5
+"""Steps after which a change is believed although they do not agree."""
 
 
 class Detector:
@@ -75,6 +79,11 @@ class Detector:
             self._seen[COMPUTE, there] = self.tuning.warm_up
         self._warm = np.full((4, workers, self.tuning.warm_up), np.nan)
         self._noise = np.full((4, workers), 2 * self.tuning.noise)
+        self._behind = np.full((4, workers), self.tuning.warm_up)  # so many steps are behind a level
+        pairs = [group for group in self._groups if len(group) == 2]
+        self._zeros = np.ones(workers)
+        """Of two workers one always counts as unchanged, so that half of what both have left is 0."""
+        self._zeros[np.concatenate(pairs) if pairs else []] = 2.0
         self._up: Floats = np.zeros((4, workers))
         self._down: Floats = np.zeros((4, workers))
         self._up_since = np.zeros((4, workers), dtype=np.int64)
@@ -116,11 +125,11 @@ class Detector:
         error = np.maximum(self._noise[COMPUTE], self.tuning.noise) / np.sqrt(np.clip(self._counted, 1, 64))
         if self.model.by_length:  # what lengths cost is not known well at first
             error = error * (1.0 + 3.0 * max(0.0, 1.0 - self._lengths_seen / (3 * _LENGTHS)))
-        middle = np.zeros(self.workers)
+        usual = np.zeros(self.workers)
         for group in self._groups:
-            middle[group] = np.median(level[group])
-        told = np.abs(level - middle) > _APART * error
-        return np.where(self.ready, np.exp(np.where(told, level, middle) + self.common[COMPUTE]), np.nan)
+            usual[group] = np.median(level[group])
+        told = np.abs(level - usual) > _APART * error
+        return np.where(self.ready, np.exp(np.where(told, level, usual) + self.common[COMPUTE]), np.nan)
 
     @property
     def slowness(self) -> Floats:
@@ -153,7 +162,7 @@ class Detector:
         change = np.where(usable, values - self.level, np.nan)
         learned = usable & (self._seen >= self.tuning.warm_up)
         learned[WORK] = usable[WORK]
-        self.common = self._in_common(np.where(learned, change, np.nan))
+        self.common = self._in_common(np.where(learned & ~self._back_to_best(change), change, np.nan))
         rest = change - self.common
         self._learn_lengths(rest[WORK], usable[WORK])
         learned[WORK] &= self._seen[WORK] >= self.tuning.warm_up
@@ -193,7 +202,9 @@ class Detector:
     def _values(self, records: Records, sound: Flags, used: Flags) -> tuple[Floats, Flags]:
         work = self.model.work(records)
         compute = np.maximum(records["compute_s"].astype(np.float64), 1e-9)
-        ordinary = np.where(self._seen[COMPUTE] >= self.tuning.warm_up, np.exp(self.level[COMPUTE]) * work, compute)
+        # Of lanes of mean length: what one waits for data does not depend on the lengths of just these lanes.
+        mean = np.exp(self.level[COMPUTE]) * np.maximum(records["lanes"], 1)
+        ordinary = np.where(self._seen[COMPUTE] >= self.tuning.warm_up, mean, compute)
         _, transfer = parts(records, sound)
         longest = float(np.median(ordinary[used])) if used.any() else 1.0
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -210,6 +221,11 @@ class Detector:
         usable[LINK] &= bool(((records["flags"] & EXCUSED) == 0)[sound].all())  # others would be waited for
         return values, usable & np.isfinite(values)
 
+    def _back_to_best(self, change: Floats) -> Flags:
+        """Who was slow and is nearer to its best now than to its level: that is its own change, and nobody else's."""
+        away = np.where(np.isfinite(self._best), self.level - self._best, 0.0)
+        return np.asarray((away >= self.tuning.verified) & (np.abs(change + away) < np.abs(change)))
+
     def _in_common(self, change: Floats) -> Floats:
         """What all peers of a worker share in this step, shape as `change`; 0 where nobody is to be compared with."""
         common = np.zeros_like(change)
@@ -221,7 +237,7 @@ class Detector:
                 if len(group) == 1:  # nobody to compare with: its own history alone
                     shared = np.zeros(len(part))
             else:
-                shared = _middle(part)
+                shared = middle(part)
             common[:, group] = shared[:, None]
         return common
 
@@ -233,7 +249,9 @@ class Detector:
             return []
         causes, places = np.nonzero(new)
         slots = self._seen[causes, places]
-        self._warm[causes, places, slots] = values[causes, places]
+        known = np.isfinite(self._best[causes, places])
+        # What peers shared in each of these steps, not in the last one: of few peers one may just have a hiccup.
+        self._warm[causes, places, slots] = values[causes, places] - np.where(known, self.common[causes, places], 0.0)
         self._seen[causes, places] += 1
         done = self._seen[causes, places] >= self.tuning.warm_up
         if not done.any():
@@ -243,20 +261,22 @@ class Detector:
         level = np.nanmedian(samples, axis=1)
         before = self.level[causes, places]
         known = np.isfinite(self._best[causes, places])
-        level = level - np.where(known, self.common[causes, places], 0.0)
         shift = np.where(known, level - before, 0.0)
+        apart = 1.4826 * np.nanmedian(np.abs(samples - np.nanmedian(samples, axis=1)[:, None]), axis=1)
+        self._noise[causes, places] = np.maximum(self._noise[causes, places], 1.5 * apart)
+        for cause in np.unique(causes):  # few samples each: nobody is assumed to be much steadier than the others
+            self._noise[cause] = np.maximum(self._noise[cause], np.median(self._noise[cause]))
+        noise, count = self._likely_noise()[causes, places], np.isfinite(samples).sum(axis=1)
+        unknown = _APART * np.sqrt(variance(noise, count) + variance(noise, self._behind[causes, places]))
+        self._behind[causes, places] = count
         # Of one whose lanes were moved, the best level shifts along: the move is what has changed it. Unless it cannot
         # be: with more lanes a lane should not take longer, nor with fewer of them less.
         more = self._more_lanes[places]
-        jumped = (causes == COMPUTE) & (((shift > _JUMP) & (more > 0)) | ((shift < -_JUMP) & (more < 0)))
+        jump = np.maximum(_JUMP, unknown)
+        jumped = (causes == COMPUTE) & (((shift > jump) & (more > 0)) | ((shift < -jump) & (more < 0)))
         best = self._best[causes, places]
         self._best[causes, places] = np.where(known, np.where(jumped, np.minimum(best, level), best + shift), level)
         self.level[causes, places] = level
-        middle = np.nanmedian(samples, axis=1)
-        spread = 1.4826 * np.nanmedian(np.abs(samples - middle[:, None]), axis=1)
-        self._noise[causes, places] = np.maximum(self._noise[causes, places], 1.5 * spread)
-        for cause in np.unique(causes):  # few samples each: nobody is assumed to be much steadier than the others
-            self._noise[cause] = np.maximum(self._noise[cause], np.median(self._noise[cause]))
         return [
             Alarm(step, step - 2, int(place), "compute", math.exp(change), math.exp(now - self._best[COMPUTE, place]))
             for place, change, now in zip(places[jumped], shift[jumped], level[jumped], strict=True)
@@ -270,10 +290,10 @@ class Detector:
         if not there.any():
             return
         self._lengths_seen += 1
-        spread = 1.2533 * float(np.mean(np.abs(rest[there])))
+        apart = 1.2533 * float(np.mean(np.abs(rest * self._zeros)[there]))
         if self._lengths_seen == 1:
-            self._noise[WORK] = spread
-        self._noise[WORK] += (spread - self._noise[WORK]) / min(self._lengths_seen, 64)
+            self._noise[WORK] = apart
+        self._noise[WORK] += (apart - self._noise[WORK]) / min(self._lengths_seen, 64)
         if self._lengths_seen >= _LENGTHS:
             self._seen[WORK] = self.tuning.warm_up
 
@@ -282,9 +302,7 @@ class Detector:
         t, threshold = self.tuning, self.threshold
         there = ~np.isnan(rest)
         self._recent[self._turn % MEMORY] = rest
-        noise = np.maximum(self._noise, t.noise)
-        if self.model.by_length:  # what lengths cost is not known well at first
-            noise = noise * (1.0 + max(0.0, 1.0 - self._lengths_seen / (2 * _LENGTHS)))
+        noise = self._likely_noise()
         pace = t.shift / (noise * noise)
         most = np.full((4, 1), STEP_SHARE * threshold)
         most[WORK] /= 4  # many steps: lengths are drawn anew in each
@@ -305,9 +323,10 @@ class Detector:
         closer = np.where(calm, gain * bounded, 0.0) + follow * self.common * (self._seen >= t.warm_up)
         self.level += closer
         self._best[:3] += closer[:3]  # knowing a level better is no slowness: only what was an alarm is
-        spread = 1.2533 * np.minimum(np.abs(np.nan_to_num(rest)), 4 * noise)
+        apart = 1.2533 * np.minimum(np.abs(np.nan_to_num(rest)) * self._zeros, 4 * noise)
         calm[WORK] = False
-        self._noise += np.where(calm, (spread - self._noise) * np.maximum(gain, 1 / 32), 0.0)
+        self._behind = np.minimum(self._behind + calm, 64)
+        self._noise += np.where(calm, (apart - self._noise) * np.maximum(gain, 1 / 32), 0.0)
         return alarms
 
     def _count_hiccups(self, rest: Floats) -> None:
@@ -316,44 +335,65 @@ class Detector:
         self.hiccups += self._spiked & ~spike & (np.nan_to_num(rest) < self.tuning.shift / 2)
         self._spiked = spike
 
+    def _likely_noise(self) -> Floats:
+        """What is known of the noise, and more of it while it is not known well what lengths cost."""
+        noise = np.maximum(self._noise, self.tuning.noise)
+        if self.model.by_length:
+            noise = noise * (1.0 + max(0.0, 1.0 - self._lengths_seen / (2 * _LENGTHS)))
+        return np.asarray(noise)
+
     def _raise(self, step: int, over: Flags) -> list[Alarm]:
         """Verify whoever is over the threshold; the level of a verified change is the new one."""
         alarms = []
+        likely = self._likely_noise() if over.any() else self._noise
         for cause, place in zip(*np.nonzero(over), strict=True):
             up = self._up[cause, place] >= self._down[cause, place]
             since = (self._up_since if up else self._down_since)[cause, place]
             length = int(min(MEMORY, self._turn - since + 1))
             turns = np.arange(self._turn - length + 1, self._turn + 1) % MEMORY
             samples = self._recent[turns, cause, place]
-            change = float(np.nanmedian(samples))
+            samples = samples[np.isfinite(samples)]
+            change, noise = float(np.median(samples)), float(likely[cause, place])
             if abs(change) < self.tuning.verified or (change > 0) != bool(up):
-                # A long weak excess: no alarm, and half of it stays, so that it is looked at again.
-                self._up[cause, place] = min(self._up[cause, place], self.threshold / 2)
-                self._down[cause, place] = min(self._down[cause, place], self.threshold / 2)
+                self._wait(cause, place, 0.5)  # a long weak excess: no alarm, and half of it stays, to look again
                 continue
-            best = self._best[cause, place]
-            best = self.level[cause, place] if not np.isfinite(best) else best
-            before = self.level[cause, place] - best
-            self.level[cause, place] += change
-            if change < 0 and self.level[cause, place] - best < before / 2:
-                best = self.level[cause, place]  # most of the slowness is over; the rest is what moving lanes has added
-            self._best[cause, place] = 0.0 if cause == WORK else min(best, self.level[cause, place])
-            self._up[cause, place] = self._down[cause, place] = 0.0
-            if cause == COMPUTE:
-                self._counted[place] = int(np.isfinite(samples).sum())
-            self._seen[cause, place] = max(self.tuning.warm_up, int(np.isfinite(samples).sum()))
+            doubt = variance(noise, len(samples)) + variance(noise, int(self._behind[cause, place]))
+            unknown = _APART * math.sqrt(doubt)
+            told = cause == WORK or abs(change) >= unknown
+            disagree = cause != WORK and np.ptp(samples) > max(6 * noise, abs(change) / 4)  # hiccups in a row?
+            if (disagree and len(samples) < _SURE) or (not told and len(samples) < 2 * _SURE):
+                self._wait(cause, place, 1 - STEP_SHARE / 2)
+                continue
+            self._change_level(cause, place, samples, told)
             slowness = math.exp(self.level[cause, place] - self._best[cause, place])
             onset = step - (self._turn - int(since))
             if cause == WORK and not (up and slowness >= math.exp(self.tuning.verified)):
                 continue  # less work than before is nothing to be told
-            alarms.append(Alarm(step, onset, int(place), CAUSES[cause], math.exp(change), slowness))
+            if told:
+                alarms.append(Alarm(step, onset, int(place), CAUSES[cause], math.exp(change), slowness))
         return alarms
 
+    def _wait(self, cause: int, place: int, share: float) -> None:
+        """No alarm yet: of what speaks for one, this share of the threshold stays."""
+        self._up[cause, place] = min(self._up[cause, place], self.threshold * share)
+        self._down[cause, place] = min(self._down[cause, place], self.threshold * share)
 
-def _middle(rows: Floats) -> Floats:
-    """The median of each row without its NaN; 0 where nothing else is there. (NumPy's is slow for short rows.)"""
-    ordered = np.sort(rows, axis=1)  # NaN last
-    count = (~np.isnan(rows)).sum(axis=1)
-    each = np.arange(len(rows))
-    found = (ordered[each, np.maximum(count - 1, 0) // 2] + ordered[each, np.maximum(count, 1) // 2 * (count > 1)]) / 2
-    return np.asarray(np.where(count > 0, found, 0.0))
+    def _change_level(self, cause: int, place: int, samples: Floats, told: bool) -> None:
+        """Take the new level from the samples since the onset. If not `told`, the old one was not known well."""
+        change, count = float(np.median(samples)), len(samples)
+        best = self._best[cause, place]
+        best = self.level[cause, place] if not np.isfinite(best) else best
+        before = self.level[cause, place] - best
+        self.level[cause, place] += change
+        if change < 0 and self.level[cause, place] - best < before / 2:
+            best = self.level[cause, place]  # most of the slowness is over; the rest is what moving lanes has added
+        if not told:
+            best = self.level[cause, place] - before
+        self._best[cause, place] = 0.0 if cause == WORK else min(best, self.level[cause, place])
+        self._up[cause, place] = self._down[cause, place] = 0.0
+        if cause != WORK:
+            self._noise[cause, place] = max(self._noise[cause, place], spread(samples))
+            self._behind[cause, place] = count
+        if cause == COMPUTE:
+            self._counted[place] = count
+        self._seen[cause, place] = max(self.tuning.warm_up, count)

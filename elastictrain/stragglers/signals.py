@@ -105,11 +105,20 @@ def _fits(value: float) -> float:
     return max(-_LARGEST, min(_LARGEST, value)) if value == value else value
 
 
+_FLOATS = [name for name in RECORD.names or () if RECORD[name].kind == "f"]
+
+
 def decode(raw: bytes) -> Records:
-    """Records of all workers in rank order. Raises ValueError when `raw` is no whole number of records."""
+    """Records of all workers in rank order. What is no number is the ordinary NaN: of others, which signal, NumPy warns
+    whoever computes with them. Raises ValueError when `raw` is no whole number of records.
+    """
     if len(raw) % RECORD_BYTES:
         raise ValueError(f"{len(raw)} bytes are no whole number of records of {RECORD_BYTES}")
-    return np.frombuffer(raw, dtype=RECORD)
+    records = np.frombuffer(raw, dtype=RECORD).copy()
+    for name in _FLOATS:
+        column = records[name]
+        column[np.isnan(column)] = np.nan
+    return records
 
 
 def table(**columns: Any) -> Records:

@@ -91,6 +91,16 @@ class StragglerWatch:
         middle = median(units.values()) if units else 1.0
         return {worker: middle / unit for worker, unit in units.items()}
 
+    def dealt_speeds(self) -> dict[int, float]:
+        """As `speeds`, for dealing lanes out: who cannot be told from its peers counts as the median one. Nothing while
+        anybody's is unknown.
+        """
+        if self.detector is None or not np.isfinite(self.detector.dealt_unit_s).all():
+            return {}
+        units = self.detector.dealt_unit_s.tolist()
+        middle = median(units)
+        return {worker: middle / unit for worker, unit in zip(self.workers, units, strict=True)}
+
     def feed(
         self,
         generation: int,

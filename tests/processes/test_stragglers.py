@@ -13,10 +13,14 @@ from typing import Any
 
 import pytest
 
+from elastictrain.controller.speeds import newest_offer
+from elastictrain.engine.session import Session
 from elastictrain.engine.signals import StepClock
 from elastictrain.faults import kill, slow
 from elastictrain.job import Job
-from elastictrain.stragglers.signals import Signal
+from elastictrain.layout import deal_lanes
+from elastictrain.stragglers.signals import Signal, decode
+from elastictrain_actors.driver import Driver
 from tests.support.process_cluster import Run, byte_job, run_job
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
@@ -82,6 +86,7 @@ def test_a_slow_worker_gets_fewer_lanes_and_no_bit_changes(folder, undisturbed):
     assert move["action"] == "move_lanes"
     assert sorted(lanes_of(run)) == [2, 4, 5, 5]
     assert lanes_of(run)[2] == 2
+    assert lanes_said(run)[STEPS] == tuple(lanes_of(run)), "and that is what they compute"
     assert not run.record.of("parking"), "lanes move without a pause"
     assert len(run.record.of("running")) == 1
 
@@ -92,6 +97,50 @@ def test_lanes_come_back_to_a_worker_that_has_recovered(folder, undisturbed_long
     assert [said["what"] for said in run.record.of("straggler")] == ["slow", "recovered"]
     assert len(run.record.of("lanes_moved")) == 2
     assert lanes_of(run) == [4, 4, 4, 4]
+
+
+def told_otherwise(first: int, worker: int) -> None:
+    """Worker 2 is slow; worker 1 hears of the first split from a controller that means another one by that number."""
+    says({2: 2.0}, since=FIRST)(worker)
+    if worker == 1:
+        real = Session.offer_lanes
+
+        def offer_lanes(self: Session, generation: int, plan: int, lanes: Any, epoch: int = 0) -> None:
+            counts = [len(own) for own in reversed(lanes)]
+            real(self, generation, plan, lanes if plan > first else deal_lanes(LANES, counts, "contiguous"), epoch)
+
+        Session.offer_lanes = offer_lanes  # type: ignore[method-assign]
+
+
+def lanes_said(run: Run) -> dict[int, tuple[int, ...]]:
+    """What the workers have computed, by step."""
+    return {said.step: tuple(int(n) for n in decode(said.records)["lanes"]) for said, _ in run.record.signalled}
+
+
+def test_two_splits_under_one_number_are_never_switched_in(folder, undisturbed):
+    """As after a controller whose successor has lost a line of the journal. Nobody switches: no lane is computed twice,
+    none is left out."""
+    run = run_job(straggling_job(folder), patch=partial(told_otherwise, 1))
+    assert run.digest == undisturbed.digest
+    assert run.losses == undisturbed.losses
+    assert run.record.of("lanes_moved"), "a split was offered"
+    assert set(lanes_said(run).values()) == {(4, 4, 4, 4)}
+
+
+def test_what_a_newer_controller_offers_to_all_is_switched_in(folder, undisturbed):
+    """The same, and then another controller offers the split to all under its own number."""
+
+    def offers_again(driver: Driver, row: Any) -> None:
+        if row["step"] == 24:
+            offer = newest_offer(driver.machine.core)
+            driver.effects.perform(replace(offer, plan=7))
+
+    run = run_job(straggling_job(folder), patch=partial(told_otherwise, 1), on_row=offers_again)
+    assert run.digest == undisturbed.digest
+    assert run.losses == undisturbed.losses
+    said = lanes_said(run)
+    assert said[20] == (4, 4, 4, 4)
+    assert said[STEPS] == tuple(lanes_of(run)) != (4, 4, 4, 4)
 
 
 def test_slow_data_are_told_and_move_nothing(folder, undisturbed):
@@ -122,6 +171,20 @@ def test_a_loss_after_a_move_recovers_under_the_learned_speeds(folder, undisturb
     assert run.record.of("lanes_moved")[0]["step"] < 20
     last = run.machine.core.ledger.plan.layout
     assert len(last.lanes_of(2)) < min(len(last.lanes_of(worker)) for worker in (0, 1))
+
+
+def test_a_job_that_plans_deals_out_by_what_was_learned_when_the_world_changes(folder, undisturbed):
+    """Nothing moves before; and the same without a plan: even lanes."""
+    planned = {"plan": "auto", "cluster": "not read here"}
+    for settings in (planned, {}):
+        job = straggling_job(folder, action="watch", **settings)
+        run = run_job(job, [kill(3, 20, "exchange")], patch=says({2: 4.0}))
+        assert run.digest == undisturbed.digest
+        assert run.losses == undisturbed.losses
+        assert not run.record.of("lanes_moved")
+        last = run.machine.core.ledger.plan.layout
+        counts = {worker: len(last.lanes_of(worker)) for worker in (0, 1, 2)}
+        assert (counts[2] < min(counts[0], counts[1]) - 2) == bool(settings), counts
 
 
 def test_who_only_watches_moves_nothing(folder, undisturbed):

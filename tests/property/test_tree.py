@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastictrain.tree import Node, finish, path_up, roots, whole
+from elastictrain.tree import Node, finish, most_sums, path_up, roots, whole
 
 COUNTS = st.integers(1, 70)
 
@@ -79,3 +79,21 @@ def test_what_is_refused() -> None:
         roots([-1, 2], 2)
     with pytest.raises(KeyError, match="no part covers leaf 1"):
         finish({Node(0, 1): 0}, pair, whole(2))
+
+
+def test_a_worker_with_neighbouring_leaves_has_about_log2_of_them_as_sums() -> None:
+    assert [most_sums(tuple(range(n)), n) for n in (1, 2, 3, 4, 8, 15, 16)] == [1, 1, 1, 2, 3, 3, 4]
+    assert most_sums((1, 2, 3, 4), 8) == 3, "1, 2..3 and 4: no two are siblings"
+    assert most_sums((0, 2, 4, 6), 8) == 4
+    assert most_sums(tuple(range(8)), 8, apart=True) == 4
+    assert most_sums((), 8) == 0
+
+
+@given(COUNTS, st.data(), st.booleans())
+def test_sums_are_never_fewer_than_the_roots_nor_more_than_the_leaves(
+    count: int, data: st.DataObject, apart: bool
+) -> None:
+    members = tuple(sorted(data.draw(st.sets(st.integers(0, count - 1)))))
+    found = most_sums(members, count, apart=apart)
+    assert len(roots(members, count)) <= found <= len(members)
+    assert most_sums(members, count) <= found <= most_sums(members, count) + 1

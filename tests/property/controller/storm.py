@@ -85,11 +85,15 @@ def straggle(cluster: FaultyCluster, rng: random.Random) -> None:
     if plan is None:
         return
     members, generation = plan.layout.workers, plan.generation - (rng.random() < 0.2)
-    if rng.random() < 0.8:
+    if rng.random() < 0.2:
+        speeds = tuple((worker, rng.uniform(0.1, 4.0)) for worker in members)
+        cluster.send(ev.SpeedsLearned(now_s, generation, 1, speeds))
+    elif rng.random() < 0.8:
         cuts = sorted(rng.sample(range(1, plan.layout.lane_count), len(members) - 1))
         lanes = tuple(b - a for a, b in zip([0, *cuts], [*cuts, plan.layout.lane_count], strict=True))
         speeds = tuple((worker, rng.uniform(0.1, 4.0)) for worker in members)
-        cluster.send(ev.LanesProposed(now_s, generation, 1, lanes, speeds, "move_lanes", "slow"))
+        action = "move_back" if rng.random() < 0.2 else "move_lanes"
+        cluster.send(ev.LanesProposed(now_s, generation, 1, lanes, speeds, action, "slow"))
     else:
         action = rng.choice(["replace", "leave_out"])
         cluster.send(ev.StragglerLeaves(now_s, generation, 1, rng.choice(members), action, "too slow"))

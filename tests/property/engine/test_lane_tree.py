@@ -13,7 +13,7 @@ from torch import nn
 from elastictrain.engine.lanes import LaneTree
 from elastictrain.engine.space import Entry, Space
 from elastictrain.errors import RecipeError
-from elastictrain.tree import Node, finish, roots, whole
+from elastictrain.tree import Node, finish, most_sums, roots, whole
 from tests.unit.engine.worlds import CPU, same_bits
 
 
@@ -135,6 +135,26 @@ def test_a_run_of_k_lanes_needs_about_log2_k_buffers(lanes: int, micros: int) ->
             made |= {t.data_ptr() for t in [*tree.nodes.values(), *tree._pool]}
     assert len(made) == len(tree.nodes) + len(tree._pool), "a buffer was lost"
     assert len(made) <= lanes.bit_length() + (micros > 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(deals(), st.sampled_from([1, 3]))
+def test_the_buffers_of_a_worker_are_those_that_are_counted(deal: list[list[int]], micros: int) -> None:
+    """What the memory check goes by, for one worker that gets one set of lanes after another."""
+    count = sum(map(len, deal))
+    work = Work(0, count, micros, torch.float32)
+    model = Leaves()
+    tree = LaneTree(Space(model, block_elements=None, whole_parameters=False), count, CPU, micros)
+    tree.watch(model)
+    for lanes in map(tuple, deal):
+        counted = most_sums(lanes, count, apart=micros > 1)
+        tree.reset()
+        tree.keep(counted)
+        for lane in lanes:
+            work.run(tree, model, lane, merge=True)
+        assert len(tree.nodes) + len(tree._pool) == counted
+        kept = {id(buffer) for buffer in (*tree.nodes.values(), *tree._pool)}
+        assert {id(buffer) for buffer, _ in tree._views.values()} == kept, "nothing else is held on to"
 
 
 def test_released_and_abandoned_buffers_are_used_again() -> None:

@@ -6,7 +6,7 @@ import math
 from random import Random
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from elastictrain.stragglers.decision import Decider, Policy, Situation
@@ -20,6 +20,7 @@ seconds = st.floats(0, 1000, width=32)
 
 
 @given(st.lists(st.binary(min_size=RECORD_BYTES, max_size=RECORD_BYTES), min_size=1, max_size=5), st.integers(1, 30))
+@example([bytes(10) + b"\x81\x7f" + bytes(RECORD_BYTES - 12)], 1)  # a NaN that signals
 @settings(max_examples=60, deadline=None)
 def test_no_bytes_at_all_can_break_the_watch(raws, steps):
     """Any bytes are records of something; what comes out is finite, and a split of all lanes if it is one."""

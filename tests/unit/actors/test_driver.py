@@ -256,6 +256,21 @@ def test_signals_of_the_generation_that_is_there_are_written_down():
     assert not any("StepSignals" in line for line in journal), "what follows from them is journalled"
 
 
+def test_the_watch_is_told_how_far_the_run_has_come_by_what_is_heard_with_old_words(monkeypatch):
+    """What has piled up comes at once: the first of it is as old as the last of it is new."""
+    heard: list[tuple[int, int]] = []
+
+    def hear(self: Any, signals: StepSignals, newest_step: int = 0) -> Any:
+        heard.append((signals.step, newest_step))
+        return [], None
+
+    monkeypatch.setattr(module.Slowness, "hear", hear)
+    said = [StepSignals(1, step, Signal(4, 0.1).encode()) for step in (3, 4)]
+    watched = replace(SPEC, stragglers=StragglerSpec())
+    drive([READY], [ev.Sealed(0.0, 1, 0, 0), *said, ev.Progress(0.0, 1, 7)], DONE[1:], spec=watched)
+    assert heard == [(3, 7), (4, 7)]
+
+
 def test_nobody_hears_signals_where_slow_workers_are_not_looked_for():
     said = StepSignals(1, 3, Signal(4, 0.1).encode())
     _, _, record, _, _ = drive([READY], [ev.Sealed(0.0, 1, 0, 0), said], DONE[1:])

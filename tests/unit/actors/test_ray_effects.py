@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from elastictrain.controller import commands as cmd
 from elastictrain.controller import events as ev
+from elastictrain.signs import Activity
 from elastictrain_actors.creations import Creations
-from elastictrain_actors.ray_effects import RayEffects
+from elastictrain_actors.ray_effects import RayEffects, suspicion_for
 from elastictrain_actors.starts import Starts
+from tests.support.process_cluster import byte_job
 
 WAIT_S = 20.0
 
@@ -41,3 +44,12 @@ def test_who_is_not_started_yet_is_not_started_any_more() -> None:
     effects.perform(cmd.Retire(3))
     effects._starts.sealed()
     assert effects._starts.due() == {}
+
+
+@pytest.mark.parametrize(("more", "allowed"), [({}, False), ({"feeder": "node"}, True), ({"path": "s3://b/d"}, True)])
+def test_who_waits_for_the_feeder_of_its_node_is_not_taken_for_stuck(
+    tmp_path: Path, more: dict[str, str], *, allowed: bool
+) -> None:
+    job = byte_job(tmp_path)
+    job = job.model_copy(update={"data": job.data.model_copy(update=more)})
+    assert (Activity.DATA in suspicion_for(job)._long) == allowed

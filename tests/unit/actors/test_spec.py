@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import elastictrain as et
+from elastictrain.controller.facts import GradientSpec
 from elastictrain.protocol import ModelFacts
 from elastictrain_actors.spec import machine_spec
 
@@ -17,6 +18,7 @@ FACTS = ModelFacts(
     state_tensors=2,
     fixed_bytes=1,
     bytes_per_held_element=4.0,
+    active_blocks=2,
 )
 
 
@@ -30,6 +32,9 @@ FACTS = ModelFacts(
         ({"workers": {"replace": False}}, "replace", False),
         ({"mirrors": False}, "mirrors", False),
         ({"gradients": "hand_over"}, "lane_order", "round_major"),
+        ({"gradients": "hand_over"}, "gradients", None),
+        ({"micro_batches": 2, "lane_batch_size": 2}, "gradients", GradientSpec(2, apart=True)),
+        ({"plan": "auto", "cluster": "c.yaml"}, "plans", True),
         ({"checkpoint": {"path": "c"}}, "checkpoint", True),
         ({"checkpoint": {"path": "c", "keep": 7}}, "checkpoints_kept", 7),
     ],

@@ -120,6 +120,7 @@ EVENTS: dict[str, ev.Event] = {
     "preemption": ev.PreemptionNotice(2.0, 32.0, worker=0),
     "cluster": ev.ClusterChanged(2.0, ("node0", "node1"), "8 CPUs"),
     "back": ev.ControllerBack(2.0, 1.0),
+    "speeds": ev.SpeedsLearned(2.0, 1, 5, ((0, 1.0), (1, 0.5), (2, 1.0))),
 }
 
 # Where each event leads to from each phase, in the order of SCENES; "." = stays. Terminal phases are tested apart.
@@ -152,6 +153,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "preemption": (".", ".", ".", ".", "."),
     "cluster": (".", ".", ".", ".", "."),
     "back": (".", ".", ".", ".", "."),
+    "speeds": (".", ".", ".", ".", "."),
 }
 
 

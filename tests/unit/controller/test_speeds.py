@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -10,7 +12,9 @@ from elastictrain.controller import Phase, view
 from elastictrain.controller import commands as cm
 from elastictrain.controller import events as ev
 from elastictrain.controller.adoption import outstanding
+from elastictrain.controller.facts import GradientSpec, StragglerSpec
 from elastictrain.controller.journal import dump_event, load_event, replay
+from elastictrain.controller.policies import even_layout, sums_bytes
 from tests.unit.controller.scene import Scene, announced, every, only, spec
 
 
@@ -35,13 +39,13 @@ def test_a_split_is_offered_to_all_members_and_told():
     assert seen["speeds"] == {0: 1.2, 1: 0.3, 2: 1.0}
 
 
-def test_splits_are_numbered_and_a_new_controller_offers_them_all_again():
+def test_splits_are_numbered_and_a_new_controller_offers_the_newest_again():
     scene = Scene(lane_order="round_major").run()
     first = only(cm.OfferLanes, scene.send(proposed(scene)))
     second = only(cm.OfferLanes, scene.send(proposed(scene, (3, 2, 3))))
     assert (first.plan, second.plan) == (1, 2)
     assert first.lanes[1] == (1,), "in rounds"
-    assert every(cm.OfferLanes, outstanding(scene.machine)) == [first, second]
+    assert every(cm.OfferLanes, outstanding(scene.machine)) == [second]
     again = replay(scene.machine.spec, [dump_event(event) for event in scene.log])
     assert again == scene.machine
     event = proposed(scene)
@@ -88,6 +92,35 @@ def test_the_next_generation_deals_out_by_the_speeds_and_numbers_anew():
     assert (offer.generation, offer.plan) == (2, 1)
 
 
+def test_what_a_move_that_is_taken_back_was_made_for_is_dealt_out_by_no_more():
+    """It did not bring what its speeds promised; the next generation would make the same move again."""
+    scene = Scene().run()
+    scene.send(proposed(scene))
+    back = proposed(scene, (3, 3, 2), action="move_back", step=20, speeds=((0, 1.2), (1, 0.3), (2, 1.0)))
+    assert only(cm.OfferLanes, scene.send(back)).lanes == scene.plan.layout.lanes
+    assert view(scene.machine)["speeds"] == {}
+    scene.die(2)
+    plan = only(cm.Form, scene.park(0, 1, applied=25)).plan
+    assert [len(lanes) for lanes in plan.layout.lanes] == [4, 4]
+
+
+def test_only_the_last_move_is_taken_back():
+    """What was learned with the one before it has held; who has gone since is not remembered."""
+    scene = Scene(lane_shares={2: 5.0}).run()
+    scene.send(proposed(scene, (3, 1, 4), speeds=((0, 1.0), (1, 0.5), (2, 1.5))))
+    scene.send(proposed(scene, (4, 1, 3)))
+    scene.send(proposed(scene, (3, 1, 4), action="move_back"))
+    assert scene.ledger.speeds == {0: 1.0, 1: 0.5, 2: 1.5}
+    scene.die(2)
+    plan = only(cm.Form, scene.park(0, 1, applied=25)).plan
+    assert [len(lanes) for lanes in plan.layout.lanes] == [5, 3]
+    scene.seal()
+    scene.send(proposed(scene, (6, 2), speeds=((0, 3.0), (1, 1.0))))
+    scene.send(proposed(scene, (5, 3), action="move_back"))
+    assert scene.ledger.speeds == {0: 1.0, 1: 0.5}
+    assert replay(scene.machine.spec, [dump_event(event) for event in scene.log]) == scene.machine
+
+
 def test_a_newcomer_counts_as_the_median_worker():
     scene = Scene(replace=True).run()
     scene.send(proposed(scene))
@@ -96,6 +129,19 @@ def test_a_newcomer_counts_as_the_median_worker():
     plan = only(cm.Form, scene.park(0, 1, 2, applied=5)).plan
     counts = dict(zip(plan.layout.workers, map(len, plan.layout.lanes), strict=True))
     assert counts[3] == counts[2] > counts[1]
+
+
+def test_a_new_controller_offers_the_split_of_the_layout_where_none_was_written_down():
+    """The one before it may have offered another, and lost the line: what the workers do must be what it knows."""
+    scene = Scene(stragglers=StragglerSpec(moves=True)).run()
+    (offer,) = every(cm.OfferLanes, outstanding(scene.machine))
+    assert (offer.generation, offer.plan, offer.lanes) == (1, 0, scene.plan.layout.lanes)
+    assert offer.workers == (0, 1, 2)
+    scene.send(proposed(scene))
+    (offer,) = every(cm.OfferLanes, outstanding(scene.machine))
+    assert (offer.plan, offer.lanes[1]) == (1, (4,))
+    only_watching = Scene(stragglers=StragglerSpec(moves=False)).run()
+    assert every(cm.OfferLanes, outstanding(only_watching.machine)) == []
 
 
 def leaves(scene: Scene, action: str, worker: int = 1) -> ev.StragglerLeaves:
@@ -169,6 +215,76 @@ def test_nobody_is_left_out_whose_share_of_the_state_fits_nowhere_else():
     scene.seal()
     assert scene.send(leaves(scene, "leave_out")) == []
     assert scene.ledger.draining == []
+
+
+def full(**changes: Any) -> Scene:
+    """Eight lanes on two workers: four each leave no more than two sums of the gradients of 80 elements; six leave two,
+    beside the one that comes of 40. There is no room for that.
+    """
+    scene = Scene(initial_workers=2, max_workers=3, gradients=GradientSpec(8), fixed_bytes=640, **changes)
+    scene.ready(*scene.ledger.workers, memory_bytes=640 + 100)
+    scene.seal()
+    return scene
+
+
+def test_a_split_that_needs_more_sums_of_gradients_than_there_is_room_for_is_refused():
+    scene = full()
+    told = announced(scene.send(proposed(scene, (6, 2), speeds=((0, 3.0), (1, 1.0)))), "lanes_refused")
+    assert told["lanes"] == {0: 6, 1: 2}
+    assert told["reason"] == (
+        "worker 0 has 740 bytes of memory but would need 800 (640 fixed, 160 for the sums of 6 lanes, and 80 elements "
+        "held with 2 workers); add workers (raise workers.start or workers.max), lower its share in "
+        "workers.block_shares, lower its share in workers.lane_shares, or give workers more memory"
+    )
+    assert scene.ledger.lane_offers == ()
+    assert scene.ledger.speeds == {}
+    assert scene.send(proposed(scene, (6, 2), speeds=((0, 3.0), (1, 1.0)))) == [], "said once"
+    announced(scene.send(proposed(scene, (2, 6), speeds=((0, 1.0), (1, 3.0)))), "lanes_refused")
+    assert replay(scene.machine.spec, [dump_event(event) for event in scene.log]) == scene.machine
+
+
+def test_sums_are_counted_while_lanes_are_computed_and_as_they_come_in_the_exchange():
+    """80 elements, of which two sums are counted already."""
+    facts = spec(gradients=GradientSpec(8))
+    alone = even_layout(facts, 1, [0], {})
+    assert sums_bytes(facts, alone) == {0: 4 * 80}, "eight lanes: three sums at once, and one in the end"
+    two = even_layout(replace(facts, lane_shares={0: 5.0, 1: 3.0}), 1, [0, 1], {})
+    assert sums_bytes(facts, two) == {0: 4 * 80, 1: 4 * 80}, "two roots each, and of 40 elements two more come"
+    frozen = replace(facts, gradients=GradientSpec(4))
+    assert sums_bytes(frozen, two) == {0: 4 * 80, 1: 0}, "the other half of the blocks has no gradients"
+    apart = replace(facts, gradients=GradientSpec(8, apart=True))
+    assert sums_bytes(apart, alone) == {0: 8 * 80}
+    assert sums_bytes(spec(), alone) == {}
+
+
+def test_where_memory_is_not_known_nothing_is_refused():
+    scene = Scene(initial_workers=2, gradients=GradientSpec(8), fixed_bytes=640).run()
+    only(cm.OfferLanes, scene.send(proposed(scene, (6, 2), speeds=((0, 3.0), (1, 1.0)))))
+
+
+@pytest.mark.parametrize(("spare_bytes", "dealt"), [(330, [6, 6]), (480, [11, 1])])
+def test_a_generation_whose_lanes_do_not_fit_by_speed_is_formed_with_even_ones(spare_bytes, dealt):
+    """Eleven lanes of twelve leave three sums, and what comes: 480 bytes more than are counted; six each, 320."""
+    scene = Scene(lane_count=12, gradients=GradientSpec(8), fixed_bytes=640, replace=False)
+    scene.ready(*scene.ledger.workers, memory_bytes=640 + spare_bytes)
+    scene.seal()
+    only(cm.OfferLanes, scene.send(proposed(scene, (10, 1, 1), speeds=((0, 11.0), (1, 1.0), (2, 1.0)))))
+    scene.die(2)
+    plan = only(cm.Form, scene.park(0, 1, applied=5)).plan
+    assert [len(lanes) for lanes in plan.layout.lanes] == dealt
+
+
+@pytest.mark.parametrize(("spare_bytes", "dealt"), [(700, [4, 4, 4, 4]), (800, [5, 5, 5, 1])])
+def test_a_worker_joins_with_even_lanes_where_those_by_speed_do_not_fit(spare_bytes, dealt):
+    """Lanes 5 to 9 leave three sums, and six more of 20 elements come: 800 bytes more than are counted."""
+    scene = Scene(lane_count=16, gradients=GradientSpec(8), fixed_bytes=640)
+    scene.ready(*scene.ledger.workers, memory_bytes=640 + spare_bytes)
+    scene.seal()
+    only(cm.OfferLanes, scene.send(proposed(scene, (6, 6, 4), speeds=((0, 5.0), (1, 5.0), (2, 5.0)))))
+    scene.send(ev.AddRequested(1.0))
+    only(cm.AskPause, scene.ready(3, memory_bytes=640 + spare_bytes))
+    plan = only(cm.Form, scene.park(0, 1, 2, applied=5)).plan
+    assert [len(lanes) for lanes in plan.layout.lanes] == dealt
 
 
 def test_learned_speeds_and_shares_that_were_set_are_not_mixed():

@@ -158,20 +158,26 @@ def test_what_fails_after_its_generation_fails_nobody(tmp_path: Path) -> None:
     assert committer.wait(STAY, 60) == [3]
 
 
+def left_open(saver: Saver, model: Any, told: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[Gate, Begun]:
+    """A generation ends while it creates the manifest of step 2, which the gate holds."""
+    with monkeypatch.context() as patch:
+        gate = Gate(patch, "publish")
+        begin_commit(saver, model, 2, 1, told)
+        begun = saver.begun
+        assert begun is not None
+        assert gate.reached.wait(60)
+        saver.give_up()
+    return gate, begun
+
+
 def test_the_next_commit_waits_for_what_was_left_open_and_says_what_came_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The manifest of step 2 is created after its generation: its packs are still there, and it is told."""
     model, settings = trained(make_job(NetRecipe(), lanes=2)), store_of(tmp_path)
     saver, told = Saver(settings), []
-    with monkeypatch.context() as patch:
-        gate = Gate(patch, "publish")
-        begin_commit(saver, model, 2, 1, told)
-        begun = saver.begun
-        assert gate.reached.wait(60)
-        saver.give_up()
-        assert saver.begun is not None
-        assert not saver.is_committed(saver.begun)
+    gate, begun = left_open(saver, model, told, monkeypatch)
+    assert not saver.is_committed(begun)
     begin_commit(saver, model, 3, 2, told, late=begun)
     with pytest.raises(ClusterError, match="has not ended"):
         saver._committer.wait(STAY, 0.1)
@@ -188,12 +194,7 @@ def test_a_late_manifest_of_the_step_that_is_written_again_stays(
 ) -> None:
     model, settings = trained(make_job(NetRecipe(), lanes=2)), store_of(tmp_path)
     saver, told = Saver(settings), []
-    with monkeypatch.context() as patch:
-        gate = Gate(patch, "publish")
-        begin_commit(saver, model, 2, 1, told)
-        begun = saver.begun
-        assert gate.reached.wait(60)
-        saver.give_up()
+    gate, begun = left_open(saver, model, told, monkeypatch)
     begin_commit(saver, model, 2, 2, told, late=begun)
     gate.go_on.set()
     assert saver.wait_for_commit(STAY) == [2]

@@ -78,3 +78,15 @@ def test_signals_are_not_kept_for_ever_while_nobody_listens() -> None:
     outbox.after(number, 0.0)
     outbox.put(StepSignals(1, 7, b""))
     assert outbox.after(number, 0.0)[1] == [StepSignals(1, 7, b"")]
+
+
+def test_signals_say_how_long_they_have_waited() -> None:
+    """Asked for again by another controller, they are older."""
+    now_s = 10.0
+    outbox = Outbox(clock=lambda: now_s)
+    outbox.put(StepSignals(1, 7, b""))
+    outbox.put(Row({"step": 7}))
+    for now_s in (12.5, 40.0):
+        (signals, _) = outbox.after(0, 0.0)[1]
+        assert isinstance(signals, StepSignals)
+        assert signals.age_s == now_s - 10.0

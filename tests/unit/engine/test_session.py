@@ -20,6 +20,7 @@ from elastictrain.errors import InternalError
 from elastictrain.faults import LoseNode, fail, lose_node
 from elastictrain.job import Checkpoint, Copy
 from elastictrain.layout import Layout, Shard
+from elastictrain.offers import first_split
 from elastictrain.protocol import FormPlan, ParkReport, Restore
 from tests.unit.engine.worlds import CPU, NetRecipe, Numbers, make_job
 
@@ -60,17 +61,20 @@ def running(request: pytest.FixtureRequest) -> Iterator[Running]:
 
 
 @pytest.mark.parametrize("running", [Probes(0, [])], indirect=True)
-def test_a_split_counts_when_those_before_it_have_come_too(running: Running) -> None:
-    """Orders may overtake each other; what all have in common must be known to each."""
+def test_offers_reach_the_generation_that_they_are_for(running: Running) -> None:
     session, lanes = running.session, ((0, 1),)
-    session.offer_lanes(session.generation, 2, lanes)
-    assert session.newest_offer() == 0
-    session.offer_lanes(session.generation + 1, 1, lanes)
-    assert session.newest_offer() == 0
-    session.offer_lanes(session.generation, 1, lanes)
-    assert session.newest_offer() == 2
-    session.offer_lanes(session.generation, 1, ((1, 0),))
-    assert session.offers == {1: lanes, 2: lanes}, "the first of a number stays"
+    session.offer_lanes(0, 1, lanes)  # before there is one
+    running.session.form(running.plan)
+    running.wait_for(ev.Sealed)
+    session.offer_lanes(2, 1, lanes)
+    assert session.newest_split == first_split(running.plan.layout), "nothing was taken"
+    session.offer_lanes(1, 3, lanes, 4)
+    assert (session.newest_split.epoch, session.newest_split.number) == (4, 3)
+    session.park(1)
+    again = replace(running.plan, generation=2, layout=replace(running.plan.layout, generation=2))
+    running.session.form(again)
+    assert running.wait_for(ev.Sealed).generation == 2
+    assert session.newest_split == first_split(again.layout), "another generation begins with its own"
 
 
 def test_who_leaves_a_generation_copies_no_more(tmp_path: Path) -> None:

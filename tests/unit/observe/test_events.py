@@ -43,6 +43,17 @@ SAID: list[tuple[str, dict[str, Any], str]] = [
         {"worker": 2, "asked": {"cpus": 1, "gpus": 0.0}, "free": None},
         "worker 2 has not started yet: the head of the Ray cluster does not answer",
     ),
+    ("feeder_started", {"node": NODE, "workers": [0, 1]}, "the feeder of node 0a1b2c3d reads for the workers there"),
+    (
+        "feeder_lost",
+        {"node": NODE, "reason": "The actor died."},
+        "the feeder of node 0a1b2c3d is lost, its workers read for themselves until there is another: The actor died.",
+    ),
+    (
+        "feeder_failed",
+        {"node": NODE, "error": "DataError: no"},
+        "the feeder of node 0a1b2c3d cannot open the data, its workers read for themselves: DataError: no",
+    ),
     (
         "stage",
         {"stage": 1, "step": 6, "lanes_before": 1, "lanes": 8, "lane_batch_size_before": 2, "lane_batch_size": 2},
@@ -291,6 +302,18 @@ SAID: list[tuple[str, dict[str, Any], str]] = [
         "worker 3 is too slow and gives its place to a spare; 8 s of computation a step, expected 5 s: x",
     ),
     ("straggler_leaves", {"action": "leave_out", "worker": 3}, "worker 3 is too slow and is left out"),
+    (
+        "lanes_refused",
+        {"lanes": {"0": 6, "2": 2}, "reason": "worker 0 has 7 bytes", "step": 9},
+        "lanes stay as they are: another split (worker 0 6, worker 2 2) does not fit: worker 0 has 7 bytes",
+    ),
+    (
+        "lanes_refused",
+        {"lanes": {str(w): 2 for w in range(10)}, "reason": ""},
+        "lanes stay as they are: another split ("
+        + ", ".join(f"worker {w} 2" for w in range(8))
+        + ", 2 more) does not fit",
+    ),
     ("finished", {"digest": "ab" * 32}, "finished, digest " + "ab" * 32),
     ("new_kind", {"a": 1, "b": "x"}, "new kind: a=1, b=x"),
     ("went_back", {"unknown": 1}, "went back: unknown=1"),

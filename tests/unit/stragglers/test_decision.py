@@ -198,3 +198,29 @@ def test_a_move_that_no_step_can_judge_does_not_stand_in_the_way_for_ever():
     for step in range(5, 300):
         decider.decide(situation(step, (1.0, 1.0, 2.0, 1.0), lanes=lanes, slow={2: 0}, arrived_s=None))
     assert decider.outcomes == ["unjudged"]
+
+
+def judged(arrived: list[float], before: tuple[float, ...] = (8.0,)) -> tuple[list[str], list[str]]:
+    """(actions, outcomes) when the steps after the move take this long, again and again, and even ones as long as
+    `before`. Promised: 3 s of 8 s.
+    """
+    decider, lanes, actions = Decider(4), EVEN, []
+    for step in range(110):
+        took = before[step % len(before)] if lanes == EVEN else arrived[step % len(arrived)]
+        now = situation(step, (1.0, 1.0, 2.0, 1.0), lanes=lanes, slow={2: 0}, arrived_s=took)
+        decision = decider.decide(now)
+        if decision is not None:
+            actions.append(decision.action)
+            lanes = decision.lanes
+    return actions, decider.outcomes
+
+
+def test_a_move_is_taken_back_only_when_it_is_known_not_to_bring_its_gain():
+    assert judged([6.9]) == (["move_lanes", "move_back"], ["taken back", "moved back"])
+    noisy = [1.2, 6.55, 6.6, 12.0]  # half of the promised gain, nearly, but nobody knows
+    assert judged(noisy) == (["move_lanes"], ["unjudged"])
+    assert judged([8.3, 7.6, 8.1, 7.8]) == (["move_lanes", "move_back"], ["taken back", "moved back"])
+
+
+def test_lanes_that_are_back_stay_whatever_noise_then_says():
+    assert judged([8.0], (8.0, 19.0, 9.0, 0.5)) == (["move_lanes", "move_back"], ["taken back", "moved back"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from elastictrain.sim.speeds import Slowness, SpeedScenario, run_speeds
+from elastictrain.sim.speeds import Slowness, SpeedScenario, run_speeds, unwatched_s
 from elastictrain.stragglers.signals import Signal
 from elastictrain.stragglers.watch import StragglerWatch
 
@@ -97,3 +99,28 @@ def test_a_virtual_run_without_one():
     report = run_speeds(SpeedScenario(8, 64, 500, 3, lengths=0.3))
     assert (report.findings, report.decisions) == ([], [])
     assert report.none_s == report.ours_s == report.oracle_s
+
+
+def test_ten_thousand_virtual_workers():
+    """The same code as for two: every slow worker is found, and nobody else; the lanes go where they are computed."""
+    slow = tuple(Slowness(worker, "compute", 2.0, 25 + n, 10**6) for n, worker in enumerate((17, 4_500, 9_999)))
+    rare = {"hiccup_every": 1e6, "collect_every": 1e6}  # else every step would have some, and nobody else would count
+    scenario = SpeedScenario(10_000, 80_000, 45, 5, slowness=slow, **rare)
+    report = run_speeds(scenario)
+    assert [(one.kind, one.worker, one.since) for one in report.findings] == [
+        ("slow", 17, 25), ("slow", 4_500, 26), ("slow", 9_999, 27)
+    ]  # fmt: skip
+    assert [report.lanes[own.worker] for own in slow] == [4, 4, 4]
+    assert sum(report.lanes) == 80_000
+    assert report.oracle_s < report.ours_s < report.none_s
+
+
+@pytest.mark.parametrize("cause", ["compute", "data", "link"])
+def test_what_nobody_looks_at_takes_as_long_as_lanes_that_stay(cause):
+    slow = (Slowness(1, cause, 1.8, 20, 60),)
+    scenario = SpeedScenario(4, 32, 80, 9, lengths=0.3, speeds=(1.0, 1.0, 0.5, 1.0), slowness=slow)
+    report = run_speeds(scenario)
+    assert unwatched_s(scenario) == pytest.approx(report.none_s)
+    assert report.ours_s < report.none_s
+    alike = replace(scenario, speeds=())
+    assert unwatched_s(alike) > unwatched_s(replace(alike, slowness=())) + 20.0, "1.3 s in each of 40 steps"
