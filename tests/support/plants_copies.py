@@ -30,6 +30,7 @@ def _dies_copying(victim: int, step: int, blocks: int, worker: int) -> None:
 
     if worker == victim:
         transfer._stream = cut  # type: ignore[assignment]
+        _goes_no_further(step)
 
 
 def dies_before_the_copys_manifest(victim: int, step: int) -> Callable[[int], None]:
@@ -47,6 +48,21 @@ def _dies_before_the_copys_manifest(victim: int, step: int, worker: int) -> None
 
     if worker == victim:
         transfer._copy_sidecars = die
+        _goes_no_further(step)
+
+
+def _goes_no_further(step: int) -> None:
+    """This worker, who is to die in the copy of `step`, does so before the step after the next one: however slow
+    copying is, it is not put off to the end of the run.
+    """
+    apply = stepping.apply_step
+
+    def wait(owner: Any, pending: Any, *rest: Any) -> Any:
+        if pending.step > step + 1:
+            assert threading.Event().wait(60), f"the copy of step {step} has not killed this worker"
+        return apply(owner, pending, *rest)
+
+    stepping.apply_step = wait  # type: ignore[assignment]
 
 
 def far_is_broken(folder: str, until: int) -> Callable[[int], None]:
