@@ -114,7 +114,7 @@ class PacedCrew(Crew):
         named = [process.split for process in members if process.split is not None]
         assert len(named) == len(members) == self.layout.world_size
         marks = {split.mark for split in named}
-        if marks != {self.mark_in_force}:
+        if len(marks) == 1 and marks != {self.mark_in_force}:
             around, before = self.around, self.layout
             for rank, (process, split) in enumerate(zip(members, named, strict=True)):
                 process.lanes = split.lanes[rank]
