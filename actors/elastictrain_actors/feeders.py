@@ -151,9 +151,7 @@ class Feeders:
         self._not_there_yet.ask((node, number), create)
 
     def _started(self, node: str, number: int, handle: Any) -> None:
-        if node not in self._nodes:
-            end_actor(handle)
-            return
+        """Of a node that is lost none comes here: what was asked for has been dropped."""
         feeder = self._nodes[node].feeder = _Feeder(handle, number, time.monotonic())
         self._ask_whether_open(node, feeder)
         failed = partial(self._died, node, feeder)
@@ -191,10 +189,7 @@ class Feeders:
         return [cmd.Announce("feeder_lost", {"node": node, "number": feeder.number, "reason": _first_line(error)})]
 
     def _not_made(self, node: str, number: int, error: Exception) -> list[Heard]:
-        facts = self._nodes.get(node)
-        if facts is None or facts.feeder is not None or number != self._numbers.get(node):
-            return []
-        self._plan_next(facts)
+        self._plan_next(self._nodes[node])
         return [cmd.Announce("feeder_failed", {"node": node, "number": number, "error": _first_line(error)})]
 
     def _end(self, facts: _Node, feeder: _Feeder) -> None:

@@ -47,8 +47,18 @@ class Calls:
 
 
 class NoWait(Creations):
+    """Nothing comes while the head is `away`; what was dropped then never does, and is counted."""
+
+    dropped = 0
+
+    def drop(self, key: Any) -> None:
+        self.dropped += key in self.open
+        super().drop(key)
+
     def take(self, wait_s: float = 0.0) -> list[Any]:
         del wait_s
+        if self.away:
+            return []
         asked, self.open = self.open, {}
         return [self._create(key, create) for key, create in asked.items()]
 
@@ -157,6 +167,23 @@ def test_one_that_dies_is_replaced_and_its_workers_hear_of_the_other(scene: Scen
     scene.calls.fail("run 2003")
     scene.wait()
     assert len(scene.started) == 4, "that one had lived"
+
+
+def test_one_that_is_still_being_created_is_the_only_one_and_is_dropped_with_its_node(scene: Scene) -> None:
+    creations: Any = scene.feeders._creations
+    creations.away = True
+    scene.need("a", 0)
+    scene.wait()
+    scene.need("a", 1)
+    scene.wait()
+    assert [number for _, number in creations.open] == [2001], "the second worker waits for the same one"
+    scene.feeders.lost("a")
+    assert creations.dropped == 1, "whenever it is there, it is ended"
+    scene.need("a", 2)
+    scene.wait()
+    creations.away = False
+    scene.wait()
+    assert scene.started == [("a", 2002)]
 
 
 def test_a_feeder_that_dies_while_it_opens_is_one_death(scene: Scene) -> None:
