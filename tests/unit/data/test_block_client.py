@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastictrain.data.block_client import BlockClient
-from elastictrain.data.reliance import FIRST_PAUSE_S
+from elastictrain.data.reliance import FIRST_PAUSE_S, LATE_TIMES
 from elastictrain.data.sharing import Answer, Ask, Look
 from elastictrain.data.warm import Arrays
 
@@ -39,10 +39,12 @@ class Scripted:
     def __init__(self, clock: Clock, script: list[str], block: npt.NDArray[Any]) -> None:
         self.clock, self.script, self.block, self.number = clock, script, block, 1
         self.calls: list[float] = []
+        self.asks: list[Ask] = []
 
     def call(self, number: int, ask: Ask, deadline_s: float) -> tuple[Answer, Arrays | None]:
         del number
         self.calls.append(self.clock.now_s)
+        self.asks.append(ask)
         what = self.script.pop(0) if self.script else "here"
         if what == "dead":
             raise RuntimeError("dead")
@@ -100,6 +102,24 @@ def test_nothing_that_a_feeder_does_makes_a_worker_wait_for_long(script: list[st
         assert block is None or block.arrays["x"].tolist() == [0, 1, 2]
         del block
         clock.now_s += 0.3
+
+
+def test_a_feeder_that_is_late_again_and_again_is_left_alone_for_a_while() -> None:
+    client, _, line = client_of(["coming"] * 1000)
+    for _ in range(LATE_TIMES):
+        assert client.take("k", 1, 0.0, urgent=yes) is None
+    calls = len(line.calls)
+    assert client.take("k", 1, 0.0, urgent=no) is None
+    assert len(line.calls) == calls, "it lives, but nothing comes"
+
+
+def test_a_question_without_an_answer_is_settled_all_the_same() -> None:
+    """Else the feeder would believe for ever that what it answered then is held."""
+    client, clock, line = client_of(["dead"])
+    assert client.take("k", 1, 0.0, urgent=no) is None
+    clock.now_s += FIRST_PAUSE_S
+    assert client.take("k", 1, 0.0, urgent=no) is not None
+    assert [ask.settled for ask in line.asks] == [1, 2]
 
 
 def test_a_question_becomes_urgent_while_it_is_put() -> None:

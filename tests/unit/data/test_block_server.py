@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -106,6 +107,35 @@ def test_a_thread_that_finds_other_files_than_the_first_reads_nothing(tmp_path: 
             assert answer.item[0]["tokens"].tobytes() == expected.tobytes()  # type: ignore[index]
     finally:
         opener.gate.set()
+        server.close()
+
+
+def test_a_block_that_is_here_is_not_that_of_other_data(tmp_path: Path) -> None:
+    folder = write(tmp_path / "data")
+    server = started(lambda: source_of(folder))
+    try:
+        mine = Asker(server, cache_key(source_of(folder).content))
+        assert mine(1, wait_s=READ_S).look is Look.HERE
+        assert Asker(server, "other data")(1, worker=1, wait_s=READ_S).look is Look.NONE
+    finally:
+        server.close()
+
+
+def test_a_block_of_python_objects_cannot_be_shared(tmp_path: Path) -> None:
+    folder = write(tmp_path / "data")
+
+    def opener() -> Source:
+        source = source_of(folder)
+        read = source.read_block
+        source.read_block = lambda block: {**read(block), "odd": np.array([{}], dtype=object)}  # type: ignore[method-assign]
+        return source
+
+    server = started(opener)
+    try:
+        ask = Asker(server, cache_key(source_of(folder).content))
+        assert ask(1, wait_s=READ_S).look is Look.NONE, "at once, and not when nobody waits any more"
+        assert server.stats()["live_bytes"] == 0
+    finally:
         server.close()
 
 
