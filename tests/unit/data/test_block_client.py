@@ -122,6 +122,23 @@ def test_a_question_without_an_answer_is_settled_all_the_same() -> None:
     assert [ask.settled for ask in line.asks] == [1, 2]
 
 
+def test_a_question_is_not_settled_while_another_thread_still_puts_it() -> None:
+    client, _, line = client_of([])
+    call, heard = line.call, list[int]()
+    client.listen(heard.append)
+
+    def meanwhile(number: int, ask: Ask, deadline_s: float) -> tuple[Answer, Arrays | None]:
+        if ask.block == 1:
+            assert client.take("k", 2, 0.0, urgent=no) is not None
+        return call(number, ask, deadline_s)
+
+    line.call = meanwhile  # type: ignore[method-assign]
+    assert client.take("k", 1, 0.0, urgent=no) is not None
+    assert client.take("k", 3, 0.0, urgent=no) is not None
+    assert [(ask.serial, ask.settled) for ask in line.asks] == [(2, 1), (1, 1), (3, 3)]
+    assert heard == [1], "who listens is told what has changed, and nothing else"
+
+
 def test_a_question_becomes_urgent_while_it_is_put() -> None:
     client, clock, _ = client_of(["coming"] * 1000)
     assert client.take("k", 1, 0.0, urgent=lambda: clock.now_s >= 1.0) is None
