@@ -32,8 +32,9 @@ def listening(make: Callable[[], T]) -> tuple[T, int | None]:
     with _making:  # one at a time, so that what is new is what this one has opened
         before = set(_own_sockets())
         made = make()
-        new = set(_own_sockets()) - before
-    ports = [local[1] for inode, local, _, state in _connections() if inode in new and state == _LISTEN]
+        new = [(fd, inode) for inode, fd in _own_sockets().items() if inode not in before]
+    # The socket is asked itself: the kernel's table of all connections takes it milliseconds, in every formation.
+    ports = [port for fd, inode in new if (port := _with_copy(fd, inode, _listening_port))]
     return made, ports[0] if len(ports) == 1 else None
 
 
@@ -46,17 +47,29 @@ def cut(own_port: int | None, peers: set[Address]) -> int:
         for inode, local, remote, state in _connections()
         if state != _LISTEN and (local[1] == own_port or remote in peers)
     }
-    return sum(_shut_down(fd, inode) for inode, fd in _own_sockets().items() if inode in inodes)
+    return sum(_with_copy(fd, inode, _shut_down) or False for inode, fd in _own_sockets().items() if inode in inodes)
 
 
-def _shut_down(fd: int, inode: str) -> bool:
+def _with_copy(fd: int, inode: str, act: Callable[[socket.socket], T]) -> T | None:
+    """What `act` gives for a socket; None if it is gone, or `act` raises OSError."""
     with suppress(OSError):
         own = os.dup(fd)  # the number may be closed and used again at any moment; a copy of our own may not
-        with socket.socket(fileno=own) as connection:
+        with socket.socket(fileno=own) as found:
             if _inode(own) == inode:
-                connection.shutdown(socket.SHUT_RDWR)
-                return True
-    return False
+                return act(found)
+    return None
+
+
+def _shut_down(connection: socket.socket) -> bool:
+    connection.shutdown(socket.SHUT_RDWR)
+    return True
+
+
+def _listening_port(found: socket.socket) -> int | None:
+    is_tcp = found.family in (socket.AF_INET, socket.AF_INET6) and found.type == socket.SOCK_STREAM
+    if not is_tcp or not found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        return None
+    return int(found.getsockname()[1])
 
 
 def _own_sockets() -> dict[str, int]:
