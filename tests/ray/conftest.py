@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 import elastictrain_actors  # noqa: F401  (before Ray: it sets what Ray reads when it is imported)
+from elastictrain_actors.cluster import EMBEDDED
 from tests.support.process_cluster import RAY_STEPS, byte_job, run_job
 
 
@@ -20,7 +21,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def shared_ray() -> Iterator[None]:
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.update(EMBEDDED)
     import ray
 
     ray.init(

@@ -72,27 +72,9 @@ def check_whole(run: RunDirectory) -> None:
 
 
 @pytest.mark.usefixtures("shared_ray")
-def test_two_workers_of_a_node_are_fed_by_one_actor(tmp_path: Path, undisturbed: str) -> None:
-    stats: list[dict[str, int]] = []
-
-    def first() -> None:
-        watcher.acts[watcher.rows + 50] = lambda: stats.extend(watcher.stats())
-
-    watcher = Watcher({}, {1: first})
-    done = et.run(node_job(tmp_path), faults=SLOWLY, observer=watcher)
-    assert done.digest == undisturbed
-    (feeder,) = watcher.feeders
-    assert feeder["workers"] == [0, 1]
-    (said,) = stats
-    assert said["workers"] == 2
-    assert said["handed_out"] > said["decoded"] > 0, "what both need is decoded once"
-    check_whole(RunDirectory.open(tmp_path / "run"))
-    assert ends_within(feeder["pid"], 20.0), "it ends with the run"
-
-
-@pytest.mark.usefixtures("shared_ray")
-def test_the_feeder_is_killed_and_its_successor_stopped(tmp_path: Path, undisturbed: str) -> None:
+def test_one_actor_feeds_both_workers_is_killed_and_its_successor_stopped(tmp_path: Path, undisturbed: str) -> None:
     """A feeder that is dead is replaced; one that is stopped answers nobody, until it goes on."""
+    before: list[dict[str, int]] = []
     after: list[dict[str, int]] = []
 
     def send(number: int) -> None:
@@ -107,7 +89,8 @@ def test_the_feeder_is_killed_and_its_successor_stopped(tmp_path: Path, undistur
         }
 
     def first() -> None:
-        watcher.acts[watcher.rows + 10] = lambda: send(signal.SIGKILL)
+        now = watcher.rows
+        watcher.acts |= {now + 40: lambda: before.extend(watcher.stats()), now + 41: lambda: send(signal.SIGKILL)}
 
     watcher = Watcher({}, {1: first, 2: second})
     done = et.run(node_job(tmp_path), faults=SLOWLY, observer=watcher)
@@ -117,8 +100,13 @@ def test_the_feeder_is_killed_and_its_successor_stopped(tmp_path: Path, undistur
     kinds = [event.kind for event in run.events() if event.kind.startswith("feeder_")]
     assert kinds == ["feeder_started", "feeder_lost", "feeder_started"], "one that is only stopped is not replaced"
     assert not watcher.acts, "all of it has happened"
+    assert [feeder["workers"] for feeder in watcher.feeders] == [[0, 1]] * 2
+    (said,) = before
+    assert said["workers"] == 2
+    assert said["handed_out"] > said["decoded"] > 0, "what both need is decoded once"
     (said,) = after
     assert said["handed_out"] > 0, "workers have come back to the new one"
+    assert ends_within(watcher.feeders[-1]["pid"], 20.0), "it ends with the run"
 
 
 @pytest.mark.usefixtures("shared_ray")
