@@ -22,6 +22,7 @@ from elastictrain_checkpoint.healing import Healed, good_block
 from elastictrain_checkpoint.manifest import Manifest
 from elastictrain_checkpoint.store import Store
 from elastictrain_checkpoint.threads import in_threads
+from elastictrain_checkpoint.windows import Copy, copy_out, in_blocks, start_of, tile, unwanted_from, windows
 
 Bytes = NDArray[np.uint8]
 WINDOW_BYTES = 16 << 20
@@ -40,10 +41,6 @@ class Request:
     start: int
     stop: int
     out: Any = None
-
-
-_Copy = tuple[int, memoryview]
-"""(first byte in a file, where the bytes from there on go)."""
 
 
 class Reader:
@@ -78,7 +75,7 @@ class Reader:
         self._lock = threading.Lock()
         self.manifest = manifest
         self._number = {name: number for number, name in enumerate(manifest.table.names)}
-        self._kept: OrderedDict[tuple[int, int], memoryview] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, int], tuple[int, memoryview]] = OrderedDict()
         self._bounds = manifest.table.bounds.tolist()
         self.tensors = {
             **manifest.tensors,
@@ -128,9 +125,9 @@ class Reader:
         return outputs
 
     @no_collections()
-    def _plan(self, requests: Sequence[Request]) -> tuple[list[Bytes], dict[int, list[_Copy]]]:
+    def _plan(self, requests: Sequence[Request]) -> tuple[list[Bytes], dict[int, list[Copy]]]:
         outputs: list[Bytes] = []
-        copies: dict[int, list[_Copy]] = {}
+        copies: dict[int, list[Copy]] = {}
         for request in requests:
             outputs.append(self._output(request))
             for file, copy in self._copies(request, outputs[-1].data):
@@ -148,7 +145,7 @@ class Reader:
             CorruptData: as for `read`; then buffers may be partly filled.
 
         """
-        files: dict[int, list[_Copy]] = {}
+        files: dict[int, list[Copy]] = {}
         for file, start, out in spans:
             files.setdefault(file, []).append((start, out))
         self._read_files(files)
@@ -171,7 +168,7 @@ class Reader:
             )
         return np.frombuffer(view.cast("B") if size else bytearray(), dtype=np.uint8)
 
-    def _copies(self, request: Request, out: memoryview) -> Iterator[tuple[int, _Copy]]:
+    def _copies(self, request: Request, out: memoryview) -> Iterator[tuple[int, Copy]]:
         name = self.manifest.resolve(request.name)
         dtype, shape = self.manifest.tensors[name]
         item = item_bytes(dtype)
@@ -195,28 +192,28 @@ class Reader:
                 piece = out[(low - request.start) * item : (high - request.start) * item]
                 yield int(table.file[row]), (begin + (at * run + low - flat) * item, piece)
 
-    def _read_files(self, files: Mapping[int, Sequence[_Copy]]) -> None:
+    def _read_files(self, files: Mapping[int, Sequence[Copy]]) -> None:
         """Fill the copies, in the order of the files: a window of blocks at a time, several at once if there are many.
 
         Reading and hashing let go of Python's lock, so while one thread waits for memory or storage others work.
         """
-        windows = (
+        everything = (
             window
             for file, copies in sorted(files.items())
-            for window in self._windows_of(file, sorted(copies, key=_start))
+            for window in self._windows_of(file, sorted(copies, key=start_of))
         )
         threads = 1
         if sum(len(out) for copies in files.values() for _, out in copies) >= PARALLEL_BYTES:
             threads = self._threads
-        in_threads(threads, windows, lambda window: self._read_window(*window))
+        in_threads(threads, everything, lambda window: self._read_window(*window))
 
-    def _windows_of(self, file: int, copies: Sequence[_Copy]) -> Iterator[tuple[int, int, int, list[_Copy]]]:
+    def _windows_of(self, file: int, copies: Sequence[Copy]) -> Iterator[tuple[int, int, int, list[Copy]]]:
         """(file, first block, one past the last, what of the copies lies there); the copies are sorted by start."""
         block, size = self.manifest.block_bytes, self.manifest.files[file].size_bytes
         most = max(1, min(WINDOW_BYTES, self._store.read_window_bytes) // block)
         coming = 0
-        open_: list[_Copy] = []
-        for low, high in _windows(copies, block, most):
+        open_: list[Copy] = []
+        for low, high in windows(copies, block, most):
             begin, end = low * block, min(high * block, size)
             while coming < len(copies) and copies[coming][0] < end:
                 open_.append(copies[coming])
@@ -227,38 +224,36 @@ class Reader:
                 if left < right:
                     inside.append((left, out[left - start : right - start]))
             open_ = [copy for copy in open_ if copy[0] + len(copy[1]) > end]
-            inside.sort(key=_start)
+            inside.sort(key=start_of)
             yield file, low, high, inside
 
-    def _read_window(self, file: int, low: int, high: int, copies: Sequence[_Copy]) -> None:
+    def _read_window(self, file: int, low: int, high: int, copies: Sequence[Copy]) -> None:
         """Fill the copies, all of which lie in blocks [low, high)."""
         block, size = self.manifest.block_bytes, self.manifest.files[file].size_bytes
         with self._lock:
             kept = self._kept.get((file, low))
-        if kept is not None:
-            copies = _copy_out(kept, low * block, copies)
+        if kept is not None and kept[0] <= copies[0][0]:
+            copies = copy_out(kept[1], kept[0], copies)
             low += 1
         if low == high:
             return
         begin, end = low * block, min(high * block, size)
-        last = (high - 1) * block
-        # Only a block of which something was not wanted is likely to be asked for again.
-        wanted = sum(min(len(out), start + len(out) - last) for start, out in copies if start + len(out) > last)
-        kept = np.empty(end - last, dtype=np.uint8).data if wanted < end - last else None
-        tiles = _tile(copies, begin, end, kept) if len(copies) * SCATTERED_BYTES <= end - begin else None
+        last = unwanted_from(copies, (high - 1) * block, end)
+        rest = np.empty(end - last, dtype=np.uint8).data if last < end else None
+        tiles = tile(copies, begin, end, rest) if len(copies) * SCATTERED_BYTES <= end - begin else None
         views = tiles or [np.empty(end - begin, dtype=np.uint8).data]
         why = self._fetch(file, begin, views) or "its hash differs from the manifest's"
-        for number, parts in zip(range(low, high), _in_blocks(views, block), strict=True):
+        for number, parts in zip(range(low, high), in_blocks(views, block), strict=True):
             if block_sum_of(parts) != int(self.manifest.sums[file][number]):
                 self._heal(file, number, parts, why)
         if tiles is None:
-            _copy_out(views[0], begin, copies)
-        if kept is not None:
+            copy_out(views[0], begin, copies)
+        if rest is not None:
             for start, out in copies if tiles else [(begin, views[0])]:
                 inside = max(start, last)
                 if start + len(out) > inside:
-                    kept[inside - last : start + len(out) - last] = out[inside - start :]
-            self._keep(file, high - 1, kept)
+                    rest[inside - last : start + len(out) - last] = out[inside - start :]
+            self._keep(file, high - 1, last, rest)
 
     def _fetch(self, file: int, start: int, outs: Sequence[memoryview]) -> str | OSError | None:
         """Read; gives what is wrong, where blocks may still come from elsewhere."""
@@ -296,9 +291,9 @@ class Reader:
             at += len(part)
         self.healed.append(Healed(error.file, number, error.tensors, source.url, str(error)))
 
-    def _keep(self, file: int, number: int, data: memoryview) -> None:
+    def _keep(self, file: int, number: int, begin: int, data: memoryview) -> None:
         with self._lock:
-            self._kept[file, number] = data
+            self._kept[file, number] = begin, data
             while len(self._kept) > CACHED_BLOCKS:
                 self._kept.popitem(last=False)
 
@@ -319,78 +314,3 @@ def corrupt(manifest: Manifest, file: int, number: int | None, why: str) -> Corr
         block=number,
         tensors=names,
     )
-
-
-def _start(copy: _Copy) -> int:
-    return copy[0]
-
-
-def _copy_out(view: memoryview, begin: int, copies: Sequence[_Copy]) -> list[_Copy]:
-    """Copy what lies in ``view``, the bytes of a file from ``begin`` on; gives the copies that are left to do."""
-    left = []
-    end = begin + len(view)
-    for start, out in copies:
-        take = max(0, min(start + len(out), end) - start)
-        if take:
-            out[:take] = view[start - begin : start - begin + take]
-        if take < len(out):
-            left.append((start + take, out[take:]))
-    return left
-
-
-def _tile(copies: Sequence[_Copy], begin: int, end: int, last: memoryview | None) -> list[memoryview] | None:
-    """Buffers that hold bytes [begin, end) one after the other: the copies', and others for what nobody wants, in
-    ``last`` what lies among the last bytes, if it is given. None if two copies want the same byte.
-    """
-    border = end - len(last) if last is not None else end
-    tiles = []
-    at = begin
-    for start, out in (*copies, (end, memoryview(b""))):
-        if start < at:
-            return None
-        if at < min(start, border):
-            tiles.append(np.empty(min(start, border) - at, dtype=np.uint8).data)
-        if last is not None and max(at, border) < start:
-            tiles.append(last[max(at, border) - border : start - border])
-        if len(out):
-            tiles.append(out)
-        at = start + len(out)
-    return tiles
-
-
-def _in_blocks(views: Sequence[memoryview], block: int) -> Iterator[list[memoryview]]:
-    """The parts of each block, of views that follow one another from the start of a block on."""
-    parts: list[memoryview] = []
-    need = block
-    for view in views:
-        at = 0
-        while at < len(view):
-            take = min(need, len(view) - at)
-            parts.append(view[at : at + take])
-            at += take
-            need -= take
-            if not need:
-                yield parts
-                parts, need = [], block
-    if parts:
-        yield parts
-
-
-def _windows(copies: Iterable[_Copy], block: int, most: int) -> Iterator[tuple[int, int]]:
-    """Ranges of blocks that the copies (sorted by start) touch: merged where they meet, up to ``most``."""
-    low = high = 0
-    for copy in copies:
-        start, out = copy
-        if not len(out):
-            continue
-        first, last = start // block, -(-(start + len(out)) // block)
-        if first > high:
-            yield from _split(low, high, most)
-            low = first
-        high = max(high, last)
-    yield from _split(low, high, most)
-
-
-def _split(low: int, high: int, most: int) -> Iterator[tuple[int, int]]:
-    for at in range(low, high, most):
-        yield at, min(at + most, high)

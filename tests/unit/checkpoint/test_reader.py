@@ -22,3 +22,22 @@ def test_tensor_after_tensor_reads_each_block_once() -> None:
     source = Reader(store, save(store, state, ()))
     assert [source.read(name).tobytes() for name in state] == [raw for _, _, raw in state.values()]
     assert source.read_bytes == source.manifest.size_bytes
+
+
+def test_of_a_block_that_was_wanted_in_part_the_rest_is_kept() -> None:
+    """What lies before the rest was wanted: who wants that again reads the block again."""
+    state = make_state({"a": ("U8", (3 << 20,))})
+    store, raw = memory_store(), state["a"][2]
+    manifest = save(store, state, ())
+    block = manifest.block_bytes
+    at = block - manifest.files[0].data_start  # the second block begins here
+    for ranges, blocks in [
+        ([(0, 1000), (1000, 3000), (3000, block)], 1),
+        ([(0, 1000), (2000, block + 10), (block + 10, block + 500)], 2),
+        ([(0, 1000), (999, 3000), (999, 3000)], 2),
+        ([(1000, 2000), (0, 1000), (500, 4000)], 1),  # with something unwanted before it all of the block is kept
+    ]:
+        source = Reader(store, manifest)
+        for start, stop in ranges:
+            assert source.read_flat("a", at + start, at + stop).tobytes() == raw[at + start : at + stop]
+        assert source.read_bytes == blocks * block, ranges
