@@ -23,8 +23,10 @@ from elastictrain_checkpoint.dtypes import item_bytes
 from elastictrain_checkpoint.errors import InvalidPiece
 from elastictrain_checkpoint.manifest import Manifest
 
-SPAN_BYTES = 8 << 20
+SPAN_BYTES = 2 << 20
 """Chunks are cut into spans of rows of about this size: small enough to share out evenly and to stay in cache."""
+_WHOLE = 4
+"""A chunk of less than a span over this is not cut: nothing is gained for it, and there may be very many."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ def plan_reads(manifest: Manifest, wants: Sequence[Sequence[Want]], *, span_byte
     Args:
         manifest: the checkpoint.
         wants: what each worker wants, the same lists on every worker.
-        span_bytes: chunks are cut into spans of about this size; a single longer row makes a longer span.
+        span_bytes: chunks are cut into spans of about this size, with the last row before each multiple of it in the
+            file; a single longer row makes a longer span.
 
     Raises:
         KeyError: no such tensor.
@@ -231,15 +234,23 @@ def _meet(manifest: Manifest, wants: _Wants, span_bytes: int) -> _Met:
         return _Met(rows, zero, zero + 1, chunk, wants.worker[want], wants.want[want])
     items = np.array([item_bytes(manifest.tensors[table.names[i]][0]) for i in used.tolist()], dtype=np.int64)
     row_bytes = sizes[:, 1:].prod(axis=1) * items[np.repeat(np.arange(len(used)), count)]
-    step = np.maximum(1, span_bytes // np.maximum(1, row_bytes))
-    spans = -(-sizes[:, 0] // step)
+    # Spans end with the last row before a multiple of their size in the file: whoever reads some of them reads hash
+    # blocks that hardly reach into the next.
+    row_bytes = np.maximum(1, row_bytes)
+    step = -(-row_bytes // span_bytes) * span_bytes
+    before = table.start[rows] % step
+    before[sizes[:, 0] * row_bytes * _WHOLE < span_bytes] = 0
+    spans = np.maximum(1, -(-(before + sizes[:, 0] * row_bytes) // step))
     if (spans == 1).all():  # by far the most frequent, and very many numbers to divide
         return _Met(rows, np.zeros_like(spans), sizes[:, 0], chunk, wants.worker[want], wants.want[want])
     of, number = _ranges(np.zeros_like(spans), spans)
-    low_row = number * step[of]
-    high_row = np.minimum(low_row + step[of], sizes[of, 0])
-    first = (left - offsets[chunk, 0]) // step[chunk]
-    last = -(-(right - offsets[chunk, 0]) // step[chunk])
+    ends = ((number + 1) * step[of] - before[of]) // row_bytes[of]
+    low_row = np.where(number > 0, np.roll(ends, 1), 0)
+    high_row = np.minimum(ends, sizes[of, 0])
+    # The span of a row is the one in which it ends.
+    row_bytes, step, before = row_bytes[chunk], step[chunk], before[chunk]
+    first = -(-((left - offsets[chunk, 0] + 1) * row_bytes + before) // step) - 1
+    last = -(-((right - offsets[chunk, 0]) * row_bytes + before) // step)
     pair, inside = _ranges(first, last)
     span = (np.cumsum(spans) - spans)[chunk[pair]] + inside
     return _Met(rows[of], low_row, high_row, span, wants.worker[want[pair]], wants.want[want[pair]])

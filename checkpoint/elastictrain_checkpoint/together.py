@@ -33,16 +33,28 @@ class Shares(Protocol):
     and nothing is sent. See `elastictrain_checkpoint.host_exchange`.
     """
 
-    def scratch(self, size_bytes: int) -> memoryview:
-        """This worker's memory for the coming turn. What it gave the last time others may still read."""
+    def stream(
+        self,
+        sizes: Sequence[int],
+        fill: Callable[[int, memoryview], object],
+        take: Callable[[int, int, memoryview], object],
+    ) -> None:
+        """All workers call it with equally many sizes. ``fill(turn, memory)`` fills ``sizes[turn]`` bytes; in the order
+        of turns. ``take(turn, worker, memory)`` is called for every turn and worker, this one too, when that one has
+        filled its memory, and is done with it when it returns; in the order of turns for each worker.
 
-    def turn(self) -> Sequence[memoryview]:
-        """All workers call it when they have filled their memory: gives everybody's, to be read until the next call."""
+        Raises:
+            ConnectionError: a worker is gone, or has given up, on whom this one still depends.
+            TimeoutError: a worker has not got on for long.
+
+        """
 
 
 ROUND_BYTES = 16 << 20
-SHARED_ROUND_BYTES = 4 << 20
+SHARED_ROUND_BYTES = 2 << 20
 """What all workers of a host read in a round stays in the processor's cache until the others have taken it."""
+_GAP_BYTES = 1 << 20
+"""Who skips more than that reads on in another hash block: it counts as less than that."""
 _MESSAGE_BYTES = 1024
 _SOUND, _DAMAGED, _FAILED = range(3)
 """What a worker says at the end of its share."""
@@ -106,6 +118,8 @@ def read_together(
     Raises:
         CorruptData: somebody found damage; raised on every worker. Buffers may be partly filled.
         OSError: somebody's storage failed, which says nothing of what is stored; raised on every worker too.
+        ConnectionError, TimeoutError: a worker is gone, or does not get on, where memory is shared. Other exchanges
+            raise what they do.
         InvalidPiece: a buffer does not fit; raised before anything is exchanged.
 
     """
@@ -156,19 +170,20 @@ def _in_shared_memory(
     job: _Job, plan: ReadPlan, targets: Sequence[_Target], exchange: Shares, round_bytes: int
 ) -> _Error:
     """As `_by_sending`, but everybody reads into memory that all see, and takes what it wants from there."""
-    error: _Error = None
-    for spans in _rounds(plan, round_bytes):
-        mine = spans[job.worker]
-        scratch = np.frombuffer(exchange.scratch(job.size_bytes(mine)), dtype=np.uint8)
+    rounds, errors = _rounds(plan, round_bytes), list[CheckpointError | OSError]()
+
+    def fill(number: int, memory: memoryview) -> None:
+        scratch = np.frombuffer(memory, dtype=np.uint8)
         try:
-            job.read(mine, scratch, targets, damaged=error is not None)
-        except (CheckpointError, OSError) as found:
-            error = found
-        job.hand_on(mine, scratch, targets, None)
-        for owner, theirs in enumerate(exchange.turn()):
-            if owner != job.worker:
-                job.take(spans[owner], theirs, targets)
-    return error
+            job.read(rounds[number][job.worker], scratch, targets, damaged=bool(errors))
+        except (CheckpointError, OSError) as error:
+            errors.append(error)
+
+    def take(number: int, owner: int, memory: memoryview) -> None:
+        job.take(rounds[number][owner], memory, targets)
+
+    exchange.stream([job.size_bytes(spans[job.worker]) for spans in rounds], fill, take)
+    return errors[0] if errors else None
 
 
 def most_shared_bytes(plan: ReadPlan, round_bytes: int = SHARED_ROUND_BYTES) -> int:
@@ -192,12 +207,19 @@ def most_sent_bytes(plan: ReadPlan, round_bytes: int = ROUND_BYTES) -> int:
 
 
 def _rounds(plan: ReadPlan, round_bytes: int) -> list[list[range]]:
-    """Spans of each worker in each round."""
+    """Spans of each worker in each round: those that end in the next ``round_bytes`` of what it reads. Where it reads a
+    file without gaps, rounds end with multiples of that in the file, and so with hash blocks.
+    """
     bounds = np.searchsorted(plan.owner, np.arange(plan.workers + 1))
+    ends = plan.start + plan.size_bytes
+    # Files and gaps count as what leaves a span's place among multiples as it is.
+    gap = np.zeros(len(ends), dtype=np.int64)
+    gap[1:] = (plan.start[1:] - ends[:-1]) % np.where(plan.file[1:] != plan.file[:-1], round_bytes, _GAP_BYTES)
+    firsts = bounds[:-1][bounds[:-1] < bounds[1:]]
+    gap[firsts] = plan.start[firsts] % round_bytes
     cuts = []
     for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        size = plan.size_bytes[begin:end]
-        number = (np.cumsum(size) - size) // round_bytes
+        number = (np.cumsum(plan.size_bytes[begin:end] + gap[begin:end]) - 1) // round_bytes
         edges = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), end - begin]
         cuts.append([range(begin + a, begin + b) for a, b in itertools.pairwise(edges)])
     most = max((len(mine) for mine in cuts), default=0)
@@ -222,7 +244,7 @@ class _Job:
         self.worker = worker
         table = reader.manifest.table
         self._scratch = np.empty(0, dtype=np.uint8)
-        self._ends = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(plan.size_bytes)])
+        self._ends: list[int] = [0, *np.cumsum(plan.size_bytes).tolist()]
         for_me = plan.worker == worker
         self._slabs = slabs(plan, table, wants, np.flatnonzero(for_me | (plan.owner[plan.span] == worker)))
         self._mine = np.flatnonzero(for_me)
@@ -258,7 +280,7 @@ class _Job:
 
     def size_bytes(self, spans: range) -> int:
         """Bytes of spans."""
-        return int(self._ends[spans.stop] - self._ends[spans.start])
+        return self._ends[spans.stop] - self._ends[spans.start]
 
     def read(self, spans: range, scratch: NDArray[np.uint8], targets: Sequence[_Target], *, damaged: bool) -> None:
         """Read this worker's spans to where they belong, or else into ``scratch``, each at its place among them.
@@ -279,30 +301,30 @@ class _Job:
         spans: range,
         scratch: NDArray[np.uint8],
         targets: Sequence[_Target],
-        sent: list[list[NDArray[Any]]] | None,
+        sent: list[list[NDArray[Any]]],
     ) -> None:
-        """Fill the targets that are here from this worker's spans; add what others want to ``sent``, if it is given."""
+        """Fill the targets that are here from this worker's spans; add what others want to ``sent``."""
         for span in spans:
             if self._straight(span, targets) is not None:
                 continue
-            numbers = range(self._bounds[span], self._bounds[span + 1])
-            if sent is None:
-                numbers = [number for number in numbers if self._workers[number] == self.worker]  # type: ignore[assignment]
-            for number in numbers:
+            for number in range(self._bounds[span], self._bounds[span + 1]):
                 slab, part = self._part(number, scratch, spans.start)
                 if self._workers[number] == self.worker:
                     targets[slab.want].box[slab.into] = part
-                elif sent is not None:
+                else:
                     sent[self._workers[number]].append(part)
 
-    def take(self, spans: range, theirs: memoryview, targets: Sequence[_Target]) -> None:
-        """Fill the targets that are here from another worker's spans, which lie in its memory one after the other."""
+    def take(self, spans: range, memory: memoryview, targets: Sequence[_Target]) -> None:
+        """Fill the targets that are here from one worker's spans, which lie in its memory one after the other."""
         numbers = self._coming(spans)
-        if numbers:
-            memory = np.frombuffer(theirs, dtype=np.uint8)
-            for number in numbers:
-                slab, part = self._part(number, memory, spans.start)
-                targets[slab.want].box[slab.into] = part
+        if not numbers:
+            return
+        scratch, own = np.frombuffer(memory, dtype=np.uint8), self._plan.owner[spans.start] == self.worker
+        for number in numbers:
+            if own and self._straight(self._spans[number], targets) is not None:
+                continue  # it was read to where it belongs
+            slab, part = self._part(number, scratch, spans.start)
+            targets[slab.want].box[slab.into] = part
 
     def coming_bytes(self, spans: range) -> int:
         """Bytes that the owner of these spans sends here."""
@@ -320,7 +342,7 @@ class _Job:
     def _part(self, number: int, memory: NDArray[np.uint8], first: int) -> tuple[Slab, NDArray[Any]]:
         """What a delivery hands on, from memory in which spans lie from ``first`` on."""
         slab, span = self._slabs[number], self._spans[number]
-        begin, end = (int(self._ends[at] - self._ends[first]) for at in (span, span + 1))
+        begin, end = self._ends[span] - self._ends[first], self._ends[span + 1] - self._ends[first]
         return slab, memory[begin:end].view(_ELEMENTS[self._items[span]]).reshape(slab.shape)[slab.inside]
 
     def _coming(self, spans: range) -> list[int]:

@@ -45,7 +45,7 @@ class GroupExchange:
 def host_exchange(group: dist.ProcessGroup | None = None) -> HostExchange | None:
     """An exchange through shared memory if all workers of the group are on this host, else None; all workers call this.
 
-    ``make_room`` is to be called before its first use.
+    ``make_room`` is to be called before its first use. It waits as long as the group does.
     """
     workers = dist.get_world_size(group)
 
@@ -57,4 +57,9 @@ def host_exchange(group: dist.ProcessGroup | None = None) -> HostExchange | None
     here = (Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"), socket.gethostname())
     if len(set(gather(here))) > 1:
         return None
-    return HostExchange(dist.get_rank(group), workers, gather, lambda: dist.barrier(group=group))
+    return HostExchange(dist.get_rank(group), workers, gather, lambda: dist.barrier(group=group), _timeout_s(group))
+
+
+def _timeout_s(group: dist.ProcessGroup | None) -> float:
+    backend: Any = (group or dist.distributed_c10d._get_default_group())._get_backend(torch.device("cpu"))
+    return float(backend.options._timeout.total_seconds())

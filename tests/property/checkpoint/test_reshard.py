@@ -21,6 +21,7 @@ from elastictrain_checkpoint import (
     Store,
     hashing,
     reader,
+    together,
 )
 from elastictrain_checkpoint import commit as commit_function
 from elastictrain_checkpoint.host_exchange import HostExchange
@@ -137,6 +138,13 @@ def test_every_wanted_element_is_delivered_once_and_every_span_read_once(
         assert (count >= wanted[name]).all()
     assert all(plan.bounds[s] < plan.bounds[s + 1] for s in range(len(places))), "a span that nobody wants is read"
 
+    for row, high, end in zip(
+        plan.row.tolist(), plan.high.tolist(), (plan.start + plan.size_bytes).tolist(), strict=True
+    ):
+        whole = int(manifest.table.boxes.heights(np.array([row]))[0])
+        row_bytes = int(manifest.table.size_bytes[row]) // max(whole, 1)
+        assert high == whole or -end % SPAN < row_bytes, "a span ends where the next row would end before a multiple"
+
     assert (np.diff(plan.owner) >= 0).all()
     most = plan.read_bytes / len(wants) + plan.size_bytes.max(initial=0)
     assert plan.owned_bytes().max(initial=0) <= most
@@ -222,6 +230,37 @@ def test_a_turned_layout_reads_every_stored_byte_once(rows: int, columns: int, s
     assert found == [[expected(state, want) for want in mine] for mine in wants]
     assert planned == sum(len(raw) for _, _, raw in state.values())
     assert read_bytes <= manifest.size_bytes + 3 * BLOCK
+
+
+def test_a_row_longer_than_a_span_is_never_cut() -> None:
+    manifest = save(memory_store(), make_state({"t": ("U8", (9, 7000))}), ())
+    plan = plan_reads(manifest, [[Want("t", (1, 0), (7, 7000))]], span_bytes=SPAN)
+    rows = [row for low, high in zip(plan.low.tolist(), plan.high.tolist(), strict=True) for row in range(low, high)]
+    assert rows in [list(range(low, high)) for low in (0, 1) for high in (8, 9)]
+    assert set((plan.high - plan.low).tolist()) <= {1, 2}
+
+
+def test_rounds_end_where_hash_blocks_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for less than a row: what is read of the next block would have to be kept, and copied."""
+    monkeypatch.setattr(together, "_GAP_BYTES", BLOCK)
+    ends: list[tuple[int, int]] = []
+
+    class Told(Reader):
+        def read_spans(self, spans: Any) -> None:
+            ends.append(max((file, start + len(out)) for file, start, out in spans))
+            super().read_spans(spans)
+
+    store, wants = memory_store(), [[Want("t", (0, 0), (250, 300))]]
+    manifest = save(store, make_state({"t": ("U8", (250, 300))}), (0.3, 0.6))
+    plan = plan_reads(manifest, wants, span_bytes=BLOCK)
+    exchange = HostExchange(0, 1, lambda value: [value], lambda: None)
+    exchange.make_room(most_shared_bytes(plan, 2 * BLOCK))
+    more: Any = {"worker": 0, "exchange": exchange, "round_bytes": 2 * BLOCK}
+    read_together(Told(store, manifest), plan, wants, [bytearray(75_000)], **more)
+    assert len(manifest.files) > 1
+    assert len(ends) > 6
+    for file, end in ends:
+        assert end == manifest.files[file].size_bytes or -end % (2 * BLOCK) < 300
 
 
 @settings(deadline=None, max_examples=40)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from elastictrain_checkpoint import InvalidPiece
-from elastictrain_checkpoint.host_exchange import HostExchange
+from elastictrain_checkpoint.host_exchange import SLOTS, HostExchange
 from elastictrain_checkpoint.together import Shares
 from tests.unit.checkpoint.workers import Workers
 
@@ -76,20 +77,131 @@ def test_no_file_is_left_open(times: int) -> None:
     assert len([*Path("/proc/self/fd").iterdir()]) <= before
 
 
-def test_what_one_has_filled_the_others_see_until_the_next_turn() -> None:
-    def work(worker: int, exchange: HostExchange) -> list[list[bytes]]:
+def pattern(worker: int, turn: int, size: int) -> bytes:
+    return bytes([turn, worker, *range(size)])[:size]
+
+
+def test_what_one_has_filled_all_see_in_its_turn() -> None:
+    sizes = [[5, 0, 90, 7, 7, 30, 2, 1, 0, 11, 4], [0] * 11, [3 * turn for turn in range(11)]]
+
+    def work(worker: int, exchange: HostExchange) -> list[Any]:
         assert isinstance(exchange, Shares)
         exchange.make_room(100)
-        seen = []
-        for turn in range(5):
-            mine = exchange.scratch(2 + worker)
-            mine[:] = bytes([turn, worker, 7, 7][: 2 + worker])
-            theirs = exchange.turn()
-            exchange.scratch(50)[:] = bytes(50)  # of the coming turn: what was given stays as it is
-            seen.append([bytes(data[: 2 + other]) for other, data in enumerate(theirs)])
-        with pytest.raises(InvalidPiece, match=r"^5000 bytes to share, room for 4096: call make_room first$"):
-            exchange.scratch(5000)
+        seen: list[Any] = []
+
+        def fill(turn: int, memory: memoryview) -> None:
+            memory[:] = pattern(worker, turn, len(memory))
+
+        def take(turn: int, other: int, memory: memoryview) -> None:
+            seen.append((turn, other, bytes(memory[: sizes[other][turn]])))
+
+        for _ in range(2):  # with a call of the other kind between and behind: what it gives stays until the next
+            exchange.stream(sizes[worker], fill, take)
+            came = exchange([[np.full(9, worker, dtype=np.uint8)]] * 3, [9] * 3)
+            seen.append([bytes(data) for data in came])
         return seen
 
-    expected = [[bytes([turn, worker, 7, 7][: 2 + worker]) for worker in range(3)] for turn in range(5)]
-    assert Host(3).run_with_exchange(work) == [expected] * 3
+    turns = [(turn, worker, pattern(worker, turn, sizes[worker][turn])) for turn in range(11) for worker in range(3)]
+    for seen in Host(3).run_with_exchange(work):
+        for begin in (0, 34):
+            assert sorted(seen[begin : begin + 33]) == turns
+            for other in range(3):
+                assert [turn for turn, who, _ in seen[begin : begin + 33] if who == other] == list(range(11))
+            assert seen[begin + 33] == [bytes([other] * 9) for other in range(3)]
+
+
+def test_a_worker_goes_ahead_as_far_as_there_is_memory_and_no_further() -> None:
+    ahead, taken = threading.Event(), list[int]()
+
+    def work(worker: int, exchange: HostExchange) -> None:
+        exchange.make_room(10)
+
+        def fill(turn: int, memory: memoryview) -> None:
+            if worker == 1:
+                assert ahead.wait(30), "worker 0 waits in a turn for which it has memory"
+            elif turn == SLOTS - 1:
+                ahead.set()
+            elif turn >= SLOTS:
+                assert turn - SLOTS in taken, "memory is filled again before it is read"
+            memory[:] = pattern(worker, turn, 10)
+
+        def take(turn: int, other: int, memory: memoryview) -> None:
+            assert bytes(memory[:10]) == pattern(other, turn, 10)
+            if (worker, other) == (1, 0):
+                taken.append(turn)
+
+        exchange.stream([10] * 20, fill, take)
+
+    assert Host(2).run_with_exchange(work) == [None, None]
+    assert taken == list(range(20))
+
+
+def test_what_a_call_has_given_stays_until_the_next() -> None:
+    """Also where the others are at the next already."""
+    begun, overwritten, done = threading.Event(), threading.Event(), threading.Event()
+
+    def work(worker: int, exchange: HostExchange) -> None:
+        exchange.make_room(10)
+        came = exchange([[np.full(5, worker, dtype=np.uint8)]] * 2, [5] * 2)
+
+        def fill(turn: int, memory: memoryview) -> None:
+            if worker == 1:
+                begun.set()
+                if turn == SLOTS - 1 and not done.is_set():
+                    overwritten.set()
+            memory[:] = bytes([9] * 10)
+
+        if worker == 0:
+            assert begun.wait(30)
+            assert not overwritten.wait(0.2)
+            assert [bytes(data) for data in came] == [bytes([0] * 5), bytes([1] * 5)]
+            done.set()
+        exchange.stream([10] * 5, fill, lambda *_: None)
+
+    assert Host(2).run_with_exchange(work) == [None, None]
+
+
+@pytest.mark.parametrize("kind", ["stream", "call"])
+def test_who_gives_up_is_not_waited_for(kind: str) -> None:
+    def work(worker: int, exchange: HostExchange) -> None:
+        exchange.make_room(10)
+        if kind == "call":
+            exchange([[], []], [0, 0])
+            exchange([[np.zeros(5 if worker else 5000, dtype=np.uint8)]] * 2, [5] * 2)
+        exchange.stream([10] * 5, lambda turn, _: 1 // (worker or 2 - turn), lambda *_: None)
+
+    first, second = Host(2).run_with_exchange(work)
+    assert isinstance(first, ZeroDivisionError if kind == "stream" else InvalidPiece)
+    assert isinstance(second, ConnectionError)
+    assert str(second) == "worker 0 is gone, or has given up: what it was to read does not come"
+
+
+def test_who_does_not_get_on_is_waited_for_until_a_deadline() -> None:
+    over, host = threading.Event(), Host(2)
+
+    def work(worker: int) -> str:
+        exchange = HostExchange(worker, 2, host.gather(worker), host.barrier.wait, timeout_s=0.05)
+        exchange.make_room(10)
+        try:
+            exchange.stream([10] * 9, lambda *_: worker == 1 and over.wait(30), lambda *_: None)
+        except (TimeoutError, ConnectionError) as error:
+            return str(error)
+        finally:
+            over.set()
+        return ""
+
+    assert host.run(work) == [
+        "workers [1] have not got on for 0.05 s",
+        "worker 0 is gone, or has given up: what it was to read does not come",
+    ]
+
+
+def test_without_room_nothing_is_shared() -> None:
+    def work(_: int, exchange: HostExchange) -> None:
+        exchange.make_room(10)
+        exchange.close()
+        exchange.stream([10], lambda *_: None, lambda *_: None)
+
+    for error in Host(1).run_with_exchange(work):
+        assert isinstance(error, InvalidPiece)
+        assert str(error) == "10 bytes to share, room for 0: call make_room first"
