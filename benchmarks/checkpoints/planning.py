@@ -59,11 +59,11 @@ def manifest_of(tensors: int) -> Manifest:
         )
         for i, name in enumerate(names(tensors))
     }
-    raw = write_manifest(
+    draft = write_manifest(
         step=1, attempt="a", generation=1, time=datetime.datetime.now(datetime.UTC), info={}, block_bytes=1 << 20,
         digest="0" * 64, files=files, tensors=records, alias={}, tree=None,
     )  # fmt: skip
-    return parse_manifest(raw)
+    return parse_manifest(draft.raw)
 
 
 def shard(worker: int, turned: bool) -> tuple[tuple[int, int], tuple[int, int]]:

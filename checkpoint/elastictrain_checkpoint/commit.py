@@ -80,7 +80,7 @@ def commit(
         files, tensors = _join(parts, step, attempt)
         beside = _beside(attempt, tensors, cells=cells)
         records = {kind: record for kind, (record, _) in beside.items()}
-        raw = write_manifest(
+        draft = write_manifest(
             step=step,
             attempt=attempt,
             generation=generation,
@@ -96,7 +96,7 @@ def commit(
         )
         contents = {f"{step_folder(step)}/{record.path}": data for record, data in beside.values()}
         try:
-            manifest = read_own(raw, contents.__getitem__)
+            manifest = read_own(draft, contents.__getitem__)
         except InvalidManifest as error:
             raise IncompleteCheckpoint(f"step {step}, attempt {attempt}: {error}") from None
     for complaint in wrong_sizes(store, manifest):
@@ -163,6 +163,7 @@ def _join(parts: Sequence[Part], step: int, attempt: str) -> tuple[list[FileReco
     tensors: dict[str, PartTensor] = {}
     seen: dict[str, str] = {}
     referred: dict[str, int] = {}
+    alone = len(parts) == 1  # then its numbers are those of the whole, and its records are only read
     for part in sorted(parts, key=lambda part: (part.writer, [file.path for file in part.files])):
         if (part.step, part.attempt) != (step, attempt):
             raise IncompleteCheckpoint(
@@ -183,6 +184,10 @@ def _join(parts: Sequence[Part], step: int, attempt: str) -> tuple[list[FileReco
             if number == len(files):
                 files.append(file)
             numbers.append(number)
+        if alone and numbers == list(range(len(files))):
+            last = max((chunk[0] for one in part.tensors.values() for chunk in one.chunks), default=-1)
+            if last < len(files):
+                return files, part.tensors
         for name, share in part.tensors.items():
             whole = tensors.get(name)
             if whole is None:

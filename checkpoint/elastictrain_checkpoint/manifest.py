@@ -15,11 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import xxhash
 from pydantic import Field, ValidationError
-from pydantic_core import to_json
 
 from elastictrain_checkpoint import sidecar, tagged
+from elastictrain_checkpoint.canonical import canonical, fields_of, joined, signed
 from elastictrain_checkpoint.collector import no_collections
 from elastictrain_checkpoint.errors import InvalidManifest
 from elastictrain_checkpoint.hashing import DIGEST_ALGORITHM, Sums, root_sum, unpack_sums
@@ -34,7 +33,7 @@ from elastictrain_checkpoint.part import (
     describe,
 )
 from elastictrain_checkpoint.paths import manifest_path, resolve_pack
-from elastictrain_checkpoint.table import ChunkTable, Columns, columns_of, table_of
+from elastictrain_checkpoint.table import ChunkTable, Columns, check_records, columns_of, table_of
 
 FORMAT = "elastictrain.ckpt"
 VERSION = 1
@@ -160,6 +159,22 @@ class Manifest:
         return name
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A manifest as it was just written.
+
+    Attributes:
+        raw: the text.
+        rest: the text without its tensors, which are nearly all of it.
+        tensors: the tensors.
+
+    """
+
+    raw: bytes
+    rest: bytes
+    tensors: Mapping[str, TensorRecord]
+
+
 @no_collections()
 def write_manifest(
     *,
@@ -176,8 +191,8 @@ def write_manifest(
     tree: Any,
     chunks: SidecarRecord | None = None,
     cells: SidecarRecord | None = None,
-) -> bytes:
-    """Text of a manifest. It may still contradict itself: whoever writes one parses it before it is
+) -> Draft:
+    """Text of a manifest. It may still contradict itself: whoever writes one has it read by `read_own` before it is
     published.
 
     Raises:
@@ -204,25 +219,9 @@ def write_manifest(
         "base": sorted({found[0] for file in files if (found := resolve_pack(step, file.path))} - {step}),
         **{key: one.model_dump(by_alias=True) for key, one in (("chunks", chunks), ("cells", cells)) if one},
     }
-    return _signed(_canonical(document))
-
-
-def _canonical(document: Mapping[str, Any]) -> bytes:
-    """The document as ASCII without spaces, fields in their order."""
-    return b"{%s}" % b",".join([_field(key, value) for key, value in document.items()])
-
-
-def _field(key: str, value: Any) -> bytes:
-    if key == "tensors":  # nearly all of the text, and six times as fast; the same but for names that are not ASCII
-        text = to_json({key: value})
-        if text.isascii():
-            return text[1:-1]
-    return json.dumps({key: value}, separators=(",", ":"), allow_nan=False).encode()[1:-1]
-
-
-def _signed(body: bytes) -> bytes:
-    """A canonical document with its own hash as the last field."""
-    return body[:-1] + b',"self":"%s"}' % xxhash.xxh3_128_hexdigest(body).encode()
+    fields = fields_of(document)
+    rest = joined({**fields, "tensors": b'"tensors":{}'})
+    return Draft(signed(joined(fields)), signed(rest), tensors if chunks is None else {})
 
 
 @no_collections()
@@ -247,20 +246,21 @@ def parse_manifest(raw: bytes, step: int | None = None, fetch: Fetch | None = No
         document = _check_text(raw)
         if step is not None and document.step != step:
             raise ValueError(f"it says step {document.step}, but lies in the folder of step {step}")
-        return _check_document(document, raw, fetch)
+        return _check_document(document, document.tensors, raw, fetch)
 
 
 @no_collections()
-def read_own(raw: bytes, fetch: Fetch) -> Manifest:
-    """As `parse_manifest`, for a text that `write_manifest` has just given: all that it says is checked, but not that
-    nobody has altered it since.
+def read_own(draft: Draft, fetch: Fetch) -> Manifest:
+    """As `parse_manifest`, for what `write_manifest` has just given: all that it says is checked, but not that nobody
+    has altered it since; and the tensors are taken from where the text has them, which may be very many to parse.
 
     Raises:
         InvalidManifest: what was to be written contradicts itself.
 
     """
     with _refusing("manifest"):
-        return _check_document(Document.model_validate_json(raw), raw, fetch)
+        check_records(draft.tensors)
+        return _check_document(Document.model_validate_json(draft.rest), draft.tensors, draft.raw, fetch)
 
 
 @contextmanager
@@ -269,7 +269,7 @@ def _refusing(where: str) -> Iterator[None]:
         yield
     except ValidationError as error:
         said = describe(error)
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         said = str(error) or type(error).__name__
     else:
         return
@@ -288,16 +288,18 @@ def _check_text(raw: bytes) -> Document:
             f"version {reprlib.repr(document.get('version'))}; this library reads version {VERSION}: "
             f"use the library that wrote it, or a newer one"
         )
-    if _canonical(document) != raw:
+    if canonical(document) != raw:
         raise ValueError("the text was altered after it was written (not canonical)")
     # Canonical text: the fields stand in the order in which they were read.
-    if _signed(raw.rpartition(b',"self":')[0] + b"}") != raw:
+    if signed(raw.rpartition(b',"self":')[0] + b"}") != raw:
         raise ValueError("the text was altered after it was written (its own hash differs)")
     return Document.model_validate_json(raw)
 
 
-def _check_document(document: Document, raw: bytes, fetch: Fetch | None) -> Manifest:
-    columns = columns_of(document.tensors) if document.chunks is None else _chunks_beside(document, fetch)
+def _check_document(
+    document: Document, records: Mapping[str, TensorRecord], raw: bytes, fetch: Fetch | None
+) -> Manifest:
+    columns = columns_of(records) if document.chunks is None else _chunks_beside(document, fetch)
     if document.cells is not None:
         sidecar.sidecar_path(sidecar.CELLS, document.step, document.cells)
     tensors = dict(zip(columns.names, zip(columns.dtypes, columns.shapes(), strict=True), strict=True))

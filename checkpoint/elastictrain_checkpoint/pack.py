@@ -8,17 +8,15 @@ attempt's folder as it is.
 
 from __future__ import annotations
 
+import itertools
 import math
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pydantic_core import to_json
-
 from elastictrain_checkpoint.boxes import Box, flat_range_to_boxes, strides
 from elastictrain_checkpoint.collector import no_collections
-from elastictrain_checkpoint.dtypes import item_bytes, num_elements
+from elastictrain_checkpoint.dtypes import as_bytes, item_bytes, num_elements
 from elastictrain_checkpoint.errors import InvalidPiece
 from elastictrain_checkpoint.hashing import (
     DIGEST_BLOCK_ELEMENTS,
@@ -30,6 +28,7 @@ from elastictrain_checkpoint.hashing import (
     to_base64,
     unpack_sums,
 )
+from elastictrain_checkpoint.header import pack_header
 from elastictrain_checkpoint.incremental import Base, Held, check_base, split
 from elastictrain_checkpoint.manifest import Manifest
 from elastictrain_checkpoint.part import FileRecord, Part, PartTensor, check_names, check_tensor_names
@@ -37,7 +36,6 @@ from elastictrain_checkpoint.paths import step_folder
 from elastictrain_checkpoint.rope import Rope, as_rope, cut_rope, rope_bytes
 from elastictrain_checkpoint.store import Store
 
-HEADER_ALIGN_BYTES = 4096
 DEFAULT_PACK_BYTES = 512 << 20
 
 
@@ -75,7 +73,7 @@ class BoxData:
         rope: where its bytes lie.
         cells: takes up the hashes of the digest's cells when the box is written; None if the box is but a part of its
             piece, which ends inside of cells.
-        size_bytes: bytes of the box.
+        size_bytes: bytes of the box; counted if not given.
 
     """
 
@@ -85,10 +83,43 @@ class BoxData:
     box: Box
     rope: Rope = field(repr=False)
     cells: list[bytes] | None = field(default=None, repr=False)
-    size_bytes: int = field(init=False)
+    size_bytes: int = -1
 
     def __post_init__(self) -> None:
-        self.size_bytes = rope_bytes(self.rope)
+        if self.size_bytes < 0:
+            self.size_bytes = rope_bytes(self.rope)
+
+
+@no_collections()
+def cut_pieces(pieces: Sequence[Piece]) -> list[list[BoxData]]:
+    """`cut_piece` for each. A state may have thousands of small tensors of a few shapes: what depends on these
+    alone is worked out once.
+
+    Raises:
+        InvalidPiece: as from `cut_piece`.
+
+    """
+    check_tensor_names([piece.name for piece in pieces])
+    kinds: dict[tuple[str, tuple[int, ...]], tuple[tuple[int, ...], Box, int]] = {}
+    # (True, 2) is equal to (1, 2), and so are NumPy's numbers; only plain ones are looked up by what they are equal to.
+    plain = set(map(type, itertools.chain.from_iterable(piece.shape for piece in pieces))) <= {int}
+    out = []
+    for piece in pieces:
+        data = piece.data
+        if not plain or piece.start or type(piece.shape) is not tuple or isinstance(data, list | tuple):
+            out.append(cut_piece(piece))
+            continue
+        kind = kinds.get((piece.dtype, piece.shape))
+        if kind is None:
+            size = num_elements(piece.shape) * item_bytes(piece.dtype)
+            kind = kinds[piece.dtype, piece.shape] = piece.shape, ((0,) * len(piece.shape), piece.shape), size
+        view = as_bytes(data, piece.name)
+        shape, box, size = kind
+        if len(view) == size:  # the whole tensor, by far the most frequent
+            out.append([BoxData(piece.name, piece.dtype, shape, box, (view,) if size else (), [], size)])
+        else:
+            out.append(cut_piece(piece))
+    return out
 
 
 def cut_piece(piece: Piece, runs: Sequence[tuple[int, int]] | None = None) -> list[BoxData]:
@@ -158,30 +189,6 @@ def plan_packs(boxes: Sequence[BoxData], target_bytes: int, *, several: bool = F
         names[number].add(box.name)
         room[number] -= size
     return [sorted(pack, key=lambda box: -item_bytes(box.dtype)) for pack in packs]
-
-
-@no_collections()
-def pack_header(boxes: Sequence[BoxData]) -> bytes:
-    """Safetensors header for these boxes in this order, padded with spaces up to the next 4 KiB.
-
-    A box has the name of its tensor; further ones of a tensor have their offsets after it.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", "DCP_VERSION": "1.0"}}
-    sharding: dict[str, Any] = {}
-    at = 0
-    for box in boxes:
-        key, (offsets, sizes) = box.name, box.box
-        if key in sharding:
-            key = f"{box.name}@{','.join(map(str, offsets))}"
-            while key in sharding:
-                key += "'"
-        sharding[key] = {"saved_offsets": offsets}
-        header[key] = {"dtype": box.dtype, "shape": sizes, "data_offsets": (at, at + box.size_bytes)}
-        at += box.size_bytes
-    header["__metadata__"]["DCP_SHARDING_INFO"] = to_json(sharding).decode()
-    text = to_json(header)
-    text += b" " * (-(len(text) + 8) % HEADER_ALIGN_BYTES)
-    return struct.pack("<Q", len(text)) + text
 
 
 def write_pack(store: Store, path: str, boxes: Sequence[BoxData]) -> FileRecord:
@@ -326,8 +333,7 @@ def _plan(
     tensors: dict[str, PartTensor] = {}
     boxes: list[BoxData] = []
     cells: list[list[bytes]] = []
-    for piece in pieces:
-        found = cut_piece(piece)
+    for piece, found in zip(pieces, cut_pieces(pieces), strict=True):
         boxes += found
         hashed = found[0].cells if found else []
         if hashed is None or hash_first:

@@ -128,6 +128,25 @@ class ChunkTable:
         return tuple(sorted({self.names[i] for i in self.tensor[hit]}))
 
 
+def check_records(tensors: Mapping[str, TensorRecord]) -> None:
+    """Refuse records that JSON would give back as something else. Those that come from JSON need it not.
+
+    Raises:
+        ValueError: names or types that are no text, numbers that are no plain whole ones, or a chunk of the wrong
+            length.
+
+    """
+    records = tensors.values()
+    numbers: list[Sequence[int]] = [record.shape for record in records]
+    for file, start, offsets, sizes in itertools.chain.from_iterable(record.chunks for record in records):
+        numbers += ((file, start), offsets, sizes)
+    found = set(map(type, itertools.chain.from_iterable(numbers)))
+    texts = {*map(type, tensors), *(type(record.dtype) for record in records)}
+    if not found <= {int} or not texts <= {str}:
+        said = sorted(kind.__name__ for kind in {*found, *texts})
+        raise ValueError(f"tensors are described by {', '.join(said)}; expected nothing but int and str")
+
+
 def columns_of(tensors: Mapping[str, TensorRecord]) -> Columns:
     """Tensor records as columns."""
     names = sorted(tensors)
@@ -167,10 +186,13 @@ def build_table(tensors: Mapping[str, TensorRecord], files: Sequence[FileRecord]
 def table_of(columns: Columns, files: Sequence[FileRecord]) -> ChunkTable:
     """As `build_table`, from columns."""
     names = columns.names
-    counts = np.array([num_elements(shape) for shape in columns.shapes()], dtype=np.int64)
+    shapes = columns.shapes()
+    known = {shape: num_elements(shape) for shape in set(shapes)}  # most tensors have a shape of many
+    counts = np.array([known[shape] for shape in shapes], dtype=np.int64)
     _check_ranks(columns)
     flat_start, flat_stop, volume = _geometry(columns)
-    items = np.array([item_bytes(dtype) for dtype in columns.dtypes], dtype=np.int64)
+    widths = {dtype: item_bytes(dtype) for dtype in set(columns.dtypes)}
+    items = np.array([widths[dtype] for dtype in columns.dtypes], dtype=np.int64)
     size_bytes = volume * items[columns.tensor] if len(names) else volume
     order = np.lexsort((flat_start, columns.tensor))
     table = ChunkTable(

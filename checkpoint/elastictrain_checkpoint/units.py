@@ -18,7 +18,8 @@ from elastictrain_checkpoint.boxes import strides
 from elastictrain_checkpoint.dtypes import item_bytes, num_elements
 from elastictrain_checkpoint.errors import InvalidPiece
 from elastictrain_checkpoint.hashing import CELL_HASH_BYTES, DIGEST_BLOCK_ELEMENTS, cells, to_base64
-from elastictrain_checkpoint.pack import BoxData, Piece, cut_piece, pack_header, plan_packs
+from elastictrain_checkpoint.header import pack_header
+from elastictrain_checkpoint.pack import BoxData, Piece, cut_pieces, plan_packs
 from elastictrain_checkpoint.part import FileRecord, Part, PartTensor
 from elastictrain_checkpoint.rope import rope_bytes
 
@@ -91,7 +92,7 @@ def plan_units(pieces: Sequence[Piece], pack_bytes: int, stable: Container[int] 
             raise InvalidPiece(
                 f"{piece.name}: pieces disagree, {seen[0]} {list(seen[1])} and {piece.dtype} {list(piece.shape)}"
             )
-    boxes = [(number, box) for number, piece in enumerate(pieces) for box in cut_piece(piece)]
+    boxes = [(number, box) for number, found in enumerate(cut_pieces(pieces)) for box in found]
     return plan_boxes(pieces, [boxes], pack_bytes, stable)
 
 

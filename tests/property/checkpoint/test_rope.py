@@ -10,7 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from elastictrain_checkpoint import DIGEST_BLOCK_ELEMENTS, InvalidPiece, Piece, block_hashes
-from elastictrain_checkpoint.pack import cut_piece, pack_header, plan_packs
+from elastictrain_checkpoint.header import pack_header
+from elastictrain_checkpoint.pack import cut_piece, plan_packs
 from elastictrain_checkpoint.rope import as_rope, cut_rope, rope_bytes
 
 CELL = DIGEST_BLOCK_ELEMENTS
