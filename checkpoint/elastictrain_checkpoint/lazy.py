@@ -35,10 +35,8 @@ from elastictrain_checkpoint.running import copy_bytes as copy_bytes
 from elastictrain_checkpoint.store import Store
 from elastictrain_checkpoint.units import Bytes, CellHashes, PlannedPack, make_part, plan_units
 
-YIELD_S, YIELD_PIECE_S = 0.001, 5e-6
-"""Planning does not let go of Python's lock: whoever has begun the save goes on first, and gives the device work. For
-every piece of the state there is something that it must let go of.
-"""
+YIELD_S = 0.001
+"""Planning does not let go of Python's lock: whoever has begun the save goes on first, and gives the device work."""
 WhenBusy = Literal["wait", "skip", "supersede"]
 
 
@@ -96,6 +94,7 @@ class LazySaver:
         dropped: Callable[[BaseException | None], None] | None = None,
         when_busy: WhenBusy = "wait",
         base: Callable[[], Base | None] | None = None,
+        later: Callable[[], Sequence[Piece]] | None = None,
     ) -> SaveHandle:
         """Begin a save; the buffers of the pieces may change only after a call of `before_mutation`.
 
@@ -116,6 +115,8 @@ class LazySaver:
             base: gives an earlier step, so that only what has changed since is written, as for `PackWriter`; called in
                 the background. All is written if it gives None, or if the state is about to change before it has
                 answered: no change waits for it.
+            later: gives all pieces, in the background: `pieces` need then be none but those of `eager`, whose copies
+                take the place of what it gives for them.
 
         Raises:
             SaveFailed: an earlier save has failed and nobody has asked for its result. This one was not begun.
@@ -137,12 +138,11 @@ class LazySaver:
         self._jobs = [job for job in self._jobs if not job.handle.done]
         copied, own = set(eager), set(stable)
         frozen = self._copied(pieces, copied)
-        own_pieces = {number for number, piece in enumerate(pieces) if piece.name in copied | own}
         job = Job(handle, self.pool, finish, intact or _always_intact, self._windows_s)
         self._jobs.append(job)
         threading.Thread(
             target=self._run,
-            args=(job, frozen, own_pieces, ready, dropped, base, (step, attempt, writer)),
+            args=(job, frozen, later, copied | own, ready, dropped, base, (step, attempt, writer)),
             name="elastictrain-save",
             daemon=True,
         ).start()
@@ -244,8 +244,9 @@ class LazySaver:
     def _run(
         self,
         job: Job,
-        pieces: list[Piece],
-        own: set[int],
+        frozen: list[Piece],
+        later: Callable[[], Sequence[Piece]] | None,
+        stable: set[str],
         ready: Callable[[], None] | None,
         dropped: Callable[[BaseException | None], None] | None,
         base: Callable[[], Base | None] | None,
@@ -253,8 +254,10 @@ class LazySaver:
     ) -> None:
         told = dropped or (lambda _: None)
         try:
-            time.sleep(YIELD_S + YIELD_PIECE_S * len(pieces))
+            time.sleep(YIELD_S)
             with no_collections():
+                pieces = frozen if later is None else _in_place(later(), frozen)
+                own = {number for number, piece in enumerate(pieces) if piece.name in stable}
                 job.start(plan_units(pieces, self._pack_bytes, own))
             if ready is not None:
                 ready()
@@ -299,6 +302,14 @@ class LazySaver:
         assert hashes is not None
         with no_collections():
             return make_part(plan, files, hashes, step=step, attempt=attempt, writer=writer)
+
+
+def _in_place(pieces: Sequence[Piece], frozen: Sequence[Piece]) -> Sequence[Piece]:
+    """The pieces, copies in the place of what they are copies of."""
+    if not frozen:
+        return pieces
+    copies = {(piece.name, piece.start): piece for piece in frozen}
+    return [copies.get((piece.name, piece.start), piece) for piece in pieces]
 
 
 class _Stream:

@@ -159,6 +159,7 @@ class Job:
             self.cancelled = True
             self.pool.give_back(self.ledger.slots)
             self.ledger, self.plan, self.units = Ledger([]), None, []
+            self.finish, self.intact = None, lambda: ""
             self.lock.notify_all()
         self.planned.set()
 

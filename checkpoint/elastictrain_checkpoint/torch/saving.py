@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import atexit
-import re
 import uuid
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from fnmatch import translate
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from elastictrain_checkpoint.collector import no_collections
@@ -34,33 +30,10 @@ from elastictrain_checkpoint.torch import meeting
 from elastictrain_checkpoint.torch.device import Bounced, CudaEngine, Staging
 from elastictrain_checkpoint.torch.outcome import TorchHandle
 from elastictrain_checkpoint.torch.sharded import Agreed, Facts, agree, exchange, facts_of, spreads_of
+from elastictrain_checkpoint.torch.taking import EAGER, Changing, Taken, take_hosts
 from elastictrain_checkpoint.torch.tree import Flat, as_buffer, describe, flatten, stored_facts
 
 Group = dist.ProcessGroup | Literal["world"] | None
-EAGER = ("*running_mean", "*running_var", "*num_batches_tracked")
-"""What changes in a forward, so between two optimizer steps: copied at the call. Normalisation layers of torch."""
-
-
-@dataclass(slots=True)
-class _Taken:
-    """The tensors of one save, as they will be read."""
-
-    buffers: dict[str, memoryview] = field(default_factory=dict)
-    own: set[str] = field(default_factory=set)
-    watched: list[tuple[str, torch.Tensor, int, int]] = field(default_factory=list)
-    kept: list[torch.Tensor] = field(default_factory=list)
-    staged: bool = False
-
-    def changed(self) -> str:
-        """The first watched tensor that is not as it was. Edits of `.data` cannot be seen."""
-        for name, tensor, version, address in self.watched:
-            if _version(tensor) != version or tensor.data_ptr() != address:
-                return name
-        return ""
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
 
 
 class AsyncSaver:
@@ -98,7 +71,8 @@ class AsyncSaver:
         self._last_step = -1
         self._staging: Staging | Bounced | None = None
         self._bounce_bytes = bounce_bytes
-        self._staged: _Taken | None = None
+        self._staged: Taken | None = None
+        self._changing = Changing(EAGER)
         self._hooks: weakref.WeakKeyDictionary[torch.optim.Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
         _savers.add(self)
 
@@ -159,7 +133,10 @@ class AsyncSaver:
             if problem is None:
                 with no_collections():  # several small objects for every tensor
                     flat = flatten(state_dict)
-                    facts = facts_of(flat)
+                    if self._group is not None or flat.spread:
+                        facts = facts_of(flat)
+                    else:
+                        facts = Facts([], [], flat.aliases, frozenset())
         except CheckpointError as error:
             problem = error
         agreed = self._agree(facts, step, problem)
@@ -175,26 +152,44 @@ class AsyncSaver:
             return handle
         with no_collections():
             taken = self._take(flat, fresh=self._lazy.is_busy)
-        pieces, own = self._pieces(flat, spreads, taken)
-        changing = re.compile("|".join(map(translate, eager)) or r"(?!)")
-        copied = {name for name in taken.buffers if changing.match(name)}
-        if taken.staged:  # a state on devices: the little that is on the host is copied
-            copied = taken.buffers.keys() - taken.own
-        names = {piece.name for piece in pieces}
-        taken.watched = [one for one in taken.watched if one[0] in taken.own or one[0] not in copied]
+        copied = self._copied_names(taken, eager)
+        later: Callable[[], list[Piece]] | None = None
+        own = taken.own
+        if self._group is None:
+            later = partial(_all_pieces, flat, taken)
+            pieces = [
+                Piece(name, *stored_facts(flat.tensors[name]), 0, as_buffer(taken.hosts[name])) for name in copied
+            ]
+        else:
+            pieces, own = self._shares(flat, spreads, taken)
+            names = {piece.name for piece in pieces}
+            copied, own = (copied - own) & names, own & names
         return self._lazy.save(
             pieces,
             step=step,
             attempt=attempt,
             writer=self._writer,
-            finish=self._finish(step, attempt, describe(flat), flat.aliases),
+            finish=self._finish(step, attempt, flat),
             intact=taken.changed,
-            eager=[name for name in copied if name in names and name not in own],
-            stable=own & names,
+            eager=copied,
+            stable=own,
             ready=self._ready(taken, step),
             dropped=partial(meeting.say_dropped, self.store, step, attempt, self._writer) if self._group else None,
             when_busy=when_busy,
+            later=later,
         )
+
+    def _copied_names(self, taken: Taken, eager: Sequence[str]) -> set[str]:
+        """What is copied at the call, and so may change after it."""
+        if self._changing.patterns != tuple(eager):
+            self._changing = Changing(eager)
+        copied = self._changing.among(taken.hosts)
+        if taken.staged:  # a state on devices: the little that is on the host is copied
+            copied = taken.hosts.keys() - taken.own
+        copied -= taken.own
+        if copied:
+            taken.watched = [one for one in taken.watched if one[0] not in copied]
+        return copied
 
     def before_mutation(self) -> None:
         """Call it right before the state changes; see `LazySaver.before_mutation`."""
@@ -250,30 +245,12 @@ class AsyncSaver:
             dist.broadcast_object_list(chosen, group=self._group, group_src=0)
         return chosen[0], chosen[1]
 
-    def _take(self, flat: Flat, *, fresh: bool) -> _Taken:
-        """Where the bytes of every tensor are: live, or in a copy where they do not lie together."""
-        taken = _Taken()
-        on_device: dict[str, torch.Tensor] = {}
-        for name, tensor in flat.tensors.items():
-            local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-            if local.device.type == "cuda":
-                on_device[name] = local
-                taken.watched.append((name, local, _version(local), local.data_ptr()))
-                continue
-            address = local.data_ptr()
-            whole = local
-            if local.device.type != "cpu" or not local.is_contiguous() or local.is_complex() or local.is_neg():
-                whole = local.resolve_conj().resolve_neg().to("cpu").contiguous()
-            if whole.data_ptr() != address:
-                taken.own.add(name)
-            else:
-                taken.watched.append((name, local, _version(local), address))
-            taken.kept.append(whole)
-            taken.buffers[name] = as_buffer(whole)
+    def _take(self, flat: Flat, *, fresh: bool) -> Taken:
+        """What is saved: live, or in a copy where it does not lie together."""
+        taken, on_device = take_hosts(flat)
         if on_device:
             self._staging = self._staging or self._new_staging(next(iter(on_device.values())).device)
-            for name, buffer in self._staging.begin(on_device, fresh=fresh).items():
-                taken.buffers[name] = as_buffer(buffer)
+            taken.hosts |= self._staging.begin(on_device, fresh=fresh)
             taken.own |= set(on_device)
             taken.staged, self._staged = True, taken
         return taken
@@ -283,7 +260,7 @@ class AsyncSaver:
             return Staging(device)
         return Bounced(CudaEngine(device), self._bounce_bytes, deadline_s=self._deadline_s)
 
-    def _ready(self, taken: _Taken, step: int) -> Callable[[], None] | None:
+    def _ready(self, taken: Taken, step: int) -> Callable[[], None] | None:
         if not taken.staged or self._staging is None:
             return None
         copied = self._staging.copied()
@@ -299,15 +276,14 @@ class AsyncSaver:
 
         return wait
 
-    def _pieces(self, flat: Flat, spreads: Sequence[Spread], taken: _Taken) -> tuple[list[Piece], set[str]]:
-        """What this process stores, and the names of what lies in memory of the save's own."""
+    def _shares(self, flat: Flat, spreads: Sequence[Spread], taken: Taken) -> tuple[list[Piece], set[str]]:
+        """What this process stores of what all have, and the names of what lies in memory of the save's own."""
+        assert self._group is not None
         facts = {name: stored_facts(tensor) for name, tensor in flat.tensors.items()}
-        if self._group is None:
-            return [Piece(name, *facts[name], 0, taken.buffers[name]) for name in facts], taken.own
         if taken.staged:
             self._staging.copied().synchronize()  # type: ignore[union-attr]  # neighbours are sent what is copied
         rank, world = dist.get_rank(self._group), dist.get_world_size(self._group)
-        found = exchange(spreads, taken.buffers, plan_shares(spreads, world), self._group)
+        found = exchange(spreads, taken.buffers(), plan_shares(spreads, world), self._group)
         pieces, own = [], set(taken.own)
         for spread in spreads:
             share, (dtype, shape) = found[spread.name], facts[spread.name]
@@ -318,19 +294,31 @@ class AsyncSaver:
             pieces.append(Piece(spread.name, dtype, shape, share.start, [share.live, share.own]))
         return pieces, own
 
-    def _finish(self, step: int, attempt: str, tree: Any, aliases: Mapping[str, str]) -> Callable[[Part], Manifest]:
+    def _finish(self, step: int, attempt: str, flat: Flat) -> Callable[[Part], Manifest]:
         world = dist.get_world_size(self._group) if self._group else 1
         info = {"world": world, "torch": str(torch.__version__)}
 
         def commit_all(parts: Sequence[Part]) -> Manifest:
             return commit(
-                self.store, step=step, attempt=attempt, generation=1, parts=parts, tree=tree, aliases=aliases, info=info
+                self.store,
+                step=step,
+                attempt=attempt,
+                generation=1,
+                parts=parts,
+                tree=describe(flat),
+                aliases=flat.aliases,
+                info=info,
             )
 
         if self._group is None:
             return lambda part: commit_all([part])
         rank = dist.get_rank(self._group)
         return lambda part: meeting.meet(self.store, part, rank, world, commit_all, self._deadline_s)
+
+
+def _all_pieces(flat: Flat, taken: Taken) -> list[Piece]:
+    """What a process stores that saves by itself."""
+    return [Piece(name, *stored_facts(flat.tensors[name]), 0, data) for name, data in taken.buffers().items()]
 
 
 # --- functions, for who wants no object ---

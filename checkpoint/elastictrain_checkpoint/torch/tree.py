@@ -12,6 +12,8 @@ from torch.distributed.tensor import DTensor
 from elastictrain_checkpoint.errors import InvalidPiece
 from elastictrain_checkpoint.tagged import encode
 
+_LEAVES = {int, float, bool, str}
+_DENSE = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, DTensor}
 _PLAIN = {torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool}
 
 Path = tuple[Any, ...]
@@ -41,6 +43,7 @@ class Flat:
         places: (path, name) of every tensor and every alias.
         aliases: further name → name of the tensor that has the same memory.
         rest: the state dict, mappings as plain dicts, None in the place of tensors.
+        spread: whether there are DTensors.
 
     """
 
@@ -48,6 +51,7 @@ class Flat:
     places: list[tuple[Path, str]] = field(default_factory=list)
     aliases: dict[str, str] = field(default_factory=dict)
     rest: Any = None
+    spread: bool = False
 
 
 def flatten(state: Any) -> Flat:
@@ -59,32 +63,47 @@ def flatten(state: Any) -> Flat:
 
     """
     flat = Flat()
-    seen: dict[Any, str] = {}
+    tensors, aliases, places = flat.tensors, flat.aliases, flat.places
+    seen: dict[int, list[str]] = {}
 
-    def walk(value: Any, path: Path) -> Any:
-        if isinstance(value, torch.Tensor):
+    def walk_tensor(value: torch.Tensor, path: Path, name: str) -> None:
+        if name in tensors or name in aliases or not _is_name(name):
             name = unique_name(path, flat)
-            flat.places.append((path, name))
-            key = identity(_checked(value, name))
-            first = seen.setdefault(key, name) if key is not None else name
-            if first == name:
-                flat.tensors[name] = value
-            else:
-                flat.aliases[name] = first
+        places.append((path, name))
+        if type(value) not in _DENSE or value.layout is not torch.strided or value.dtype not in NATIVE or value.is_meta:
+            _checked(value, name)
+        local = value
+        if type(value) is DTensor:
+            local, flat.spread = value.to_local(), True
+        if local.numel():
+            there = seen.setdefault(local.data_ptr(), [])
+            for other in there:
+                if identity(tensors[other]) == identity(value):
+                    aliases[name] = other
+                    return
+            there.append(name)
+        tensors[name] = value
+
+    def walk(value: Any, path: Path, name: str) -> Any:
+        kind = type(value)
+        if kind in _LEAVES:
+            return value
+        if kind in _DENSE or isinstance(value, torch.Tensor):
+            walk_tensor(value, path, name)
             return None
-        if isinstance(value, Mapping):
+        before = f"{name}/" if path else ""
+        if kind is dict or isinstance(value, Mapping):
             for key in value:
                 if type(key) is not str:
                     encode(key, _where(path))
-            return {key: walk(item, (*path, key)) for key, item in value.items()}
-        if type(value) in (list, tuple, torch.Size):
-            items = [walk(item, (*path, number)) for number, item in enumerate(value)]
-            return items if type(value) is list else tuple(items)
-        if type(value) not in (int, float, bool, str):
-            encode(value, _where(path))
+            return {key: walk(item, (*path, key), f"{before}{key}") for key, item in value.items()}
+        if kind in (list, tuple, torch.Size):
+            items = [walk(item, (*path, number), f"{before}{number}") for number, item in enumerate(value)]
+            return items if kind is list else tuple(items)
+        encode(value, _where(path))
         return value
 
-    flat.rest = walk(state, ())
+    flat.rest = walk(state, (), "")
     return flat
 
 
@@ -92,10 +111,14 @@ def _where(path: Path) -> str:
     return "state_dict" + "".join(f"[{key!r}]" for key in path)
 
 
+def _is_name(name: str) -> bool:
+    return bool(name) and name.isprintable() and len(name) <= 1000 and name != "__metadata__"
+
+
 def unique_name(path: Path, flat: Flat) -> str:
     """The keys joined by "/"; numbered where that name is taken, or is none that the format can hold."""
     name = "/".join(str(key) for key in path)
-    if not name or not name.isprintable() or len(name) > 1000 or name == "__metadata__":
+    if not _is_name(name):
         name = f"tensor-{len(flat.places)}"
     wanted, number = name, 2
     while name in flat.tensors or name in flat.aliases:
@@ -104,7 +127,7 @@ def unique_name(path: Path, flat: Flat) -> str:
 
 
 def _checked(value: torch.Tensor, name: str) -> torch.Tensor:
-    if type(value) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, DTensor):
+    if type(value) not in _DENSE:
         raise InvalidPiece(f"{name} is a {type(value).__name__}; pass its plain tensors, or a DTensor")
     if value.layout is not torch.strided or value.is_quantized or value.is_meta:
         kind = "meta" if value.is_meta else "quantized" if value.is_quantized else str(value.layout)
