@@ -9,10 +9,10 @@ thread goes on writing. So memory is bounded, and the price is time where storag
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -33,6 +33,7 @@ from elastictrain_checkpoint.running import MIN_COPY_BYTES as MIN_COPY_BYTES
 from elastictrain_checkpoint.running import Job, Superseded
 from elastictrain_checkpoint.running import copy_bytes as copy_bytes
 from elastictrain_checkpoint.store import Store
+from elastictrain_checkpoint.threads import Standby
 from elastictrain_checkpoint.units import Bytes, CellHashes, PlannedPack, make_part, plan_units
 
 YIELD_S = 0.001
@@ -78,6 +79,7 @@ class LazySaver:
         self._failed: list[SaveHandle] = []
         self._arena: dict[tuple[str, int], list[Bytes]] = {}
         self._windows_s: deque[float] = deque(maxlen=REMEMBERED)
+        self._thread = Standby("elastictrain-save")
 
     def save(
         self,
@@ -140,12 +142,8 @@ class LazySaver:
         frozen = self._copied(pieces, copied)
         job = Job(handle, self.pool, finish, intact or _always_intact, self._windows_s)
         self._jobs.append(job)
-        threading.Thread(
-            target=self._run,
-            args=(job, frozen, later, copied | own, ready, dropped, base, (step, attempt, writer)),
-            name="elastictrain-save",
-            daemon=True,
-        ).start()
+        names = (step, attempt, writer)
+        self._thread.give(partial(self._run, job, frozen, later, copied | own, ready, dropped, base, names))
         return handle
 
     @property
@@ -192,7 +190,8 @@ class LazySaver:
 
         """
         for job in self._jobs:
-            job.handle._wait(self._deadline_s if timeout_s is None else timeout_s)
+            if not job.handle.done:
+                job.handle._wait(self._deadline_s if timeout_s is None else timeout_s)
         self.check()
 
     def give_up(self) -> list[SaveHandle]:
@@ -209,6 +208,7 @@ class LazySaver:
             self.wait(timeout_s)
         finally:
             self.pool, self._arena = Pool(), {}
+            self._thread.close()
 
     def _note(self, handle: SaveHandle) -> None:
         if handle.done and handle.state is SaveState.FAILED and not handle._seen and handle not in self._failed:

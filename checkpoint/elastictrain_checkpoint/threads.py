@@ -1,10 +1,12 @@
-"""A few threads that do the same to one item after the other."""
+"""A few threads that do the same to one item after the other, and one that waits for work."""
 
 from __future__ import annotations
 
 import itertools
 import os
+import queue
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -56,3 +58,63 @@ def in_threads(threads: int, items: Iterable[_Item], work: Callable[[_Item], obj
         helper.join()
     if failed:
         raise min(failed, key=lambda one: one[0])[1]
+
+
+class _Hand:
+    def __init__(self, name: str) -> None:
+        self.coming: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self.idle = threading.Event()
+        self.idle.set()
+        self.thread = threading.Thread(target=_serve, args=(self.coming, self.idle, name), name=name, daemon=True)
+        self.thread.start()
+
+
+def _serve(coming: queue.SimpleQueue[Callable[[], object] | None], idle: threading.Event, name: str) -> None:
+    thread = threading.current_thread()
+    while True:
+        thread.name = f"{name}-idle"
+        work = coming.get()
+        if work is None:
+            return
+        thread.name = name
+        work()
+        work = None  # what it held on to goes with it
+        idle.set()
+
+
+class Standby:
+    """A thread that waits for work. Whoever hands it over does not wait; whoever starts a thread waits until it runs,
+    which on a busy machine takes milliseconds.
+
+    Args:
+        name: of the thread while it works.
+
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._hand = self._new()
+
+    def _new(self) -> _Hand:
+        hand = _Hand(self._name)
+        weakref.finalize(self, hand.coming.put, None).atexit = False
+        return hand
+
+    def give(self, work: Callable[[], object]) -> None:
+        """Have this called, which raises nothing, in a thread: another one if the first is still busy, or is gone (its
+        process has forked).
+        """
+        if not (self._hand.idle.is_set() and self._hand.thread.is_alive()):
+            self._hand.coming.put(None)
+            self._hand = self._new()
+        self._hand.idle.clear()
+        self._hand.coming.put(work)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until what was given last is done; whether it is."""
+        return self._hand.idle.wait(timeout_s)
+
+    def close(self) -> None:
+        """Let the thread end, after what it does. It may be given work again."""
+        self._hand.coming.put(None)
+        self._hand.idle.clear()

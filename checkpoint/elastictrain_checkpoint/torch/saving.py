@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import atexit
-import uuid
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -240,7 +240,7 @@ class AsyncSaver:
         if self._group is None or dist.get_rank(self._group) == 0:
             if step is None:
                 step = max([*list_steps(self.store), self._last_step]) + 1
-            chosen = [step, uuid.uuid4().hex[:12]]
+            chosen = [step, os.urandom(6).hex()]
         if self._group is not None:
             dist.broadcast_object_list(chosen, group=self._group, group_src=0)
         return chosen[0], chosen[1]

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from elastictrain_checkpoint.errors import InvalidPiece
 from elastictrain_checkpoint.tagged import encode
 
+_STRIDED = torch.strided
 _LEAVES = {int, float, bool, str}
 _DENSE = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, DTensor}
 _PLAIN = {torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool}
@@ -64,24 +65,29 @@ def flatten(state: Any) -> Flat:
     """
     flat = Flat()
     tensors, aliases, places = flat.tensors, flat.aliases, flat.places
-    seen: dict[int, list[str]] = {}
+    seen: dict[int, str] = {}
+    others: dict[int, list[str]] = {}
 
     def walk_tensor(value: torch.Tensor, path: Path, name: str) -> None:
         if name in tensors or name in aliases or not _is_name(name):
             name = unique_name(path, flat)
         places.append((path, name))
-        if type(value) not in _DENSE or value.layout is not torch.strided or value.dtype not in NATIVE or value.is_meta:
+        if type(value) not in _DENSE or value.layout is not _STRIDED or value.dtype not in NATIVE:
             _checked(value, name)
         local = value
         if type(value) is DTensor:
             local, flat.spread = value.to_local(), True
-        if local.numel():
-            there = seen.setdefault(local.data_ptr(), [])
-            for other in there:
-                if identity(tensors[other]) == identity(value):
+        address = local.data_ptr()
+        if not address:
+            _checked(value, name)  # a meta tensor has none, nor has an empty one
+        first = seen.setdefault(address, name)
+        if first != name and local.numel():
+            mine = identity(value)
+            for other in (first, *others.get(address, ())):
+                if identity(tensors[other]) == mine:
                     aliases[name] = other
                     return
-            there.append(name)
+            others.setdefault(address, []).append(name)
         tensors[name] = value
 
     def walk(value: Any, path: Path, name: str) -> Any:
@@ -94,7 +100,7 @@ def flatten(state: Any) -> Flat:
         before = f"{name}/" if path else ""
         if kind is dict or isinstance(value, Mapping):
             for key in value:
-                if type(key) is not str:
+                if type(key) is not str and type(key) is not int:
                     encode(key, _where(path))
             return {key: walk(item, (*path, key), f"{before}{key}") for key, item in value.items()}
         if kind in (list, tuple, torch.Size):

@@ -164,10 +164,9 @@ def test_the_pool_gets_back_what_a_save_that_was_given_up_had_copied(scene: Scen
         assert scene.gate.reached.wait(30)
         scene.saver.before_mutation()
         assert handle.copied_bytes == MB + 4096
-        (thread,) = [one for one in threading.enumerate() if one.name == "elastictrain-save"]
         scene.saver.give_up()
         scene.gate.opened.set()
-        thread.join(30)
+        assert scene.saver._thread.wait(30)
     assert scene.saver.pool.size_bytes == 2 * MB
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import threading
+import warnings
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +14,7 @@ import pytest
 
 from elastictrain_checkpoint import CorruptData, Reader, Request, Store, hashing, reader
 from elastictrain_checkpoint import commit as commit_function
-from elastictrain_checkpoint.threads import in_threads, processors
+from elastictrain_checkpoint.threads import Standby, in_threads, processors
 from tests.unit.checkpoint.build import flip, make_state, save
 
 BLOCK = 4096
@@ -125,3 +129,69 @@ def test_the_first_damage_is_named_or_healed(tmp_path: Path, threads: int) -> No
     assert bytes(source.read("a")) == state["a"][2]
     assert sorted(one.block for one in source.healed) == [5, 20, 28]
     assert Reader(store, manifest)._threads == store.read_threads >= 1
+
+
+# --- a thread that waits for work ---
+
+
+def test_work_is_done_by_the_thread_that_waits_for_it() -> None:
+    standby, seen = Standby("et-test"), []
+    for _ in range(3):
+        standby.give(lambda: seen.append((threading.get_ident(), threading.current_thread().name)))
+        assert standby.wait(30)
+    assert len(set(seen)) == 1
+    assert seen[0][1] == "et-test"
+    assert seen[0][0] != threading.get_ident()
+
+
+def test_work_that_is_given_while_another_is_done_does_not_wait_for_it() -> None:
+    standby, held, done = Standby("et-test"), threading.Event(), threading.Event()
+    standby.give(lambda: held.wait(30))
+    first = standby._hand.thread
+    standby.give(done.set)
+    assert done.wait(30)
+    assert first.is_alive()
+    held.set()
+    first.join(30)
+    assert not first.is_alive(), "one thread waits, not two"
+
+
+def test_what_the_work_held_on_to_goes_with_it() -> None:
+    class Large:
+        def work(self) -> None:
+            """Nothing."""
+
+    standby, large = Standby("et-test"), Large()
+    seen = weakref.ref(large)
+    standby.give(large.work)
+    del large
+    assert standby.wait(30)
+    assert seen() is None
+
+
+def test_the_thread_ends_with_its_owner_and_when_it_is_closed() -> None:
+    standby = Standby("et-test")
+    thread = standby._hand.thread
+    standby.close()
+    thread.join(30)
+    assert not thread.is_alive()
+    done = threading.Event()
+    standby.give(done.set)
+    assert done.wait(30), "it may be given work again"
+    thread = standby._hand.thread
+    del standby
+    gc.collect()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_a_forked_process_has_a_thread_of_its_own() -> None:
+    standby = Standby("et-test")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads: what is tested here
+        child = os.fork()
+    if not child:
+        done = threading.Event()
+        standby.give(done.set)
+        os._exit(0 if done.wait(20) else 1)
+    assert os.waitpid(child, 0)[1] == 0
