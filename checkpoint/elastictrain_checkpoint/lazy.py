@@ -36,8 +36,10 @@ from elastictrain_checkpoint.store import Store
 from elastictrain_checkpoint.threads import Standby
 from elastictrain_checkpoint.units import Bytes, CellHashes, PlannedPack, make_part, plan_units
 
-YIELD_S = 0.001
-"""Planning does not let go of Python's lock: whoever has begun the save goes on first, and gives the device work."""
+YIELD_S, YIELD_PIECE_S = 0.001, 5e-6
+"""Planning does not let go of Python's lock: whoever has begun the save goes on first, and gives the device work. For
+every piece of the state there is something that it must let go of.
+"""
 WhenBusy = Literal["wait", "skip", "supersede"]
 
 
@@ -96,7 +98,7 @@ class LazySaver:
         dropped: Callable[[BaseException | None], None] | None = None,
         when_busy: WhenBusy = "wait",
         base: Callable[[], Base | None] | None = None,
-        later: Callable[[], Sequence[Piece]] | None = None,
+        later: tuple[int, Callable[[], Sequence[Piece]]] | None = None,
     ) -> SaveHandle:
         """Begin a save; the buffers of the pieces may change only after a call of `before_mutation`.
 
@@ -117,8 +119,8 @@ class LazySaver:
             base: gives an earlier step, so that only what has changed since is written, as for `PackWriter`; called in
                 the background. All is written if it gives None, or if the state is about to change before it has
                 answered: no change waits for it.
-            later: gives all pieces, in the background: `pieces` need then be none but those of `eager`, whose copies
-                take the place of what it gives for them.
+            later: about how many pieces there are, and what gives them all, called in the background: `pieces` need
+                then be none but those of `eager`, whose copies take the place of what it gives for them.
 
         Raises:
             SaveFailed: an earlier save has failed and nobody has asked for its result. This one was not begun.
@@ -245,7 +247,7 @@ class LazySaver:
         self,
         job: Job,
         frozen: list[Piece],
-        later: Callable[[], Sequence[Piece]] | None,
+        later: tuple[int, Callable[[], Sequence[Piece]]] | None,
         stable: set[str],
         ready: Callable[[], None] | None,
         dropped: Callable[[BaseException | None], None] | None,
@@ -254,9 +256,9 @@ class LazySaver:
     ) -> None:
         told = dropped or (lambda _: None)
         try:
-            time.sleep(YIELD_S)
+            time.sleep(YIELD_S + YIELD_PIECE_S * (later[0] if later else len(frozen)))
             with no_collections():
-                pieces = frozen if later is None else _in_place(later(), frozen)
+                pieces = frozen if later is None else _in_place(later[1](), frozen)
                 own = {number for number, piece in enumerate(pieces) if piece.name in stable}
                 job.start(plan_units(pieces, self._pack_bytes, own))
             if ready is not None:
@@ -320,10 +322,14 @@ class _Stream:
     def __init__(self, job: Job, pack: PlannedPack, hashes: CellHashes | None, sums: list[int]) -> None:
         self._job, self._pack, self._hashes, self._sums = job, pack, hashes, sums
         self.size_bytes = pack.size_bytes
+        self._lent: memoryview | None = None
+
+    def lend(self, memory: memoryview | None) -> None:
+        self._lent = memory
 
     def __iter__(self) -> Iterator[memoryview]:
         for unit in self._pack.units:
-            number, data = self._job.take()
+            number, data = self._job.take(self._lent)
             self._sums.append(block_sum(data))
             if self._hashes is not None:
                 self._hashes.add(unit, data)

@@ -67,8 +67,11 @@ class Job:
                 self.planned.clear()
             return True
 
-    def take(self) -> tuple[int, memoryview]:
-        """The next unit's bytes, in memory that does not change with the state."""
+    def take(self, lent: memoryview | None = None) -> tuple[int, memoryview]:
+        """The next unit's bytes, in memory that does not change with the state: in `lent`, if given, unless they have
+        been copied before.
+        """
+        out = self.bounce if lent is None else np.frombuffer(lent, dtype=np.uint8)
         with self.lock:
             if self.cancelled:
                 raise Superseded
@@ -78,11 +81,11 @@ class Job:
             unit = self.units[number]
             if slot is not None:
                 return number, self.pool.slot(slot).data[: unit.size]
-            gather(unit, self.bounce)
+            gather(unit, out)
             if unit.live and not self.ledger.live:
                 self.check()  # nothing has announced a change, so until here there may have been none
                 self.lock.notify_all()
-        return number, self.bounce.data[: unit.size]
+        return number, (self.bounce.data if lent is None else lent)[: unit.size]
 
     def check(self) -> None:
         changed = self.intact()

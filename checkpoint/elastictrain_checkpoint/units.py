@@ -200,24 +200,34 @@ class CellHashes:
                 self._run(self._of[run.piece], run.flat, data[run.at : run.at + len(run.source)])
 
     def _run(self, of: _Cells, flat: int, data: memoryview) -> None:
+        hashed, step, end = xxhash.xxh3_128_digest, of.item_step, flat + len(data)
+        low, high = -(-flat // step) * step, end if end == of.total else end // step * step
+        if low >= high:
+            self._broken(of, flat, data)
+            return
+        if flat < low:
+            self._broken(of, flat, data[: low - flat])
+        whole = b"".join([hashed(data[at : at + step]) for at in range(low - flat, high - flat, step)])
+        at = (low // step - of.first) * CELL_HASH_BYTES
+        of.hashes[at : at + len(whole)] = whole
+        if high < end:
+            self._broken(of, high, data[high - flat :])
+
+    def _broken(self, of: _Cells, flat: int, data: memoryview) -> None:
+        """Bytes of cells that do not lie whole in these."""
         hashed, step = xxhash.xxh3_128_digest, of.item_step
         at = 0
         while at < len(data):
             cell, inside = divmod(flat + at, step)
             whole = min(step, of.total - cell * step)
             take = min(whole - inside, len(data) - at)
-            if take == whole:
-                self._put(of, cell, hashed(data[at : at + take]))
-            else:
-                parts = of.started.setdefault(cell, {})
-                parts[inside] = bytes(data[at : at + take])
-                if sum(map(len, parts.values())) == whole:
-                    self._put(of, cell, hashed(b"".join(parts[key] for key in sorted(of.started.pop(cell)))))
+            parts = of.started.setdefault(cell, {})
+            parts[inside] = bytes(data[at : at + take])
+            if sum(map(len, parts.values())) == whole:
+                value = hashed(b"".join(parts[key] for key in sorted(of.started.pop(cell))))
+                place = (cell - of.first) * CELL_HASH_BYTES
+                of.hashes[place : place + CELL_HASH_BYTES] = value
             at += take
-
-    def _put(self, of: _Cells, cell: int, value: bytes) -> None:
-        at = (cell - of.first) * CELL_HASH_BYTES
-        of.hashes[at : at + CELL_HASH_BYTES] = value
 
     def of_piece(self, number: int) -> tuple[int, str] | None:
         """(first cell, base64 of the hashes) as a part has them; None for a piece without elements.

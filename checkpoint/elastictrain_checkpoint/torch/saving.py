@@ -153,10 +153,10 @@ class AsyncSaver:
         with no_collections():
             taken = self._take(flat, fresh=self._lazy.is_busy)
         copied = self._copied_names(taken, eager)
-        later: Callable[[], list[Piece]] | None = None
+        later: tuple[int, Callable[[], list[Piece]]] | None = None
         own = taken.own
         if self._group is None:
-            later = partial(_all_pieces, flat, taken)
+            later = len(taken.hosts), partial(_all_pieces, flat, taken)
             pieces = [
                 Piece(name, *stored_facts(flat.tensors[name]), 0, as_buffer(taken.hosts[name])) for name in copied
             ]

@@ -87,6 +87,7 @@ def disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Disk:
     os.close(opened)
     made = Disk(lambda _: None)
     monkeypatch.setattr(direct_io, "os", made)
+    monkeypatch.setattr(direct_io, "RUN_BLOCKS", 1)  # every block by itself
     return made
 
 
@@ -202,5 +203,61 @@ def test_a_stream_that_fails_leaves_no_thread_and_no_file(tmp_path: Path, disk: 
     with pytest.raises(KeyError, match="given up"):
         Store(tmp_path).create("a/b", Stream(WHOLE, says))
     assert disk.past == 3
+    assert not (tmp_path / "a/b").exists()
+    assert "elastictrain-direct" not in {one.name for one in threading.enumerate()}
+
+
+# --- a stream that puts its blocks where they are written from ---
+
+
+class Lending(Stream):
+    """Uses what it is lent, and nothing else of it than what it needs."""
+
+    lent: memoryview | None = None
+    used = 0
+
+    def lend(self, memory: memoryview | None) -> None:
+        self.lent = memory
+
+    def __iter__(self) -> Iterator[memoryview]:
+        own, at = memoryview(bytearray(BLOCK)), 0
+        for number, size in enumerate(self.sizes):
+            self.number = number
+            memory = own if self.lent is None else self.lent
+            self.used += self.lent is not None
+            assert len(memory) == BLOCK
+            memory[:size] = DATA[at : at + size]
+            yield memory[:size]
+            at += size
+
+
+@given(
+    sizes=st.lists(st.sampled_from([BLOCK, BLOCK, BLOCK, 4096, 8192, 1, 777, 0, 65536]), max_size=5),
+    says=st.lists(st.booleans(), min_size=6, max_size=6),
+)
+def test_any_stream_that_is_lent_memory(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], says: list[bool]
+) -> None:
+    folder = tmp_path_factory.mktemp("lent")
+    assert Store(folder).create("a/b", Lending(sizes, says.__getitem__)) == sum(sizes)
+    assert written(folder) == DATA[: sum(sizes)]
+
+
+def test_blocks_are_written_several_at_once_from_where_they_were_put(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(direct_io, "RUN_BLOCKS", 2)
+    stream = Lending(WHOLE, always)
+    Store(tmp_path).create("a/b", stream)
+    assert written(tmp_path) == DATA
+    assert stream.used == 5, "all but the first, before which there was no thread yet"
+    assert disk.past == 3, "two, two and one; the odd end goes through the cache"
+
+
+@pytest.mark.parametrize("block", [0, 2, 4])
+def test_an_error_fails_a_stream_that_waits_for_memory(tmp_path: Path, disk: Disk, block: int) -> None:
+    disk.at = lambda start: OSError(errno.EIO, "broken") if start == block * BLOCK else None
+    with pytest.raises(OSError, match="broken"):
+        Store(tmp_path).create("a/b", Lending(WHOLE, always))
     assert not (tmp_path / "a/b").exists()
     assert "elastictrain-direct" not in {one.name for one in threading.enumerate()}
