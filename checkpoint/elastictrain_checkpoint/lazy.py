@@ -324,7 +324,7 @@ class _Stream:
         self.size_bytes = pack.size_bytes
         self._lent: memoryview | None = None
 
-    def lend(self, memory: memoryview | None) -> None:
+    def lend(self, memory: memoryview) -> None:
         self._lent = memory
 
     def __iter__(self) -> Iterator[memoryview]:

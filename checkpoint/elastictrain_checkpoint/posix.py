@@ -206,7 +206,7 @@ def _write_blocks(file: int, blocks: Iterable[memoryview]) -> int:
     """
     disk.reserve(file, int(getattr(blocks, "size_bytes", 0)))
     past_cache: Callable[[], bool] | None = getattr(blocks, "past_cache", None)
-    lend: Callable[[memoryview | None], None] = getattr(blocks, "lend", lambda _: None)
+    lend: Callable[[memoryview], None] = getattr(blocks, "lend", lambda _: None)
     direct: DirectFile | None = None
     size = handed_on = 0
     try:
@@ -221,7 +221,6 @@ def _write_blocks(file: int, blocks: Iterable[memoryview]) -> int:
                 size = handed_on = size + len(block)
                 lend(direct.lend())
                 continue
-            lend(None)
             size += _write_all(file, block, size)
             if size - handed_on >= WRITE_BACK_BYTES:
                 disk.start_writing_back(file, handed_on, size - handed_on)

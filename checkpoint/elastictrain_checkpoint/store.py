@@ -69,9 +69,9 @@ class Store:
         A block may be reused by its producer when the next one is asked for. If ``blocks`` has an attribute
         ``size_bytes``, a local disk sets aside that much room first; if it has a method ``past_cache``, the next block
         is written past the page cache while that gives true, where this can be; and if it has one ``lend``, that is
-        called before every block but the first with memory of a block's length into which it may put the next (None:
-        there is none), which saves a copy. If the stream fails, the file is
-        removed as far as possible; a torn file can remain, under a name that nothing refers to.
+        called with memory of a block's length, into which it may put the blocks that follow, which saves a copy. If
+        the stream fails, the file is removed as far as possible; a torn file can remain, under a name that nothing
+        refers to.
 
         Raises:
             FileExistsError: the file is there; it is left as it is.

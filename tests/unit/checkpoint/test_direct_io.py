@@ -216,7 +216,7 @@ class Lending(Stream):
     lent: memoryview | None = None
     used = 0
 
-    def lend(self, memory: memoryview | None) -> None:
+    def lend(self, memory: memoryview) -> None:
         self.lent = memory
 
     def __iter__(self) -> Iterator[memoryview]:
@@ -241,6 +241,15 @@ def test_any_stream_that_is_lent_memory(
     folder = tmp_path_factory.mktemp("lent")
     assert Store(folder).create("a/b", Lending(sizes, says.__getitem__)) == sum(sizes)
     assert written(folder) == DATA[: sum(sizes)]
+
+
+@pytest.mark.parametrize("kind", [Stream, Lending])
+@pytest.mark.parametrize("says", ["101101", "110100", "011011", "100001"])
+def test_what_goes_through_the_cache_in_between_stays_where_it_belongs(
+    tmp_path: Path, kind: type[Stream], says: str
+) -> None:
+    Store(tmp_path).create("a/b", kind(WHOLE, lambda number: says[number] == "1"))
+    assert written(tmp_path) == DATA
 
 
 def test_blocks_are_written_several_at_once_from_where_they_were_put(
