@@ -110,13 +110,6 @@ class TokenIndex:
         return cls(**{name: arrays[f"token_{name}"] for name in names}, null_documents=int(notes["null_documents"]))
 
 
-def encode_block(source: BlockFormat, block: int, text_column: str, tokenizer: Tokenizer) -> tuple[TokenArray, int]:
-    """Return a block's tokens and its number of null documents (which count as empty ones)."""
-    column = read_texts(source, block, text_column)
-    with timed("tokenise"):
-        return tokenizer.encode(column), column.null_count
-
-
 def encode_documents(
     source: BlockFormat, block: int, text_column: str, tokenizer: Tokenizer, max_document_bytes: int | None = None
 ) -> tuple[TokenArray, npt.NDArray[np.int64], int]:

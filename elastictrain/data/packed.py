@@ -18,17 +18,19 @@ from elastictrain.data.best_fit import (
     lay_out_tails,
     positions_and_mask,
 )
-from elastictrain.data.index import BlockFormat, TokenIndex, checksum_of, encode_block, encode_documents
+from elastictrain.data.buffers import Buffers
+from elastictrain.data.byte_tokens import BYTE_TOKENS, TOKENS, checksum_of_widened, narrow, widen
+from elastictrain.data.index import BlockFormat, TokenIndex, checksum_of, encode_documents, read_texts
 from elastictrain.data.locate import TailMap
+from elastictrain.data.meter import timed
 from elastictrain.data.packing import TAIL_BLOCK_ROWS, Tails, TokenArray, pack_tails, rows_of_block
-from elastictrain.data.tokenizers import Tokenizer
+from elastictrain.data.tokenizers import BytesTokenizer, Tokenizer
 from elastictrain.errors import DataError
 
 if TYPE_CHECKING:
     from elastictrain.data_settings import Data
 
 Arrays = dict[str, npt.NDArray[Any]]
-TOKENS = "tokens"
 DOCUMENT_IDS = "document_ids"
 POSITION_IDS = "position_ids"
 LOSS_MASK = "loss_mask"
@@ -51,12 +53,9 @@ class PackedText:
         """Decode a block, as `Source.read_block`."""
         own = len(self._blocks.blocks)
         if block >= own:
-            rows: Arrays = {TOKENS: self._tails.block(block - own)}
-            return rows if self._tails.ids is None else {**rows, DOCUMENT_IDS: self._tails.block_ids(block - own)}
+            return self._tail_block(block - own)
         if not self._has_ids:
-            tokens, _ = encode_block(self._blocks, block, str(self._spec.text_column), self._tokenizer)
-            self._check(block, tokens)
-            return {TOKENS: rows_of_block(tokens, self.width - 1)}
+            return self._joined(block)
         tokens, starts = self._documents(block)
         if self._spec.packing == "best_fit":
             layout = lay_out(cut_documents(starts, self.width), self.width, keep_tail=True)
@@ -65,6 +64,25 @@ class PackedText:
         whole = len(tokens) // self.width * self.width
         ids = ids_of_joined(starts[starts < whole], whole, self.width, len(tokens))
         return {TOKENS: rows_of_block(tokens, self.width - 1), DOCUMENT_IDS: ids}
+
+    def _tail_block(self, number: int) -> Arrays:
+        rows = self._tails.block(number)
+        if self._tails.ids is not None:
+            return {TOKENS: rows, DOCUMENT_IDS: self._tails.block_ids(number)}
+        narrowed = narrow(rows) if isinstance(self._tokenizer, BytesTokenizer) else None
+        return {TOKENS: rows} if narrowed is None else {BYTE_TOKENS: narrowed}
+
+    def _joined(self, block: int) -> Arrays:
+        texts = read_texts(self._blocks, block, str(self._spec.text_column))
+        with timed("tokenise"):
+            narrowed = self._tokenizer.encode_narrow(texts) if isinstance(self._tokenizer, BytesTokenizer) else None
+            tokens = self._tokenizer.encode(texts) if narrowed is None else None
+        if tokens is not None:
+            self._check(block, checksum_of(tokens))
+            return {TOKENS: rows_of_block(tokens, self.width - 1)}
+        assert narrowed is not None
+        self._check(block, checksum_of_widened(narrowed))
+        return {BYTE_TOKENS: rows_of_block(narrowed, self.width - 1)}
 
     def pieces(self, block: int, row: int) -> list[Piece]:
         """Say which tokens of which blocks a row consists of."""
@@ -85,11 +103,11 @@ class PackedText:
     def _documents(self, block: int) -> tuple[TokenArray, npt.NDArray[np.int64]]:
         """Return a block's tokens and where its documents begin."""
         tokens, starts, _ = encode_documents(self._blocks, block, str(self._spec.text_column), self._tokenizer)
-        self._check(block, tokens)
+        self._check(block, checksum_of(tokens))
         return tokens, starts
 
-    def _check(self, block: int, tokens: TokenArray) -> None:
-        if checksum_of(tokens) != int(self._index.checksum[block]):
+    def _check(self, block: int, checksum: int) -> None:
+        if checksum != int(self._index.checksum[block]):
             raise DataError(
                 f"{self._blocks.where(block)}: its text is not what was there when the run opened it, or the tokenizer "
                 f"gives other tokens than then ({self._tokenizer.name}). Data must not be written to while a run reads "
@@ -127,18 +145,31 @@ def _piece(block: int, pieces: Pieces, i: int) -> Piece:
     return block, (document, document + 1), (start, start + int(pieces.length[i]))
 
 
+_batches = Buffers(kept_bytes=16 << 20)
+
+
+def _as_int64(name: str, rows: npt.NDArray[Any]) -> tuple[str, npt.NDArray[np.int64]]:
+    found = _batches.take(8 * rows.size).view(np.int64).reshape(rows.shape)
+    if name != BYTE_TOKENS:
+        found[...] = rows
+        return name, found
+    widen(rows, found)
+    return TOKENS, found
+
+
 def finish_rows(batch: Arrays, length: int | None = None) -> Arrays:
-    """Turn packed rows, {"tokens": [rows, S + 1]} and maybe "document_ids" of that shape, into a batch; int64.
+    """Turn packed rows, {"tokens": [rows, S + 1]} and maybe "document_ids" of that shape, into a batch; int64. The
+    tokens may be those that are kept in a byte each (`data.byte_tokens`).
 
     `length`: cut every row into rows of so many targets; it divides S. Neighbours share a token, the last target of
     the one and the first input of the other: so the shorter rows hold the same pairs of input and target as the long
     one. With document ids come "position_ids" [rows, S] and "loss_mask" [rows, S], see `positions_and_mask`.
     """
     if length is not None:
-        pieces = (batch[TOKENS].shape[1] - 1) // length
+        pieces = (next(iter(batch.values())).shape[1] - 1) // length
         places = np.arange(pieces)[:, None] * length + np.arange(length + 1)
         batch = {name: rows[:, places].reshape(-1, length + 1) for name, rows in batch.items()}
-    batch = {name: rows.astype(np.int64) for name, rows in batch.items()}  # what embeddings and losses expect
+    batch = dict(_as_int64(name, rows) for name, rows in batch.items())  # what embeddings and losses expect
     if DOCUMENT_IDS in batch:
         batch[POSITION_IDS], batch[LOSS_MASK] = positions_and_mask(batch[DOCUMENT_IDS])
     return batch

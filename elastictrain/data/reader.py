@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from elastictrain.data.ahead import Ahead
 from elastictrain.data.block_client import SharedBlocks
+from elastictrain.data.byte_tokens import alike
 from elastictrain.data.ids import SampleIds
 from elastictrain.data.live import LiveSource
 from elastictrain.data.meter import Meter
@@ -187,7 +188,8 @@ class LaneReader:
                 parts.append(loaded.rows(start, stop))
             del loaded  # its memory goes before the next window comes
         with self.meter.stage("pack"):
-            batch = {name: join([arrays[name] for arrays, _ in parts], name) for name in parts[0][0]}
+            found = alike([arrays for arrays, _ in parts])
+            batch = {name: join([arrays[name] for arrays in found], name) for name in found[0]}
             return Batch(self.source.finish(step, lane, batch), np.concatenate([ids for _, ids in parts]))
 
     def _cut(self, step: int, lane: int, loaded: Loaded, rows: tuple[int, int], batches: int) -> Batch:

@@ -17,7 +17,6 @@ from elastictrain.data.ids import SampleIds, sample_ids
 from elastictrain.data.index import BlockFormat, Progress, TokenIndex, checksum_of, read_texts
 from elastictrain.data.locate import Part, SampleLocation
 from elastictrain.data.order import ORDER_VERSION, LaneOrder, StrictOrder, Window
-from elastictrain.data.packed import TOKENS as TOKENS
 from elastictrain.data.packed import Arrays as Arrays
 from elastictrain.data.packed import PackedText, finish_rows, pack_all_tails
 from elastictrain.data.packing import PACKING_VERSION, Tails, rows_of_tails
@@ -126,7 +125,8 @@ class Source:
         return about
 
     def read_block(self, block: int) -> Arrays:
-        """Decode a block: {"tokens": [rows, sequence_length + 1]}, or every column stacked to [rows, …].
+        """Decode a block: {"tokens": [rows, sequence_length + 1]} ("byte_tokens" where they are kept in a byte each,
+        see `data.byte_tokens`), or every column stacked to [rows, …].
 
         Raises DataError: the block is corrupt, has changed since the source was opened, or cannot be stacked.
         """

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import weakref
-from collections import deque
 from typing import Any, Protocol
 
 import fsspec
@@ -18,6 +16,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from elastictrain.data.buffers import Buffers
+from elastictrain.data.byte_tokens import END_OF_DOCUMENT, STANDS_FOR_END
 from elastictrain.data.columns import is_documents
 from elastictrain.data.packing import TokenArray
 from elastictrain.errors import DataError
@@ -50,8 +50,8 @@ class BytesTokenizer:
 
     name = "bytes"
     fingerprint = "bytes-1"
-    vocabulary_size = 257
-    end_of_document = 256
+    vocabulary_size = END_OF_DOCUMENT + 1
+    end_of_document = END_OF_DOCUMENT
 
     def __init__(self) -> None:
         self._buffers = Buffers()
@@ -62,6 +62,22 @@ class BytesTokenizer:
 
     def encode_with_offsets(self, documents: pa.ChunkedArray) -> tuple[TokenArray, npt.NDArray[np.int64]]:
         """See `Tokenizer`."""
+        data, starts = self._bytes_of(documents)
+        tokens: npt.NDArray[np.uint16] = self._buffers.take(2 * int(starts[-1])).view(np.uint16)
+        _fill(tokens, data, starts[1:] - 1, self.end_of_document)
+        return tokens, starts
+
+    def encode_narrow(self, documents: pa.ChunkedArray) -> npt.NDArray[np.uint8] | None:
+        """Return `encode`'s tokens in a byte each (see `data.byte_tokens`); None if that cannot be."""
+        data, starts = self._bytes_of(documents)
+        if data.max(initial=0) == STANDS_FOR_END:
+            return None
+        tokens = self._buffers.take(int(starts[-1]))
+        _fill(tokens, data, starts[1:] - 1, STANDS_FOR_END)
+        return tokens
+
+    def _bytes_of(self, documents: pa.ChunkedArray) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+        """Return the joined bytes of all documents, and where each begins once an end follows every one of them."""
         column = documents.cast(pa.large_binary())
         if column.null_count:  # what lies under a null is no text
             column = pc.fill_null(column, b"")
@@ -70,42 +86,19 @@ class BytesTokenizer:
             column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], pa.large_binary())
         count = len(column)
         if count == 0:
-            return np.zeros(0, dtype=np.uint16), np.zeros(1, dtype=np.int64)
+            return np.zeros(0, dtype=np.uint8), np.zeros(1, dtype=np.int64)
         _, offsets_buffer, data_buffer = column.buffers()
         offsets = np.frombuffer(offsets_buffer, dtype=np.int64)[column.offset : column.offset + count + 1]
         first, last = int(offsets[0]), int(offsets[-1])
         data = np.frombuffer(data_buffer, dtype=np.uint8)[first:last] if last > first else np.zeros(0, np.uint8)
-        starts = offsets - first + np.arange(count + 1)  # of the documents, an end of document after each
-        tokens: npt.NDArray[np.uint16] = self._buffers.take(2 * (len(data) + count)).view(np.uint16)
-        _fill(tokens, data, starts[1:] - 1, self.end_of_document)
-        return tokens, starts
-
-
-class Buffers:
-    """Memory for arrays of many megabytes, used again when whoever had it has let go of it, views of it too.
-
-    To get such memory fresh means that the kernel maps and clears it, which takes longer than to write tokens to it.
-    """
-
-    def __init__(self, kept: int = 2) -> None:
-        """`kept`: how many lie free at most; they are of about one size, that of a block."""
-        self._free: deque[npt.NDArray[np.uint8]] = deque(maxlen=kept)
-
-    def take(self, size: int) -> npt.NDArray[np.uint8]:
-        """Return an array of `size` bytes of any content."""
-        try:
-            memory = self._free.popleft()
-        except IndexError:
-            memory = np.empty(0, dtype=np.uint8)
-        if not size <= memory.nbytes <= 4 * size:
-            memory = np.empty(size + size // 8, dtype=np.uint8)
-        lent = np.frombuffer(memory.data, dtype=np.uint8, count=size)  # what its views refer to, and not `memory`
-        weakref.finalize(lent, self._free.append, memory).atexit = False
-        return lent
+        return data, offsets - first + np.arange(count + 1)
 
 
 def _fill(
-    tokens: npt.NDArray[np.uint16], data: npt.NDArray[np.uint8], ends: npt.NDArray[np.int64], end_of_document: int
+    tokens: npt.NDArray[np.uint8 | np.uint16],
+    data: npt.NDArray[np.uint8],
+    ends: npt.NDArray[np.int64],
+    end_of_document: int,
 ) -> None:
     """Write the bytes of all documents as tokens, each document followed by its end, which lie at `ends`."""
     if len(data) < _LONG_DOCUMENT_BYTES * len(ends):

@@ -34,6 +34,7 @@ import numpy.typing as npt
 import xxhash
 
 from elastictrain.data.meter import Meter
+from elastictrain.data.tokenizers import BytesTokenizer
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -60,6 +61,8 @@ def cache_key(fingerprint: Mapping[str, Any]) -> str:
     content = {name: value for name, value in fingerprint.items() if name not in _ORDER_ONLY}
     if "sources" in content:
         content["sources"] = {name: cache_key(source) for name, source in content["sources"].items()}
+    if content.get("tokenizer") == BytesTokenizer.fingerprint:
+        content["in_a_byte_each"] = 1  # earlier versions kept such tokens in two
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from elastictrain.data.byte_tokens import alike
 from elastictrain.data.ids import SampleIds
 from elastictrain.data.order import Int64Array, Window
 from elastictrain.data.packed import Arrays
@@ -42,6 +43,15 @@ class Block:
         self.bytes = sum(array.nbytes for array in arrays.values())
 
 
+def _alike(blocks: list[Block]) -> list[Block]:
+    """Blocks whose arrays have the same names; those that must be made anew for it belong to this window alone."""
+    made = alike([block.arrays for block in blocks])
+    return [
+        block if block.arrays is arrays else Block(block.number, arrays)
+        for block, arrays in zip(blocks, made, strict=True)
+    ]
+
+
 class Loaded:
     """A lane's window: its blocks, and where in them each of its places lies.
 
@@ -50,7 +60,8 @@ class Loaded:
     """
 
     def __init__(self, source: AnySource, window: Window, blocks: list[Block]) -> None:
-        self.key, self.blocks = key_of(window), blocks
+        self.key, self.blocks = key_of(window), _alike(blocks)
+        blocks = self.blocks
         numbers = window.permutation()
         edges = np.cumsum([0, *(piece.stop - piece.start for piece in window.pieces)], dtype=np.int64)
         shifts = np.asarray([piece.start for piece in window.pieces]) - edges[:-1]

@@ -11,7 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from elastictrain.data import tokenizers
-from elastictrain.data.tokenizers import Buffers, BytesTokenizer
+from elastictrain.data.buffers import Buffers
+from elastictrain.data.byte_tokens import BYTE_TOKENS, alike, checksum_of_widened, narrow, widen
+from elastictrain.data.index import checksum_of
+from elastictrain.data.tokenizers import BytesTokenizer
 
 DOCUMENTS = st.lists(st.none() | st.text(max_size=20) | st.text(min_size=200, max_size=300), max_size=12)
 
@@ -31,6 +34,46 @@ def test_tokens_are_the_bytes_and_an_end_after_each_document(
     assert tokens.dtype == np.uint16
     assert tokens.tolist() == [token for text in expected for token in [*(text or b""), 256]]
     assert starts.tolist() == np.cumsum([0, *(len(text or b"") + 1 for text in expected)]).tolist()
+    kept = BytesTokenizer().encode_narrow(column)
+    assert kept is not None
+    assert kept.dtype == np.uint8
+    assert np.array_equal(widened(kept), tokens)
+    assert checksum_of_widened(kept) == checksum_of(tokens)
+
+
+def widened(kept: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    wide = np.empty(kept.shape, dtype=np.int64)
+    widen(kept, wide)
+    return wide
+
+
+@pytest.mark.parametrize("count", [0, 1, (1 << 16) - 1, 1 << 16, (1 << 16) + 1, 200_000])
+def test_a_checksum_of_tokens_in_a_byte_each_is_that_of_the_tokens(count: int) -> None:
+    tokens = (np.arange(count) % 255).astype(np.uint16)
+    tokens[::1000] = 256
+    kept = narrow(tokens)
+    assert kept is not None
+    assert checksum_of_widened(kept) == checksum_of(tokens)
+    assert np.array_equal(widened(kept.reshape(-1, 1)), tokens.reshape(-1, 1))
+
+
+def test_bytes_that_no_text_has_are_not_taken_for_the_end_of_a_document() -> None:
+    column = pa.chunked_array([pa.array([b"ab\xff", b"c"], pa.binary())])
+    assert BytesTokenizer().encode_narrow(column) is None
+    assert BytesTokenizer().encode(column).tolist() == [97, 98, 255, 256, 99, 256]
+    assert narrow(np.asarray([1, 255], dtype=np.uint16)) is None
+
+
+def test_blocks_of_both_kinds_meet_as_wide_ones() -> None:
+    tokens = np.asarray([[1, 256], [256, 2]], dtype=np.uint16)
+    kept = narrow(tokens)
+    assert kept is not None
+    one, other = {BYTE_TOKENS: kept}, {"tokens": tokens + 10}
+    first, second = alike([one, other])
+    assert first["tokens"].tolist() == tokens.tolist()
+    assert first["tokens"].dtype == np.uint16
+    assert second is other
+    assert alike([one, one])[0] is one
 
 
 def address(array: np.ndarray[Any, Any]) -> int:
@@ -53,10 +96,14 @@ def test_memory_is_used_again_once_every_view_of_it_has_gone() -> None:
 
 
 def test_memory_that_does_not_fit_is_not_used_and_little_lies_free() -> None:
-    buffers = Buffers(kept=2)
+    buffers = Buffers(kept_bytes=0)
     several = [buffers.take(1000) for _ in range(4)]
     several.clear()
-    assert len(buffers._free) == 2
+    assert len(buffers._free) == 2, "two may, whatever their size"
+    more = Buffers(kept_bytes=3500)  # of a little over 1000 each
+    several = [more.take(1000) for _ in range(6)]
+    several.clear()
+    assert len(more._free) == 3
     assert len(buffers.take(5000)) == 5000
     small = buffers.take(10)
     assert small.nbytes == 10

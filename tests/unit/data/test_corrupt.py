@@ -242,13 +242,13 @@ def test_a_tokenizer_that_gives_other_tokens_than_its_index(tmp_path: Path, monk
     opened(tmp_path, "parquet", **spec)
     from elastictrain.data.tokenizers import BytesTokenizer
 
-    original = BytesTokenizer.encode_with_offsets
+    original = BytesTokenizer._bytes_of
 
     def other(self: BytesTokenizer, documents: Any) -> Any:
-        tokens, starts = original(self, documents)
-        return np.where(tokens == ord("e"), ord("E"), tokens).astype(tokens.dtype), starts
+        data, starts = original(self, documents)
+        return np.where(data == ord("e"), ord("E"), data).astype(data.dtype), starts
 
-    monkeypatch.setattr(BytesTokenizer, "encode_with_offsets", other)
+    monkeypatch.setattr(BytesTokenizer, "_bytes_of", other)
     source: Source = opened(tmp_path, "parquet", **spec)  # the index is from the cache
     with pytest.raises(DataError, match=r"row group 0: its text is not .*, or the tokenizer gives other tokens"):
         source.read_block(0)

@@ -62,6 +62,17 @@ def test_an_epoch_holds_all_tokens(tmp_path: Path, kind: str) -> None:
     reader.close()
 
 
+def rows_of(source: Source, block: int) -> np.ndarray[Any, Any]:
+    """Of a block that is not read for a batch, made of the texts themselves."""
+    own = len(source._blocks.blocks)
+    if block >= own:
+        assert source._tails is not None
+        return np.asarray(source._tails.block(block - own))
+    texts = source._blocks.read(block).column("text").to_pylist()
+    tokens = tokens_of(texts)
+    return np.asarray(tokens[: len(tokens) // 17 * 17]).reshape(-1, 17)
+
+
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
 def test_batches_are_the_rows_that_the_order_names(tmp_path: Path, kind: str) -> None:
     source = text_source(write_texts(tmp_path / "data", kind), kind)
@@ -69,8 +80,27 @@ def test_batches_are_the_rows_that_the_order_names(tmp_path: Path, kind: str) ->
     for step in (0, 1, source.steps_per_epoch - 1, source.steps_per_epoch, 3 * source.steps_per_epoch + 1):
         for lane in range(4):
             blocks, rows = source.order.samples_of(step, lane)
-            expected = [source.read_block(int(b))["tokens"][r].tolist() for b, r in zip(blocks, rows, strict=True)]
+            expected = [rows_of(source, int(b))[r].tolist() for b, r in zip(blocks, rows, strict=True)]
             assert reader.batch(step, lane)["tokens"].tolist() == expected
+
+
+def test_bytes_that_are_no_utf8_come_as_they_are_beside_others(tmp_path: Path) -> None:
+    texts = [b"abc" * n + (b"\xff" if n % 5 == 0 else b"") for n in range(1, 60)]
+    tmp_path.joinpath("data").mkdir()
+    table = pa.table({"text": pa.array(texts, pa.binary())})
+    pq.write_table(table, tmp_path / "data" / "0.parquet", row_group_size=3)
+    source = text_source(tmp_path / "data", lane_batch_size=3, ragged="repeat", sequence_length=7)
+    kinds = {name for block in range(len(source.order.block_rows)) for name in source.read_block(block)}
+    assert kinds == {"tokens", "byte_tokens"}
+    reader = LaneReader(source)
+    got: Counter[int] = Counter()
+    for step in range(source.steps_per_epoch):
+        for lane in range(4):
+            got.update(reader.batch(step, lane)["tokens"].ravel().tolist())
+    reader.close()
+    expected = Counter(token for text in texts for token in [*text, 256])
+    assert got[255] >= expected[255] == 11
+    assert got.keys() == expected.keys()
 
 
 def test_resuming_anywhere_equals_the_tail_of_an_undisturbed_pass(tmp_path: Path) -> None:
