@@ -111,7 +111,7 @@ def ours(folder: Path, *, ahead: bool = False, size: int = SIZE) -> int:
         with Feeder.of(source) as feeder:
             for at, place in enumerate(places):
                 if at % (64 * LANES) == 0:
-                    feeder.expect(places[at : at + 128 * LANES])
+                    feeder.expect(places[at : at + 128 * LANES], until=steps)
                 feeder.batch(*place)
         source.close()
         return steps * LANES * size * (LENGTH + 1)

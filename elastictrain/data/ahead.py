@@ -26,6 +26,9 @@ _LOOK_S = 1.0
 _WINDOWS_READY = 4
 """Of a lane and source, whatever the budget: where row groups are small, thousands would fit into it."""
 
+_ROUNDED = 1e-6
+"""Steps: when a window is needed that others come before is a sum of fractions."""
+
 
 class Ended(Exception):
     """The thread was told to end while it was reading."""
@@ -66,13 +69,17 @@ class Ahead:
         self._changed = threading.Condition()
         self._coming: dict[Place, dict[Key, _Coming]] = {}
         self._largest_bytes = 0  # block that was seen
+        self._until = math.inf
         self._ended = False
         self._thread: threading.Thread | None = None
 
-    def expect(self, needed: Iterable[tuple[int, Window]], lanes: Iterable[int]) -> None:
-        """Say which windows are needed at which steps. Of lanes that are not among `lanes` nothing is kept."""
+    def expect(self, needed: Iterable[tuple[int, Window]], lanes: Iterable[int], until: float = math.inf) -> None:
+        """Say which windows are needed at which steps. Of lanes that are not among `lanes` nothing is kept, and windows
+        that no step before `until` needs are not read.
+        """
         kept = set(lanes)
         with self._changed:
+            self._until = until
             for place in [place for place in self._coming if place[0] not in kept]:
                 del self._coming[place]
             for step, window in needed:
@@ -158,7 +165,7 @@ class Ahead:
         return [coming for here in self._coming.values() for coming in here.values()]
 
     def _add(self, window: Window, due: float) -> None:
-        if self._ended or math.isinf(due):
+        if self._ended or math.isinf(due) or due >= self._until - _ROUNDED:
             return
         self._coming.setdefault(place_of(window), {}).setdefault(key_of(window), _Coming(window, due))
         if self._thread is None:

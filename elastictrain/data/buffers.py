@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections import deque
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,22 +12,26 @@ KEPT_BYTES = 128 << 20
 """What may lie free of each kind of array. Lanes come to the end of their windows at about the same time: so much is
 let go of at once, and needed again soon."""
 _KEPT_ALWAYS = 2
+_LEAST_BYTES = 1 << 14
+"""Of smaller arrays the allocator has memory at hand."""
 
 
 class Buffers:
-    """Memory for arrays of about one size, used again when whoever had it has let go of it, views of it too.
+    """Memory for large arrays, used again when whoever had it has let go of it, views of it too.
 
     Thread-safe. To get such memory fresh means that the kernel maps and clears it, which takes longer than to write
     tokens to it; and what several threads map and give back in turn lies in more and more places of the process.
     """
 
     def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
-        """`kept_bytes`: how much lies free at most; two arrays may, whatever their size."""
-        self._free: deque[npt.NDArray[np.uint8]] = deque()
+        """`kept_bytes`: how much lies free at most, what was used last; two arrays may, whatever their size."""
+        self._free: dict[int, npt.NDArray[np.uint8]] = {}  # by `id`; what was used last comes last
         self._kept_bytes = kept_bytes
 
     def take(self, size: int) -> npt.NDArray[np.uint8]:
         """Return an array of `size` bytes of any content."""
+        if size < _LEAST_BYTES:
+            return np.empty(size, dtype=np.uint8)
         memory = self._fitting(size)
         if memory is None:
             memory = np.empty(size + size // 8, dtype=np.uint8)
@@ -35,18 +39,34 @@ class Buffers:
         weakref.finalize(lent, self._back, memory).atexit = False
         return lent
 
+    def copy(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return a copy of an array of numbers, C-contiguous, in such memory."""
+        found = self.take(array.nbytes).view(array.dtype).reshape(array.shape)
+        found[...] = array
+        return found
+
     def _fitting(self, size: int) -> npt.NDArray[np.uint8] | None:
-        """Take memory that lies free and is of about that size; what was looked at and is not, is let go of."""
-        while True:
-            try:
-                memory = self._free.pop()  # what was used last may be in a processor's cache
-            except IndexError:
-                return None
-            if size <= memory.nbytes <= 4 * size:
+        """Take memory that lies free and is of about that size: what was used last may be in a processor's cache."""
+        for key in reversed(list(self._free)):
+            memory = self._free.get(key)
+            if memory is not None and size <= memory.nbytes <= 2 * size and self._free.pop(key, None) is memory:
                 return memory
+        return None
 
     def _back(self, memory: npt.NDArray[np.uint8]) -> None:
         """Called wherever the last reference goes, in the middle of anything: it takes no lock."""
-        free = list(self._free)
-        if len(free) < _KEPT_ALWAYS or sum(one.nbytes for one in free) + memory.nbytes <= self._kept_bytes:
-            self._free.append(memory)
+        self._free[id(memory)] = memory
+        keys = list(self._free)
+        sizes = [one.nbytes if (one := self._free.get(key)) is not None else 0 for key in keys]
+        over, left = sum(sizes) - self._kept_bytes, len(keys)
+        for key, size in zip(keys, sizes, strict=True):
+            if over <= 0 or left <= _KEPT_ALWAYS:
+                return
+            self._free.pop(key, None)
+            over, left = over - size, left - 1
+
+
+of_blocks = Buffers()
+"""For decoded blocks, of whatever source of the process. What Arrow decodes is copied here and its own memory let go
+of at once, so that Arrow has it for the next block."""
+of_batches = Buffers(kept_bytes=64 << 20)

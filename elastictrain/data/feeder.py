@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -115,15 +116,16 @@ class Feeder:
         if isinstance(self._reader, LaneReader):
             self._reader.limit_ahead(ahead_bytes)
 
-    def expect(self, upcoming: Iterable[Place]) -> None:
-        """Say which batches come next, in order; replaces what was expected before.
+    def expect(self, upcoming: Iterable[Place], until: float = math.inf) -> None:
+        """Say which batches come next, in order; replaces what was expected before. `until`: the step from which
+        on none will be asked for, where that is known; nothing is decoded for those.
 
         When lanes move, only the work done ahead for places that are no longer named is thrown away; never that for a
         batch which somebody waits for.
         """
         places = dict.fromkeys(upcoming)
         if isinstance(self._reader, LaneReader):
-            self._reader.expect(places)
+            self._reader.expect(places, until)
         with self._lock:
             for place in [place for place in self._ready if place not in places and place not in self._awaited]:
                 self._take(place)

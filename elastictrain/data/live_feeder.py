@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -50,6 +51,7 @@ class LiveFeeder:
         self._handing = threading.Lock()  # of `_upcoming`: nothing is handed on while one of them is taken
         self._changed = threading.Condition()
         self._upcoming: dict[Place, None] = {}
+        self._until = math.inf
         self._expected = self._needed = 0
         self._prepared = 0  # steps before this one are, as far as they are expected
         self._looks = self._waits = 0  # for segments: how often it was looked, and how often somebody began to wait
@@ -60,12 +62,12 @@ class LiveFeeder:
         self._thread = threading.Thread(target=self._look_out, name="elastictrain-segments", daemon=True)
         self._thread.start()
 
-    def expect(self, upcoming: Iterable[Place]) -> None:
+    def expect(self, upcoming: Iterable[Place], until: float = math.inf) -> None:
         """Say which batches come next, as `Feeder.expect`."""
         places = dict.fromkeys(upcoming)
         with self._handing:
-            self._upcoming = places
-            self._feeder.expect(self._decided_places())
+            self._upcoming, self._until = places, until
+            self._feeder.expect(self._decided_places(), until)
         with self._changed:
             self._expected = max((step + 1 for step, _ in places), default=0)
             first = min((step for step, _ in places), default=0)
@@ -194,7 +196,7 @@ class LiveFeeder:
             failed = error
         if grown:
             with self._handing:
-                self._feeder.expect(self._decided_places())
+                self._feeder.expect(self._decided_places(), self._until)
         with self._changed:
             self._error = None if failed is None else (self._looks, failed)
             self._rests_until_s = 0.0 if grown else time.monotonic() + self._source.poll_s

@@ -122,9 +122,10 @@ class LaneReader:
                 self._forget_idle_lanes()
             return batch
 
-    def expect(self, places: Iterable[tuple[int, int]]) -> None:
+    def expect(self, places: Iterable[tuple[int, int]], until: float = math.inf) -> None:
         """Say which (step, lane) are asked for next, in order: their windows are read ahead, and those of other lanes
-        are not any more. Does nothing without `ahead_bytes`; does not wait for anything that is being read.
+        are not any more, nor those that no step before `until` needs. Does nothing without `ahead_bytes`; does not wait
+        for anything that is being read.
         """
         if self._ahead is None:
             return
@@ -145,7 +146,7 @@ class LaneReader:
                     loaded = self._windows.get(place_of(window))
                     if loaded is None or loaded.key != key_of(window):
                         needed.append((step, window))
-        self._ahead.expect(needed, first)
+        self._ahead.expect(needed, first, until)
 
     def limit_ahead(self, ahead_bytes: int) -> None:
         """From now on windows that are read ahead may take so much; nothing that is there is thrown away."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +87,8 @@ class Stream(IterableDataset[dict[str, torch.Tensor]]):
             while last is None or self._step < last:
                 if self._step + _STEPS_AHEAD // 2 >= expected:
                     expected = self._step + _STEPS_AHEAD if last is None else min(last, self._step + _STEPS_AHEAD)
-                    feeder.expect((step, lane) for step in range(self._step, expected) for lane in self._mine)
+                    places = ((step, lane) for step in range(self._step, expected) for lane in self._mine)
+                    feeder.expect(places, until=math.inf if last is None else last)
                 try:
                     parts = [feeder.batch(self._step, lane) for lane in self._mine]
                 except DataEnded:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from elastictrain.data.buffers import Buffers
+from elastictrain.data.buffers import of_blocks
 from elastictrain.data.byte_tokens import END_OF_DOCUMENT, STANDS_FOR_END
 from elastictrain.data.columns import is_documents
 from elastictrain.data.packing import TokenArray
@@ -53,9 +53,6 @@ class BytesTokenizer:
     vocabulary_size = END_OF_DOCUMENT + 1
     end_of_document = END_OF_DOCUMENT
 
-    def __init__(self) -> None:
-        self._buffers = Buffers()
-
     def encode(self, documents: pa.ChunkedArray) -> TokenArray:
         """Return uint16 tokens; see the class."""
         return self.encode_with_offsets(documents)[0]
@@ -63,7 +60,7 @@ class BytesTokenizer:
     def encode_with_offsets(self, documents: pa.ChunkedArray) -> tuple[TokenArray, npt.NDArray[np.int64]]:
         """See `Tokenizer`."""
         data, starts = self._bytes_of(documents)
-        tokens: npt.NDArray[np.uint16] = self._buffers.take(2 * int(starts[-1])).view(np.uint16)
+        tokens: npt.NDArray[np.uint16] = of_blocks.take(2 * int(starts[-1])).view(np.uint16)
         _fill(tokens, data, starts[1:] - 1, self.end_of_document)
         return tokens, starts
 
@@ -72,7 +69,7 @@ class BytesTokenizer:
         data, starts = self._bytes_of(documents)
         if data.max(initial=0) == STANDS_FOR_END:
             return None
-        tokens = self._buffers.take(int(starts[-1]))
+        tokens = of_blocks.take(int(starts[-1]))
         _fill(tokens, data, starts[1:] - 1, STANDS_FOR_END)
         return tokens
 

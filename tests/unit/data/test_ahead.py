@@ -107,6 +107,14 @@ def test_what_is_needed_first_is_read_first_and_then_what_follows() -> None:
         assert [lane for lane, _ in followers] == [0, 1, 2], "the lane whose window ends first goes on first"
 
 
+def test_what_no_step_needs_any_more_is_not_read() -> None:
+    with reading(24) as (files, ahead):
+        ahead.expect([(0, files.first(lane)) for lane in range(LANES)], range(LANES), until=20)
+        assert until_ready(ahead, 6) == [(lane, (0, number)) for lane in range(LANES) for number in (0, 1)]
+        with ahead._changed:
+            assert len(ahead._all()) == 6, "two windows of a lane are twenty steps"
+
+
 def test_no_more_is_read_than_the_budget_and_what_is_taken_makes_room() -> None:
     with reading(3) as (files, ahead):
         window = files.first(0)

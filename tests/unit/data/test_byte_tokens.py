@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from elastictrain.data import tokenizers
-from elastictrain.data.buffers import Buffers
 from elastictrain.data.byte_tokens import BYTE_TOKENS, alike, checksum_of_widened, narrow, widen
 from elastictrain.data.index import checksum_of
 from elastictrain.data.tokenizers import BytesTokenizer
@@ -74,41 +73,6 @@ def test_blocks_of_both_kinds_meet_as_wide_ones() -> None:
     assert first["tokens"].dtype == np.uint16
     assert second is other
     assert alike([one, one])[0] is one
-
-
-def address(array: np.ndarray[Any, Any]) -> int:
-    return int(array.__array_interface__["data"][0])
-
-
-def test_memory_is_used_again_once_every_view_of_it_has_gone() -> None:
-    buffers = Buffers()
-    first = buffers.take(1000)
-    where, view = address(first), first.view(np.uint16)[100:].reshape(2, -1)[1]
-    del first
-    other = buffers.take(1000)
-    assert address(other) != where, "a view of it is in use"
-    del view
-    again = buffers.take(990)
-    assert address(again) == where
-    again[:] = 1
-    other[:] = 2
-    assert set(again.tolist()) == {1}
-
-
-def test_memory_that_does_not_fit_is_not_used_and_little_lies_free() -> None:
-    buffers = Buffers(kept_bytes=0)
-    several = [buffers.take(1000) for _ in range(4)]
-    several.clear()
-    assert len(buffers._free) == 2, "two may, whatever their size"
-    more = Buffers(kept_bytes=3500)  # of a little over 1000 each
-    several = [more.take(1000) for _ in range(6)]
-    several.clear()
-    assert len(more._free) == 3
-    assert len(buffers.take(5000)) == 5000
-    small = buffers.take(10)
-    assert small.nbytes == 10
-    assert small.base is not None
-    assert len(small.base) < 1000, "a small array does not keep a large one"
 
 
 def test_tokens_of_one_block_stay_while_the_next_ones_come() -> None:

@@ -14,7 +14,10 @@ import torch
 from torch.utils.data import DataLoader
 
 import elastictrain as et
+from elastictrain.data.order import Window
+from elastictrain.data.reader import LaneReader
 from elastictrain.data.streaming import Stream
+from elastictrain.data.windows import Loaded
 from elastictrain.errors import ConfigError, DataError
 
 
@@ -67,6 +70,18 @@ def test_epochs_end_and_hold_every_sample_once(folder: Path) -> None:
     values = [x for batch in opened(folder, epochs=2) for x in batch["x"].tolist()]
     assert sorted(values[:120]) == sorted(values[120:]) == list(range(120))
     assert len(values) == 240
+
+
+def test_nothing_is_read_ahead_of_epochs_that_do_not_come(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    epochs, load = [], LaneReader._load_ahead
+
+    def noted(reader: LaneReader, window: Window) -> Loaded:
+        epochs.append(window.epoch)
+        return load(reader, window)
+
+    monkeypatch.setattr(LaneReader, "_load_ahead", noted)
+    assert len(list(opened(folder, epochs=2))) == 20
+    assert max(epochs) == 1
 
 
 def test_it_is_a_dataset_of_torch(folder: Path) -> None:

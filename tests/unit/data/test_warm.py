@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -259,3 +260,16 @@ def test_a_mixture_and_document_ids_have_blocks_of_their_own(tmp_path: Path, mon
     assert (again.blocks_decoded, again.warm.hits > 0) == (0, True)
     other = open_data(again.source.spec, seed=9, lanes=5, lane_batch_size=1)
     assert cache_key(other.content) == cache_key(again.source.content), "another order of the same mixture"
+
+
+def test_blocks_of_bytes_have_keys_that_earlier_versions_did_not_have() -> None:
+    """Those kept a token in two bytes."""
+
+    def plain(content: dict[str, Any]) -> str:
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    stored, of_bytes = {"kind": "parquet", "tokenizer": "stored-1-bytes-1"}, {"kind": "parquet", "tokenizer": "bytes-1"}
+    assert cache_key(stored) == plain(stored)
+    assert cache_key(of_bytes) not in (plain(of_bytes), cache_key(stored))
+    assert cache_key({"sources": {"a": of_bytes}}) == plain({"sources": {"a": cache_key(of_bytes)}})
