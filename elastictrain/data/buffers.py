@@ -26,7 +26,8 @@ class Buffers:
     def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
         """`kept_bytes`: how much lies free at most, what was used last; two arrays may, whatever their size."""
         self._free: dict[int, npt.NDArray[np.uint8]] = {}  # by `id`; what was used last comes last
-        self._kept_bytes = kept_bytes
+        self._lent: dict[int, tuple[weakref.ref[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]] = {}
+        self._kept_bytes, self._largest_bytes = kept_bytes, 0
 
     def take(self, size: int) -> npt.NDArray[np.uint8]:
         """Return an array of `size` bytes of any content."""
@@ -35,8 +36,10 @@ class Buffers:
         memory = self._fitting(size)
         if memory is None:
             memory = np.empty(size + size // 8, dtype=np.uint8)
+            self._largest_bytes = max(self._largest_bytes, memory.nbytes)
         lent = np.frombuffer(memory.data, dtype=np.uint8, count=size)  # what its views refer to, and not `memory`
-        weakref.finalize(lent, self._back, memory).atexit = False
+        loan = weakref.ref(lent, self._back)  # `weakref.finalize` does the same, and takes as long as a small batch
+        self._lent[id(loan)] = (loan, memory)
         return lent
 
     def copy(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -53,9 +56,12 @@ class Buffers:
                 return memory
         return None
 
-    def _back(self, memory: npt.NDArray[np.uint8]) -> None:
+    def _back(self, loan: weakref.ref[npt.NDArray[np.uint8]]) -> None:
         """Called wherever the last reference goes, in the middle of anything: it takes no lock."""
+        _, memory = self._lent.pop(id(loan))
         self._free[id(memory)] = memory
+        if len(self._free) * self._largest_bytes <= self._kept_bytes:
+            return
         keys = list(self._free)
         sizes = [one.nbytes if (one := self._free.get(key)) is not None else 0 for key in keys]
         over, left = sum(sizes) - self._kept_bytes, len(keys)
