@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import Any
 
@@ -44,9 +45,16 @@ class Buffers:
 
     def copy(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return a copy of an array of numbers, C-contiguous, in such memory."""
-        found = self.take(array.nbytes).view(array.dtype).reshape(array.shape)
+        found = self.empty(array.shape, array.dtype)
         found[...] = array
         return found
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """Return an array of any content, in such memory unless it holds objects."""
+        kind = np.dtype(dtype)
+        if kind.hasobject:
+            return np.empty(shape, kind)
+        return self.take(math.prod(shape) * kind.itemsize).view(kind).reshape(shape)
 
     def _fitting(self, size: int) -> npt.NDArray[np.uint8] | None:
         """Take memory that lies free and is of about that size: what was used last may be in a processor's cache."""
@@ -75,4 +83,5 @@ class Buffers:
 of_blocks = Buffers()
 """For decoded blocks, of whatever source of the process. What Arrow decodes is copied here and its own memory let go
 of at once, so that Arrow has it for the next block."""
-of_batches = Buffers(kept_bytes=64 << 20)
+of_batches = Buffers(kept_bytes=16 << 20)
+of_gathers = Buffers(kept_bytes=16 << 20)

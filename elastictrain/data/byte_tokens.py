@@ -23,8 +23,9 @@ END_OF_DOCUMENT = 256
 STANDS_FOR_END = 255
 _END = bytes([STANDS_FOR_END])
 
-_AT_ONCE = 1 << 16
-"""Tokens that are widened in one go for a checksum: they stay in a processor's cache."""
+_AT_ONCE = 1 << 20
+"""Tokens that are widened in one go for a checksum: they stay in a processor's cache, and the interpreter's lock, which
+a thread that makes batches may hold meanwhile, is not waited for too often."""
 
 Arrays = dict[str, npt.NDArray[Any]]
 

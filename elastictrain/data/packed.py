@@ -147,7 +147,7 @@ def _piece(block: int, pieces: Pieces, i: int) -> Piece:
 
 
 def _as_int64(name: str, rows: npt.NDArray[Any]) -> tuple[str, npt.NDArray[np.int64]]:
-    found = of_batches.take(8 * rows.size).view(np.int64).reshape(rows.shape)
+    found = of_batches.empty(rows.shape, np.int64)
     if name != BYTE_TOKENS:
         found[...] = rows
         return name, found

@@ -136,7 +136,7 @@ class Source:
         table = self._blocks.read(block)
         where = self._blocks.where(block)
         arrays = {name: stack(table.column(name), f"{where}, column {name!r}") for name in table.column_names}
-        return {name: array if array.dtype.hasobject else of_blocks.copy(array) for name, array in arrays.items()}
+        return {name: of_blocks.copy(array) for name, array in arrays.items()}
 
     def rows_in(self, block: int) -> int:
         """Return how many samples a block has."""

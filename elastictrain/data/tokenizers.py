@@ -66,33 +66,52 @@ class BytesTokenizer:
 
     def encode_narrow(self, documents: pa.ChunkedArray) -> npt.NDArray[np.uint8] | None:
         """Return `encode`'s tokens in a byte each (see `data.byte_tokens`); None if that cannot be."""
-        data, starts = self._bytes_of(documents)
-        if data.max(initial=0) == STANDS_FOR_END:
+        column = _binary(documents)
+        if not len(column):
+            return np.zeros(0, dtype=np.uint8)
+        if _data_of(column)[0].max(initial=0) == STANDS_FOR_END:
             return None
-        tokens = of_blocks.take(int(starts[-1]))
-        _fill(tokens, data, starts[1:] - 1, STANDS_FOR_END)
+        # One call for all documents: a copy for each would wait for the interpreter's lock each time, where another
+        # thread makes batches meanwhile.
+        whole = pa.LargeListArray.from_arrays(pa.array([0, len(column)], pa.int64()), column)
+        joined = pc.binary_join(whole, pa.scalar(bytes([STANDS_FOR_END]), pa.large_binary()))[0].as_buffer()
+        tokens = of_blocks.take(joined.size + 1)
+        tokens[:-1] = np.frombuffer(joined, dtype=np.uint8) if joined.size else 0
+        tokens[-1] = STANDS_FOR_END
         return tokens
 
     def _bytes_of(self, documents: pa.ChunkedArray) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
         """Return the joined bytes of all documents, and where each begins once an end follows every one of them."""
-        column = documents.cast(pa.large_binary())
-        if column.null_count:  # what lies under a null is no text
-            column = pc.fill_null(column, b"")
-        column = column.combine_chunks()
-        if isinstance(column, pa.ChunkedArray):  # an empty chunked array stays chunked in some versions
-            column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], pa.large_binary())
-        count = len(column)
-        if count == 0:
-            return np.zeros(0, dtype=np.uint8), np.zeros(1, dtype=np.int64)
-        _, offsets_buffer, data_buffer = column.buffers()
-        offsets = np.frombuffer(offsets_buffer, dtype=np.int64)[column.offset : column.offset + count + 1]
-        first, last = int(offsets[0]), int(offsets[-1])
-        data = np.frombuffer(data_buffer, dtype=np.uint8)[first:last] if last > first else np.zeros(0, np.uint8)
-        return data, offsets - first + np.arange(count + 1)
+        column = _binary(documents)
+        data, starts = _data_of(column)
+        return data, starts + np.arange(len(column) + 1)
+
+
+def _binary(documents: pa.ChunkedArray) -> pa.LargeBinaryArray:
+    """Return documents as one array of bytes without nulls, those being empty."""
+    column = documents.cast(pa.large_binary())
+    if column.null_count:  # what lies under a null is no text
+        column = pc.fill_null(column, b"")
+    column = column.combine_chunks()
+    if isinstance(column, pa.ChunkedArray):  # an empty chunked array stays chunked in some versions
+        column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], pa.large_binary())
+    return column
+
+
+def _data_of(column: pa.LargeBinaryArray) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Return the bytes of all documents, a view, and where each begins in them and the last one ends."""
+    count = len(column)
+    if count == 0:
+        return np.zeros(0, dtype=np.uint8), np.zeros(1, dtype=np.int64)
+    _, offsets_buffer, data_buffer = column.buffers()
+    offsets = np.frombuffer(offsets_buffer, dtype=np.int64)[column.offset : column.offset + count + 1]
+    first, last = int(offsets[0]), int(offsets[-1])
+    data = np.frombuffer(data_buffer, dtype=np.uint8)[first:last] if last > first else np.zeros(0, np.uint8)
+    return data, offsets - first
 
 
 def _fill(
-    tokens: npt.NDArray[np.uint8 | np.uint16],
+    tokens: npt.NDArray[np.uint16],
     data: npt.NDArray[np.uint8],
     ends: npt.NDArray[np.int64],
     end_of_document: int,

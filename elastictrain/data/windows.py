@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from elastictrain.data.buffers import of_gathers
 from elastictrain.data.byte_tokens import alike
 from elastictrain.data.ids import SampleIds
 from elastictrain.data.order import Int64Array, Window
@@ -127,13 +128,16 @@ class Plan:
         edges = [at, *self._ends[group : group + self._blocks]]
         arrays: Arrays = {}
         for name, array in blocks[0].arrays.items():
-            joined = np.empty((edges[-1] - at, *array.shape[1:]), dtype=array.dtype)
+            joined = of_gathers.empty((edges[-1] - at, *array.shape[1:]), array.dtype)
             for block, first, last in zip(blocks, edges, edges[1:], strict=False):
                 if first < last:  # "clip": NumPy takes straight into `out`; all of these rows are there
                     rows, mine = self._rows[first:last], joined[first - at : last - at]
                     block.arrays[name].take(rows, axis=0, out=mine, mode="clip")
-            in_order = self._blocks == 1
-            arrays[name] = joined[: end - at] if in_order else joined.take(self._back[at:end], axis=0, mode="clip")
+            if self._blocks == 1:
+                arrays[name] = joined[: end - at]
+                continue
+            arrays[name] = of_gathers.empty((end - at, *array.shape[1:]), array.dtype)
+            joined.take(self._back[at:end], axis=0, out=arrays[name], mode="clip")
         return arrays
 
 

@@ -46,7 +46,7 @@ def widened(kept: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return wide
 
 
-@pytest.mark.parametrize("count", [0, 1, (1 << 16) - 1, 1 << 16, (1 << 16) + 1, 200_000])
+@pytest.mark.parametrize("count", [0, 1, 65_535, (1 << 20) - 1, 1 << 20, (1 << 20) + 1])
 def test_a_checksum_of_tokens_in_a_byte_each_is_that_of_the_tokens(count: int) -> None:
     tokens = (np.arange(count) % 255).astype(np.uint16)
     tokens[::1000] = 256
