@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from elastictrain.data.ids import SampleIds, sample_ids
 from elastictrain.data.live_eras import KnownEras
-from elastictrain.data.live_fingerprint import live_fingerprint
+from elastictrain.data.live_fingerprint import check_alike, live_fingerprint
 from elastictrain.data.live_order import Era, EraOrder, Held, end_of_order, fresh_era, reservoir_era
 from elastictrain.data.live_record import OrderRecord
 from elastictrain.data.live_segments import OpenSegments
@@ -132,6 +132,7 @@ class LiveSource:
                 era = None if wanted is None else self._record.decide(wanted)
             if era is None:
                 return False
+            check_alike(self._record.url, era.schema, "" if self._tokenizer else self._others())
             self._eras.append(era)
             self._seen = {ordinal: found for ordinal, found in self._seen.items() if ordinal >= era.segments}
             return True

@@ -10,6 +10,7 @@ from elastictrain.data.live_order import LIVE_VERSION
 from elastictrain.data.order import ORDER_VERSION
 from elastictrain.data.packing import PACKING_VERSION
 from elastictrain.data.tokenizers import Tokenizer
+from elastictrain.errors import DataError
 
 if TYPE_CHECKING:
     from elastictrain.data_settings import Data
@@ -40,3 +41,15 @@ def live_fingerprint(
         "order_version": ORDER_VERSION,
     }
     return seal_fingerprint(content, [])
+
+
+def check_alike(place: str, columns: str, others: str) -> None:
+    """Raise DataError where the order recorded in `place` has other columns, in words, than the other sources of a
+    mixture. Two live sources may come to that whose first segments different workers have seen first.
+    """
+    if columns and others and columns != others:
+        raise DataError(
+            f"{place}: the segments of this order have the columns {columns}; those of the other sources are {others}. "
+            "Rows of one batch must be alike: write one of them to a new manifest, and start with a new "
+            "checkpoint.path and data.live.record"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -249,8 +250,8 @@ def open_mixture(
     """
     sources: dict[str, OneSource] = {}
 
-    def columns() -> str:
-        return next((source.schema for source in sources.values() if source.schema), "")
+    def columns_beside(mine: str) -> str:
+        return next((source.schema for name, source in sources.items() if name != mine and source.schema), "")
 
     try:
         for name, data in spec.sources.items():
@@ -264,7 +265,7 @@ def open_mixture(
                     sources[name] = open_source(data, progress=progress, **how)
                     continue
                 own = None if data.live.record or record is None else f"{record}/{record_folder(name)}"
-                others = columns if data.text_column is None else str
+                others = partial(columns_beside, name) if data.text_column is None else str
                 sources[name] = open_live(
                     data,
                     record=own,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, deque
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ import elastictrain as et
 from elastictrain.data import LaneReader, open_mixture
 from elastictrain.data.audit import Auditor
 from elastictrain.data.feeder import Feeder
+from elastictrain.data.live import LiveSource
 from elastictrain.data.live_feeder import LiveFeeder, open_feeder
 from elastictrain.data.mixed import record_folder
 from elastictrain.errors import ConfigError, DataEnded, DataError
 from elastictrain.protocol import Stage
-from tests.unit.data.live_place import LANES, OLD, SIZE, Mixed, flat, taken
+from tests.unit.data.live_place import LANES, OLD, SIZE, Mixed, Place, flat, taken
 
 
 @pytest.fixture
@@ -217,6 +218,26 @@ def test_columns_must_be_alike(place: Mixed, tmp_path: Path) -> None:
     assert alone.schema == "y: int64"
     with pytest.raises(DataError, match=r"data\.sources\.new: .*belongs to another run"):
         place.opened("order of another mixture")
+
+
+def test_columns_that_two_workers_have_decided_apart_are_refused_at_once(tmp_path: Path) -> None:
+    places = {name: Place(tmp_path / name) for name in ("a", "b")}
+    spec = et.data.mixture({name: place.data() for name, place in places.items()}, weights={"a": 1, "b": 1})
+    workers = [open_mixture(spec, seed=5, lanes=LANES, lane_batch_size=SIZE) for _ in range(3)]
+    for place, column in zip(places.values(), "xy", strict=True):
+        file = place.folder / "stream" / "rows.jsonl"
+        file.write_text("".join(json.dumps({column: row}) + "\n" for row in range(40)))
+        place.writer.append(file)
+    for worker, name in zip(workers, places, strict=False):  # each has seen one of them first
+        source = worker.sources[name]
+        assert isinstance(source, LiveSource)
+        assert source.advance(needed=True)
+    said = r"data\.sources\.{}: .*{}.*order.* have the columns {}: int64; those of the other sources are {}: int64"
+    for worker, words in zip(workers, (("b", "b", "y", "x"), ("a", "a", "x", "y"), ("b", "b", "y", "x")), strict=True):
+        assert worker.growth is not None
+        with pytest.raises(DataError, match=said.format(*words)):
+            deque(worker.growth.advance(needed=True) for _ in range(4))
+        worker.close()
 
 
 @pytest.mark.parametrize(
