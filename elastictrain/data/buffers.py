@@ -43,12 +43,6 @@ class Buffers:
         self._lent[id(loan)] = (loan, memory)
         return lent
 
-    def copy(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Return a copy of an array of numbers, C-contiguous, in such memory."""
-        found = self.empty(array.shape, array.dtype)
-        found[...] = array
-        return found
-
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """Return an array of any content, in such memory unless it holds objects."""
         kind = np.dtype(dtype)
@@ -81,7 +75,7 @@ class Buffers:
 
 
 of_blocks = Buffers()
-"""For decoded blocks, of whatever source of the process. What Arrow decodes is copied here and its own memory let go
-of at once, so that Arrow has it for the next block."""
+"""For decoded blocks that are copied anyway, of whatever source of the process. What Arrow decodes stays in its memory:
+to copy it costs more than to get such memory fresh."""
 of_batches = Buffers(kept_bytes=16 << 20)
 of_gathers = Buffers(kept_bytes=16 << 20)

@@ -18,13 +18,13 @@ from elastictrain.data.best_fit import (
     lay_out_tails,
     positions_and_mask,
 )
-from elastictrain.data.buffers import of_batches, of_blocks
+from elastictrain.data.buffers import of_batches
 from elastictrain.data.byte_tokens import BYTE_TOKENS, TOKENS, checksum_of_widened, narrow, widen
 from elastictrain.data.index import BlockFormat, TokenIndex, checksum_of, encode_documents, read_texts
 from elastictrain.data.locate import TailMap
 from elastictrain.data.meter import timed
 from elastictrain.data.packing import TAIL_BLOCK_ROWS, Tails, TokenArray, pack_tails, rows_of_block
-from elastictrain.data.tokenizers import BytesTokenizer, StoredTokens, Tokenizer
+from elastictrain.data.tokenizers import BytesTokenizer, Tokenizer
 from elastictrain.errors import DataError
 
 if TYPE_CHECKING:
@@ -79,8 +79,7 @@ class PackedText:
             tokens = self._tokenizer.encode(texts) if narrowed is None else None
         if tokens is not None:
             self._check(block, checksum_of(tokens))
-            of_arrow = isinstance(self._tokenizer, StoredTokens)
-            return {TOKENS: rows_of_block(of_blocks.copy(tokens) if of_arrow else tokens, self.width - 1)}
+            return {TOKENS: rows_of_block(tokens, self.width - 1)}
         assert narrowed is not None
         self._check(block, checksum_of_widened(narrowed))
         return {BYTE_TOKENS: rows_of_block(narrowed, self.width - 1)}

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from elastictrain.data.best_fit import BEST_FIT_VERSION
-from elastictrain.data.buffers import of_blocks
 from elastictrain.data.columns import Schema, show_schema, stack
 from elastictrain.data.files import FileSet, find_files
 from elastictrain.data.fingerprint import seal_fingerprint
@@ -135,8 +134,7 @@ class Source:
             return self._packed.read_block(block)
         table = self._blocks.read(block)
         where = self._blocks.where(block)
-        arrays = {name: stack(table.column(name), f"{where}, column {name!r}") for name in table.column_names}
-        return {name: of_blocks.copy(array) for name, array in arrays.items()}
+        return {name: stack(table.column(name), f"{where}, column {name!r}") for name in table.column_names}
 
     def rows_in(self, block: int) -> int:
         """Return how many samples a block has."""
