@@ -51,7 +51,6 @@ class LiveFeeder:
         self._handing = threading.Lock()  # of `_upcoming`: nothing is handed on while one of them is taken
         self._changed = threading.Condition()
         self._upcoming: dict[Place, None] = {}
-        self._until = math.inf
         self._expected = self._needed = 0
         self._prepared = 0  # steps before this one are, as far as they are expected
         self._looks = self._waits = 0  # for segments: how often it was looked, and how often somebody began to wait
@@ -63,11 +62,12 @@ class LiveFeeder:
         self._thread.start()
 
     def expect(self, upcoming: Iterable[Place], until: float = math.inf) -> None:
-        """Say which batches come next, as `Feeder.expect`."""
+        """Say which batches come next, as `Feeder.expect`; what is live ends where its order does, not at `until`."""
+        del until
         places = dict.fromkeys(upcoming)
         with self._handing:
-            self._upcoming, self._until = places, until
-            self._feeder.expect(self._decided_places(), until)
+            self._upcoming = places
+            self._feeder.expect(self._decided_places())
         with self._changed:
             self._expected = max((step + 1 for step, _ in places), default=0)
             first = min((step for step, _ in places), default=0)
@@ -196,7 +196,7 @@ class LiveFeeder:
             failed = error
         if grown:
             with self._handing:
-                self._feeder.expect(self._decided_places(), self._until)
+                self._feeder.expect(self._decided_places())
         with self._changed:
             self._error = None if failed is None else (self._looks, failed)
             self._rests_until_s = 0.0 if grown else time.monotonic() + self._source.poll_s
