@@ -52,11 +52,12 @@ class Policy:
 class Situation:
     """What is known at a step, by place of the workers.
 
-    `lanes`: in force. `unit_s`: seconds that each needs for a lane. `arrived_s`: when the last of them had computed its
-    lanes in this step; None if the step says nothing (a checkpoint, an evaluation). `elapsed_s`: since the start, as
-    the steps add up. `left_steps`: of the run. `work`: of this step's lanes, in mean lanes (default: their number).
-    `slow`: whose slowness is known, with the step of its onset. `spares`: that wait. `least_workers`: fewer must not be
-    left.
+    `lanes`: in force. `unit_s`: seconds that each needs for a lane, noise taken out: who cannot be told from its peers
+    counts as one of them. `own_s`: as they were measured (default: the same). `arrived_s`: when the last of them had
+    computed its lanes in this step; None if the step says nothing (a checkpoint, an evaluation). `elapsed_s`: since the
+    start, as the steps add up. `left_steps`: of the run. `work`: of this step's lanes, in mean lanes (default: their
+    number). `slow`: whose slowness is known, with the step of its onset. `spares`: that wait. `least_workers`: fewer
+    must not be left.
     """
 
     step: int
@@ -69,6 +70,7 @@ class Situation:
     slow: Mapping[int, int] = field(default_factory=dict)
     spares: int = 0
     least_workers: int = 1
+    own_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,28 +144,35 @@ class Decider:
             back = self._verify(now, trial)
             if back is not None or self._trial is not None:
                 return back
-        before_s = max(unit * lanes for unit, lanes in zip(now.unit_s, now.lanes, strict=True))
+        before_s = _makespan(now.unit_s, now.lanes)
         if now.arrived_s is not None and trial is None:
-            expected_s = max(unit * own for unit, own in zip(now.unit_s, now.work or now.lanes, strict=True))
+            expected_s = _makespan(now.unit_s, now.work or now.lanes)
             self._recent = [*self._recent[1 - _USUAL_STEPS :], now.arrived_s / max(expected_s, 1e-9)]
-        best = split_affine(
-            sum(now.lanes), [0.0] * self.workers, self._trusted(now),
-            least=[min(1, lanes) for lanes in now.lanes], before=now.lanes,
-        )  # fmt: skip
-        after_s = max(unit * lanes for unit, lanes in zip(now.unit_s, best.parts, strict=True))
+        best = self._split(now, self._trusted(now))
+        after_s = _makespan(now.unit_s, best)
         self._count_losses(now, before_s, after_s)
         if now.step < self._hold_until:
             return None
         slow, until = self._refuted
         knows_better = now.step >= until or dict(now.slow) != slow
-        move = self._move(now, best.parts, before_s, after_s) if knows_better else None
+        move = self._move(now, best, before_s, after_s) if knows_better else None
         return move or self._evict(now, min(before_s, after_s))
 
     # --- lanes ---
 
+    def _split(self, now: Situation, units: Sequence[float]) -> tuple[int, ...]:
+        """The best split, were these the seconds per lane."""
+        least = [min(1, lanes) for lanes in now.lanes]
+        return split_affine(sum(now.lanes), [0.0] * self.workers, units, least=least, before=now.lanes).parts
+
     def _move(self, now: Situation, lanes: tuple[int, ...], before_s: float, after_s: float) -> Decision | None:
-        if lanes == now.lanes or after_s > (1 - self.policy.min_gain) * before_s:
+        least = 1 - self.policy.min_gain
+        if lanes == now.lanes or after_s > least * before_s:
             return None
+        own_s = now.own_s or now.unit_s
+        own_gain_s = _makespan(own_s, now.lanes) - _makespan(own_s, lanes)
+        if own_gain_s < (before_s - after_s) / 2:
+            return None  # who is not told from its peers yet may well be slow, and the step would be as long for it
         cost_s = self.policy.lanes_cost_steps * after_s
         onset = min(now.slow.values(), default=now.step)
         case = Case(
@@ -173,7 +182,9 @@ class Decider:
         why = pays(case, prior=prior_s(self.workers))
         if why is None:
             return None
-        decision = Decision("move_lanes", now.step, why, before_s, after_s, lanes)
+        # Lanes move now: then those of a worker that is fast again go back in the same move, unless it was so before.
+        lanes = self._split(now, self._trusted(now, patient=False))
+        decision = Decision("move_lanes", now.step, why, before_s, _makespan(now.unit_s, lanes), lanes)
         usual = max(1.0, median(self._recent)) if self._recent else 1.0
         self._trial = _Trial(decision, now.lanes, now.unit_s, dict(now.slow), usual)
         self._lost_s.pop(("lanes", -1), None)
@@ -236,11 +247,14 @@ class Decider:
             self._slow_unit[worker] = (unit_s, now.step + wait)
         self._known_slow = set(now.slow)
 
-    def _trusted(self, now: Situation) -> list[float]:
-        """Seconds per lane, for dealing out: who was slow lately counts as slow until it has stayed fast."""
+    def _trusted(self, now: Situation, *, patient: bool = True) -> list[float]:
+        """Seconds per lane, for dealing out: who was slow lately counts as slow until it has stayed fast; if not
+        `patient`, only who was slow more than once.
+        """
         units = list(now.unit_s)
         for worker, (unit_s, until) in self._slow_unit.items():
-            if worker not in now.slow and now.step < until:
+            again = patient or len(self._slow_at.get(worker, [])) > 1
+            if again and worker not in now.slow and now.step < until:
                 units[worker] = max(units[worker], unit_s)
         return units
 
@@ -296,6 +310,11 @@ class Decider:
                 self._hold_until = now.step + 4 * self.policy.hold_steps
                 return Decision(action, now.step, why, with_lanes_s, then_s, worker=worker)
         return None
+
+
+def _makespan(unit_s: Sequence[float], lanes: Sequence[float]) -> float:
+    """Seconds until the last worker has computed its lanes."""
+    return max(unit * own for unit, own in zip(unit_s, lanes, strict=True))
 
 
 def _error_s(measured: Sequence[float]) -> float:

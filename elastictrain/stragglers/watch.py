@@ -179,5 +179,6 @@ class StragglerWatch:
             slow={places[worker]: since for worker, since in self._slow.items() if worker in places},
             spares=spares,
             least_workers=least_workers,
+            own_s=tuple(float(unit) for unit in self.detector.unit_s),
         )
         return self.decider.decide(situation)
