@@ -260,6 +260,12 @@ def _heaviest(spec: MachineSpec, layout: Layout) -> int:
 
 def shortfall(spec: MachineSpec, layout: Layout, memory: Mapping[int, int]) -> str | None:
     """Why `layout` does not fit into the memory of its workers, in words; None when it fits or memory is unknown."""
+    found = lacking(spec, layout, memory)
+    return None if found is None else found[1]
+
+
+def lacking(spec: MachineSpec, layout: Layout, memory: Mapping[int, int]) -> tuple[int, str] | None:
+    """The first worker that has not enough memory for `layout`, and what it lacks in words."""
     if not memory:
         return None
     held, sums = _held(spec, layout), sums_bytes(spec, layout)
@@ -267,7 +273,7 @@ def shortfall(spec: MachineSpec, layout: Layout, memory: Mapping[int, int]) -> s
         if worker in memory and need > memory[worker]:
             more = f", {sums[worker]} for the sums of {len(layout.lanes_of(worker))} lanes" if sums.get(worker) else ""
             fewer = ", lower its share in workers.lane_shares" if sums.get(worker) else ""
-            return (
+            return worker, (
                 f"worker {worker} has {memory[worker]} bytes of memory but would need {need} "
                 f"({spec.fixed_bytes} fixed{more}, and {held[worker]} elements held with "
                 f"{layout.world_size} workers); add workers (raise workers.start or workers.max), "

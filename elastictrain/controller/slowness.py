@@ -7,8 +7,10 @@ from elastictrain.controller.commands import Announce
 from elastictrain.controller.facts import Role, StragglerSpec
 from elastictrain.controller.machine import Machine
 from elastictrain.controller.phases import Running
+from elastictrain.controller.room import MemoryRoom
 from elastictrain.protocol import StepSignals
-from elastictrain.stragglers.decision import Decision, Policy
+from elastictrain.stragglers.decision import Decision, Policy, Refused
+from elastictrain.stragglers.room import PLENTY
 from elastictrain.stragglers.watch import Finding, StragglerWatch
 
 FRESH_STEPS, FRESH_S = 2, 5.0
@@ -73,8 +75,11 @@ class Slowness:
         verdict = self.watch.feed(
             plan.generation, plan.layout.workers, signals.step, signals.records,
             spares=len(core.ledger.workers.of(Role.READY)), least_workers=fewest, acts=fresh and self._spec.moves,
+            room=MemoryRoom(core) if core.ledger.memory() else PLENTY,
         )  # fmt: skip
         said = [_announce(finding) for finding in verdict.findings]
+        if verdict.refused is not None:
+            said.append(_announce_refused(verdict.refused, plan.layout.workers, signals.step))
         if verdict.decision is None:
             return said, self._learned(signals.step) if fresh else None
         return said, self._event(verdict.decision)
@@ -112,3 +117,9 @@ def _announce(finding: Finding) -> Announce:
         "since": finding.since, "factor": round(finding.factor, 3), "reason": finding.words,
     }  # fmt: skip
     return Announce("straggler", data)
+
+
+def _announce_refused(refused: Refused, workers: tuple[int, ...], step: int) -> Announce:
+    lanes = dict(zip(workers, refused.lanes, strict=True))
+    data = {"lanes": lanes, "reason": refused.reason, "instead": refused.instead, "step": step}
+    return Announce("lanes_refused", data)

@@ -118,7 +118,7 @@ def on_speeds(core: Core, event: ev.SpeedsLearned, out: list[Command]) -> bool: 
 
 def on_let_go(core: Core, event: ev.StragglerLeaves, out: list[Command]) -> bool:
     """A slow worker hands over and leaves: for a spare that takes its place, or without one."""
-    ledger, spec = core.ledger, core.spec
+    ledger = core.ledger
     facts = ledger.workers.get(event.worker)
     if event.generation != ledger.generation or not isinstance(core.state, Running) or ledger.stop is not None:
         return False
@@ -128,10 +128,7 @@ def on_let_go(core: Core, event: ev.StragglerLeaves, out: list[Command]) -> bool
     if replaced and not ledger.workers.of(Role.READY):
         return False  # the spare has been taken meanwhile
     if not replaced:
-        staying = [worker for worker in ledger.members() if worker not in (event.worker, *ledger.draining)]
-        alone = spec.mirrors and len(staying) < 2  # nobody would hold a mirror: a user may ask for that, a watch not
-        reason = refuse_drain(spec, event.worker, ledger.members(), ledger.draining, ledger.target)
-        if alone or reason is not None or too_big_for(core, staying) is not None:
+        if leaver_refused(core, event.worker) is not None:
             return False
         ledger.target -= 1
         ledger.complement -= 1
@@ -140,6 +137,16 @@ def on_let_go(core: Core, event: ev.StragglerLeaves, out: list[Command]) -> bool
     data |= {"step": event.step, "before_s": round(event.before_s, 6), "after_s": round(event.after_s, 6)}
     out.append(Announce("straggler_leaves", data))
     return True
+
+
+def leaver_refused(core: Core, worker: int) -> str | None:
+    """Why a watch may not leave member `worker` out, in words; None when it may."""
+    ledger, spec = core.ledger, core.spec
+    staying = [member for member in ledger.members() if member not in (worker, *ledger.draining)]
+    if spec.mirrors and len(staying) < 2:  # a user may ask for that, a watch not
+        return f"without worker {worker} nobody would hold a mirror"
+    reason = refuse_drain(spec, worker, ledger.members(), ledger.draining, ledger.target)
+    return too_big_for(core, staying) if reason is None else reason
 
 
 def too_big_for(core: Core, staying: list[int]) -> str | None:

@@ -15,6 +15,14 @@ _NOW = {
 }
 
 
+_INSTEAD = {
+    "nothing": "lanes stay as they are",
+    "smaller_move": "fewer lanes move than speeds ask for",
+    "replace": "a slow worker is replaced, since lanes cannot move as speeds ask for",
+    "leave_out": "a slow worker is left out, since lanes cannot move as speeds ask for",
+}
+
+
 def _reason(data: Data) -> str:
     return f": {data['reason']}" if data.get("reason") else ""
 
@@ -36,7 +44,7 @@ def _lanes_refused(data: Data) -> str:
     lanes = list(data["lanes"].items())
     shown = ", ".join(f"worker {worker} {count}" for worker, count in lanes[:_SHOWN])
     more = f", {len(lanes) - _SHOWN} more" if len(lanes) > _SHOWN else ""
-    return f"lanes stay as they are: another split ({shown}{more}) does not fit{_reason(data)}"
+    return f"{_INSTEAD[data.get('instead', 'nothing')]}: another split ({shown}{more}) does not fit{_reason(data)}"
 
 
 def _expected(data: Data) -> str:

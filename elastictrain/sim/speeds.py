@@ -18,7 +18,8 @@ import numpy.typing as npt
 from elastictrain.planner.split import split_affine
 from elastictrain.sim import draws
 from elastictrain.stragglers.alarms import Cause
-from elastictrain.stragglers.decision import Decision, Policy
+from elastictrain.stragglers.decision import Decision, Policy, Refused
+from elastictrain.stragglers.room import PLENTY, Room
 from elastictrain.stragglers.signals import (
     FLAG_CHECKPOINT,
     FLAG_COLLECTION,
@@ -68,10 +69,12 @@ class SpeedScenario:
 class SpeedReport:
     """`none_s`, `ours_s`, `oracle_s`: the run with lanes as they were at first, as the watch moved them, and as
     somebody would who knows every speed at once. `reversals`: moves after which some worker's
-    lanes went the other way than at its last one, although no speed had changed in between.
+    lanes went the other way than at its last one, although no speed had changed in between. `refused`: splits for which
+    there was no room.
     """
 
     findings: list[Finding] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
     outcomes: list[str] = field(default_factory=list)
     lanes: tuple[int, ...] = ()
@@ -177,8 +180,10 @@ def _even(scenario: SpeedScenario) -> tuple[int, ...]:
     return tuple(base + (worker < more) for worker in range(scenario.workers))
 
 
-def run_speeds(scenario: SpeedScenario, policy: Policy | None = None) -> SpeedReport:
-    """Train on virtual devices under the real watch; its moves take effect at the next step but one."""
+def run_speeds(scenario: SpeedScenario, policy: Policy | None = None, room: Room = PLENTY) -> SpeedReport:
+    """Train on virtual devices under the real watch; its moves take effect at the next step but one. `room`: of the
+    devices' memory; the oracle does not care for it.
+    """
     devices, report = _Devices(scenario), SpeedReport()
     watch = StragglerWatch(scenario.steps, policy=policy)
     workers, first = tuple(range(scenario.workers)), _even(scenario)
@@ -200,8 +205,9 @@ def run_speeds(scenario: SpeedScenario, policy: Policy | None = None) -> SpeedRe
         report.ours_s += taken_s
         report.none_s += taken_s if lanes == first else _take(devices, slowness, np.array(first), drawn).total_s
         report.oracle_s += taken_s if lanes == oracle else _take(devices, slowness, np.array(oracle), drawn).total_s
-        verdict = watch.feed(1, workers, step, _records(took, lanes, drawn))
+        verdict = watch.feed(1, workers, step, _records(took, lanes, drawn), room=room)
         report.findings += verdict.findings
+        report.refused += [] if verdict.refused is None else [verdict.refused]
         decision = verdict.decision
         if decision is not None:
             report.decisions.append(decision)

@@ -4,23 +4,32 @@ Lanes first: they cost next to nothing and change no bit. Their split is the pla
 or left out only for what moving lanes cannot give back. Every move is verified: when it is known not to bring half of
 what was promised it is taken back, and no lanes move again before somebody becomes slow or fast, or 1,000 steps have
 passed; what noise hides stays. A worker that has become fast again gets its lanes back when it has stayed so, for a
-time that doubles each time it was slow lately; so nothing swings.
+time that doubles each time it was slow lately; so nothing swings. Where there is no memory for the best split, the best
+one is made that fits; what that does not give back is what a worker may be replaced or left out for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import inf, sqrt
 from statistics import median, stdev
 from typing import Literal
 
 from elastictrain.planner.split import split_affine
 from elastictrain.stragglers.rental import Case, pays, prior_s
+from elastictrain.stragglers.room import PLENTY, Answers, Fits, Found, Room, best_with_room, makespan_s
 
 Action = Literal["move_lanes", "move_back", "replace", "leave_out"]
+Instead = Literal["smaller_move", "replace", "leave_out", "nothing"]
+_INSTEAD: dict[str, Instead] = {
+    "move_lanes": "smaller_move", "replace": "replace", "leave_out": "leave_out", "nothing": "nothing",
+}  # fmt: skip
 _PENDING_STEPS = 50
 _USUAL_STEPS = 15
+_ASKED_AGAIN = 5
+"""For which split there is room is asked again after so many times `hold_steps`, if nothing else has changed."""
 _MOST_VERIFYING = 8
 """A move is judged after at most so many times `verify_steps`, however noisy the steps are."""
 _TRIAL_TIMES = 40
@@ -57,7 +66,7 @@ class Situation:
     computed its lanes in this step; None if the step says nothing (a checkpoint, an evaluation). `elapsed_s`: since the
     start, as the steps add up. `left_steps`: of the run. `work`: of this step's lanes, in mean lanes (default: their
     number). `slow`: whose slowness is known, with the step of its onset. `spares`: that wait. `least_workers`: fewer
-    must not be left.
+    must not be left. `room`: which splits there is memory for.
     """
 
     step: int
@@ -71,6 +80,7 @@ class Situation:
     spares: int = 0
     least_workers: int = 1
     own_s: tuple[float, ...] = ()
+    room: Room = PLENTY
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +96,15 @@ class Decision:
     after_s: float
     lanes: tuple[int, ...] = ()
     worker: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """There is no room for the split that speeds ask for (`lanes`), and why. `instead`: what is done."""
+
+    lanes: tuple[int, ...]
+    reason: str
+    instead: Instead
 
 
 @dataclass(slots=True)
@@ -133,9 +152,15 @@ class Decider:
         self._known_slow: set[int] = set()
         self._lost_s: dict[tuple[str, int], float] = {}
         self._evicted_s = [] if evicted_s is None else evicted_s
+        self._answers = Answers(_ASKED_AGAIN * self.policy.hold_steps)
+        self._told_refused: set[frozenset[int]] = set()
+        self.refused: Refused | None = None
 
     def decide(self, now: Situation) -> Decision | None:
-        """What to do after this step; None: nothing."""
+        """What to do after this step; None: nothing. `refused` is what is to be told besides, once of the same slow
+        workers: that there is no room for what would be best.
+        """
+        self.refused = None
         if len(now.lanes) != self.workers or len(now.unit_s) != self.workers:
             raise ValueError(f"{len(now.lanes)} lane counts, {len(now.unit_s)} speeds for {self.workers} workers")
         self._note_slow(now)
@@ -144,51 +169,84 @@ class Decider:
             back = self._verify(now, trial)
             if back is not None or self._trial is not None:
                 return back
-        before_s = _makespan(now.unit_s, now.lanes)
+        before_s = makespan_s(now.unit_s, now.lanes)
         if now.arrived_s is not None and trial is None:
-            expected_s = _makespan(now.unit_s, now.work or now.lanes)
+            expected_s = makespan_s(now.unit_s, now.work or now.lanes)
             self._recent = [*self._recent[1 - _USUAL_STEPS :], now.arrived_s / max(expected_s, 1e-9)]
-        best = self._split(now, self._trusted(now))
-        after_s = _makespan(now.unit_s, best)
+        found = self._split(now, before_s)
+        best = found.lanes or now.lanes
+        after_s = makespan_s(now.unit_s, best)
         self._count_losses(now, before_s, after_s)
         if now.step < self._hold_until:
             return None
         slow, until = self._refuted
         knows_better = now.step >= until or dict(now.slow) != slow
         move = self._move(now, best, before_s, after_s) if knows_better else None
-        return move or self._evict(now, min(before_s, after_s))
+        decision = move or self._evict(now, min(before_s, after_s))
+        if knows_better and found.lack is not None:
+            self._tell_refused(now, found, before_s, after_s, decision)
+        return decision
 
     # --- lanes ---
 
-    def _split(self, now: Situation, units: Sequence[float]) -> tuple[int, ...]:
-        """The best split, were these the seconds per lane."""
-        least = [min(1, lanes) for lanes in now.lanes]
-        return split_affine(sum(now.lanes), [0.0] * self.workers, units, least=least, before=now.lanes).parts
+    def _split(self, now: Situation, before_s: float, *, patient: bool = True) -> Found:
+        """The best split, and the best that fits, if it wins enough for anybody to ask."""
+        units, least = self._trusted(now, patient=patient), [min(1, lanes) for lanes in now.lanes]
+        total, even = sum(now.lanes), [0.0] * self.workers
+        wanted = split_affine(total, even, units, least=least, before=now.lanes).parts
+        if now.room is PLENTY or not self._wins(before_s, makespan_s(now.unit_s, wanted)):
+            return Found(wanted, wanted, None)
+        what, about = ("lanes", patient), _about(now)
+        known = self._answers.get(what, about, now.step)
+        if known is not None and (known.lack is not None or known.wanted == wanted):
+            return known
+        found = best_with_room(total, units, now.room.split, least=least, before=now.lanes)
+        return self._answers.keep(what, about, now.step, found)
+
+    def _wins(self, before_s: float, after_s: float) -> bool:
+        return after_s <= (1 - self.policy.min_gain) * before_s
 
     def _move(self, now: Situation, lanes: tuple[int, ...], before_s: float, after_s: float) -> Decision | None:
-        least = 1 - self.policy.min_gain
-        if lanes == now.lanes or after_s > least * before_s:
+        if lanes == now.lanes or not self._wins(before_s, after_s):
             return None
         own_s = now.own_s or now.unit_s
-        own_gain_s = _makespan(own_s, now.lanes) - _makespan(own_s, lanes)
+        own_gain_s = makespan_s(own_s, now.lanes) - makespan_s(own_s, lanes)
         if own_gain_s < (before_s - after_s) / 2:
             return None  # who is not told from its peers yet may well be slow, and the step would be as long for it
+        why = self._lanes_pay(now, before_s, after_s)
+        if why is None:
+            return None
+        # Lanes move now: then those of a worker that is fast again go back in the same move, unless it was so before.
+        lanes = self._split(now, before_s, patient=False).lanes or lanes
+        decision = Decision("move_lanes", now.step, why, before_s, makespan_s(now.unit_s, lanes), lanes)
+        usual = max(1.0, median(self._recent)) if self._recent else 1.0
+        self._trial = _Trial(decision, now.lanes, now.unit_s, dict(now.slow), usual)
+        self._lost_s.pop(("lanes", -1), None)
+        return decision
+
+    def _lanes_pay(self, now: Situation, before_s: float, after_s: float) -> str | None:
         cost_s = self.policy.lanes_cost_steps * after_s
         onset = min(now.slow.values(), default=now.step)
         case = Case(
             before_s - after_s, cost_s, cost_s, before_s, self._lost_s.get(("lanes", -1), 0.0),
             (now.step - onset) * before_s, now.left_steps * before_s,
         )  # fmt: skip
-        why = pays(case, prior=prior_s(self.workers))
-        if why is None:
-            return None
-        # Lanes move now: then those of a worker that is fast again go back in the same move, unless it was so before.
-        lanes = self._split(now, self._trusted(now, patient=False))
-        decision = Decision("move_lanes", now.step, why, before_s, _makespan(now.unit_s, lanes), lanes)
-        usual = max(1.0, median(self._recent)) if self._recent else 1.0
-        self._trial = _Trial(decision, now.lanes, now.unit_s, dict(now.slow), usual)
-        self._lost_s.pop(("lanes", -1), None)
-        return decision
+        return pays(case, prior=prior_s(self.workers))
+
+    def _tell_refused(
+        self, now: Situation, found: Found, before_s: float, after_s: float, decision: Decision | None
+    ) -> None:
+        """That there is no room for the best split: when something else is done, or when nothing can be."""
+        who = frozenset(now.slow)
+        if found.lack is None or who in self._told_refused:
+            return
+        if decision is None:
+            could = self._wins(before_s, after_s) or self._options(now, min(before_s, after_s))
+            if could or self._lanes_pay(now, before_s, makespan_s(now.unit_s, found.wanted)) is None:
+                return
+        action = "nothing" if decision is None else decision.action
+        self._told_refused.add(who)
+        self.refused = Refused(found.wanted, found.lack.reason, _INSTEAD[action])
 
     def _verify(self, now: Situation, trial: _Trial) -> Decision | None:
         """Whether the move brings what was promised; if not, the way back."""
@@ -261,15 +319,25 @@ class Decider:
     # --- workers ---
 
     def _without(self, now: Situation, worker: int) -> float:
-        """Seconds of computation of a step when all but one share the lanes."""
+        """Seconds of computation of a step when all but one share the lanes; infinite if there is no room for that."""
         units = [unit for place, unit in enumerate(now.unit_s) if place != worker]
-        return split_affine(sum(now.lanes), [0.0] * len(units), units, least=[1] * len(units)).makespan
+        return self._shared_s(now, ("leave_out", worker), units, partial(now.room.without, worker))
 
     def _replaced(self, now: Situation, worker: int) -> float:
         """The same when a worker like the median one takes its place."""
         units = list(now.unit_s)
         units[worker] = median(unit for place, unit in enumerate(units) if place != worker)
-        return split_affine(sum(now.lanes), [0.0] * self.workers, units, least=[1] * self.workers).makespan
+        return self._shared_s(now, ("replace", worker), units, partial(now.room.replaced, worker))
+
+    def _shared_s(self, now: Situation, what: tuple[Action, int], units: list[float], fits: Fits) -> float:
+        total, least = sum(now.lanes), [1] * len(units)
+        if now.room is PLENTY:
+            return split_affine(total, [0.0] * len(units), units, least=least).makespan
+        about = _about(now)
+        found = self._answers.get(what, about, now.step) or self._answers.keep(
+            what, about, now.step, best_with_room(total, units, fits, least=least)
+        )
+        return inf if found.lanes is None else makespan_s(units, found.lanes)
 
     def _options(self, now: Situation, with_lanes_s: float) -> list[tuple[float, Action, int, float]]:
         """(cost, action, worker, seconds of a step after it), the cheapest first."""
@@ -312,9 +380,9 @@ class Decider:
         return None
 
 
-def _makespan(unit_s: Sequence[float], lanes: Sequence[float]) -> float:
-    """Seconds until the last worker has computed its lanes."""
-    return max(unit * own for unit, own in zip(unit_s, lanes, strict=True))
+def _about(now: Situation) -> object:
+    """While this is the same, so is what there is room for."""
+    return now.lanes, frozenset(now.slow), now.spares
 
 
 def _error_s(measured: Sequence[float]) -> float:

@@ -14,8 +14,9 @@ from statistics import median
 import numpy as np
 
 from elastictrain.stragglers.alarms import COMPUTE, Alarm, Tuning
-from elastictrain.stragglers.decision import Decider, Decision, Policy, Situation
+from elastictrain.stragglers.decision import Decider, Decision, Policy, Refused, Situation
 from elastictrain.stragglers.detector import Detector
+from elastictrain.stragglers.room import PLENTY, Room
 from elastictrain.stragglers.signals import EXCUSED, RECORD_BYTES, Records, checked, decode
 from elastictrain.stragglers.work import WorkModel
 
@@ -39,10 +40,11 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What one step has brought."""
+    """What one step has brought. `refused`: that there is no room for the split that would be best."""
 
     findings: tuple[Finding, ...] = ()
     decision: Decision | None = None
+    refused: Refused | None = None
 
 
 class StragglerWatch:
@@ -111,9 +113,11 @@ class StragglerWatch:
         spares: int = 0,
         least_workers: int = 1,
         acts: bool = True,
+        room: Room = PLENTY,
     ) -> Verdict:
-        """The records of all workers for `step`, in rank order. `acts`: False for findings alone. What is older than
-        what is known says nothing; nor do records whose number is not that of the workers.
+        """The records of all workers for `step`, in rank order. `acts`: False for findings alone. `room`: for which
+        splits there is memory. What is older than what is known says nothing; nor do records whose number is not that
+        of the workers.
         """
         if generation < self.generation or len(raw) != RECORD_BYTES * len(workers):
             return Verdict()
@@ -126,8 +130,10 @@ class StragglerWatch:
         records = decode(raw)
         alarms = self.detector.observe(step, records)
         findings = [*self._nonsense(step, records), *(self._finding(alarm) for alarm in alarms)]
-        decision = self._decide(step, records, spares, least_workers) if acts else None
-        return Verdict(tuple(findings), decision)
+        if not acts:
+            return Verdict(tuple(findings))
+        decision, refused = self._decide(step, records, spares, least_workers, room)
+        return Verdict(tuple(findings), decision, refused)
 
     def _nonsense(self, step: int, records: Records) -> list[Finding]:
         """Said once of each worker, when it has happened a few times."""
@@ -157,7 +163,9 @@ class StragglerWatch:
         words = f"since step {alarm.onset} {what} {alarm.factor:.2f} x what was usual"
         return Finding(kind, alarm.step, worker, alarm.cause, alarm.factor, alarm.onset, words)
 
-    def _decide(self, step: int, records: Records, spares: int, least_workers: int) -> Decision | None:
+    def _decide(
+        self, step: int, records: Records, spares: int, least_workers: int, room: Room
+    ) -> tuple[Decision | None, Refused | None]:
         assert self.detector is not None
         assert self.decider is not None
         sound = checked(records)
@@ -166,7 +174,7 @@ class StragglerWatch:
         arrived = float((records["compute_s"] + records["data_s"]).max()) if quiet else None
         self._elapsed_s += arrived or 0.0
         if not np.isfinite(units).all() or not sound.all():
-            return None
+            return None, None
         places = {worker: place for place, worker in enumerate(self.workers)}
         situation = Situation(
             step=step,
@@ -180,5 +188,6 @@ class StragglerWatch:
             spares=spares,
             least_workers=least_workers,
             own_s=tuple(float(unit) for unit in self.detector.unit_s),
+            room=room,
         )
-        return self.decider.decide(situation)
+        return self.decider.decide(situation), self.decider.refused

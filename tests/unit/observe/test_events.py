@@ -307,6 +307,19 @@ SAID: list[tuple[str, dict[str, Any], str]] = [
         {"lanes": {"0": 6, "2": 2}, "reason": "worker 0 has 7 bytes", "step": 9},
         "lanes stay as they are: another split (worker 0 6, worker 2 2) does not fit: worker 0 has 7 bytes",
     ),
+    *(
+        (
+            "lanes_refused",
+            {"lanes": {"0": 6}, "instead": instead, "reason": "full"},
+            f"{words}: another split (worker 0 6) does not fit: full",
+        )
+        for instead, words in (
+            ("nothing", "lanes stay as they are"),
+            ("smaller_move", "fewer lanes move than speeds ask for"),
+            ("replace", "a slow worker is replaced, since lanes cannot move as speeds ask for"),
+            ("leave_out", "a slow worker is left out, since lanes cannot move as speeds ask for"),
+        )
+    ),
     (
         "lanes_refused",
         {"lanes": {str(w): 2 for w in range(10)}, "reason": ""},
