@@ -149,7 +149,7 @@ def watching(results: common.Results) -> None:
 def main() -> None:
     options = common.arguments(__doc__)
     results = common.Results("mitigation", "Slow workers in real runs (computation emulated by waiting)", options)
-    steps, lane_s = (70, 0.03) if options.quick else (120, 0.05)
+    steps, lane_s = (70, 0.03) if options.quick else (70, 0.05)
     with tempfile.TemporaryDirectory(prefix="elastictrain-mitigation-") as folder:
         one_case(results, Path(folder), "one of 4 at half speed", {2: 2.0}, 4, steps, lane_s, 20)
         one_case(results, Path(folder), "speeds 1 : 2 : 4", {1: 2.0, 2: 4.0}, 3, steps, lane_s, 1)

@@ -38,6 +38,7 @@ ALL = {
     "planner": ["planner.py"],
     "stragglers": ["stragglers.py"],
     "mitigation": ["mitigation.py"],
+    "redundancy": ["redundancy.py"],
     "checkpoint_stall": ["checkpoints/stall.py"],
     "checkpoint_throughput": ["checkpoints/throughput.py"],
     "checkpoint_reshard": ["checkpoints/reshard.py"],

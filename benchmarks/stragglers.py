@@ -7,7 +7,9 @@ Every figure comes from the detector, decider and planner that a run uses; only 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import repeat
 from random import Random
 from typing import Any
 
@@ -72,31 +74,55 @@ def asked(scenario: SpeedScenario) -> int:
     return sum(slow.begin + 10 <= scenario.steps for slow in scenario.slowness)
 
 
-def detection(results: common.Results, seeds: range, what: str, **how: Any) -> dict[str, float]:
-    alarms = right = found = wanted = reversals = taken_back = swinging = 0
-    delays: list[int] = []
-    could_s = won_s = 0.0
-    for seed in seeds:
-        scenario = scenario_of(seed, **how)
-        report = run_speeds(scenario)
-        said, good, seen, late = matches(scenario, report)
-        alarms, right, found, wanted = alarms + said, right + good, found + seen, wanted + asked(scenario)
-        delays += late
-        could_s += max(0.0, report.none_s - report.oracle_s)
-        won_s += report.none_s - report.ours_s
-        reversals = max(reversals, report.reversals)
-        swinging += report.reversals >= 2
-        taken_back += report.outcomes.count("taken back")
+@dataclass(frozen=True, slots=True)
+class One:
+    """What came of a run: alarms, of them right, slow-downs found and asked for, delays in steps, what could be won and
+    was, in seconds; reversals; moves taken back.
+    """
+
+    seed: int
+    alarms: int
+    right: int
+    found: int
+    asked: int
+    delays: list[int]
+    could_s: float
+    won_s: float
+    reversals: int
+    taken_back: int
+
+
+def one_run(seed: int, how: dict[str, Any]) -> One:
+    scenario = scenario_of(seed, **how)
+    report = run_speeds(scenario)
+    alarms, right, found, delays = matches(scenario, report)
+    could_s, won_s = max(0.0, report.none_s - report.oracle_s), report.none_s - report.ours_s
+    back = report.outcomes.count("taken back")
+    return One(seed, alarms, right, found, asked(scenario), delays, could_s, won_s, report.reversals, back)
+
+
+def detection(results: common.Results, seeds: range, what: str, processes: int, **how: Any) -> dict[str, float]:
+    with ProcessPoolExecutor(processes) as pool:
+        runs = list(pool.map(one_run, seeds, repeat(how), chunksize=5))
+    alarms, right = sum(run.alarms for run in runs), sum(run.right for run in runs)
+    found, wanted = sum(run.found for run in runs), sum(run.asked for run in runs)
+    could_s, won_s = sum(run.could_s for run in runs), sum(run.won_s for run in runs)
+    delays = [late for run in runs for late in run.delays]
+    swinging = [run.seed for run in runs if run.reversals >= 2]
     figures = {
         "precision": right / max(1, alarms),
         "recall": found / max(1, wanted),
         "delay p50": common.median(delays),
         "delay p95": common.quantile(delays, 0.95),
         "share of the oracle's gain": won_s / could_s if could_s else float("nan"),
-        "most reversals in a run": reversals,
-        "runs that swing": swinging,
+        "most reversals in a run": max(run.reversals for run in runs),
+        "runs that swing": len(swinging),
     }
-    results.row(what=what, seeds=len(seeds), slow=wanted, alarms=alarms, **figures, **{"taken back": taken_back})
+    reversals, taken_back = sum(run.reversals for run in runs), sum(run.taken_back for run in runs)
+    results.row(what=what, seeds=len(seeds), slow=wanted, alarms=alarms, **figures,
+                **{"reversals": reversals, "taken back": taken_back})  # fmt: skip
+    if swinging:
+        results.notes.append(f"Runs that swing, {what}: {', '.join(map(str, swinging))}.")
     return figures
 
 
@@ -234,12 +260,14 @@ def main() -> None:
     options = common.arguments(__doc__, lambda parser: (
         parser.add_argument("--first-seed", type=int, default=HELD_BACK),
         parser.add_argument("--seeds", type=int, default=None, help="virtual runs of the first kind (default 1000)"),
+        parser.add_argument("--processes", type=int, default=1, help="side by side; figures do not depend on it"),
     ))  # fmt: skip
     results = common.Results("stragglers", "Slow workers: detection and moves on virtual devices", options)
     first, seeds = options.first_seed, options.seeds or (60 if options.quick else 1000)
-    mixed = detection(results, range(first, first + seeds), "mixed slow-downs")
-    weak = detection(results, range(first, first + seeds // 2), "slow-downs of 15 %", factor=1.15)
-    every = detection(results, range(first, first + seeds // 4), "all causes", causes=CAUSES[:3])
+    side = options.processes
+    mixed = detection(results, range(first, first + seeds), "mixed slow-downs", side)
+    weak = detection(results, range(first, first + seeds // 2), "slow-downs of 15 %", side, factor=1.15)
+    every = detection(results, range(first, first + seeds // 4), "all causes", side, causes=CAUSES[:3])
     verdicts = (
         ("precision, mixed slow-downs", min(mixed["precision"], every["precision"]), 0.99, False),
         ("recall at 15 %", weak["recall"], 0.98, False),
