@@ -23,9 +23,9 @@ from elastictrain.stragglers.room import PLENTY, Answers, Fits, Found, Room, bes
 
 Action = Literal["move_lanes", "move_back", "replace", "leave_out"]
 Instead = Literal["smaller_move", "replace", "leave_out", "nothing"]
-_INSTEAD: dict[str, Instead] = {
-    "move_lanes": "smaller_move", "replace": "replace", "leave_out": "leave_out", "nothing": "nothing",
-}  # fmt: skip
+_INSTEAD: dict[str, Instead] = {"move_lanes": "smaller_move", "replace": "replace", "leave_out": "leave_out"}
+_TURNING = 2.0
+"""So many times the least gain must a move win that corrects the last one: it may be noise that asks for either."""
 _PENDING_STEPS = 50
 _USUAL_STEPS = 15
 _ASKED_AGAIN = 5
@@ -39,10 +39,10 @@ _TRIAL_TIMES = 40
 @dataclass(frozen=True, slots=True)
 class Policy:
     """`min_gain`: share of a step that a move must win. `hold_steps`: between two moves. `verify_steps`: over which a
-    move is judged. `lanes_cost_steps`: what moving lanes costs, in steps
-    (batches of the new lanes have not been read ahead). `replace_cost_s`, `leave_cost_s`: a pause. `evict`:
-    whether workers may be replaced or left out at all. `evicted_share`, `per_s`: at most this share of the workers (and
-    always one) within that time. `memory_steps`: for how long a worker's slow times count against it.
+    move is judged. `lanes_cost_steps`: what moving lanes costs, in steps (batches of the new lanes have not been read
+    ahead). `replace_cost_s`, `leave_cost_s`: a pause. `evict`: whether workers may be replaced or left out at all.
+    `evicted_share`, `per_s`: at most this share of the workers (and always one) within that time. `memory_steps`: for
+    how long a worker's slow times count against it.
     """
 
     min_gain: float = 0.03
@@ -150,6 +150,7 @@ class Decider:
         self._slow_at: dict[int, list[int]] = {}
         self._slow_unit: dict[int, tuple[float, int]] = {}
         self._known_slow: set[int] = set()
+        self._last_ways: tuple[tuple[int, ...], set[int]] = ((), set())
         self._lost_s: dict[tuple[str, int], float] = {}
         self._evicted_s = [] if evicted_s is None else evicted_s
         self._answers = Answers(_ASKED_AGAIN * self.policy.hold_steps)
@@ -192,8 +193,8 @@ class Decider:
     def _split(self, now: Situation, before_s: float, *, patient: bool = True) -> Found:
         """The best split, and the best that fits, if it wins enough for anybody to ask."""
         units, least = self._trusted(now, patient=patient), [min(1, lanes) for lanes in now.lanes]
-        total, even = sum(now.lanes), [0.0] * self.workers
-        wanted = split_affine(total, even, units, least=least, before=now.lanes).parts
+        total = sum(now.lanes)
+        wanted = split_affine(total, [0.0] * self.workers, units, least=least, before=now.lanes).parts
         if now.room is PLENTY or not self._wins(before_s, makespan_s(now.unit_s, wanted)):
             return Found(wanted, wanted, None)
         what, about = ("lanes", patient), _about(now)
@@ -203,11 +204,18 @@ class Decider:
         found = best_with_room(total, units, now.room.split, least=least, before=now.lanes)
         return self._answers.keep(what, about, now.step, found)
 
-    def _wins(self, before_s: float, after_s: float) -> bool:
-        return after_s <= (1 - self.policy.min_gain) * before_s
+    def _wins(self, before_s: float, after_s: float, times: float = 1.0) -> bool:
+        return after_s <= (1 - times * self.policy.min_gain) * before_s
+
+    def _turns(self, now: Situation, lanes: tuple[int, ...]) -> bool:
+        """Whether somebody's lanes go the other way than in the last move, and nobody has become slow or fast since."""
+        ways, slow = self._last_ways
+        turned = (way * (new - old) < 0 for way, old, new in zip(ways, now.lanes, lanes, strict=False))
+        return slow == set(now.slow) and any(turned)
 
     def _move(self, now: Situation, lanes: tuple[int, ...], before_s: float, after_s: float) -> Decision | None:
-        if lanes == now.lanes or not self._wins(before_s, after_s):
+        times = _TURNING if self._turns(now, lanes) else 1.0
+        if lanes == now.lanes or not self._wins(before_s, after_s, times):
             return None
         own_s = now.own_s or now.unit_s
         own_gain_s = makespan_s(own_s, now.lanes) - makespan_s(own_s, lanes)
@@ -219,6 +227,7 @@ class Decider:
         # Lanes move now: then those of a worker that is fast again go back in the same move, unless it was so before.
         lanes = self._split(now, before_s, patient=False).lanes or lanes
         decision = Decision("move_lanes", now.step, why, before_s, makespan_s(now.unit_s, lanes), lanes)
+        self._last_ways = (tuple(new - old for old, new in zip(now.lanes, lanes, strict=True)), set(now.slow))
         usual = max(1.0, median(self._recent)) if self._recent else 1.0
         self._trial = _Trial(decision, now.lanes, now.unit_s, dict(now.slow), usual)
         self._lost_s.pop(("lanes", -1), None)
@@ -244,9 +253,9 @@ class Decider:
             could = self._wins(before_s, after_s) or self._options(now, min(before_s, after_s))
             if could or self._lanes_pay(now, before_s, makespan_s(now.unit_s, found.wanted)) is None:
                 return
-        action = "nothing" if decision is None else decision.action
+        instead = "nothing" if decision is None else _INSTEAD[decision.action]
         self._told_refused.add(who)
-        self.refused = Refused(found.wanted, found.lack.reason, _INSTEAD[action])
+        self.refused = Refused(found.wanted, found.lack.reason, instead)
 
     def _verify(self, now: Situation, trial: _Trial) -> Decision | None:
         """Whether the move brings what was promised; if not, the way back."""

@@ -83,3 +83,29 @@ def test_one_move_for_two_changes_but_not_for_who_comes_and_goes():
         assert decision is not None
         assert decision.lanes[0] < 5
         assert fewest <= decision.lanes[3] <= most
+
+
+def test_a_move_that_corrects_the_last_one_has_to_win_twice_as_much():
+    """Two workers and 16 lanes, one 1.38 times as slow: (6, 10) and (7, 9) are 3.5 % apart, as much as noise.
+    (Of the benchmark's runs, number 800,276.)
+    """
+    slow = Slowness(0, "compute", 1.3782852889437878, 329, 448)
+    report = run_speeds(SpeedScenario(2, 16, 400, 800_276, 0.2, (1.0, 1.0), noise=0.03, slowness=(slow,)))
+    assert moves(report) == [(331, (6, 10))]
+    assert report.outcomes == ["confirmed"]
+    assert report.reversals == 0
+
+
+def test_a_correction_that_wins_enough_is_made_and_so_is_a_move_for_another_change():
+    for units, slow, moved in (
+        ((2.0, 1.05, 1.0, 1.0), {0: 0}, False),
+        ((2.0, 1.15, 1.0, 1.0), {0: 0}, True),
+        ((2.0, 1.05, 1.0, 1.0), {0: 0, 1: 30}, True),
+    ):
+        decider, lanes = Decider(4), EVEN
+        for step in range(20):
+            decision = decider.decide(situation(step, (2.0, 1.0, 1.0, 1.0), lanes=lanes, slow={0: 0}))
+            lanes = decision.lanes if decision else lanes
+        assert lanes == (5, 10, 9, 8)
+        found = [decider.decide(situation(step, units, lanes=lanes, slow=slow)) for step in range(30, 33)]
+        assert any(found) == moved
