@@ -18,6 +18,7 @@ import pytest
 import ray
 
 import elastictrain as et
+from elastictrain.data.byte_tokens import BYTE_TOKENS
 from elastictrain.data.sharing import Ask, Look
 from elastictrain.observe import Event, RunDirectory
 from elastictrain_actors.node_feeder import FeederLine, NodeFeeder
@@ -147,7 +148,7 @@ def test_blocks_are_views_of_one_object_and_outlive_their_feeder(feeder: Any, tm
     assert error is None
     assert not still_opening
     source = open_source(node_job(tmp_path).data, seed=0, lanes=11, lane_batch_size=2)  # type: ignore[arg-type]
-    expected = source.read_block(3)["tokens"].copy()
+    expected = source.read_block(3)[BYTE_TOKENS].copy()
     line = FeederLine()
     line.use(1, feeder)
 
@@ -156,7 +157,7 @@ def test_blocks_are_views_of_one_object_and_outlive_their_feeder(feeder: Any, tm
         answer, arrays = line.call(1, ask, 30.0)
         assert answer.look is Look.HERE
         assert arrays is not None
-        return arrays["tokens"]
+        return arrays[BYTE_TOKENS]
 
     one, other = take(0, 1), take(1, 1)
     assert not one.flags.writeable
