@@ -24,6 +24,7 @@ from elastictrain.data import LaneReader, Source, open_source
 from elastictrain.data.block_client import BlockClient
 from elastictrain.data.block_server import BlockServer
 from elastictrain.data.feeder import Feeder
+from elastictrain.data.reliance import Reliance
 from elastictrain.data.sharing import Answer, Ask, Look
 from elastictrain.data.warm import Arrays, cache_key
 from elastictrain.data_settings import Mixture
@@ -186,7 +187,11 @@ def test_a_store_that_is_full_makes_workers_read_for_themselves(tmp_path: Path) 
         assert limit_bytes == 1 or stats["refused"]
 
 
-def test_a_feeder_that_dies_in_the_middle_and_another_that_stands_in(tmp_path: Path) -> None:
+def test_a_feeder_that_dies_in_the_middle_and_another_that_stands_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With patience: on a busy machine they would rather read for themselves than wait for either."""
+    monkeypatch.setattr(Reliance, "patience_s", lambda *_, **__: 30.0)
     folder = write(tmp_path / "data", rows=60, group=4)
     with server_of(folder) as first, server_of(folder) as second:
         wires = [Wire(first), Wire(first)]
