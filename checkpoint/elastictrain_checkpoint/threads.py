@@ -93,28 +93,33 @@ class Standby:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._hand = self._new()
+        self._hand: _Hand | None = None
+        self._new()
 
     def _new(self) -> _Hand:
-        hand = _Hand(self._name)
-        weakref.finalize(self, hand.coming.put, None).atexit = False
+        hand = self._hand = _Hand(self._name)
+        self._end = weakref.finalize(self, hand.coming.put, None)
+        self._end.atexit = False
         return hand
 
     def give(self, work: Callable[[], object]) -> None:
         """Have this called, which raises nothing, in a thread: another one if the first is still busy, or is gone (its
         process has forked).
         """
-        if not (self._hand.idle.is_set() and self._hand.thread.is_alive()):
-            self._hand.coming.put(None)
-            self._hand = self._new()
-        self._hand.idle.clear()
-        self._hand.coming.put(work)
+        hand = self._hand
+        if hand is None or not (hand.idle.is_set() and hand.thread.is_alive()):
+            self.close()
+            hand = self._new()
+        hand.idle.clear()
+        hand.coming.put(work)
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until what was given last is done; whether it is."""
-        return self._hand.idle.wait(timeout_s)
+        return self._hand is None or self._hand.idle.wait(timeout_s)
 
     def close(self) -> None:
-        """Let the thread end, after what it does. It may be given work again."""
-        self._hand.coming.put(None)
-        self._hand.idle.clear()
+        """Let the thread end, after what it does. Another one begins when work is given again: this one may say that it
+        is idle a moment before it ends.
+        """
+        self._end()
+        self._hand = None

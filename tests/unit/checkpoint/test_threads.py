@@ -185,6 +185,20 @@ def test_the_thread_ends_with_its_owner_and_when_it_is_closed() -> None:
     assert not thread.is_alive()
 
 
+def test_work_is_not_given_to_a_thread_that_is_told_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was closed while it worked: it says that it is idle, and ends only a moment later."""
+    standby, held, done = Standby("et-test"), threading.Event(), threading.Event()
+    idle, thread = standby._hand.idle, standby._hand.thread
+    standby.give(lambda: held.wait(30))
+    standby.close()
+    held.set()
+    assert idle.wait(30)
+    thread.join(30)
+    monkeypatch.setattr(thread, "is_alive", lambda: True)  # that moment
+    standby.give(done.set)
+    assert done.wait(10)
+
+
 def test_a_forked_process_has_a_thread_of_its_own() -> None:
     standby = Standby("et-test")
     with warnings.catch_warnings():
