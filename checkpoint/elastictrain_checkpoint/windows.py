@@ -30,17 +30,14 @@ def copy_out(view: memoryview, begin: int, copies: Sequence[Copy]) -> list[Copy]
 
 def unwanted_from(copies: Sequence[Copy], begin: int, end: int) -> int:
     """From which byte on the last block, bytes [begin, end), is worth keeping: only what was not wanted of a block is
-    likely to be asked for again. The end if it was wanted whole.
+    likely to be asked for again. The end if it was wanted whole. The copies are sorted by start.
     """
-    near = [(start, len(out)) for start, out in copies if start + len(out) > begin]
-    if sum(min(size, start + size - begin) for start, size in near) >= end - begin:
-        return end
     at = begin
-    for start, size in near:
+    for start, out in copies:
         if start > at:
-            return begin  # with a gap before something wanted: all of it
-        at = max(at, start + size)
-    return at
+            break
+        at = max(at, start + len(out))
+    return min(at, end)
 
 
 def tile(copies: Sequence[Copy], begin: int, end: int, last: memoryview | None) -> list[memoryview] | None:

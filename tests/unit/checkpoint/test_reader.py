@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from elastictrain_checkpoint import Reader, Request
+import pytest
+
+from elastictrain_checkpoint import Reader, Request, windows
 from tests.unit.checkpoint.build import make_state, memory_store, save
 
 
@@ -41,3 +43,20 @@ def test_of_a_block_that_was_wanted_in_part_the_rest_is_kept() -> None:
         for start, stop in ranges:
             assert source.read_flat("a", at + start, at + stop).tobytes() == raw[at + start : at + stop]
         assert source.read_bytes == blocks * block, ranges
+
+
+@pytest.mark.parametrize(
+    ("wanted", "first"),
+    [
+        ([], 100),
+        ([(0, 90), (40, 50)], 100),  # ends before the block, which begins at 100
+        ([(90, 120)], 120),
+        ([(100, 110), (105, 130), (130, 140)], 140),
+        ([(100, 110), (120, 200)], 110),  # what lies in between may be asked for
+        ([(110, 200)], 100),
+        ([(0, 200)], 200),
+    ],
+)
+def test_of_a_block_what_lies_behind_its_wanted_beginning_is_kept(wanted: list[tuple[int, int]], first: int) -> None:
+    copies = [(start, memoryview(bytearray(stop - start))) for start, stop in wanted]
+    assert windows.unwanted_from(copies, 100, 200) == first
