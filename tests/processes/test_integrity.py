@@ -12,7 +12,7 @@ import pytest
 from elastictrain.faults import Fault, flip, kill, miscompute
 from elastictrain_checkpoint import Store, list_steps
 from tests.support.plants import accuses_another, last_rows_are_lost, wait_for_company
-from tests.support.plants_storing import storage_is_fast
+from tests.support.plants_storing import commits_are_fast
 from tests.support.process_cluster import Run, byte_job, run_job
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
@@ -78,7 +78,7 @@ def test_without_a_witness_it_is_found_as_soon_and_named_by_the_redo(
 ) -> None:
     fault, culprit, good = BETWEEN[case]
     job = byte_job(folder, workers=workers, checkpoint={"path": str(tmp_path / "c"), "every_steps": 2})
-    run = run_job(job, [fault], patch=storage_is_fast)
+    run = run_job(job, [fault], patch=commits_are_fast)
     same(run, reference)
     assert named(run) == [culprit]
     back = run.record.of("went_back")
@@ -139,7 +139,7 @@ def test_a_wrong_apply_goes_back_and_the_redo_names_who_it_was(
     folder: Path, tmp_path: Path, reference: Run, fault: Fault, checkpoint: bool
 ) -> None:
     settings = {"checkpoint": {"path": str(tmp_path / "c"), "every_steps": 3}} if checkpoint else {}
-    run = run_job(byte_job(folder, **settings), [fault], patch=storage_is_fast)
+    run = run_job(byte_job(folder, **settings), [fault], patch=commits_are_fast)
     same(run, reference)
     (back,) = run.record.of("went_back")
     assert (back["from_step"], back["to_step"]) == (6, 3 if checkpoint else 0)
@@ -159,7 +159,8 @@ def test_two_workers_find_a_wrong_apply_too(folder: Path, reference: Run) -> Non
 
 def test_a_flip_in_the_last_apply_is_found_by_the_closing_sums(folder: Path, tmp_path: Path, reference: Run) -> None:
     path = str(tmp_path / "c")
-    run = run_job(byte_job(folder, checkpoint={"path": path, "every_steps": 4}), [flip(1, 8, "master", when="apply")])
+    job = byte_job(folder, checkpoint={"path": path, "every_steps": 4})
+    run = run_job(job, [flip(1, 8, "master", when="apply")], patch=commits_are_fast)
     same(run, reference)
     (back,) = run.record.of("went_back")
     assert (back["from_step"], back["to_step"]) == (8, 4), "step 8 was written, and never committed"
@@ -176,7 +177,7 @@ def test_one_worker_alone_sees_its_own_memory_change(folder: Path, tmp_path: Pat
     job = byte_job(
         folder, checkpoint={"path": str(tmp_path / "c"), "every_steps": 3}, workers={"max": 1, "replace": True}
     )
-    run = run_job(job, [flip(0, 6, "optimizer")], patch=storage_is_fast)
+    run = run_job(job, [flip(0, 6, "optimizer")], patch=commits_are_fast)
     same(run, reference)
     assert named(run) == [0]
     assert run.record.of("went_back")[0]["to_step"] == 3

@@ -8,7 +8,7 @@ import pytest
 
 from elastictrain.faults import PHASES, add, drain, kill
 from tests.support.plants import die_while_blocks_move, last_rows_are_lost, wait_for_company
-from tests.support.plants_storing import storage_is_fast
+from tests.support.plants_storing import commits_are_fast
 from tests.support.process_cluster import Run, byte_job, plans_of, run_job
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
@@ -80,7 +80,7 @@ def test_two_at_once_that_do_not_mirror_each_other(folder, reference):
 @pytest.mark.parametrize("checkpoint", [True, False], ids=["checkpoint", "initial state"])
 def test_both_holders_lost_goes_back_and_says_so(folder, tmp_path, reference, checkpoint):
     settings = {"checkpoint": {"path": str(tmp_path / "ckpt"), "every_steps": 2}} if checkpoint else {}
-    run = run_job(byte_job(folder, **settings), [kill(0, 6, "exchange")], die_together=(0, 1), patch=storage_is_fast)
+    run = run_job(byte_job(folder, **settings), [kill(0, 6, "exchange")], die_together=(0, 1), patch=commits_are_fast)
     same(run, reference)
     (back,) = run.record.of("went_back")
     assert back["to_step"] == (4 if checkpoint else 0)
@@ -91,7 +91,7 @@ def test_world_of_one_dies_and_goes_on_from_its_checkpoint(folder, tmp_path, ref
     job = byte_job(
         folder, checkpoint={"path": str(tmp_path / "c"), "every_steps": 3}, workers={"max": 1, "replace": True}
     )
-    run = run_job(job, [kill(0, 6, "compute")], patch=storage_is_fast)
+    run = run_job(job, [kill(0, 6, "compute")], patch=commits_are_fast)
     same(run, reference)
     assert run.record.of("went_back")[0]["to_step"] == 3
 

@@ -14,7 +14,7 @@ from elastictrain.faults import kill
 from elastictrain.job import Job
 from elastictrain.protocol import Restore
 from elastictrain_checkpoint import Manifest, Store, load
-from tests.support.plants_storing import storage_is_fast
+from tests.support.plants_storing import commits_are_fast, storage_is_fast
 from tests.support.process_cluster import Run, byte_job, run_job
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
@@ -90,7 +90,7 @@ def test_any_world_reads_each_stored_byte_once(stored, name):
 
 def test_so_does_a_run_that_goes_back(stored, tmp_path):
     job = stored.job(tmp_path / "ckpt", workers={"max": 4})
-    run = run_job(job, [kill(0, 5, "exchange")], die_together=(0, 1), patch=storage_is_fast)
+    run = run_job(job, [kill(0, 5, "exchange")], die_together=(0, 1), patch=commits_are_fast)
     assert run.digest == stored.run.digest
     assert run.record.of("went_back")[0]["to_step"] == 2, "4 waits for vote 5"
     read_once(run, load(Store(str(tmp_path / "ckpt")), 2), 2)

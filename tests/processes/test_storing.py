@@ -12,6 +12,7 @@ from elastictrain_checkpoint import Store, digest, list_steps, load, verify
 from tests.processes.test_stop_and_resume import stored
 from tests.support.plants import both, wait_for_pause
 from tests.support.plants_storing import (
+    commits_are_known,
     dies_before_it_says_what_was_lost,
     dies_waiting_for_shares,
     manifest_hangs,
@@ -111,7 +112,9 @@ def test_all_holders_die_while_they_store(
     folder: Path, tmp_path: Path, reference: Run, still: Store, victims: tuple[int, ...]
 ) -> None:
     job = byte_job(folder, checkpoint=stored(tmp_path, every_steps=3), workers={"max": 3, "replace": True})
-    run = run_job(job, [kill(0, 7, "exchange")], die_together=victims, patch=storage_waits(6, until=7))
+    run = run_job(
+        job, [kill(0, 7, "exchange")], die_together=victims, patch=both(commits_are_known, storage_waits(6, until=7))
+    )
     assert run.digest == reference.digest
     (back,) = run.record.of("went_back")
     assert back["to_step"] == 3, "6 was not committed"
@@ -250,7 +253,8 @@ def test_all_holders_die_and_what_was_under_way_is_stored_when_the_run_comes_the
     folder: Path, tmp_path: Path, reference: Run, still: Store
 ) -> None:
     job = byte_job(folder, checkpoint=stored(tmp_path, every_steps=3), workers={"max": 3, "replace": True})
-    run = run_job(job, [kill(0, 7, "exchange")], die_together=(0, 1), patch=storage_waits(6, until=7))
+    patch = both(commits_are_known, storage_waits(6, until=7))
+    run = run_job(job, [kill(0, 7, "exchange")], die_together=(0, 1), patch=patch)
     assert run.digest == reference.digest
     (lost,) = run.record.of("checkpoint_given_up")
     assert (lost["step"], lost["stored_instead"]) == (6, None)

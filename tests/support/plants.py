@@ -240,7 +240,7 @@ def free_before_seal(worker: int) -> None:
 def publish_at_once(worker: int) -> None:
     """Against R5: a step is published when this worker has applied it."""
     del worker
-    apply, sent = stepping.apply_step, _Deliveries()
+    apply, sent = stepping.apply_step, Deliveries()
 
     def hasty(owner: Any, pending: Any, vote: Any, votes: Any, generation: int) -> Any:
         tally = apply(owner, pending, vote, votes, generation)
@@ -253,7 +253,7 @@ def publish_at_once(worker: int) -> None:
     stepping.apply_step = hasty
 
 
-class _Deliveries:
+class Deliveries:
     """Counts how often this process has come for what its outbox holds; before it comes again, it has sent that."""
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ from elastictrain.engine import (
     stepping,
 )
 from elastictrain_checkpoint import discard, list_steps, pin, posix
-from tests.support.plants import Calls, orders
+from tests.support.plants import Calls, Deliveries, orders
 
 
 def storage_is_fast(worker: int) -> None:
@@ -25,14 +25,26 @@ def storage_is_fast(worker: int) -> None:
 
 
 def commits_are_fast(worker: int) -> None:
-    """What is written is committed before the next vote, and everybody knows of it: the next save finds its base."""
+    """What is to be stored is written before the next vote, and committed and known before the one after it: the next
+    save finds its base, and a fault the checkpoint to go back to.
+    """
     storage_is_fast(worker)
-    heed = keeping.Keeper.heed
+    commits_are_known(worker)
+
+
+def commits_are_known(worker: int) -> None:
+    """No step is taken beside a commit: the controller knows of it first."""
+    del worker
+    heed, sent = keeping.Keeper.heed, Deliveries()
+    seen: list[Any] = [None]
 
     def after_the_commit(self: keeping.Keeper) -> None:
         if self._session.saver is not None:
             work = self._session.saver._committer._work
             assert work is None or work.ended.wait(60)
+            if work is not seen[0]:
+                seen[0] = work
+                sent.wait_for_all()
         heed(self)
 
     keeping.Keeper.heed = after_the_commit  # type: ignore[method-assign]
