@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -91,3 +95,22 @@ def test_what_lies_under_a_null_is_no_text(monkeypatch: pytest.MonkeyPatch, long
     tokens, starts = BytesTokenizer().encode_with_offsets(column)
     assert tokens.tolist() == [*b"abc", 256, 256, *b"de", 256]
     assert starts.tolist() == [0, 4, 5, 8]
+
+
+FIRST_BATCH = """
+import sys
+from elastictrain.data import stream
+from elastictrain.job import Data
+data = Data(kind="parquet", path=sys.argv[1], text_column="text", sequence_length=8, tokenizer="bytes")
+next(iter(stream(data, batch_size=2)))
+print("pandas" in sys.modules)
+"""
+
+
+def test_the_first_batch_imports_no_pandas(tmp_path: Path) -> None:
+    """In a process of its own: this one has it already, or whoever wrote the file."""
+    pytest.importorskip("pandas")
+    pq.write_table(pa.table({"text": ["a text that is long enough"] * 40}), tmp_path / "t.parquet")
+    code = [sys.executable, "-c", FIRST_BATCH, str(tmp_path / "t.parquet")]
+    done = subprocess.run(code, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stdout + done.stderr
