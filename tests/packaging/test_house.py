@@ -7,6 +7,7 @@ import re
 import subprocess
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -36,13 +37,21 @@ def python_files(*folders: str) -> list[Path]:
     return sorted(file for folder in folders or SOURCES for file in (ROOT / folder).rglob("*.py"))
 
 
-def imports(file: Path) -> Iterator[str]:
+@cache
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+@cache
+def imports(file: Path) -> frozenset[str]:
     """Every module that a file imports anywhere, inside functions too."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    found: set[str] = set()
+    for node in ast.walk(tree_of(file)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            yield node.module
+            found.add(node.module)
+    return frozenset(found)
 
 
 def importers(package: str, files: list[Path]) -> set[str]:
@@ -96,7 +105,7 @@ def test_no_file_is_too_long() -> None:
 def test_annotations_are_not_evaluated() -> None:
     lacking = []
     for file in python_files():
-        tree = ast.parse(file.read_text())
+        tree = tree_of(file)
         futures = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
         if not futures and any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in tree.body):
             lacking.append(file.relative_to(ROOT).as_posix())
