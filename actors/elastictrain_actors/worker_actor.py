@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -57,10 +58,17 @@ class Identity:
 
 
 def import_engine() -> None:
-    """All that takes long."""
-    import pyarrow.parquet  # noqa: F401
+    """All that takes long. The garbage collector would search what is being imported time and again, and the objects of
+    torch (a quarter of a million) ever after, a tenth of a second amid a step: they stay, so it passes them over.
+    """
+    gc.disable()
+    try:
+        import pyarrow.parquet  # noqa: F401
 
-    import elastictrain.engine.host  # noqa: F401
+        import elastictrain.engine.host  # noqa: F401
+    finally:
+        gc.enable()
+    gc.freeze()
 
 
 def yielding(work: Callable[[], None]) -> None:
@@ -126,6 +134,8 @@ class WorkerActor:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         if gently:
             yielding(import_engine)
+        else:
+            import_engine()
         # Here, and not above: the controller names this class and should not wait for torch's import.
         from elastictrain.engine.host import WorkerHost, start_error
 

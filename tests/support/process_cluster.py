@@ -31,9 +31,7 @@ from elastictrain_actors.spec import machine_spec
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the Ray actor of a worker does
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    ["torch", "elastictrain.engine.host", "pyarrow.parquet", "numpy.random", "numpy.ma", "pandas"]
-)
+_context.set_forkserver_preload(["tests.support.preloaded"])
 SHARED_DOMAIN = "here"
 RECIPES = Path(__file__).parent / "recipes.py"
 RAY_STEPS = 250

@@ -21,3 +21,12 @@ def test_naming_an_actor_imports_no_torch(module: str) -> None:
     code = f"import sys, {module}; print(sorted(name for name in sys.modules if name.split('.')[0] == 'torch')[:5])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stdout + done.stderr
+
+
+def test_what_a_worker_imports_is_never_searched_for_garbage() -> None:
+    code = (
+        "import gc; from elastictrain_actors.worker_actor import import_engine; import_engine(); "
+        "print(gc.isenabled(), gc.get_freeze_count() > 100_000)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "True True"), done.stdout + done.stderr
