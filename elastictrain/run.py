@@ -66,7 +66,7 @@ def run(
 
         start = find_start(job, resume=resuming, step=resume_step, skips=_skips(job) if resuming else ())
         job = job.model_copy(update={"start_from": start.start_from})
-        folder = _open_run_directory(job, facts.parameters, start, planned)
+        folder, base_generation = _open_run_directory(job, facts.parameters, start, planned)
         order = RunOrder(
             job=job,
             run_dir=str(folder),
@@ -78,7 +78,7 @@ def run(
             namespace=f"elastictrain-{uuid.uuid4().hex[:12]}",
             token=secrets.token_hex(16),
             stages=start.stages,
-            base_generation=max(start.generation, begin_anew(folder)),
+            base_generation=base_generation,
         )
         write_address(folder, order.namespace)
         outcome = _follow(order, watcher)
@@ -131,23 +131,27 @@ def _planned(job: Job) -> tuple[Job, tuple[Note, ...]]:
     return settled, (("plan_chosen", note),)
 
 
-def _open_run_directory(job: Job, parameters: int, start: Start, planned: Sequence[Note] = ()) -> Path:
-    """Make (or take up) the run directory and write its first line; the controller goes on with it."""
+def _open_run_directory(job: Job, parameters: int, start: Start, planned: Sequence[Note] = ()) -> tuple[Path, int]:
+    """Make (or take up) the run directory and write its first line; the controller goes on with it. The newest
+    generation before this run comes with it.
+    """
     if start.resumed:
         path = Path(job.run_dir) if job.run_dir is not None else latest_of(job.name)
         folder = RunDirectory.resume(path, job)
     else:
         folder = RunDirectory.create(None, job)
     with folder:
+        base_generation = max(start.generation, begin_anew(folder.path))
         facts = {"name": job.name, "steps": job.steps, "workers": job.workers.initial, "parameters": parameters}
         if start.resumed:
-            folder.event("run_resumed", facts | {"step": start.restore.step, "checkpoint": start.restore.checkpoint})
+            where = {"step": start.restore.step, "checkpoint": start.restore.checkpoint}
+            folder.event("run_resumed", facts | where | {"up_to_generation": base_generation})
         else:
             folder.event("run_started", facts)
         for kind, data in (*planned, *start.notes):
             folder.event(kind, data)
         folder.write_data([stage.as_json() for stage in start.stages], start.data)
-    return folder.path.absolute()
+    return folder.path.absolute(), base_generation
 
 
 def _skips(job: Job) -> list[Skip]:

@@ -34,7 +34,7 @@ def drop_checkpoint(core: Core, event: ev.WorkerFailed, out: list[Command]) -> b
         ledger.published_step = ledger.shown_step = ledger.restore.step
         data = {"step": restore.step, "path": restore.checkpoint, "error": event.error}
         next_one = {"next_step": ledger.restore.step, "next_path": ledger.restore.checkpoint}
-        out.append(Announce("checkpoint_dropped", data | next_one))
+        out.append(Announce("checkpoint_dropped", data | next_one | {"up_to_generation": ledger.generation}))
     return True
 
 

@@ -252,6 +252,7 @@ def _go_back(core: Core, standing: Standing, doubt: Doubt | None, now_s: float, 
             {
                 "from_step": from_step,
                 "to_step": restore.step,
+                "up_to_generation": ledger.generation,
                 "steps_redone": redone,
                 "restored_from": incident.restored_from,
                 "reason": (

@@ -57,7 +57,9 @@ def recovery_seconds(data: Data) -> float | None:
 
 
 def step_back(event: Event) -> int | None:
-    """The step that the run goes on from, where an event says that later steps have not happened; else None."""
+    """The step that the run goes on from, where an event says that later steps have not happened; else None. Its
+    `up_to_generation` says in which generations (older records do not have it).
+    """
     key = {"went_back": "to_step", "checkpoint_dropped": "next_step", "run_resumed": "step"}.get(event.kind)
     step = event.data.get(key) if key else None
     return step if isinstance(step, int) else None

@@ -52,6 +52,35 @@ def parse_rows(records: Iterable[Mapping[str, Any]]) -> list[MetricsRow]:
     return rows
 
 
+class Happened:
+    """Which steps have happened, in the order in which rows are written and the run goes back. The row of a step that
+    was taken back may come late, from a worker that lives on: it is none.
+    """
+
+    def __init__(self) -> None:
+        self.last_step = 0
+        self._backs: list[tuple[int, int]] = []
+
+    def went_back(self, step: int, up_to_generation: int | None) -> None:
+        """Of the generations up to this one the steps after `step` have not happened. None (in older records): it is
+        not known in which.
+        """
+        self.last_step = min(self.last_step, step)
+        if up_to_generation is not None:
+            self._backs.append((up_to_generation, step))
+
+    def has(self, step: int, generation: int) -> bool:
+        """False for what was taken back."""
+        return not any(generation <= up_to and step > back for up_to, back in self._backs)
+
+    def add(self, step: int, generation: int) -> bool:
+        """A row comes; False when it is not to be written: it is there already, or was taken back."""
+        if step <= self.last_step or not self.has(step, generation):
+            return False
+        self.last_step = step
+        return True
+
+
 def history(rows: Iterable[MetricsRow]) -> list[MetricsRow]:
     """What happened, steps ascending: a row at step `s` takes back every earlier row from `s` on.
 

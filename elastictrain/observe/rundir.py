@@ -19,7 +19,7 @@ from elastictrain.job import Job, dump_job
 from elastictrain.observe.events import Event, iso, make_event, parse_events, step_back
 from elastictrain.observe.lines import LineWriter, read_lines, replace_file
 from elastictrain.observe.lock import RunLock
-from elastictrain.observe.metrics import MetricsRow, history, parse_rows
+from elastictrain.observe.metrics import Happened, MetricsRow, history, parse_rows
 from elastictrain.observe.status import Status
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class RunDirectory:
         self._events: LineWriter | None = None
         self._metrics: LineWriter | None = None
         self._signals: SignalLog | None = None
-        self._last_step = 0
+        self._happened = Happened()
 
     @classmethod
     def create(cls, path: str | Path | None, job: Job, *, now: datetime | None = None) -> Self:
@@ -75,7 +75,8 @@ class RunDirectory:
             while (run.path / f"job-{number}.yaml").exists():
                 number += 1
             replace_file(run.path / f"job-{number}.yaml", before)
-        run._last_step = max((row.step for row in run.metrics()), default=0)
+        run._happened = run._read_happened()
+        run._happened.last_step = max((row.step for row in run.metrics()), default=0)
         run._write_from_now_on(job)
         return run
 
@@ -94,24 +95,21 @@ class RunDirectory:
     @property
     def last_step(self) -> int:
         """The last step written to metrics.jsonl that has not been taken back."""
-        return self._last_step
+        return self._happened.last_step
 
     def event(self, kind: str, data: Mapping[str, Any] | None = None, *, generation: int | None = None) -> Event:
-        """Append to events.jsonl; an event that says that the run went back also calls `went_back`."""
+        """Append to events.jsonl. Where it says that the run went back, later steps are written again."""
         event = make_event(kind, data, generation=generation, time=datetime.now(UTC))
         self._writer(self._events).append(event.model_dump())
-        back_to = step_back(event)
-        if back_to is not None:
-            self.went_back(back_to)
+        _note_back(self._happened, event)
         return event
 
     def row(self, metrics: Mapping[str, Any]) -> bool:
-        """Append to metrics.jsonl; False (and nothing is written) for a step that is there already."""
-        step = int(metrics["step"])
-        if step <= self._last_step:
+        """Append to metrics.jsonl; False (nothing is written) for a step that is there already, or was taken back."""
+        writer = self._writer(self._metrics)
+        if not self._happened.add(int(metrics["step"]), int(metrics.get("generation") or 0)):
             return False
-        self._writer(self._metrics).append(metrics)
-        self._last_step = step
+        writer.append(metrics)
         return True
 
     def signals(self, generation: int, step: int, workers: Sequence[int], records: Records, *, excused: int) -> bool:
@@ -124,10 +122,6 @@ class RunDirectory:
 
             self._signals = SignalLog(self.path, records.dtype, excused=excused)
         return self._signals.append(generation, step, workers, records)
-
-    def went_back(self, step: int) -> None:
-        """The run has gone back to `step`: steps after it have not happened and will be written again."""
-        self._last_step = min(self._last_step, step)
 
     def status(self, status: Mapping[str, Any]) -> None:
         """Replace status.json; the time is added."""
@@ -167,7 +161,15 @@ class RunDirectory:
 
     def metrics(self) -> list[MetricsRow]:
         """What happened, steps ascending, each once (see `metrics.history`)."""
-        return history(parse_rows(read_lines(self.path / "metrics.jsonl")))
+        happened, rows = self._read_happened(), parse_rows(read_lines(self.path / "metrics.jsonl"))
+        return history(row for row in rows if happened.has(row.step, row.generation))
+
+    def _read_happened(self) -> Happened:
+        """What the events say was taken back."""
+        happened = Happened()
+        for event in self.events():
+            _note_back(happened, event)
+        return happened
 
     def read_status(self) -> Status | None:
         """None when no status was written yet, or none that can be read."""
@@ -247,6 +249,12 @@ class RunDirectory:
             return None
         except OSError as error:
             raise ClusterError(f"{self.path / name}: cannot be read: {error.strerror or error}") from error
+
+
+def _note_back(happened: Happened, event: Event) -> None:
+    back_to, up_to = step_back(event), event.data.get("up_to_generation")
+    if back_to is not None:
+        happened.went_back(back_to, up_to if isinstance(up_to, int) else None)
 
 
 def default_name(name: str, now: datetime) -> str:

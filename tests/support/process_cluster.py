@@ -25,6 +25,7 @@ from elastictrain.engine.host import WorkerHost, start_error
 from elastictrain.engine.worker_model import inspect
 from elastictrain.faults import kills_for
 from elastictrain.job import Job
+from elastictrain.observe.metrics import Happened
 from elastictrain.protocol import FormPlan, Ready, Restore, Stage
 from elastictrain_actors.driver import Driver, Outcome
 from elastictrain_actors.spec import machine_spec
@@ -202,7 +203,7 @@ class MemoryRecord:
     events: list[tuple[str, dict[str, Any], int | None]] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
     signalled: list[tuple[Any, tuple[int, ...]]] = field(default_factory=list)
-    last_step: int = 0
+    happened: Happened = field(default_factory=Happened)
     on_row: Callable[[Mapping[str, Any]], None] | None = None
     on_event: Callable[[str], None] | None = None
 
@@ -211,12 +212,11 @@ class MemoryRecord:
         if self.on_event is not None:
             self.on_event(kind)
         if kind == "went_back":
-            self.last_step = min(self.last_step, data["to_step"])
+            self.happened.went_back(data["to_step"], data["up_to_generation"])
 
     def row(self, values: Any) -> None:
-        if values["step"] > self.last_step:
+        if self.happened.add(values["step"], values["generation"]):
             self.rows.append(dict(values))
-            self.last_step = values["step"]
             if self.on_row is not None:
                 self.on_row(values)
 

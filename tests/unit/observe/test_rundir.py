@@ -70,6 +70,34 @@ def test_a_step_is_written_again_only_after_going_back(tmp_path: Path) -> None:
         assert steps(run) == [(1, 3)]
 
 
+def test_a_late_row_of_what_was_taken_back_is_not_written(tmp_path: Path) -> None:
+    """Whoever published it lives on, and what it has said arrives after the run has gone back."""
+    with RunDirectory.create(tmp_path / "run", make_job()) as run:
+        for step in (1, 2, 3):
+            assert run.row({"step": step, "generation": 1})
+        run.event("went_back", {"to_step": 1, "up_to_generation": 1}, generation=2)
+        assert not run.row({"step": 4, "generation": 1})
+        assert not run.row({"step": 2, "generation": 1})
+        assert run.row({"step": 2, "generation": 2})
+        assert steps(run) == [(1, 1), (2, 2)]
+
+
+@pytest.mark.parametrize("kind", ["went_back", "checkpoint_dropped", "run_resumed"])
+def test_who_takes_the_directory_up_knows_what_was_taken_back(tmp_path: Path, kind: str) -> None:
+    """A controller dies after it has gone back, or takes up what `--resume-step` has begun."""
+    with RunDirectory.create(tmp_path / "run", make_job()) as run:
+        for step in (1, 2, 3, 4):
+            run.row({"step": step, "generation": 1 + step // 3})
+        back = {"went_back": "to_step", "checkpoint_dropped": "next_step", "run_resumed": "step"}[kind]
+        run.event(kind, {back: 1, "up_to_generation": 2})
+    assert steps(RunDirectory.open(tmp_path / "run")) == [(1, 1)], "nothing else has happened"
+    with RunDirectory.resume(tmp_path / "run", make_job()) as run:
+        assert run.last_step == 1
+        assert not run.row({"step": 3, "generation": 2}), "said again, or late"
+        assert run.row({"step": 2, "generation": 3})
+        assert steps(run) == [(1, 1), (2, 3)]
+
+
 def test_resume_appends(tmp_path: Path) -> None:
     with RunDirectory.create(tmp_path / "run", make_job()) as run:
         for step in (1, 2, 3):
