@@ -33,6 +33,7 @@ def test_undecided_copies_send_the_job_back_and_mark_both_nodes() -> None:
     out = scene.park(0, 1, 2, applied=61, doubt=doubt)
     back = announced(out, "went_back")
     assert (back["from_step"], back["to_step"], back["restored_from"]) == (61, 40, "ckpt/40")
+    assert back["up_to_generation"] == only(cm.Form, out).plan.generation - 1
     assert "workers [0, 1] have different copies" in back["reason"]
     plan = only(cm.Form, out).plan
     assert plan.restore == Restore(40, "ckpt/40", discard_newer=True)

@@ -183,6 +183,7 @@ def test_a_corrupt_checkpoint_is_dropped_and_the_next_older_taken() -> None:
     assert scene.ledger.checkpoints == {4: "c4", 6: "c6"}  # 9 belongs to steps that this run has yet to take
     scene.ready(0, 1, 2)
     dropped = announced(scene.send(ev.WorkerFailed(1.0, 1, 1, "restore", "hash differs")), "checkpoint_dropped")
+    assert dropped["up_to_generation"] == 1
     assert (dropped["path"], dropped["next_path"]) == ("c6", "c4")
     assert every(cm.Announce, scene.send(ev.WorkerFailed(1.0, 1, 2, "restore", "hash differs"))) == []
     scene.park(0, 1, 2, applied=0, sealed_generation=0, gathered=False)
