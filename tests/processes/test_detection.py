@@ -99,9 +99,7 @@ def test_stopped_locked_and_spinning_workers_are_named_killed_and_confirmed(yard
         had_s = processor_s(yard.workers[number].pid) - before_s
         assert event.worker == number
         assert words in event.reason
-        print(
-            f"{fault}: named after {named_s:.2f} s, {had_s:.2f} of them on a processor: {event.reason}; {event.evidence}"
-        )
+        print(f"{fault}: named after {named_s:.2f} s, {had_s:.2f} on a processor: {event.reason}; {event.evidence}")
         # A spinning one is named by the time that it had; on a busy machine it has less of it.
         assert (had_s if fault == "spin" else named_s) < promised_s + (1.5 if fault == "spin" else 0.3)
         identity = yard.watchman.suspicion.identity(number)
