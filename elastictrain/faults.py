@@ -17,6 +17,8 @@ from elastictrain.settings import PositiveInt, nearest, not_a_switch
 
 Phase = Literal[
     "compute",
+    "claim",
+    "agree",
     "exchange",
     "mirror",
     "vote",
@@ -31,6 +33,8 @@ Phase = Literal[
     "committed",
 ]
 PHASES: tuple[Phase, ...] = ("compute", "exchange", "mirror", "vote", "apply", "gather")
+SHARING: tuple[Phase, ...] = ("claim", "agree")
+"""Of a step whose lanes more than one worker may compute (`redundancy` in a job)."""
 STORING: tuple[Phase, ...] = ("store", "stored", "manifest", "committed")
 """Of the checkpoint of a step, beside training."""
 
@@ -43,11 +47,12 @@ class _Fault(BaseModel):
 
 
 class _InPhase(_Fault):
-    """In the middle of `phase` of `step`. Phases "form", "restore" (its share of a checkpoint) and "seal": while the
-    worker enters the generation whose first step that is. Phases of storing the checkpoint of `step`, beside training:
-    "store" (in the middle of a pack), "stored" (its first pack is durable, the others do not know it), and on the
-    worker that publishes "manifest" (all shares are durable, there is no manifest) and "committed" (the manifest is
-    there, nobody has heard of it).
+    """In the middle of `phase` of `step`. Where lanes are shared (`redundancy` in a job): "claim" (a lane was claimed
+    and is not computed; with `coded`: all are computed and not claimed) and "agree" (before it says which lanes it
+    has). Phases "form", "restore" (its share of a checkpoint) and "seal": while the worker enters the generation whose
+    first step that is. Phases of storing the checkpoint of `step`, beside training: "store" (in the middle of a pack),
+    "stored" (its first pack is durable, the others do not know it), and on the worker that publishes "manifest" (all
+    shares are durable, there is no manifest) and "committed" (the manifest is there, nobody has heard of it).
     """
 
     worker: WorkerNumber

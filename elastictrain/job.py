@@ -30,6 +30,8 @@ from elastictrain.data_settings import MixtureStage as MixtureStage
 from elastictrain.errors import ConfigError
 from elastictrain.origin import StartFrom
 from elastictrain.settings import Duration, PositiveInt, Settings, a_number, explain, kind, not_a_switch, short
+from elastictrain.straggler_settings import Redundancy as Redundancy
+from elastictrain.straggler_settings import Stragglers as Stragglers
 
 
 class Workers(Settings):
@@ -243,17 +245,6 @@ class Integrity(Settings):
     than the last check that it passed, or than its first step (certain, also when it is wrong only now and then)."""
 
 
-class Stragglers(Settings):
-    """What is done about workers that are slow, or slower than others from the start (docs/stragglers.md)."""
-
-    action: Literal["off", "watch", "lanes", "evict"] = "watch"
-    """"watch": say who is slow, and why. "lanes": also deal the lanes out by speed, between two steps; no bit changes.
-    "evict": also replace a worker by a spare that waits, or leave it out, where moving lanes is not enough.
-    """
-    min_gain: Annotated[float, BeforeValidator(a_number), Field(gt=0, lt=1)] = 0.03
-    """Share of a step's computation that a change must win."""
-
-
 class Job(Settings):
     """A training job. See the field docs; `load_job` reads the same from YAML."""
 
@@ -288,6 +279,7 @@ class Job(Settings):
     numerics: Numerics = Numerics()
     integrity: Integrity = Integrity()
     stragglers: Stragglers = Stragglers()
+    redundancy: Redundancy = Redundancy()
     gradients: Literal["sum", "hand_over"] = "sum"
     """Sum lanes locally before the exchange (less traffic), or hand them to their owners one by one (less memory)."""
     ownership: Literal["sliced", "whole"] = "sliced"
@@ -337,6 +329,7 @@ class Job(Settings):
                 f"stragglers.action={self.stragglers.action} needs gradients=sum: with gradients={self.gradients} "
                 "times do not tell who is slow; set gradients: sum, or stragglers.action: off"
             )
+        self.redundancy.check(self.gradients, self.workers.max, self.stragglers.action)
         if self.workers.max > self.lanes:
             raise ValueError(
                 f"lanes={self.lanes} < workers.max={self.workers.max}: every worker needs a lane; "

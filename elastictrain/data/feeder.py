@@ -137,6 +137,22 @@ class Feeder:
             )
             self._changed.notify_all()
 
+    def forget(self, places: Iterable[Place]) -> None:
+        """Nobody will ask for these, although they were expected; what lies ready of them makes room."""
+        gone = set(places)
+        with self._lock:
+            for place in gone:
+                self._take(place)
+            self._keep_in_flight = self._keep_in_flight and self._in_flight not in gone
+            if not gone.isdisjoint(self._wanted):
+                self._wanted = deque(place for place in self._wanted if place not in gone)
+            self._changed.notify_all()
+
+    def ready(self, step: int, lane: int) -> bool:
+        """Whether that batch lies ready, so that nobody would wait for it."""
+        with self._lock:
+            return isinstance(self._ready.get((step, lane)), Tensors)
+
     def batch(self, step: int, lane: int) -> Tensors:
         """Return batch `step` of `lane` on the device; a batch is handed out once per reading.
 

@@ -75,6 +75,18 @@ class LiveFeeder:
             self._prepared = max(first, min(self._prepared, self._expected))
             self._changed.notify_all()
 
+    def forget(self, places: Iterable[Place]) -> None:
+        """See `Feeder.forget`."""
+        gone = tuple(places)
+        with self._handing:
+            for place in gone:
+                self._upcoming.pop(place, None)
+            self._feeder.forget(gone)
+
+    def ready(self, step: int, lane: int) -> bool:
+        """See `Feeder.ready`."""
+        return self._feeder.ready(step, lane)
+
     def batch(self, step: int, lane: int) -> Tensors:
         """As `Feeder.batch`, after waiting for the segments that the step is made of.
 

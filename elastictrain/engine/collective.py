@@ -101,8 +101,8 @@ class GroupSet:
         # R2: a vote may follow only after the host knows that the data is here.
         torch.cuda.current_stream(self.device).synchronize()
 
-    def all_gather_equal(self, payload: bytes) -> list[bytes]:
-        """Everybody's payload in rank order; all must have the same length."""
+    def all_gather_equal(self, payload: bytes, *, deadline_s: float | None = None) -> list[bytes]:
+        """Everybody's payload in rank order; all must have the same length. `deadline_s`: default that of gathers."""
         if self.world == 1:
             return [payload]
         mine = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
@@ -110,7 +110,7 @@ class GroupSet:
 
         def gather() -> None:
             options = AllgatherOptions()
-            options.timeout = timedelta(seconds=self.gather_deadline_s)
+            options.timeout = timedelta(seconds=self.gather_deadline_s if deadline_s is None else deadline_s)
             self._live_gloo().allgather([out], [mine], options).wait(options.timeout)
 
         self._guard(gather)

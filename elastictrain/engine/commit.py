@@ -11,8 +11,8 @@ from elastictrain.engine.worker_model import hook
 from elastictrain.errors import InternalError, RecipeError, UserError
 
 if TYPE_CHECKING:
+    from elastictrain.engine.pending import Pending
     from elastictrain.engine.session import Session
-    from elastictrain.engine.step import Pending
 
 
 ROWS_KEPT = 1024

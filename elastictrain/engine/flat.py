@@ -204,3 +204,16 @@ def counter_conflict(name: str) -> str:
         f"the integer buffer {name!r} comes out differently in different lanes; "
         f'return "max" for it in recipe.buffer_rule, or make it a floating buffer'
     )
+
+
+def published_pieces(flat: FlatModel, a: int, b: int) -> list[torch.Tensor]:
+    """Where elements `a .. b-1` of the flat range lie for the forward: parameters in the compute dtype, buffers in
+    fp32, frozen parameters in the compute dtype. Views.
+    """
+    low, high = flat.space.param_elements, flat.space.active_elements
+    pieces = [flat.values[a : min(b, low)]] if a < min(b, low) else []
+    if max(a, low) < min(b, high):
+        pieces.append(flat.buffers[max(a, low) - low : min(b, high) - low])
+    if max(a, high) < b:
+        pieces.append(flat.values[max(a, high) : b])
+    return pieces

@@ -17,9 +17,9 @@ from elastictrain.controller import events as ev
 from elastictrain.engine import restoring, saving, starting
 from elastictrain.engine.collective import GATHER_DEADLINE_S, GroupSet, Peer
 from elastictrain.engine.commit import apply_step
+from elastictrain.engine.flat import published_pieces
 from elastictrain.engine.inquest import check_claims, claims_from_json, claims_to_json
 from elastictrain.engine.parcels import Arrival, wrap
-from elastictrain.engine.step import published_pieces
 from elastictrain.engine.worker_model import build_initial
 from elastictrain.errors import CheckpointMismatch, CorruptWorker, InternalError, PeerLost
 from elastictrain.protocol import FormPlan, ReadBytes

@@ -80,6 +80,16 @@ class StageFeeder:
         for index, mine in places.items():
             self._feeders[index].expect(mine)
 
+    def forget(self, step: int, lanes: Iterable[int]) -> None:
+        """These lanes of a step that was expected are not asked for: somebody else has computed them."""
+        stage = self._stage(step)
+        self._feeder(stage).forget([(stage.position(step), lane) for lane in lanes])
+
+    def ready(self, step: int, lane: int) -> bool:
+        """Whether that batch lies ready."""
+        stage = self._stage(step)
+        return self._feeder(stage).ready(stage.position(step), lane)
+
     def _stage(self, step: int) -> Stage:
         """That of the step; the last one where its number of lanes is not that of the job any more."""
         stage, last = stage_of(self._stages, step), self._stages[-1]

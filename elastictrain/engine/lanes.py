@@ -105,7 +105,7 @@ class LaneTree:
         step (every worker has a lane, and its sum has been sent). Every element then has its own place, so that no room
         is lost between ranges.
         """
-        self._lent.insert(0, self._pool.pop())  # `scratch` cuts from the last one
+        self._lent.insert(0, self._buffer())  # `scratch` cuts from the last one
         return self._lent[0]
 
     def release(self, node: Node) -> None:
@@ -219,12 +219,27 @@ class LaneTree:
         self.nodes[self._merged_node] = result
         self._targets, self._target_views = [], []
 
-    def abandon(self) -> None:
-        """Give up the lane in progress; its buffers are used again."""
+    def join(self, lane: int) -> None:
+        """Combine a lane that was kept a leaf with its siblings that are here: the same additions as with `merge`."""
+        node = Node(lane, lane + 1)
+        for sibling, parent in path_up(lane, self._lane_count):
+            if sibling not in self.nodes:
+                break
+            lower, upper = self.nodes.pop(node), self.nodes.pop(sibling)
+            climb([lower, upper])
+            self._pool.append(lower)
+            self.nodes[parent], node = upper, parent
+
+    def give_up(self) -> None:
+        """Give up the lane in progress, which was to be a leaf; what other lanes have left stays."""
         self._pool.extend(self._targets)
         self._targets, self._target_views = [], []
         for parameter in self._entries:
             parameter.grad = None
+
+    def abandon(self) -> None:
+        """Give up the lane in progress and all others; their buffers are used again."""
+        self.give_up()
         self.reset()
 
 

@@ -19,6 +19,9 @@ from elastictrain.errors import RecipeError
 from elastictrain.job import Job
 from elastictrain.signs import Activity
 
+DRAG_S = 0.005
+"""How often an injected slowness looks whether anybody wants this worker to stop."""
+
 
 class Batches(Protocol):
     """Where a lane's samples come from: a pure function of step and lane."""
@@ -112,7 +115,10 @@ class OneLane:
         if factor <= 1.0:
             return 0.0
         wait_s = (factor - 1.0) * (time.perf_counter() - begun)
-        time.sleep(wait_s)
+        until = time.perf_counter() + wait_s
+        while (left_s := until - time.perf_counter()) > 0:  # as a slow device, it can be told to stop
+            time.sleep(min(left_s, DRAG_S))
+            self._tree.interrupted()
         return wait_s
 
     def sum(self, step: int, lane: int) -> int:

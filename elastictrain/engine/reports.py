@@ -70,4 +70,5 @@ def step_row(
         "phases": {name: round(value, 6) for name, value in seconds.items() if name != "step_s"},
         "data_wait": {stage: round(value, 6) for stage, value in data_wait.items()},
         **({"skipped": list(tally.bad_lanes)} if skipped else {}),
+        **({} if tally.shares is None else {"taken_over": tally.shares.row()}),
     }

@@ -18,6 +18,7 @@ import torch
 from elastictrain.controller import events as ev
 from elastictrain.engine.collective import GroupSet, connect, hang_up, meet
 from elastictrain.engine.commit import Committed
+from elastictrain.engine.commons import Commons
 from elastictrain.engine.forming import enter_generation
 from elastictrain.engine.guard import Guard
 from elastictrain.engine.inquest import Knowledge
@@ -25,10 +26,11 @@ from elastictrain.engine.lanes import LaneTree
 from elastictrain.engine.numerics import capture
 from elastictrain.engine.one_lane import Batches
 from elastictrain.engine.pacing import Pacing
+from elastictrain.engine.pending import Pending
 from elastictrain.engine.probes import Probes
 from elastictrain.engine.reports import step_row
 from elastictrain.engine.saver import Saver
-from elastictrain.engine.step import Pending, StepRunner
+from elastictrain.engine.step import StepRunner
 from elastictrain.engine.stepping import Stepping
 from elastictrain.engine.vote import FLAG_PAUSE, FLAG_STORE, Tally, VoteFormat
 from elastictrain.engine.worker_model import WorkerModel
@@ -100,6 +102,7 @@ class Session:
         self.vote_format: VoteFormat | None = None
         self.pristine = True
         self._store_address, self._opening = "", ""
+        self._asked = ""  # the address of the store that questions of a step go to
         self._store: Any = None
         self._longest_s = 0.0
         self.computing = 0
@@ -145,13 +148,33 @@ class Session:
             if self.corrupt:
                 raise InternalError(f"worker {self.worker} is corrupt and can promise nothing: {self.corrupt}")
             report = self.report()
-            opening = self._opening
+            opening = self._opening or self._stop_asking()
         if opening:
             hang_up(opening)  # before the report: after it the next generation may have a connection of its own there
         if groups is not None:
             # Destroying a group waits for its operations in flight; the report must not.
             threading.Thread(target=groups.drop, name="elastictrain-drop", daemon=True).start()
         return report
+
+    def open_commons(self, plan: FormPlan) -> Commons | None:
+        """For a job whose lanes are shared, what the members of its generation have in common."""
+        world = plan.layout.world_size
+        if self.job.redundancy.lanes == "none" or world == 1:
+            return None
+        self._asked = plan.store
+        return Commons(self.job.redundancy, self._store, plan.generation, world, self._hang_up)
+
+    def _stop_asking(self) -> str:
+        """Forget the connection to the store that questions of a step go to, so that it may be cut. Returns where."""
+        asked, self._asked = self._asked, ""
+        if asked:
+            self._store_address = ""
+        return asked
+
+    def _hang_up(self) -> None:
+        asked = self._stop_asking()
+        if asked:
+            hang_up(asked)
 
     def ask_pause(self, generation: int, store: bool = False) -> None:
         """Raise the pause flag in the next vote of `generation`: everybody parks at that commit, after a checkpoint of
@@ -293,7 +316,11 @@ class Session:
         if read is not None and read.healed and self.saver is not None:
             self.saver.copies.mend(plan.step)
         self.emit(ev.Sealed(0.0, plan.generation, self.worker, plan.step, read))
-        Stepping(self, plan, groups).run()
+        stepping = Stepping(self, plan, groups)
+        try:
+            stepping.run()
+        finally:
+            stepping.close()
 
     def _open_groups(self, plan: FormPlan) -> GroupSet:
         layout = plan.layout

@@ -67,10 +67,10 @@ class StepClock:
 
     def signal(
         self, lanes: int, seconds: Mapping[str, float], data_wait: Mapping[str, float], tokens: int, squares: float,
-        *, stores: bool, evaluates: bool,
+        *, stores: bool, evaluates: bool, more: int = 0,
     ) -> Signal:  # fmt: skip
-        """`seconds`: by phase; `data_wait`: of its computation, waited for batches. `stores`, `evaluates`: since the
-        last vote, or beside this step.
+        """`lanes`: that it has computed, `more` than were dealt out to it. `seconds`: by phase; `data_wait`: of its
+        computation, waited for batches. `stores`, `evaluates`: since the last vote, or beside this step.
         """
         data_s = sum(data_wait.values())
         compute_s = max(0.0, seconds.get("compute_s", 0.0) - data_s)
@@ -92,6 +92,7 @@ class StepClock:
             tokens=float(tokens),
             squares=squares,
             flags=flags,
+            more=more,
         )
 
     def voted(self) -> None:
@@ -101,3 +102,16 @@ class StepClock:
     def end(self, seconds: Mapping[str, float]) -> None:
         """The step is over; some of its phases are told with the next vote."""
         self._before = dict(seconds)
+
+
+class Timer:
+    """Adds the seconds that its body takes to an entry of `into`."""
+
+    def __init__(self, into: dict[str, float], key: str) -> None:
+        self._into, self._key = into, key
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._into[self._key] = self._into.get(self._key, 0.0) + time.perf_counter() - self._start

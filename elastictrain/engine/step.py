@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from elastictrain.data.ids import step_hash
 from elastictrain.engine.collective import GroupSet, Peer
-from elastictrain.engine.flat import FlatModel
+from elastictrain.engine.flat import FlatModel, published_pieces
 from elastictrain.engine.guard import Guard
 from elastictrain.engine.held import HeldState
 from elastictrain.engine.integrity import LaneSum
 from elastictrain.engine.lane_checks import LaneCheck, lane_check
 from elastictrain.engine.lanes import LaneTree, SpareBuffers
-from elastictrain.engine.one_lane import Batches, OneLane
-from elastictrain.engine.signals import StepClock
+from elastictrain.engine.one_lane import Batches, LaneResult, OneLane
+from elastictrain.engine.pending import Pending
+from elastictrain.engine.shares import SharedLanes
+from elastictrain.engine.signals import StepClock, Timer
 from elastictrain.engine.verdict import Claims
 from elastictrain.engine.vote import Ballot, VoteFormat, root_sums
 from elastictrain.job import Job
@@ -35,29 +37,12 @@ SLICES = 4
 """In how many slices an owner takes lanes that are handed over."""
 
 
-@dataclass(slots=True)
-class Pending:
-    """A step that this worker has computed and exchanged but not applied: the redo-log entry (R1). `reduced`: for every
-    held shard its reduced gradient, fp32, one flat run over the shard's active span. `lane_sum`: of the gradient of the
-    lane that is computed twice in this step, if this worker is one of the two. `squares`: Σ of squared lengths.
-    `samples_hash`: of its lanes' samples.
-    """
-
-    step: int
-    generation: int
-    reduced: dict[Shard, torch.Tensor] = field(default_factory=dict)
-    lanes: list[tuple[float, float]] = field(default_factory=list)
-    tokens: int = 0
-    squares: float = 0.0
-    lane_sum: int = 0
-    samples_hash: int = 0
-
-
 class StepRunner:
     """The phases of a step under one layout. `probe(phase)` is called in the middle of each phase (fault injection);
     `check` raises when the session has parked; `enter` says what this worker is doing (its sign of life). With `guard`
     the vote carries sums of the state. `kinds`: of numerics, by worker. `spoils(step)`: the next lane is to be wrong;
     `drags(step, what)`: by what factor its computation or its data are to take longer. `clock`: measures for the watch.
+    `shares`: where more than one worker may compute a lane.
     """
 
     def __init__(
@@ -80,23 +65,30 @@ class StepRunner:
         spoils: Callable[[int], bool] = lambda _: False,
         drags: Callable[[int, str], float] = lambda _, __: 1.0,
         clock: StepClock | None = None,
+        shares: SharedLanes | None = None,
     ) -> None:
         self.job, self.recipe, self.worker = job, recipe, worker
         self.layout, self.groups, self.flat, self.held, self.tree = layout, groups, flat, held, tree
         self.probe, self.enter, self.guard, self.kinds = probe, enter, guard, kinds
         self.lane = OneLane(job, recipe, flat, tree, batches, check, enter, spoils, drags)
-        self.clock = clock or StepClock()
+        self.clock, self.shares = clock or StepClock(), shares
         self.rank = layout.rank(worker)
         checks = guard is not None or job.integrity.recompute_every is not None
         self.vote_format = VoteFormat(
             layout, flat.space.active_blocks, flat.largest_size, claims=checks,
-            signals=job.watches_workers,
+            signals=job.watches_workers, shared=None if shares is None else shares.sharing.most,
         )  # fmt: skip
         self.seconds: dict[str, float] = {}
         self.data_wait: dict[str, float] = {}  # of the step's seconds: waited for batches, by stage of feeding
         self._spare = SpareBuffers(flat.device)
         self._owned = [s for s in layout.owned(worker) if self._span(s)[0] < self._span(s)[1]]
         self._mirrored = [s for s in layout.mirrored(worker) if self._span(s)[0] < self._span(s)[1]]
+
+    @property
+    def lanes(self) -> tuple[int, ...]:
+        """The lanes whose batches this worker may need in a step, its own first."""
+        own = tuple(self.layout.lanes[self.rank])
+        return own if self.shares is None else own + self.shares.second
 
     def _span(self, shard: Shard) -> tuple[int, int]:
         return self.flat.space.active_span(shard.lo, shard.hi)
@@ -120,21 +112,41 @@ class StepRunner:
         return pending
 
     def _sum_locally(self, step: int, pending: Pending) -> None:
-        lanes = self.layout.lanes[self.rank]
-        self.tree.keep(most_sums(lanes, self.layout.lane_count, apart=self.job.micro_batches > 1))
-        with self._timed("compute"):
-            for turn, lane in enumerate(lanes):
-                self.run_lane(step, lane, pending, first=turn == 0, merge=True)
+        dealt = self.layout.lanes
+        lanes = dealt[self.rank]
+        if self.shares is not None:
+            self._share(self.shares, step, pending)
+        else:
+            self.tree.keep(most_sums(lanes, self.layout.lane_count, apart=self.job.micro_batches > 1))
+            with self._timed("compute"):
+                for turn, lane in enumerate(lanes):
+                    self.run_lane(step, lane, pending, first=turn == 0, merge=True)
         self.clock.arrive()
         with self._timed("exchange"):
-            nodes = [roots(lanes, self.layout.lane_count) for lanes in self.layout.lanes]
+            if self.shares is not None:
+                dealt = self.shares.agree()
+            nodes = [roots(lanes, self.layout.lane_count) for lanes in dealt]
             # All lanes are done: what comes may lie in the tree's spare buffers.
             received = self._exchange(nodes, self.tree.scratch)
             for shard in self._owned:
                 a, b = self._span(shard)
                 parts = received[shard] | {node: self.tree.nodes[node][a:b] for node in nodes[self.rank]}
                 pending.reduced[shard] = finish(parts, torch.Tensor.add_, whole(self.layout.lane_count))
-        self._mirror(pending, next(iter(self.tree.nodes.values())))
+        base = next(iter(self.tree.nodes.values())) if self.tree.nodes else self.tree.borrow()
+        self._mirror(pending, base)
+
+    def _share(self, shares: SharedLanes, step: int, pending: Pending) -> None:
+        """Compute lanes that others may compute too. What is computed is told apart from what is only waited for."""
+        self.tree.keep(shares.sums + (self.job.micro_batches > 1))
+        check = self.lane_check(step)
+        begun = time.perf_counter()
+        self.enter(Activity.COMPUTE)
+        done = shares.compute(
+            step, _Work(self, step, pending), closed=frozenset() if check is None else frozenset({check.lane}),
+            stays=check is not None and check.worker == self.worker,
+        )  # fmt: skip
+        self.seconds["compute_s"] = done.lanes_s
+        self.seconds["share_s"] = time.perf_counter() - begun - done.lanes_s
 
     def _hand_over(self, step: int, pending: Pending) -> None:
         """Lane by lane: after every round of lanes each owner combines what has come as far as the tree allows. It does
@@ -237,19 +249,31 @@ class StepRunner:
 
     def run_lane(self, step: int, lane: int, pending: Pending, *, first: bool, merge: bool) -> None:
         """Forward and backward of one lane; its gradient ends in the lane tree, its loss in `pending`."""
-        check = self.lane_check(step)
-        shown = LaneSum() if check is not None and check.lane == lane else None
-        result = self.lane.run(step, lane, first=first, merge=merge, shown=shown)
+        self.count(pending, lane, self.compute_lane(step, lane, pending, first=first, merge=merge))
+
+    def count(self, pending: Pending, lane: int, result: LaneResult) -> None:
+        """What a lane has given counts in this step."""
         pending.lanes.append((result.total, result.weight))
+        pending.numbers.append(lane)
         pending.tokens += result.tokens
+        pending.samples_hash = step_hash((pending.samples_hash, result.samples_hash))
+
+    def compute_lane(self, step: int, lane: int, pending: Pending, *, first: bool, merge: bool) -> LaneResult:
+        """As `run_lane`, whether or not its result will count."""
+        check = self.lane_check(step)
+        is_checked = check is not None and (check.lane, check.worker) == (lane, self.worker)
+        shown = LaneSum() if is_checked else None
+        result = self.lane.run(step, lane, first=first, merge=merge, shown=shown)
+        pending.computed += 1
+        pending.computed_tokens += result.tokens
         pending.squares += result.squares
         for stage, seconds in result.waited.items():
             self.data_wait[stage] = self.data_wait.get(stage, 0.0) + seconds
-        pending.samples_hash = step_hash((pending.samples_hash, result.samples_hash))
         if shown is not None:
             pending.lane_sum = shown.total(result.total, result.weight)
         if first:
             self.probe("compute")
+        return result
 
     def lane_check(self, step: int) -> LaneCheck | None:
         """The lane that two workers compute in `step`."""
@@ -281,6 +305,7 @@ class StepRunner:
                 claims=claims,
                 samples_hash=pending.samples_hash,
                 signal=self._signal(pending, stores, evaluates),
+                **self._shared(pending),
             )
             self.probe("vote")
             result = b"".join(self.groups.all_gather_equal(self.vote_format.encode(ballot)))
@@ -290,10 +315,17 @@ class StepRunner:
     def _signal(self, pending: Pending, stores: bool, evaluates: bool) -> bytes:
         if not self.job.watches_workers:
             return b""
-        lanes = len(self.layout.lanes[self.rank])
         return self.clock.signal(
-            lanes, self.seconds, self.data_wait, pending.tokens, pending.squares, stores=stores, evaluates=evaluates
-        ).encode()
+            pending.computed, self.seconds, self.data_wait, pending.computed_tokens, pending.squares, stores=stores,
+            evaluates=evaluates, more=pending.computed - len(self.layout.lanes[self.rank]),
+        ).encode()  # fmt: skip
+
+    def _shared(self, pending: Pending) -> dict[str, Any]:
+        """What a ballot says besides where lanes are shared."""
+        doing = None if self.shares is None else self.shares.doing
+        if doing is None:
+            return {}
+        return {"numbers": tuple(pending.numbers), "lane_s": doing.lane_s, "in_vain": doing.in_vain}
 
     def _squares(self, pending: Pending) -> dict[int, float]:
         """Sum of squares of every owned active block of the reduced gradient, in fp64; 0 for buffers."""
@@ -344,27 +376,16 @@ class StepRunner:
         return Timer(self.seconds, f"{phase}_s")
 
 
-class Timer:
-    """Adds the seconds that its body takes to an entry of `into`."""
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """The computation of one step, for whoever deals its lanes out (`shares.Work`)."""
 
-    def __init__(self, into: dict[str, float], key: str) -> None:
-        self._into, self._key = into, key
+    runner: StepRunner
+    step: int
+    pending: Pending
 
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
+    def compute(self, lane: int, *, first: bool, merge: bool) -> LaneResult:
+        return self.runner.compute_lane(self.step, lane, self.pending, first=first, merge=merge)
 
-    def __exit__(self, *_: object) -> None:
-        self._into[self._key] = self._into.get(self._key, 0.0) + time.perf_counter() - self._start
-
-
-def published_pieces(flat: FlatModel, a: int, b: int) -> list[torch.Tensor]:
-    """Where elements `a .. b-1` of the flat range lie for the forward: parameters in the compute dtype, buffers in
-    fp32, frozen parameters in the compute dtype. Views.
-    """
-    low, high = flat.space.param_elements, flat.space.active_elements
-    pieces = [flat.values[a : min(b, low)]] if a < min(b, low) else []
-    if max(a, low) < min(b, high):
-        pieces.append(flat.buffers[max(a, low) - low : min(b, high) - low])
-    if max(a, high) < b:
-        pieces.append(flat.values[max(a, high) : b])
-    return pieces
+    def count(self, lane: int, result: LaneResult) -> None:
+        self.runner.count(self.pending, lane, result)

@@ -15,8 +15,8 @@ from elastictrain.engine.commit import apply_step
 from elastictrain.engine.inquest import check_claims, check_lane, gather_claims, settle
 from elastictrain.engine.keeping import FIRST_STEP_DEADLINE_S, Keeper
 from elastictrain.engine.reports import StepReport
-from elastictrain.engine.signals import StepClock
-from elastictrain.engine.step import StepRunner, Timer
+from elastictrain.engine.signals import StepClock, Timer
+from elastictrain.engine.step import StepRunner
 from elastictrain.engine.vote import FLAG_PAUSE, FLAG_STORE, FLAG_STORING, Tally
 from elastictrain.engine.worker_model import hook
 from elastictrain.offers import first_split
@@ -46,16 +46,18 @@ class Stepping:
         self.named = self.split  # in our last ballot
         self.clock = StepClock()
         self.expected: tuple[tuple[int, ...], int] = ((), 0)  # lanes, and the step up to which they are expected
+        self.commons = session.open_commons(plan)
         self.runner = self._runner()
         self.keeper = Keeper(session, plan, groups, self._owned)
 
     def _runner(self) -> StepRunner:
         s = self.session
+        shares = None if self.commons is None else self.commons.shares(s, self.layout, self.groups, self._probe)
         runner = StepRunner(
             self.job, s.model.recipe, s.worker, self.layout, self.groups, s.model.flat, s.model.held, s.tree, s.batches,
             probe=lambda phase: self._probe(phase), check=s.check, enter=s.pulse.enter,
             guard=s.guard if self.job.integrity.state else None, kinds=s.knowledge.kinds, spoils=s.probes.spoils_lane,
-            drags=s.probes.drags, clock=self.clock,
+            drags=s.probes.drags, clock=self.clock, shares=shares,
         )  # fmt: skip
         s.vote_format = runner.vote_format
         s.layout = self.layout
@@ -91,6 +93,11 @@ class Stepping:
                 return
             report = self._after_commit(self.step, sealed=False, flags=tally.flags)
         self._close(report)
+
+    def close(self) -> None:
+        """The generation is over."""
+        if self.commons is not None:
+            self.commons.board.close()
 
     def _one_step(self, report: StepReport) -> Tally:
         s = self.session
@@ -144,6 +151,8 @@ class Stepping:
             s.pacing.stepped(self.runner.seconds["step_s"])
         self.first_step = False
         s.committed.remember(s.row_of(tally, self.runner.seconds, self.runner.data_wait))
+        if self.commons is not None and tally.shares is not None:
+            self.commons.end_step(s, self.runner, tally.shares)
         self._commit_checkpoint(*stored)
         self._switch_lanes(tally.plan)
         return tally
@@ -174,7 +183,7 @@ class Stepping:
     def _expect(self, step: int) -> None:
         expect = getattr(self.session.batches, "expect", None)
         if expect is not None:
-            lanes = tuple(self.layout.lanes_of(self.session.worker))
+            lanes = self.runner.lanes
             if self.expected[0] == lanes and step + AHEAD_STEPS // 2 <= self.expected[1]:
                 return
             places = []

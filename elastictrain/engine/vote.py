@@ -8,14 +8,17 @@ what they mean is computed from them by the same pure function everywhere (`tall
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from elastictrain.engine.verdict import Claims
 from elastictrain.errors import InternalError
 from elastictrain.layout import Layout
+from elastictrain.redundancy import Lanes, taken_over
 from elastictrain.stragglers.signals import RECORD_BYTES
 from elastictrain.tree import Node, finish, roots, whole
 
@@ -28,6 +31,7 @@ FLAG_STORING = 8
 FLAG_COMMITTED = 16
 """The checkpoint whose shares have travelled last is committed (only whoever publishes says so)."""
 _HEADER = 7  # generation, step, flags, plan, counter hash, tokens, hash of the samples
+_PACE = 2  # where lanes are shared: seconds of a lane, lanes in vain; then the lanes' numbers, from 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,8 @@ class Ballot:
     `plan`: the mark of the newest split of the lanes that it has been offered (`offers`); `signal`: how its step went
     (`stragglers.signals`), where the format has room; `claims`: sums of its state and of its reduced gradients, where
     the format has room for them; `samples_hash`: of the sample ids of its lanes, unsigned 64 bits, of which all
-    workers' sum modulo 2**64 is the step's.
+    workers' sum modulo 2**64 is the step's. Where lanes are shared: `numbers`: which lanes they are; `lane_s`: seconds
+    of one of those that it has computed; `in_vain`: lanes that it had begun and that others were done with first.
     """
 
     generation: int
@@ -52,13 +57,37 @@ class Ballot:
     claims: Claims | None = None
     samples_hash: int = 0
     signal: bytes = b""
+    numbers: tuple[int, ...] = ()
+    lane_s: float = 0.0
+    in_vain: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Who has computed what in a step whose lanes are shared, by rank: `lanes`, where `dealt` is how they were dealt
+    out; `lane_s`, `in_vain`: see `Ballot`. `workers`: their numbers.
+    """
+
+    workers: tuple[int, ...]
+    dealt: Lanes
+    lanes: Lanes
+    lane_s: tuple[float, ...]
+    in_vain: tuple[int, ...]
+
+    def row(self) -> dict[str, Any]:
+        """What a metrics row says: how many lanes were taken over, from whom (worker: lanes) and by whom, and how many
+        were begun in vain.
+        """
+        taken = taken_over(self.dealt, self.lanes)
+        losers, takers = (Counter(self.workers[one[i]] for one in taken) for i in (1, 2))
+        return {"lanes": len(taken), "from": dict(losers), "by": dict(takers), "in_vain": sum(self.in_vain)}
 
 
 @dataclass(frozen=True, slots=True)
 class Tally:
     """What a complete vote says. Losses and weights in lane order; `norm` is of the weighted-sum gradient (not yet
     divided by the weight); `flags` is the union, `plan` the mark that all have named, None if they named several;
-    `samples_hash` is of the step's sample ids, whoever had which lane.
+    `samples_hash` is of the step's sample ids, whoever had which lane; `shares` where lanes are shared.
     """
 
     step: int
@@ -71,6 +100,7 @@ class Tally:
     counters_agree: bool
     largest: tuple[int, ...]
     samples_hash: int = 0
+    shares: Shares | None = None
 
     @property
     def weight(self) -> float:
@@ -102,17 +132,20 @@ def norm_roots(layout: Layout, worker: int, active_blocks: int) -> tuple[Node, .
 class VoteFormat:
     """Sizes and places of a payload under one layout: whole numbers, floats, with `signals` a record of the step, and
     with `claims` sums of the state (one for all that the forward reads, two for each held shard). `largest` is the
-    number of "max" integer elements.
+    number of "max" integer elements. `shared`: so many lanes one worker may have in a step, and each ballot says which
+    they are; None: those of the layout.
     """
 
     def __init__(
-        self, layout: Layout, active_blocks: int, largest: int, *, claims: bool = False, signals: bool = False
-    ) -> None:
+        self, layout: Layout, active_blocks: int, largest: int, *, claims: bool = False, signals: bool = False,
+        shared: int | None = None,
+    ) -> None:  # fmt: skip
         self.layout, self.active_blocks, self.largest = layout, active_blocks, largest
-        self.max_lanes = max(len(lanes) for lanes in layout.lanes)
+        self.shared = shared
+        self.max_lanes = max(len(lanes) for lanes in layout.lanes) if shared is None else shared
         self.roots = [norm_roots(layout, worker, active_blocks) for worker in layout.workers]
         self.max_roots = max((len(r) for r in self.roots), default=0)
-        self._floats = 2 * self.max_lanes + self.max_roots
+        self._floats = 2 * self.max_lanes + self.max_roots + (0 if shared is None else _PACE + shared)
         held = layout.by_holder() if claims else {}
         self._shards = [[s.lo for s in held.get(worker, ())] for worker in layout.workers] if claims else []
         self._sums = 3 + 2 * max(map(len, self._shards)) if claims else 0
@@ -135,6 +168,10 @@ class VoteFormat:
         flat = [number for pair in ballot.lanes for number in pair]
         floats[: len(flat)] = flat
         floats[2 * self.max_lanes : 2 * self.max_lanes + len(ballot.norms)] = ballot.norms
+        if self.shared is not None:
+            at = 2 * self.max_lanes + self.max_roots
+            said = (ballot.lane_s, ballot.in_vain, *(lane + 1 for lane in ballot.numbers))
+            floats[at : at + len(said)] = said
         signal = ballot.signal[: self._signal_bytes].ljust(self._signal_bytes, b"\0")
         return whole_numbers.tobytes() + floats.tobytes() + signal + self._encode_claims(ballot.claims)
 
@@ -170,13 +207,13 @@ class VoteFormat:
         """
         losses, weights = [0.0] * self.layout.lane_count, [0.0] * self.layout.lane_count
         norms: dict[Node, float] = {}
-        heads = []
+        heads, shares = [], self.shares(result)
         for rank in range(self.layout.world_size):
             raw = result[rank * self.size : (rank + 1) * self.size]
             numbers = np.frombuffer(raw, dtype=np.int64, count=_HEADER + self.largest)
             floats = np.frombuffer(raw, dtype=np.float64, count=self._floats, offset=8 * len(numbers))
             heads.append(numbers)
-            for i, lane in enumerate(self.layout.lanes[rank]):
+            for i, lane in enumerate((self.layout if shares is None else shares).lanes[rank]):
                 losses[lane], weights[lane] = float(floats[2 * i]), float(floats[2 * i + 1])
             for i, node in enumerate(self.roots[rank]):
                 norms[node] = float(floats[2 * self.max_lanes + i])
@@ -194,7 +231,26 @@ class VoteFormat:
             counters_agree=len({int(h[4]) for h in heads}) == 1,
             largest=tuple(int(n) for n in np.max([h[_HEADER:] for h in heads], axis=0)) if self.largest else (),
             samples_hash=sum(int(h[6]) for h in heads) % (1 << 64),
+            shares=shares,
         )
+
+    def shares(self, result: bytes) -> Shares | None:
+        """Who has which lane, as a vote result says; None where that is a matter of the layout.
+
+        Raises InternalError when a lane is missing or there twice.
+        """
+        if self.shared is None:
+            return None
+        start, count = 8 * (_HEADER + self.largest + 2 * self.max_lanes + self.max_roots), _PACE + self.shared
+        said = [
+            np.frombuffer(result, dtype=np.float64, count=count, offset=rank * self.size + start).tolist()
+            for rank in range(self.layout.world_size)
+        ]
+        lanes = tuple(tuple(int(number) - 1 for number in one[_PACE:] if number > 0) for one in said)
+        if sorted(lane for own in lanes for lane in own) != list(range(self.layout.lane_count)):
+            raise InternalError(f"a vote has lanes {lanes}, which is not each of {self.layout.lane_count} once")
+        lane_s, in_vain = tuple(one[0] for one in said), tuple(int(one[1]) for one in said)
+        return Shares(self.layout.workers, self.layout.lanes, lanes, lane_s, in_vain)
 
 
 def _signed(value: int) -> int:

@@ -37,7 +37,7 @@ from elastictrain.stragglers.alarms import (
     Tuning,
 )
 from elastictrain.stragglers.robust import middle, spread, variance
-from elastictrain.stragglers.signals import EXCUSED, Flags, Floats, Records, checked, parts
+from elastictrain.stragglers.signals import EXCUSED, Flags, Floats, Records, checked, dealt, parts
 from elastictrain.stragglers.work import WorkModel
 
 _HICCUP = math.log(1.5)
@@ -183,7 +183,7 @@ class Detector:
         """A worker with another number of lanes: what a step costs it whatever its lanes shifts its time per lane,
         which is no slowness. Its level is learned anew, in the next few steps.
         """
-        lanes = records["lanes"].astype(np.int64)
+        lanes = dealt(records)
         if self._lanes is not None:
             moved = (lanes != self._lanes) & (self._seen[COMPUTE] >= self.tuning.warm_up)
             if moved.any():

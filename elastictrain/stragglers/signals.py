@@ -27,6 +27,10 @@ EXCUSED = FLAG_CHECKPOINT | FLAG_EVALUATION | FLAG_COLLECTION | FLAG_COMPILE
 LEFT_OUT = FLAG_CHECKPOINT | FLAG_EVALUATION | FLAG_COMPILE
 """Steps that `whatif` leaves out; the collector is a cause of its own there."""
 
+_FLAGS = 0xFF
+"""The upper half of the flags says how many lanes more than its own a worker has computed, as a signed byte."""
+_MOST_MORE = 127
+
 LONGEST_S = 86_400.0
 """No duration of one step is longer than a day; whoever says so has a broken clock."""
 
@@ -61,7 +65,8 @@ class Signal:
     `data_s`: waited for batches. `compute_s`: forward and backward of all its `lanes`, without that. `arrive_s`: from
     the last vote's end to the exchange. `exchange_s`: in exchange and mirror, waiting included. `collected_s`: of
     `compute_s`, in Python's garbage collector. `vote_s`, `gather_s`, `step_s`: of the step before (they are not over
-    when this travels). `tokens`, `squares`: Σ of the lanes' sequence lengths, and of their squares.
+    when this travels). `tokens`, `squares`: Σ of the lanes' sequence lengths, and of their squares. `more`: so many
+    lanes more than were dealt out to it has it computed (less: negative), where lanes are shared (`redundancy`).
     """
 
     lanes: int
@@ -76,12 +81,13 @@ class Signal:
     tokens: float = 0.0
     squares: float = 0.0
     flags: int = 0
+    more: int = 0
 
     def encode(self) -> bytes:
         """The record, `RECORD_BYTES` long. Numbers that do not fit say so by being the largest that does."""
         return (
             _RECORD.pack(
-                self.flags & 0xFFFF,
+                self.flags & _FLAGS | (max(-_MOST_MORE, min(_MOST_MORE, self.more)) & 0xFF) << 8,
                 min(self.lanes, 0xFFFF),
                 *(
                     _fits(value)
@@ -142,6 +148,27 @@ def checked(records: Records) -> Flags:
         sound &= (records[name] >= 0) & np.isfinite(records[name])
     sound &= (records["compute_s"] > 0) == (records["lanes"] > 0)
     return np.asarray(sound)
+
+
+def dealt(records: Records) -> npt.NDArray[np.int64]:
+    """How many lanes were dealt out to each worker, whoever has computed them. Shape [workers]."""
+    upper = (records["flags"] >> 8).astype(np.int64)
+    return np.asarray(records["lanes"].astype(np.int64) - np.where(upper > _MOST_MORE, upper - 256, upper))
+
+
+def as_dealt(records: Records) -> Records:
+    """What each worker would have said if it had computed the lanes that were dealt out to it, and no others, at the
+    speed that it had. Of one that has computed none nothing is known.
+    """
+    own, lanes = dealt(records), records["lanes"].astype(np.int64)
+    if (own == lanes).all():
+        return records
+    found = records.copy()
+    times = np.where(lanes > 0, own / np.maximum(lanes, 1), 0.0)
+    for name in ("compute_s", "data_s", "collected_s", "tokens", "squares"):
+        found[name] = records[name] * times
+    found["lanes"], found["flags"] = own, records["flags"] & _FLAGS
+    return found
 
 
 def parts(records: Records, sound: Flags) -> tuple[Floats, Floats]:

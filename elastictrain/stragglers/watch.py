@@ -17,7 +17,7 @@ from elastictrain.stragglers.alarms import COMPUTE, Alarm, Tuning
 from elastictrain.stragglers.decision import Decider, Decision, Policy, Refused, Situation
 from elastictrain.stragglers.detector import Detector
 from elastictrain.stragglers.room import PLENTY, Room
-from elastictrain.stragglers.signals import EXCUSED, RECORD_BYTES, Records, checked, decode
+from elastictrain.stragglers.signals import EXCUSED, RECORD_BYTES, Records, as_dealt, checked, decode
 from elastictrain.stragglers.work import WorkModel
 
 _NONSENSE = 3
@@ -170,7 +170,10 @@ class StragglerWatch:
         assert self.decider is not None
         sound = checked(records)
         units = self.detector.dealt_unit_s
-        quiet = bool(sound.all()) and not bool((records["flags"] & EXCUSED).any())
+        quiet = bool(sound.all() and (records["lanes"] > 0).all()) and not bool((records["flags"] & EXCUSED).any())
+        records = as_dealt(
+            records
+        )  # lanes that others have taken over within the step are still in force where they are
         arrived = float((records["compute_s"] + records["data_s"]).max()) if quiet else None
         self._elapsed_s += arrived or 0.0
         if not np.isfinite(units).all() or not sound.all():

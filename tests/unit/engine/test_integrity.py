@@ -22,8 +22,8 @@ from elastictrain.engine.integrity import (
     statement,
     sums,
 )
+from elastictrain.engine.pending import Pending
 from elastictrain.engine.probes import Probes, flip_bit
-from elastictrain.engine.step import Pending
 from elastictrain.engine.worker_model import WorkerModel
 from elastictrain.faults import miscompute
 from elastictrain.job import Job

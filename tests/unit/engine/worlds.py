@@ -12,8 +12,9 @@ from torch import nn
 
 from elastictrain.engine.collective import GroupSet
 from elastictrain.engine.lanes import LaneTree
+from elastictrain.engine.pending import Pending
 from elastictrain.engine.saver import Saver
-from elastictrain.engine.step import Pending, StepRunner
+from elastictrain.engine.step import StepRunner
 from elastictrain.engine.vote import Tally, gradient_scale
 from elastictrain.engine.worker_model import WorkerModel, build, build_initial
 from elastictrain.job import Data, Job

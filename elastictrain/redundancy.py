@@ -1,0 +1,190 @@
+"""Lanes that more than one worker may compute: who may, who should, and who has. Pure.
+
+A step's lanes are dealt out as always (`layout`). Where a job asks for it, the last lanes of every worker have a
+*second holder* too. Whoever begins such a lane claims it first, so that nobody else does; who is done with its own
+lanes takes over those that a late worker has not begun, or, where that is asked for, computes a copy of the one that it
+is in, and the first result counts. Before the exchange all say which lanes they have, and from that everybody knows
+the assignment of this step. A lane gives the same bits whoever computes it, and the sum does not depend on it.
+
+The decisions here are those of speculative execution: what is late is seen against what was usual (LATE: Zaharia et
+al. 2008), and a copy is begun when the wait has cost as much as it will (ski rental).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal
+
+Lanes = tuple[tuple[int, ...], ...]
+"""By rank, ascending."""
+Way = Literal["none", "take_over", "first_result", "coded"]
+
+SLACK = 0.25
+"""Of a lane's usual time: less is noise."""
+REMEMBERED = 9
+"""Steps whose times of a lane are usual."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """`lanes`: as dealt out, by rank. `second`: by rank, the lanes of others that it may compute too."""
+
+    lanes: Lanes
+    second: Lanes
+
+    def owner(self, lane: int) -> tuple[int, int]:
+        """(rank, place among its lanes) of whoever the lane is dealt out to."""
+        return next((rank, own.index(lane)) for rank, own in enumerate(self.lanes) if lane in own)
+
+    @property
+    def shared(self) -> frozenset[int]:
+        """The lanes that have a second holder: who begins one must claim it."""
+        return frozenset(lane for own in self.second for lane in own)
+
+    @property
+    def most(self) -> int:
+        """The most lanes that one worker can compute in a step."""
+        return max(len(own) + len(more) for own, more in zip(self.lanes, self.second, strict=True))
+
+
+def second_holders(lanes: Lanes, depth: int, *, firsts: bool, kinds: Sequence[str] = ()) -> Sharing:
+    """The last `depth` lanes of every worker get a second holder each, and each of them another one: what a late worker
+    has not begun is taken over by several at once. `firsts`: also its first lane, which it has begun before anybody can
+    take it over. `kinds`: of numerics, by rank: only workers that compute the same bits stand in for each other.
+    """
+    world = len(lanes)
+    second: list[list[int]] = [[] for _ in lanes]
+    for rank, own in enumerate(lanes):
+        others = [(rank + 1 + n) % world for n in range(world - 1)]
+        others = [other for other in others if not kinds or kinds[other] == kinds[rank]]
+        shared = own[::-1][: min(depth, len(own) if firsts else len(own) - 1)]
+        for turn, lane in enumerate(shared if others else ()):
+            second[others[turn % len(others)]].append(lane)
+    return Sharing(lanes, tuple(tuple(sorted(more)) for more in second))
+
+
+def groups_of(lanes: Lanes, size: int, *, kinds: Sequence[str] = ()) -> Sharing:
+    """Fractional repetition (Tandon et al. 2017, "Gradient coding"): `size` neighbouring workers have the same lanes,
+    those of all of them, and one of the group is enough. The last group may be smaller. `kinds`: as above; a worker of
+    another kind than the first of its group keeps to its own lanes.
+    """
+    second: list[tuple[int, ...]] = []
+    for rank in range(len(lanes)):
+        members = group_of(rank, len(lanes), size, kinds)
+        second.append(tuple(sorted(lane for other in members if other != rank for lane in lanes[other])))
+    return Sharing(lanes, tuple(second))
+
+
+def group_of(rank: int, world: int, size: int, kinds: Sequence[str] = ()) -> tuple[int, ...]:
+    """The ranks that have the same lanes as `rank`, itself among them."""
+    first = rank - rank % size
+    members = range(first, min(first + size, world))
+    kind = kinds[rank] if kinds else ""
+    leads = kinds[first] if kinds else ""
+    return (rank,) if kind != leads else tuple(other for other in members if not kinds or kinds[other] == leads)
+
+
+class Pace:
+    """What a lane usually takes each worker, in seconds: the median of the last steps, so that a hiccup is none."""
+
+    def __init__(self, world: int) -> None:
+        self._seen: list[deque[float]] = [deque(maxlen=REMEMBERED) for _ in range(world)]
+
+    def learn(self, lane_s: Sequence[float]) -> None:
+        """Seconds of a lane in a step, by rank; 0 where a worker has computed none."""
+        for seen, seconds in zip(self._seen, lane_s, strict=True):
+            if 0 < seconds < float("inf"):
+                seen.append(seconds)
+
+    def usual_s(self) -> tuple[float, ...]:
+        """By rank; 0 for one that has not been measured yet."""
+        return tuple(median(seen) if seen else 0.0 for seen in self._seen)
+
+
+def to_take(
+    sharing: Sharing, rank: int, tried: Collection[int], now_s: float, usual_s: Sequence[float]
+) -> tuple[int, ...]:
+    """The lanes of others that `rank`, done with its own, should try to claim, the one that would come last first.
+
+    `now_s`: since the step has begun. A lane is worth it if its worker should have begun it some time ago (if it has,
+    the claim fails, and no harm is done), or would by its usual pace be done with it later than we. Nobody who would
+    need much longer for it than its worker takes one. While a pace is not known nothing is taken.
+    """
+    mine_s = usual_s[rank]
+    found: list[tuple[float, int]] = []
+    for lane in sharing.second[rank]:
+        owner, place = sharing.owner(lane)
+        theirs_s = usual_s[owner]
+        if lane in tried or mine_s <= 0 or theirs_s <= 0:
+            continue
+        is_late = now_s >= (place + SLACK) * theirs_s
+        # Of one that is late and has not begun it, no lane before it took less on the average.
+        pace_s = max(theirs_s, now_s / place) if place else theirs_s
+        kept_s = max((place + 1) * theirs_s, now_s + pace_s if is_late else 0.0)
+        early = now_s + mine_s + SLACK * theirs_s <= (place + 1) * theirs_s
+        if early or (is_late and mine_s <= (1 + SLACK) * pace_s):
+            found.append((kept_s, lane))
+    return tuple(lane for _, lane in sorted(found, reverse=True))
+
+
+def is_late(sharing: Sharing, lane: int, now_s: float, usual_s: Sequence[float], copy_s: float) -> bool:
+    """Whether whoever has begun `lane`, its own worker, should have been done with it so long ago that a copy (of
+    `copy_s` seconds) would have been worth it: never more than twice the least that could have been waited.
+    """
+    owner, place = sharing.owner(lane)
+    theirs_s = usual_s[owner]
+    return theirs_s > 0 and copy_s > 0 and now_s >= (place + 1) * theirs_s + max(copy_s, SLACK * theirs_s)
+
+
+# --- who has which lane ---
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """In `step`, `rank` has begun a lane (or, with `done`, has computed it, and its result counts)."""
+
+    step: int
+    rank: int
+    done: bool = False
+
+    def encode(self) -> str:
+        return f"{self.step}:{self.rank}{'!' if self.done else ''}"
+
+
+def read_claim(text: str) -> Claim | None:
+    """What `Claim.encode` has written; None for anything else."""
+    step, _, rank = text.removesuffix("!").partition(":")
+    return Claim(int(step), int(rank), text.endswith("!")) if step.isdigit() and rank.isdigit() else None
+
+
+def say_lanes(step: int, lanes: Collection[int], lane_count: int) -> bytes:
+    """What a worker says before the exchange: the step, and one bit for each lane that it has. Equally long for all."""
+    bits = sum(1 << lane for lane in lanes)
+    return step.to_bytes(8, "little") + bits.to_bytes(-(-lane_count // 8), "little")
+
+
+def agreed(said: Sequence[bytes], step: int, lane_count: int) -> Lanes:
+    """Who has which lane in this step, from what all have said, in rank order; some may have none.
+
+    Raises ValueError when a lane is missing or there twice, or somebody means another step.
+    """
+    steps = {int.from_bytes(raw[:8], "little") for raw in said}
+    if steps != {step}:
+        raise ValueError(f"in step {step} lanes of steps {sorted(steps)} were said")
+    bits = [int.from_bytes(raw[8:], "little") for raw in said]
+    found = tuple(tuple(lane for lane in range(lane_count) if one >> lane & 1) for one in bits)
+    everything = sorted(lane for own in found for lane in own)
+    if everything != list(range(lane_count)):
+        missing = sorted(set(range(lane_count)) - set(everything))
+        twice = sorted({lane for lane in everything if everything.count(lane) > 1})
+        raise ValueError(f"in step {step} nobody has lanes {missing}, and several have lanes {twice}")
+    return found
+
+
+def taken_over(dealt: Lanes, found: Lanes) -> tuple[tuple[int, int, int], ...]:
+    """(lane, rank that it was dealt out to, rank that has computed it) of every lane where these differ."""
+    has = {lane: rank for rank, own in enumerate(found) for lane in own}
+    return tuple((lane, rank, has[lane]) for rank, own in enumerate(dealt) for lane in own if has[lane] != rank)
