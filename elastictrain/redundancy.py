@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
+from elastictrain.tree import most_sums, roots
+
 Lanes = tuple[tuple[int, ...], ...]
 """By rank, ascending."""
 Way = Literal["none", "take_over", "first_result", "coded"]
@@ -87,6 +89,35 @@ def group_of(rank: int, world: int, size: int, kinds: Sequence[str] = ()) -> tup
     return (rank,) if kind != leads else tuple(other for other in members if not kinds or kinds[other] == leads)
 
 
+def sharing_of(
+    way: Way, lanes: Lanes, *, depth: int, group: int, kinds: Sequence[str] = (), counters: bool = False
+) -> Sharing:
+    """Who may compute what, as a job asks for it. `counters`: the model has integer buffers, whose new values are not
+    exchanged: so every worker has a lane that nobody else begins.
+    """
+    if way == "none":
+        return Sharing(lanes, tuple(() for _ in lanes))
+    if way == "coded":
+        return groups_of(lanes, group, kinds=kinds)
+    return second_holders(lanes, depth, firsts=way == "first_result" and not counters, kinds=kinds)
+
+
+def most_roots(sharing: Sharing, way: Way, lane_count: int) -> tuple[tuple[int, int], ...]:
+    """By rank: (sums that are there at once while it computes, sums that it hands over), at most or nearly so: of its
+    own lanes without the last ones, and each lane of others apart.
+    """
+    found = []
+    for own, more in zip(sharing.lanes, sharing.second, strict=True):
+        if way == "coded":
+            both = tuple(sorted(own + more))
+            found.append((most_sums(both, lane_count), len(roots(both, lane_count))))
+            continue
+        shorter = [own[: len(own) - n] for n in range(len(own) + 1 if sharing.shared else 1)]
+        handed = max(len(roots(lanes, lane_count)) for lanes in shorter) + len(more)
+        found.append((most_sums(own, lane_count) + len(more) + (way == "first_result"), handed))
+    return tuple(found)
+
+
 class Pace:
     """What a lane usually takes each worker, in seconds: the median of the last steps, so that a hiccup is none."""
 
@@ -123,10 +154,9 @@ def to_take(
         is_late = now_s >= (place + SLACK) * theirs_s
         # Of one that is late and has not begun it, no lane before it took less on the average.
         pace_s = max(theirs_s, now_s / place) if place else theirs_s
-        kept_s = max((place + 1) * theirs_s, now_s + pace_s if is_late else 0.0)
         early = now_s + mine_s + SLACK * theirs_s <= (place + 1) * theirs_s
         if early or (is_late and mine_s <= (1 + SLACK) * pace_s):
-            found.append((kept_s, lane))
+            found.append(((place + 1) * theirs_s, lane))
     return tuple(lane for _, lane in sorted(found, reverse=True))
 
 

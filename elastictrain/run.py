@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from elastictrain import errors
 from elastictrain.errors import ConfigError, CorruptCheckpoint, ElasticTrainError, RecipeError
-from elastictrain.faults import Add, Fault, KillController, LoseNode, OwnFault
+from elastictrain.faults import SHARING, Add, Fault, KillController, LoseNode, OwnFault
 from elastictrain.job import Job
 from elastictrain.observe import Blind, Observer, RunDirectory, Summary
 from elastictrain.observe.events import iso
@@ -112,6 +112,11 @@ def _check_faults(job: Job, faults: Faults) -> None:
             )
         if fault.step > job.steps:
             raise ConfigError(f"faults: {fault.do} at step {fault.step}: the job ends at step {job.steps}")
+        if getattr(fault, "phase", None) in SHARING and job.redundancy.lanes == "none":
+            raise ConfigError(
+                f"faults: {fault.do} in phase {getattr(fault, 'phase', None)}: a step has that phase only where lanes "
+                "are shared; set redundancy.lanes, or name another phase"
+            )
 
 
 def inspect(job: Job) -> ModelFacts:

@@ -28,7 +28,7 @@ def machine_spec(job: Job, facts: ModelFacts, *, base_generation: int = 0) -> Ma
         block_shares=workers.block_shares,
         fixed_bytes=facts.fixed_bytes,
         bytes_per_held_element=facts.bytes_per_held_element,
-        gradients=GradientSpec(facts.active_blocks, job.micro_batches > 1) if job.gradients == "sum" else None,
+        gradients=_gradients(job, facts),
         plans=job.plan == "auto",
         domain_label=workers.domain_label,
         checkpoint=job.checkpoint is not None,
@@ -38,3 +38,12 @@ def machine_spec(job: Job, facts: ModelFacts, *, base_generation: int = 0) -> Ma
         if not job.watches_workers
         else StragglerSpec(slow.action in ("lanes", "evict"), slow.action == "evict", slow.min_gain),
     )
+
+
+def _gradients(job: Job, facts: ModelFacts) -> GradientSpec | None:
+    if job.gradients != "sum":
+        return None
+    apart, shared = job.micro_batches > 1, job.redundancy
+    if shared.lanes == "none":
+        return GradientSpec(facts.active_blocks, apart)
+    return GradientSpec(facts.active_blocks, apart, shared.lanes, shared.depth, shared.group)

@@ -13,6 +13,7 @@ from elastictrain.controller.nodes import Nodes
 from elastictrain.errors import ConfigError
 from elastictrain.layout import LaneOrder, Layout
 from elastictrain.protocol import Doubt, FormPlan, ParkReport, Restore
+from elastictrain.redundancy import Way
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +30,15 @@ class StragglerSpec:
 @dataclass(frozen=True, slots=True)
 class GradientSpec:
     """What sums of gradients need: the first `blocks` blocks have some, 4 bytes for each element. `apart`: every lane
-    has several micro-batches, so that its own sum needs room before it meets its sibling's.
+    has several micro-batches, so that its own sum needs room before it meets its sibling's. `way`, `depth`, `group`:
+    whether lanes are shared (`redundancy`): workers then may have lanes of others in a step.
     """
 
     blocks: int
     apart: bool = False
+    way: Way = "none"
+    depth: int = 0
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)

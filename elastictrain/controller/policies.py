@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from itertools import product
 from types import MappingProxyType
 
-from elastictrain.controller.facts import MachineSpec
+from elastictrain.controller.facts import GradientSpec, MachineSpec
 from elastictrain.layout import Layout, balanced, promoted
 from elastictrain.protocol import COUNTED_SUMS
+from elastictrain.redundancy import most_roots, sharing_of
 from elastictrain.tree import most_sums, roots
 
 UNEVEN, WORTH_A_PAUSE = 1.5, 1.1
@@ -311,13 +312,24 @@ def sums_bytes(spec: MachineSpec, layout: Layout) -> dict[int, int]:
     owned = Counter[int]()
     for shard in layout.shards:
         owned[shard.owner] += sum(spec.block_elements[shard.lo : min(shard.hi, spec.gradients.blocks)])
-    own = [len(roots(lanes, layout.lane_count)) for lanes in layout.lanes]
+    computed, own = _sums(spec.gradients, layout)
     found: dict[int, int] = {}
-    for worker, lanes, mine in zip(layout.workers, layout.lanes, own, strict=True):
-        computing = elements * most_sums(lanes, layout.lane_count, apart=spec.gradients.apart)
+    for worker, sums, mine in zip(layout.workers, computed, own, strict=True):
+        computing = elements * sums
         exchanging = elements * mine + owned[worker] * (sum(own) - mine)
         found[worker] = 4 * max(0, max(computing, exchanging) - COUNTED_SUMS * elements)
     return found
+
+
+def _sums(gradients: GradientSpec, layout: Layout) -> tuple[list[int], list[int]]:
+    """By rank: sums of gradients at once while its lanes are computed, and those that it hands over."""
+    count = layout.lane_count
+    if gradients.way == "none" or layout.world_size == 1:
+        computed = [most_sums(lanes, count, apart=gradients.apart) for lanes in layout.lanes]
+        return computed, [len(roots(lanes, count)) for lanes in layout.lanes]
+    sharing = sharing_of(gradients.way, layout.lanes, depth=gradients.depth, group=gradients.group)
+    found = most_roots(sharing, gradients.way, count)
+    return [sums + gradients.apart for sums, _ in found], [handed for _, handed in found]
 
 
 def refuse_drain(

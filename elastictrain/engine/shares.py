@@ -24,13 +24,11 @@ from elastictrain.redundancy import (
     Claim,
     Lanes,
     Pace,
-    Sharing,
     agreed,
     group_of,
-    groups_of,
     is_late,
     say_lanes,
-    second_holders,
+    sharing_of,
     to_take,
 )
 from elastictrain.signs import Activity
@@ -82,16 +80,6 @@ class Doing:
         return self.lanes_s / self.computed if self.computed else 0.0
 
 
-def sharing_of(settings: Redundancy, lanes: Lanes, kinds: Sequence[str], *, counters: bool) -> Sharing:
-    """Who may compute what. A model with integer buffers needs at least one lane of every worker: their new values are
-    not exchanged.
-    """
-    if settings.lanes == "coded":
-        return groups_of(lanes, settings.group, kinds=kinds)
-    firsts = settings.lanes == "first_result" and not counters
-    return second_holders(lanes, settings.depth, firsts=firsts, kinds=kinds)
-
-
 class SharedLanes:
     """Of one worker under one split of the lanes. `kinds`: of numerics, by rank. `counters`: the model has integer
     buffers. `ready(step, lane)`: whether that batch lies ready; `probe`, `check`, `enter`: as in `StepRunner`.
@@ -115,7 +103,9 @@ class SharedLanes:
         enter: Callable[[Activity], None],
     ) -> None:
         self.settings, self.rank, self.lane_count = settings, rank, layout.lane_count
-        self.sharing = sharing_of(settings, layout.lanes, kinds, counters=counters)
+        self.sharing = sharing_of(
+            settings.lanes, layout.lanes, depth=settings.depth, group=settings.group, kinds=kinds, counters=counters
+        )
         self.group = group_of(rank, layout.world_size, settings.group, kinds)
         self.coded, self.copies = settings.lanes == "coded", settings.lanes == "first_result"
         self._groups_of_all = [group_of(r, layout.world_size, settings.group, kinds) for r in range(layout.world_size)]

@@ -51,6 +51,15 @@ class Bytes(Recipe):
         return {"logit": float(model(tokens).float().sum())}
 
 
+class Plain(Bytes):
+    """`Bytes` without an integer buffer."""
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        model.norm = nn.Identity()
+        return model
+
+
 class Frozen(Bytes):
     """`Bytes` with a frozen layer that is most of the model."""
 

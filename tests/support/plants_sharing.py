@@ -1,0 +1,97 @@
+"""Plants for jobs whose lanes are shared: who takes over what then does not depend on how fast the machine is."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from elastictrain.engine import shares
+from elastictrain.engine.host import StageFeeder
+from elastictrain.engine.shares import SharedLanes
+from elastictrain.redundancy import Claim, Sharing
+
+SLOW = 1
+"""The worker whose lanes others get."""
+
+
+def eager(worker: int) -> None:
+    """Whoever is done tries to claim every lane that it may have, whatever the clock says."""
+    del worker
+
+    def to_take(sharing: Sharing, rank: int, tried: Any, now_s: float, usual_s: Any) -> tuple[int, ...]:
+        del now_s, usual_s
+        return tuple(lane for lane in sharing.second[rank] if lane not in tried)
+
+    shares.to_take = to_take
+    StageFeeder.ready = lambda self, step, lane: True  # type: ignore[method-assign]
+
+
+def _until(lanes: SharedLanes, lane: int, found: Callable[[Claim | None], bool]) -> None:
+    """Wait until the claim of `lane` in this step is one like that, or the generation is over."""
+    assert lanes.doing is not None
+    while not found(lanes._board.read(f"lane/{lane}", lanes.doing.step)):
+        lanes._check()
+        threading.Event().wait(0.001)
+
+
+def held_up(steps: tuple[int, ...], *, dies_at: int | None = None, helper: int = 2) -> Callable[[int], None]:
+    """Worker 1 begins no shared lane of its own in `steps` before somebody else has claimed it; the others are eager.
+    `dies_at`: in that step `helper` dies as soon as it has claimed a lane of another one."""
+    return partial(_held_up, steps, dies_at, helper)
+
+
+def _held_up(steps: tuple[int, ...], dies_at: int | None, helper: int, worker: int) -> None:
+    eager(worker)
+    real = SharedLanes._claim
+
+    def claim(self: SharedLanes, lane: int) -> Claim:
+        assert self.doing is not None
+        if worker == SLOW and lane in self.own and self.doing.step in steps:
+            _until(self, lane, lambda there: there is not None)
+        found = real(self, lane)
+        if worker == helper and self.doing.step == dies_at and lane not in self.own and found.rank == self.rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
+    SharedLanes._claim = claim  # type: ignore[method-assign]
+
+
+def overtaken(steps: tuple[int, ...], *, looks: bool) -> Callable[[int], None]:
+    """In `steps` worker 1 claims its last lane, and computes it when a copy of it is done. `looks`: it sees that while
+    it computes; else when it has."""
+    return partial(_overtaken, steps, looks)
+
+
+def _overtaken(steps: tuple[int, ...], looks: bool, worker: int) -> None:
+    shares.to_take = lambda *_: ()
+    shares.is_late = lambda sharing, lane, *_: worker != SLOW
+    StageFeeder.ready = lambda self, step, lane: True  # type: ignore[method-assign]
+    shares.LOOK_S, shares.LOOKS = 0.0, 10**9
+    real = SharedLanes._run
+
+    def run(self: SharedLanes, lane: int, begun: Claim | None) -> None:
+        assert self.doing is not None
+        last = lane == self.own[-1] and self.doing.step in steps
+        if worker == SLOW and last:
+            _until(self, lane, lambda there: there is not None and there.done)
+        elif worker != SLOW and lane not in self.own and self.doing.step not in steps:
+            return  # a copy that nobody asked for in this test
+        real(self, lane, begun)
+
+    def watch(self: SharedLanes, doing: Any) -> None:
+        """Only the lane of the slow one is waited for."""
+        slow = [lane for lane in self.second if lane == self.sharing.lanes[SLOW][-1]]
+        for lane in slow if doing.step in steps and worker != SLOW else ():
+            _until(self, lane, lambda there: there is not None)
+            begun = self._board.read(f"lane/{lane}", doing.step)
+            assert begun is not None
+            if not begun.done:
+                real(self, lane, begun)
+
+    SharedLanes._run = run  # type: ignore[method-assign]
+    SharedLanes._watch = watch  # type: ignore[method-assign]
+    SharedLanes._from_s = lambda self, lane, begun: 0.0 if looks else float("inf")  # type: ignore[method-assign]
