@@ -87,7 +87,7 @@ def test_a_group_has_the_same_lanes(lanes: Lanes, size: int, kinds: list[str]) -
 def test_every_lane_is_computed_once_and_nobody_waits_much_longer_for_it(
     lanes: Lanes, depth: int, firsts: bool, data: st.DataObject
 ) -> None:
-    """Whatever was usual and whatever this step is like: at worst the lanes of who helps, at the pace that it has now."""
+    """Whatever was usual, whatever this step is like: at worst the lanes of who helps, at the pace that it has now."""
     sharing = second_holders(lanes, depth, firsts=firsts)
     world, some = len(lanes), st.floats(0.01, 10)
     usual_s = data.draw(st.lists(st.one_of(st.just(0.0), some), min_size=world, max_size=world))

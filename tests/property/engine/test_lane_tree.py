@@ -220,3 +220,38 @@ def test_sparse_gradients_enter_as_dense_ones() -> None:
     tree.end({})
     expected = torch.tensor([[0.0] * 3, [2.0] * 3, [0.0] * 3, [1.0] * 3])
     assert torch.equal(tree.nodes[whole(1)][:12].view(4, 3), expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(deals(), st.sampled_from([1, 3]), st.sampled_from([torch.float32, torch.bfloat16]), st.data())
+def test_lanes_in_any_order_some_apart_and_some_given_up_give_the_same_bits(
+    deal: list[list[int]], micros: int, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    """As where lanes are shared: joined when they count, released when they do not, given up in the middle."""
+    count = sum(map(len, deal))
+    work = Work(1, count, micros, dtype)
+    space = Space(Leaves(dtype), block_elements=None, whole_parameters=False)
+    parts: dict[Node, torch.Tensor] = {}
+    for lanes in deal:
+        model = Leaves(dtype)
+        tree = LaneTree(space, count, CPU, micros)
+        tree.watch(model)
+        for lane in data.draw(st.permutations(lanes)):
+            apart, vain = data.draw(st.booleans()), data.draw(st.integers(0, 2))
+            if vain == 1:  # broken off
+                tree.begin(lane, merge=False)
+                tree.begin_micro_batch(0)
+                work.backward(model, lane, 0)
+                tree.give_up()
+            elif vain == 2:  # computed in vain
+                work.run(tree, model, lane, merge=False)
+                tree.release(Node(lane, lane + 1))
+            work.run(tree, model, lane, merge=not apart)
+            if apart:
+                tree.join(lane)
+        assert set(tree.nodes) == set(roots(lanes, count))
+        parts |= tree.nodes
+    got = finish(parts, torch.add, whole(count))
+    for name, expected in work.expected(space, count).items():
+        entry = space.by_name[name]
+        assert same_bits(got[entry.start : entry.stop], expected), name

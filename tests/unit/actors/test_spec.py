@@ -34,6 +34,11 @@ FACTS = ModelFacts(
         ({"gradients": "hand_over"}, "lane_order", "round_major"),
         ({"gradients": "hand_over"}, "gradients", None),
         ({"micro_batches": 2, "lane_batch_size": 2}, "gradients", GradientSpec(2, apart=True)),
+        (
+            {"redundancy": {"lanes": "first_result", "depth": 3}, "workers": {"max": 2}},
+            "gradients",
+            GradientSpec(2, way="first_result", depth=3, group=2),
+        ),
         ({"plan": "auto", "cluster": "c.yaml"}, "plans", True),
         ({"checkpoint": {"path": "c"}}, "checkpoint", True),
         ({"checkpoint": {"path": "c", "keep": 7}}, "checkpoints_kept", 7),

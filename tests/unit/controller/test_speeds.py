@@ -257,6 +257,21 @@ def test_sums_are_counted_while_lanes_are_computed_and_as_they_come_in_the_excha
     assert sums_bytes(spec(), alone) == {}
 
 
+def test_sums_of_lanes_of_others_are_counted():
+    """80 elements, two sums of which are counted; four lanes each, one root, of which two have a second holder."""
+    facts = spec(gradients=GradientSpec(8))
+    layout = even_layout(facts, 1, [0, 1], {})
+
+    def more(way: str) -> dict[int, int]:
+        shared = GradientSpec(8, way=way, depth=2, group=2)  # type: ignore[arg-type]
+        return sums_bytes(replace(facts, gradients=shared), layout)
+
+    assert sums_bytes(facts, layout) == {0: 0, 1: 0}, "while it computes two, and one and one half of another come"
+    assert more("take_over") == {0: 4 * 320, 1: 4 * 320}, "four sums, and four halves that come"
+    assert more("first_result")[0] >= more("take_over")[0]
+    assert more("coded") == {0: 4 * 80, 1: 4 * 80}, "eight lanes, as one who is alone"
+
+
 def test_where_memory_is_not_known_nothing_is_refused():
     scene = Scene(initial_workers=2, gradients=GradientSpec(8), fixed_bytes=640).run()
     only(cm.OfferLanes, scene.send(proposed(scene, (6, 2), speeds=((0, 3.0), (1, 1.0)))))

@@ -293,3 +293,36 @@ def test_what_somebody_waits_for_is_not_thrown_away_when_lanes_move() -> None:
         assert feeder.batch(0, 1)["x"].tolist() == [0, 1]
         assert not feeder._awaited
     assert reader.reads == [(0, 0), (0, 1)]
+
+
+def test_what_nobody_will_ask_for_makes_room() -> None:
+    """Lanes that another one has computed, or that another one has not left to us."""
+    reader = FakeReader()
+    reader.gates[1, 2] = threading.Event()
+    with feeder_of(reader, budget_bytes=3 * BATCH_BYTES) as feeder:
+        feeder.expect([(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2)])
+        reader.wait_for_reads(3)
+        assert feeder.ready(1, 0)
+        assert feeder.ready(1, 1)
+        assert not feeder.ready(1, 2), "still being read"
+        feeder.forget([(1, 1), (1, 2), (2, 0)])
+        assert feeder.ready(1, 0)
+        assert not feeder.ready(1, 1)
+        reader.gates[1, 2].set()
+        reader.wait_for_reads(5)
+        assert feeder.batch(1, 0)["x"].tolist() == [1, 0]
+        assert feeder.batch(2, 2)["x"].tolist() == [2, 2]
+        assert not feeder.ready(1, 2)
+        assert (2, 0) not in reader.reads
+        assert feeder.batch(1, 1)["x"].tolist() == [1, 1], "and if it is asked for, it is read"
+
+
+def test_a_batch_that_could_not_be_read_does_not_lie_ready() -> None:
+    reader = FakeReader()
+    reader.broken.add((1, 0))
+    with feeder_of(reader) as feeder:
+        feeder.expect([(1, 0), (1, 1)])
+        reader.wait_for_reads(2)
+        assert not feeder.ready(1, 0)
+        with pytest.raises(DataError, match="broken at 1, 0"):
+            feeder.batch(1, 0)

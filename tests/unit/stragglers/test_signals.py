@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from elastictrain.stragglers.signals import RECORD_BYTES, Signal, checked, decode, parts, table
+from elastictrain.stragglers.signals import RECORD_BYTES, Signal, as_dealt, checked, dealt, decode, parts, table
 
 
 def test_a_record_has_64_bytes_and_comes_back():
@@ -60,3 +60,25 @@ def test_waiting_for_the_last_one_is_no_transfer():
     wait, transfer = parts(records, np.array([True, True, False]))  # the last one is not believed: nobody waited for it
     assert wait == pytest.approx([0.5, 0.0, 0.0])
     assert transfer[2] == 0.0
+
+
+def test_lanes_of_others_are_told_apart_from_those_that_were_dealt_out():
+    """In the upper half of the flags, so that the record is as it was."""
+    said = [
+        Signal(6, 1.2, 0.3, tokens=60.0, squares=6.0, flags=5, more=2),
+        Signal(2, 0.4, 0.1, tokens=20.0, squares=2.0, flags=2, more=-2),
+        Signal(4, 0.8, 0.2, tokens=40.0, squares=4.0),
+        Signal(0, 0.0, more=-4),
+    ]
+    records = decode(b"".join(one.encode() for one in said))
+    assert (records["flags"] & 0xFF).tolist() == [5, 2, 0, 0]
+    assert dealt(records).tolist() == [4, 4, 4, 4]
+    found = as_dealt(records)
+    assert found["lanes"].tolist() == [4, 4, 4, 4]
+    assert found["compute_s"].tolist() == pytest.approx([0.8, 0.8, 0.8, 0.0])
+    assert found["data_s"].tolist() == pytest.approx([0.2, 0.2, 0.2, 0.0])
+    assert found["tokens"].tolist() == pytest.approx([40, 40, 40, 0])
+    assert found["flags"].tolist() == [5, 2, 0, 0]
+    alone = decode(said[2].encode())
+    assert as_dealt(alone) is alone
+    assert dealt(decode(Signal(500, 1.0, more=300).encode())).tolist() == [373], "no more than can be said"

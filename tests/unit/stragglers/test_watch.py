@@ -124,3 +124,39 @@ def test_what_nobody_looks_at_takes_as_long_as_lanes_that_stay(cause):
     assert report.ours_s < report.none_s
     alike = replace(scenario, speeds=())
     assert unwatched_s(alike) > unwatched_s(replace(alike, slowness=())) + 20.0, "1.3 s in each of 40 steps"
+
+
+def shared(taken: dict[int, int], factors: tuple[float, ...], step: int) -> bytes:
+    """As `records`, but worker at a place has computed so many lanes more (less) than its four."""
+    found = []
+    for place, factor in enumerate(factors):
+        more = taken.get(place, 0)
+        own_s = 0.1 * (4 + more) * factor * (1.0 + 0.002 * ((step * 5 + place) % 3))
+        found.append(Signal(4 + more, own_s, arrive_s=own_s, exchange_s=0.01, more=more).encode())
+    return b"".join(found)
+
+
+def test_lanes_taken_over_in_a_step_are_nobodys_slowness():
+    """Who has computed more has needed more time for it, in proportion, and nothing was moved."""
+    watch = StragglerWatch(1000)
+    for step in range(1, 60):
+        swapped = {step % 4: 2, (step + 1) % 4: -2} if step % 2 else {}
+        verdict = watch.feed(1, NAMES, step, shared(swapped, (1, 1, 1, 1), step))
+        assert not verdict.findings
+        assert verdict.decision is None
+
+
+def test_who_is_slow_is_named_although_others_take_over_its_lanes():
+    """And what is moved is what was dealt out, not what was computed."""
+    watch = StragglerWatch(1000)
+    for step in range(1, 20):
+        watch.feed(1, NAMES, step, shared({}, (1, 1, 1, 1), step))
+    findings, decisions = [], []
+    for step in range(20, 30):
+        verdict = watch.feed(1, NAMES, step, shared({2: -2, 0: 1, 1: 1}, (1, 1, 2, 1), step))
+        findings += verdict.findings
+        decisions += [verdict.decision] if verdict.decision else []
+    assert [(one.kind, one.worker, one.cause, one.since) for one in findings] == [("slow", 8, "compute", 20)]
+    assert decisions[0].lanes[2] == 2
+    assert sum(decisions[0].lanes) == 16
+    assert decisions[0].before_s == pytest.approx(0.8, rel=0.02), "four lanes at half speed"
