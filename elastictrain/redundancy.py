@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import median
 from typing import Literal
 
@@ -30,18 +31,22 @@ REMEMBERED = 9
 """Steps whose times of a lane are usual."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Sharing:
     """`lanes`: as dealt out, by rank. `second`: by rank, the lanes of others that it may compute too."""
 
     lanes: Lanes
     second: Lanes
 
+    @cached_property
+    def _owners(self) -> dict[int, tuple[int, int]]:
+        return {lane: (rank, place) for rank, own in enumerate(self.lanes) for place, lane in enumerate(own)}
+
     def owner(self, lane: int) -> tuple[int, int]:
         """(rank, place among its lanes) of whoever the lane is dealt out to."""
-        return next((rank, own.index(lane)) for rank, own in enumerate(self.lanes) if lane in own)
+        return self._owners[lane]
 
-    @property
+    @cached_property
     def shared(self) -> frozenset[int]:
         """The lanes that have a second holder: who begins one must claim it."""
         return frozenset(lane for own in self.second for lane in own)

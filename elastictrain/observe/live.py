@@ -19,7 +19,7 @@ from rich.text import Text
 
 from elastictrain.observe.copy_words import copies_words
 from elastictrain.observe.events import Event, recovery_seconds
-from elastictrain.observe.metrics import RATE_STEPS, MetricsRow, data_wait, tokens_per_s
+from elastictrain.observe.metrics import RATE_STEPS, MetricsRow, TakenOver, data_wait, taken_over, tokens_per_s
 from elastictrain.observe.sentences import count, describe, given_up_words
 from elastictrain.observe.status import Status
 
@@ -261,6 +261,9 @@ def _figures(status: Status, rows: Sequence[MetricsRow]) -> Table:
         known = sorted(status.speeds.items())
         shown = ", ".join(f"{worker}: {speed:.2f}" for worker, speed in known[:16])
         table.add_row("speeds", shown + (f" … ({len(known)} workers)" if len(known) > 16 else ""))
+    taken = taken_over(rows[-RATE_STEPS:])
+    if taken is not None:
+        table.add_row("taken over", taken_over_words(taken, len(rows[-RATE_STEPS:])))
     for words, standing in zip(copies_words(status.copies), status.copies.values(), strict=True):
         table.add_row("copies", Text(words, style="yellow" if standing.get("error") else ""))
     if status.last_recovery:
@@ -279,6 +282,14 @@ def data_wait_words(share: float, causes: Mapping[str, float]) -> str:
     if share < 0.01 or not total:
         return words
     return words + ": " + ", ".join(f"{cause} {part / total:.0%}" for cause, part in list(causes.items())[:3])
+
+
+def taken_over_words(taken: TakenOver, steps: int) -> str:
+    """How many lanes others have computed than those whom they were dealt out to, and for nothing."""
+    most = sorted(taken.losers.items(), key=lambda item: -item[1])[:4]
+    whose = ", of " + ", ".join(f"worker {worker}: {lanes}" for worker, lanes in most) if most else ""
+    vain = f"; {count(taken.in_vain, 'lane')} begun in vain" if taken.in_vain else ""
+    return f"{count(taken.lanes, 'lane')} in {count(steps, 'step')}{whose}{vain}"
 
 
 def exposure_words(status: Status) -> str:

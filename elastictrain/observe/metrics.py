@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,6 +11,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 PHASE_KEYS = ("compute_s", "exchange_s", "mirror_s", "vote_s", "apply_s", "gather_s")
 RATE_STEPS = 20
 """Steps that tokens/s is taken over where it is shown."""
+
+
+class TakenOver(BaseModel):
+    """See `MetricsRow`. Of several steps: the sums."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True)
+
+    lanes: int = 0
+    losers: dict[int, int] = Field(default_factory=dict, alias="from")
+    takers: dict[int, int] = Field(default_factory=dict, alias="by")
+    in_vain: int = 0
 
 
 class MetricsRow(BaseModel):
@@ -21,6 +33,8 @@ class MetricsRow(BaseModel):
     `data_wait`: of the publisher's compute, waited for its batches, by what held them up (store, decode, tokenise,
     pack, copy, other).
     `loss` and `grad_norm` are None when they were not finite. `skipped`: why the step changed nothing, or None.
+    `taken_over`, where lanes are shared (`redundancy`): how many `lanes` others have computed than those whom they were
+    dealt out to, `from` whom and `by` whom (worker: lanes), and how many were begun `in_vain`.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -39,6 +53,7 @@ class MetricsRow(BaseModel):
     data_wait: dict[str, float | None] = Field(default_factory=dict)
     evaluation: dict[str, float | None] | None = None
     skipped: Any = None
+    taken_over: TakenOver | None = None
 
 
 def parse_rows(records: Iterable[Mapping[str, Any]]) -> list[MetricsRow]:
@@ -115,3 +130,16 @@ def data_wait(rows: Iterable[MetricsRow]) -> tuple[float, dict[str, float]] | No
             causes[cause] = causes.get(cause, 0.0) + (seconds or 0.0)
     ordered = dict(sorted(causes.items(), key=lambda item: -item[1]))
     return sum(causes.values()) / sum(step_s for _, step_s in told), ordered
+
+
+def taken_over(rows: Iterable[MetricsRow]) -> TakenOver | None:
+    """The sums over these steps; None where no row says anything of it."""
+    told = [row.taken_over for row in rows if row.taken_over is not None]
+    if not told:
+        return None
+    losers, takers = Counter[int](), Counter[int]()
+    for one in told:
+        losers.update(one.losers)
+        takers.update(one.takers)
+    counts = {"losers": dict(losers), "takers": dict(takers)}
+    return TakenOver(lanes=sum(one.lanes for one in told), in_vain=sum(one.in_vain for one in told), **counts)

@@ -13,7 +13,8 @@ class Status(BaseModel):
     `exposure_s`: if everything died now, so many seconds of training would be lost; `stored_step`: the newest step that
     is stored. `checkpoint_given_up`: the data of that event, until a checkpoint is committed. `copies`: by
     further place of checkpoints, its newest step, the steps that wait, and what is wrong. `speeds`: relative, by worker
-    number, once lanes were dealt out by them. `last_recovery`: the data of the last `recovery` event.
+    number, once lanes were dealt out by them. `taken_over`: where lanes are shared, the sums over the last steps that
+    tokens/s is taken over, as in a metrics row. `last_recovery`: the data of the last `recovery` event.
     `error`: why it failed. Times in seconds or ISO UTC.
     """
 
@@ -36,6 +37,7 @@ class Status(BaseModel):
     checkpoint_given_up: dict[str, Any] | None = None
     copies: dict[str, dict[str, Any]] = Field(default_factory=dict)
     speeds: dict[int, float] = Field(default_factory=dict)
+    taken_over: dict[str, Any] | None = None
     last_recovery: dict[str, Any] | None = None
     waiting: str | None = None
     error: str | None = None

@@ -51,15 +51,24 @@ class Devices:
         return self.lane_s / process.speed * slow
 
     def computing_s(self, process: Process, lanes: int, now_s: float) -> float:
-        return lanes * self.unit_s(process, now_s) * self.rng.lognormvariate(0.0, self.scenario.noise)
+        seconds = lanes * self.unit_s(process, now_s) * self.rng.lognormvariate(0.0, self.scenario.noise)
+        if self.scenario.hiccups and self.rng.random() < self.scenario.hiccups:
+            seconds *= 1.3 + self.rng.expovariate(1.0)
+        return seconds
 
 
-def records(lanes: Sequence[int], computed_s: Sequence[float], transfer_s: float, *, first: bool) -> bytes:
-    """What the workers say of a step. `first`: of a generation, or under another split."""
+def records(
+    lanes: Sequence[int], computed_s: Sequence[float], transfer_s: float, *, first: bool, dealt: Sequence[int]
+) -> bytes:
+    """What the workers say of a step: `lanes` that each has computed, of those `dealt` out. `first`: of a generation,
+    or under another split.
+    """
     last_s, flags = max(computed_s), FLAG_COMPILE if first else 0
     return b"".join(
-        Signal(own, took_s, arrive_s=took_s, exchange_s=last_s - took_s + transfer_s, flags=flags).encode()
-        for own, took_s in zip(lanes, computed_s, strict=True)
+        Signal(
+            own, took_s, arrive_s=took_s, exchange_s=last_s - took_s + transfer_s, flags=flags, more=own - should
+        ).encode()
+        for own, took_s, should in zip(lanes, computed_s, dealt, strict=True)
     )
 
 
@@ -126,11 +135,11 @@ MOST_TURNS = 3
 
 class Swings:
     """Counts moves of lanes, and of these the ones after which some worker's lanes have gone the other way more than
-    `MOST_TURNS` times although no speed has changed.
+    `MOST_TURNS` times although no speed has changed. And lanes that were taken over within a step.
     """
 
     def __init__(self) -> None:
-        self.moves = self.swings = 0
+        self.moves = self.swings = self.taken_over = 0
         self._changed_s = 0.0
         self._last: dict[int, tuple[int, int]] = {}
 

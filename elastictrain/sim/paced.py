@@ -14,9 +14,11 @@ from functools import partial
 from elastictrain.controller.commands import OfferLanes
 from elastictrain.offers import first_split
 from elastictrain.protocol import FormPlan, StepSignals
+from elastictrain.redundancy import Pace, Sharing, second_holders, taken_over
 from elastictrain.sim.crew import Band, Crew, Surroundings
 from elastictrain.sim.pace import records
 from elastictrain.sim.process import Process
+from elastictrain.sim.shared import shared_step
 
 LATE_SHARE = 0.1
 """Of the offers, those that are on their way for up to three steps: else hardly a vote would fall in between."""
@@ -25,9 +27,12 @@ LATE_SHARE = 0.1
 class PacedCrew(Crew):
     """Its `committed` are counted and not computed."""
 
+    sharing: Sharing | None
+
     def __init__(self, around: Surroundings, plan: FormPlan) -> None:
         self.done, self.ends_s, self.turn = plan.step, math.inf, 0
         self.layout, self.changed = plan.layout, True
+        self.pace, self.sharing = Pace(plan.layout.world_size), None
         split = first_split(plan.layout)
         self.mark_in_force = split.mark
         for worker, lanes in zip(plan.layout.workers, plan.layout.lanes, strict=True):
@@ -75,10 +80,23 @@ class PacedCrew(Crew):
         members = self.members()
         self.lanes = [process.lanes for process in members]
         self.computed_s = [devices.computing_s(p, len(own), now_s) for p, own in zip(members, self.lanes, strict=True)]
+        if around.scenario.shared_lanes:
+            self._share()
         self.step_s = max(self.computed_s) + devices.transfer_s
         self.ends_s = now_s + self.step_s
         self.turn += 1
         around.clock.at(self.ends_s, self._end_step, self.turn)
+
+    def _share(self) -> None:
+        """Lanes that a late worker has not begun are taken over, as `redundancy` says."""
+        around, dealt = self.around, tuple(self.lanes)
+        if self.sharing is None or self.sharing.lanes != dealt:
+            self.sharing = second_holders(dealt, around.scenario.shared_lanes, firsts=False)
+        lane_s = [seconds / len(own) for seconds, own in zip(self.computed_s, dealt, strict=True)]
+        found, ends_s = shared_step(self.sharing, lane_s, self.pace.usual_s())
+        self.pace.learn([one if own else 0.0 for one, own in zip(lane_s, found, strict=True)])
+        self.lanes, self.computed_s = list(found), list(ends_s)
+        around.swings.taken_over += len(taken_over(dealt, found))
 
     def _end_step(self, turn: int) -> None:
         """Its vote is complete, and all apply it."""
@@ -99,7 +117,8 @@ class PacedCrew(Crew):
         """One member hands on what all have said of the step."""
         around = self.around
         counts = [len(own) for own in self.lanes]
-        raw = records(counts, self.computed_s, around.devices.transfer_s, first=self.changed)
+        dealt = [len(process.lanes) for process in self.members()]
+        raw = records(counts, self.computed_s, around.devices.transfer_s, first=self.changed, dealt=dealt)
         self.changed = False
         said = StepSignals(self.generation, self.done, raw)
         around.tell(around.scenario.costs.poll_s, said)

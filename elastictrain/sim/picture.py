@@ -25,6 +25,7 @@ def picture(report: Report, wall_s: float) -> Group:
         ("went back", f"{report.went_back} times to a checkpoint"),
         ("controller", f"died {report.controller_deaths} times, {report.replayed:,} events replayed"),
         ("lanes", f"moved {report.lanes_moved} times ({report.lanes_moved_back} back, {report.lanes_swung} swings)"),
+        *([("", f"{report.lanes_taken_over:,} taken over within a step")] if report.lanes_taken_over else []),
         ("invariants", f"checked after {report.checks:,} events"),
         ("faults", ", ".join(f"{count} × {kind}" for kind, count in report.faults.items()) or "none"),
     ]

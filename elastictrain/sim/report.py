@@ -40,9 +40,9 @@ class Report:
     `steps_lost`, `steps_twice`: by the simulator's own books; anything but 0 is a bug. `checks`: after how many events
     the machine's invariants were checked. `replayed`: events that returning controllers have replayed. `lanes_moved`:
     times that other workers got other lanes between two steps, of these `lanes_moved_back` since it had not helped;
-    `lanes_swung`: times that a worker's lanes went to and fro although no speed had changed. `stragglers`: what was
-    said of slow workers. `samples`: digest of what the steps have given, the same for any number of workers, faults and
-    slow-downs.
+    `lanes_swung`: times that a worker's lanes went to and fro although no speed had changed; `lanes_taken_over`: lanes
+    that others have computed within a step, where that is asked for. `stragglers`: what was said of slow workers.
+    `samples`: digest of what the steps have given, the same for any number of workers, faults and slow-downs.
     """
 
     workers: int
@@ -68,6 +68,7 @@ class Report:
     lanes_moved: int
     lanes_moved_back: int
     lanes_swung: int
+    lanes_taken_over: int
     stragglers: dict[str, int]
     samples: str | None
     phase: str

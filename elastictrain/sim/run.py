@@ -82,6 +82,7 @@ def _report(cluster: Cluster) -> Report:
         lanes_moved=cluster.swings.moves,
         lanes_moved_back=tally.lanes_moved_back,
         lanes_swung=cluster.swings.swings,
+        lanes_taken_over=cluster.swings.taken_over,
         stragglers=dict(sorted(tally.stragglers.items())),
         samples=None if cluster.samples is None else cluster.samples.digest(steps),
         phase=pilot.machine.phase.value,

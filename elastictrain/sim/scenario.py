@@ -111,7 +111,9 @@ class Scenario(_Part):
     `spares`: by default a worker in a hundred. `min_workers`: by default three quarters. `spare_nodes`: machines that
     stand empty at the start, by default one in fifty. `steps`: the run may finish before the `hours` are over; None: it
     is stopped then. `stragglers`: what is done about slow workers, as in a job. `speeds`: of the devices, of which each
-    worker has one; `noise`: standard deviation of the logarithm of a worker's time in a step. `check`: the machine's
+    worker has one; `noise`: standard deviation of the logarithm of a worker's time in a step; `hiccups`: the share of a
+    worker's steps that take it 1.3 to several times as long. `shared_lanes`: so many lanes of each worker, its last
+    ones, may be taken over within a step (`redundancy.depth` of a job with `take_over`). `check`: the machine's
     invariants after every event ("all"), after a sample of them, or not.
     """
 
@@ -129,6 +131,8 @@ class Scenario(_Part):
     stragglers: Literal["off", "watch", "lanes", "evict"] = "off"
     speeds: tuple[Annotated[float, BeforeValidator(not_a_switch), Field(gt=0)], ...] = (1.0,)
     noise: Share = 0.02
+    hiccups: Share = 0.0
+    shared_lanes: Count = 0
     check: Check = "auto"
     rates: FaultRates = FaultRates()
     costs: Costs = Costs()
@@ -142,7 +146,8 @@ class Scenario(_Part):
     @property
     def paced(self) -> bool:
         """Whether steps differ, and have to be simulated one by one."""
-        return self.stragglers != "off" or self.rates.slow_down_h is not None or self.speeds != (1.0,)
+        unequal = self.rates.slow_down_h is not None or self.speeds != (1.0,)
+        return unequal or self.stragglers != "off" or self.hiccups > 0 or self.shared_lanes > 0
 
     @property
     def end_s(self) -> float:

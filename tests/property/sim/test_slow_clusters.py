@@ -40,6 +40,7 @@ def scenario(seed: int) -> Scenario:
         stragglers=rng.choice(["lanes", "evict"]),
         speeds=rng.choice([(1.0,), (1.0, 2.0, 4.0)]),
         noise=rng.choice([0.005, 0.02]),
+        **rng.choice([{}, {"shared_lanes": rng.choice([1, 3]), "hiccups": 0.02}]),
         check="all",
         rates=rates.model_copy(update=more),
         costs=Costs(checkpoint_every_s=120.0, checkpoint_write_s=10.0, restore_s=5.0, controller_back_s=away_s),
@@ -68,6 +69,7 @@ def test_the_storms_are_storms() -> None:
     assert sum(report.controller_deaths for report in found) > 6
     assert sum(report.faults.get("slow-down", 0) for report in found) > 12
     assert sum(report.lanes_moved > 0 and report.generations > 3 for report in found) > 2
+    assert sum(report.lanes_taken_over > 0 and report.lanes_moved > 0 for report in found) > 2
 
 
 def test_a_split_that_two_workers_understand_differently_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,3 +100,16 @@ def test_moving_lanes_wins_most_of_what_slow_workers_cost() -> None:
     assert idle.lanes_moved == calm.lanes_moved == 0 < moved.lanes_moved <= 3 * moved.faults["slow-down"]
     assert moved.goodput - idle.goodput > 0.5 * (calm.goodput - idle.goodput)
     assert calm.stragglers == {}
+
+
+def test_taking_lanes_over_wins_what_hiccups_cost() -> None:
+    """Half an hour of eight workers of which each hiccups in a step of thirty: every fourth step has one."""
+    base = Scenario(workers=8, hours=0.5, seed=3, lanes_per_worker=8, rates=FaultRates.none(), noise=0.01)
+    calm, alone, shared = (
+        simulate(base.model_copy(update={"stragglers": "watch", **more}))
+        for more in ({}, {"hiccups": 1 / 30}, {"hiccups": 1 / 30, "shared_lanes": 6})
+    )
+    assert calm.lanes_taken_over == alone.lanes_taken_over == 0 < shared.lanes_taken_over
+    assert shared.goodput - alone.goodput > 0.5 * (calm.goodput - alone.goodput)
+    assert shared.stragglers == {}, "nobody is called slow for it"
+    assert shared.samples == undisturbed(64, shared.steps)
