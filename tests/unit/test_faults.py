@@ -32,8 +32,8 @@ from elastictrain.run import _check_faults
 
 KINDS = "kill, fail, freeze, terminate, lose_node, flip, miscompute, slow, add, drain, kill_controller"
 PHASES = (
-    "'compute', 'exchange', 'mirror', 'vote', 'apply', 'gather', 'form', 'restore', 'seal', 'store', 'stored', "
-    "'manifest' or 'committed'"
+    "'compute', 'claim', 'agree', 'exchange', 'mirror', 'vote', 'apply', 'gather', 'form', 'restore', 'seal', "
+    "'store', 'stored', 'manifest' or 'committed'"
 )
 WRONG: list[tuple[Any, str]] = [
     (
@@ -193,3 +193,16 @@ def test_a_worker_that_the_run_cannot_have_is_refused() -> None:
 def test_without_replacement_a_lost_node_brings_no_new_numbers() -> None:
     with pytest.raises(ConfigError, match=r"^faults: lose_node worker 3 at step 1: the run has workers 0\.\.2; name"):
         _check_faults(job({"min": 1, "max": 3, "replace": False}), (lose_node(3, 1),))
+
+
+@pytest.mark.parametrize("phase", ["claim", "agree"])
+def test_a_phase_that_steps_have_only_where_lanes_are_shared(phase: Any) -> None:
+    plain = job({"max": 2})
+    with pytest.raises(ConfigError) as caught:
+        _check_faults(plain, (kill(1, 2, phase),))
+    assert str(caught.value) == (
+        f"faults: kill in phase {phase}: a step has that phase only where lanes are shared; set redundancy.lanes, or "
+        "name another phase"
+    )
+    shared = parse_job(plain.model_dump() | {"redundancy": {"lanes": "coded"}})
+    _check_faults(shared, (kill(1, 2, phase),))

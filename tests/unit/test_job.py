@@ -22,37 +22,6 @@ WRONG = [
             "set gradients: sum, or stragglers.action: off"
         ),
     ),
-    (
-        {"gradients": "hand_over", "redundancy": {"lanes": "take_over"}, "workers": {"max": 2}},
-        (
-            "job: redundancy.lanes=take_over needs gradients=sum: with gradients=hand_over every lane is sent when "
-            "it is computed, and nobody is late alone; set gradients: sum, or redundancy.lanes: none"
-        ),
-    ),
-    (
-        {"redundancy": {"lanes": "first_result"}},
-        (
-            "job: redundancy.lanes=first_result with workers.max=1: expected 2 workers or more, so that others can "
-            "compute a worker's lanes; raise workers.max, or set redundancy.lanes: none"
-        ),
-    ),
-    (
-        {"redundancy": {"lanes": "coded", "group": 3}, "workers": {"max": 2}},
-        (
-            "job: redundancy.lanes=coded with workers.max=2: expected 3 workers or more, so that others can "
-            "compute a worker's lanes; raise workers.max, or set redundancy.lanes: none"
-        ),
-    ),
-    (
-        {"redundancy": {"lanes": "coded"}, "workers": {"max": 2}, "stragglers": {"action": "evict"}},
-        (
-            "job: redundancy.lanes=coded and stragglers.action=evict: in a group all have the same lanes, so moving "
-            "them helps nobody; set stragglers.action: watch, or redundancy.lanes: take_over"
-        ),
-    ),
-    ({"redundancy": {"depth": 0}}, "job: redundancy.depth: Input should be greater than or equal to 1 (got 0)"),
-    ({"redundancy": {"group": 1}}, "job: redundancy.group: Input should be greater than or equal to 2 (got 1)"),
-    ({"redundancy": {"lane": "coded"}}, "job: unknown setting 'redundancy.lane'; did you mean 'lanes'?"),
     ({"lane": 3}, "job: unknown setting 'lane'; did you mean 'lanes'?"),
     ({"workers": {"maxx": 3}}, "job: unknown setting 'workers.maxx'; did you mean 'max'?"),
     (

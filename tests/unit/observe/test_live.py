@@ -83,6 +83,18 @@ def test_the_picture_says_what_is_asked_of_it() -> None:
     assert "(40 workers)" in many
 
 
+def test_the_picture_says_whose_lanes_others_have_computed() -> None:
+    """Of the last twenty steps; where lanes are not shared there is no such line."""
+    one = {"lanes": 3, "from": {2: 2, 0: 1}, "by": {1: 3}, "in_vain": 1}
+    rows = [MetricsRow.model_validate(row(step, taken_over=one)) for step in range(1, 31)]
+    assert "taken over     60 lanes in 20 steps, of worker 2: 40, worker 0: 20; 20 lanes begun in vain" in rendered(
+        STATUS, rows
+    )
+    none = MetricsRow.model_validate(row(1, taken_over={"lanes": 0, "from": {}, "by": {}, "in_vain": 0}))
+    assert "taken over     0 lanes in 1 step" in rendered(STATUS, [none])
+    assert "taken over" not in rendered(STATUS, [MetricsRow.model_validate(row(1))])
+
+
 def test_terminal_draws_seldom_and_gives_the_screen_back() -> None:
     live, out, clock = view(terminal=True, redraw_s=0.2)
     live.update(STATUS)
