@@ -5,16 +5,19 @@ Who is late is planted, so that nothing depends on how busy this machine is (`pl
 
 from __future__ import annotations
 
+import os
+import signal
 from collections import Counter
 from typing import Any
 
 import pytest
 
-from elastictrain.faults import add, drain, kill, slow
+from elastictrain.faults import add, drain, freeze, kill, slow
 from elastictrain.job import Job
 from elastictrain.stragglers.signals import dealt, decode
+from elastictrain_actors.driver import Driver
 from tests.support.plants import both
-from tests.support.plants_sharing import SLOW, eager, held_up, overtaken
+from tests.support.plants_sharing import SLOW, eager, held_up, impatient, overtaken
 from tests.support.process_cluster import RECIPES, Run, byte_job, run_job
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
@@ -121,6 +124,21 @@ def test_a_death_in_a_group_with_the_same_lanes(folder, reference, phase):
 def test_who_dies_with_a_lane_of_another_one_leaves_it_to_all(folder, reference):
     run = run_job(shared_job(folder), patch=held_up(STEPS, dies_at=4, helper=2))
     same(run, reference)
+    assert len(run.record.of("running")) == 2
+
+
+def test_a_frozen_store_of_claims_is_waited_for_no_longer_than_it_may_be(folder, reference):
+    """Worker 0 stops while worker 1 asks its store: nothing ends that question by itself. Whoever finds out that it is
+    frozen is played by the test."""
+
+    def kills_the_frozen(driver: Driver, kind: str) -> None:
+        if kind == "parking":
+            os.kill(driver.effects.processes[0].pid, signal.SIGKILL)
+
+    plants = both(held_up(STEPS), impatient)
+    run = run_job(shared_job(folder), [freeze(0, 4, "claim")], patch=plants, on_event=kills_the_frozen)
+    same(run, reference)
+    assert "the first member's store gave no answer" in str(run.record.events)
     assert len(run.record.of("running")) == 2
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from elastictrain.engine import shares
+from elastictrain.engine.claims import ClaimBoard
 from elastictrain.engine.host import StageFeeder
 from elastictrain.engine.shares import SharedLanes
 from elastictrain.redundancy import Claim, Sharing
@@ -95,3 +96,11 @@ def _overtaken(steps: tuple[int, ...], looks: bool, worker: int) -> None:
     SharedLanes._run = run  # type: ignore[method-assign]
     SharedLanes._watch = watch  # type: ignore[method-assign]
     SharedLanes._from_s = lambda self, lane, begun: 0.0 if looks else float("inf")  # type: ignore[method-assign]
+
+
+def impatient(worker: int) -> None:
+    """The first member's store is given half a second for an answer."""
+    del worker
+    defaults = ClaimBoard.__init__.__kwdefaults__
+    assert defaults is not None
+    defaults["answer_s"] = 0.5
