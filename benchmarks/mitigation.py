@@ -102,8 +102,8 @@ def one_case(results: common.Results, folder: Path, name: str, factors: Mapping[
 
 
 def hiccups(results: common.Results, folder: Path, steps: int, lane_s: float) -> None:
-    """Every fifth step one worker takes three times as long, once: too short to be worth a move of lanes. Means, since
-    medians would not see it.
+    """Every fifth step one worker takes three times as long, once: too short to be worth a move of lanes. The mean of
+    each round of five steps, so that it is seen, and the median of these.
     """
     last = steps - steps % HICCUP_EVERY + HICCUP_FROM % HICCUP_EVERY  # whole rounds
     faults = [slow(2, step, factor=HICCUP_FACTOR, steps=1) for step in range(HICCUP_FROM, last, HICCUP_EVERY)]
@@ -115,7 +115,8 @@ def hiccups(results: common.Results, folder: Path, steps: int, lane_s: float) ->
     mean_s = {}
     for what, run in runs.items():
         rows = [row for row in run.record.rows if HICCUP_FROM <= row["step"] < last]
-        mean_s[what] = sum(row["step_s"] for row in rows) / len(rows)
+        rounds = [rows[at : at + HICCUP_EVERY] for at in range(0, len(rows), HICCUP_EVERY)]
+        mean_s[what] = common.median(sum(row["step_s"] for row in one) / len(one) for one in rounds)
         said = [row["taken_over"] for row in rows if "taken_over" in row]
         told = {"lanes taken over": sum(one["lanes"] for one in said), "in vain": sum(one["in_vain"] for one in said)}
         results.row(case="one of 4 with hiccups", run=what, **{"s a step": mean_s[what]}, **(told if said else {}))
@@ -185,7 +186,7 @@ def main() -> None:
     about_hiccups = [
         f"{LANES} lanes; a lane takes {lane_s} s: real computation of about 2 ms, then waiting.",
         f"Hiccups: in every {HICCUP_EVERY}th step the lanes of one worker take {HICCUP_FACTOR:g} times as long.",
-        f"Means of the steps from {HICCUP_FROM} on; the last 3 of each worker's 4 lanes have a second holder.",
+        f"Rounds of {HICCUP_EVERY} steps from {HICCUP_FROM} on: median of their means; the last 3 of each worker's 4 lanes have a second holder.",
     ]
     if options.only:
         with tempfile.TemporaryDirectory(prefix="elastictrain-mitigation-") as folder:

@@ -13,6 +13,7 @@ import pytest
 
 from elastictrain.controller import events as ev
 from elastictrain.engine import restoring
+from elastictrain.engine.collective import Rendezvous, connect
 from elastictrain.engine.probes import InjectedFault, Probes
 from elastictrain.engine.session import Session
 from elastictrain.engine.worker_model import build
@@ -167,3 +168,20 @@ def test_parking_waits_for_no_restore(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert (report.sealed_generation, report.applied_step) == (0, 0)
     made.close()
     assert made.said.empty(), "what broke, broke because the generation was being taken down"
+
+
+def test_a_question_to_a_store_that_does_not_answer_ends_with_the_generation() -> None:
+    """Where lanes are shared, a step asks the first member's store, which may be frozen, or on a node that is gone."""
+    running, rendezvous = Running(Probes(0, [])), Rendezvous()
+    session = running.session
+    store = connect(rendezvous.address)
+    try:
+        session._store, session._store_address, session._asked = store, rendezvous.address, rendezvous.address
+        assert store.compare_set("a", "", "b") == b"b"
+        session.park(0)
+        with pytest.raises(RuntimeError):
+            store.compare_set("a", "b", "c")
+        assert session._store_address == "", "the next generation connects anew"
+        session.park(0)
+    finally:
+        running.close()
