@@ -186,7 +186,8 @@ def main() -> None:
     about_hiccups = [
         f"{LANES} lanes; a lane takes {lane_s} s: real computation of about 2 ms, then waiting.",
         f"Hiccups: in every {HICCUP_EVERY}th step the lanes of one worker take {HICCUP_FACTOR:g} times as long.",
-        f"Rounds of {HICCUP_EVERY} steps from {HICCUP_FROM} on: median of their means; the last 3 of each worker's 4 lanes have a second holder.",
+        f"Rounds of {HICCUP_EVERY} steps from {HICCUP_FROM} on: median of their means.",
+        "The last 3 of each worker's 4 lanes have a second holder.",
     ]
     if options.only:
         with tempfile.TemporaryDirectory(prefix="elastictrain-mitigation-") as folder:

@@ -269,7 +269,8 @@ class SharedLanes:
                 elif is_late(self.sharing, lane, doing.now_s, usual_s, copy_s) and self._ready(doing.step, lane):
                     waits.remove(lane)
                     found = found or self._claim(lane)
-                    self._run(lane, found)
+                    if not found.done:  # or it was, between the look and the claim
+                        self._run(lane, found)
                     self._enter(Activity.EXCHANGE)
             if waits:
                 time.sleep(max(WATCH_S, copy_s / WATCHES))
