@@ -35,10 +35,13 @@ from elastictrain.signs import Activity
 from elastictrain.straggler_settings import Redundancy
 from elastictrain.tree import Node, most_sums
 
-LOOK_S, LOOKS = 0.002, 16
-"""Whoever may be overtaken looks so many times in a lane whether it was, and no more often than this."""
-WATCH_S, WATCHES = 0.001, 64
-"""The same of one that has nothing to do but to wait whether a lane becomes late."""
+LOOK_S, LOOKS, RARELY_S = 0.002, 16, 0.1
+"""Whoever may be overtaken looks so many times in a lane whether it was; no more often than the first, no less often than
+the last."""
+WATCH_S, WATCHES, SOON_S = 0.001, 64, 0.01
+"""The same of one that has nothing to do but to wait whether a lane becomes late: the step waits for it too."""
+EACH_S = 1e-4
+"""For every worker, at least so long passes between two looks of one: all ask the same store."""
 
 
 class Overtaken(Exception):
@@ -112,6 +115,7 @@ class SharedLanes:
         self._shared, self._counters = self.sharing.shared, counters
         self._board, self._pace, self._tree, self._groups = board, pace, tree, groups
         self._ready, self._probe, self._check, self._enter = ready, probe, check, enter
+        self._crowd_s = EACH_S * layout.world_size
         self.doing: Doing | None = None
 
     @property
@@ -216,7 +220,7 @@ class SharedLanes:
         """While a lane is computed in here, look again and again whether somebody else is done (raises Overtaken)."""
         doing, before = self.doing, self._tree.interrupted
         assert doing is not None
-        each_s = max(LOOK_S, self._pace.usual_s()[self.rank] / LOOKS)
+        each_s = max(LOOK_S, self._crowd_s, min(RARELY_S, self._pace.usual_s()[self.rank] / LOOKS))
         next_s = max(from_s, doing.now_s + each_s)
 
         def look() -> None:
@@ -273,7 +277,7 @@ class SharedLanes:
                         self._run(lane, found)
                     self._enter(Activity.EXCHANGE)
             if waits:
-                time.sleep(max(WATCH_S, copy_s / WATCHES))
+                time.sleep(max(WATCH_S, self._crowd_s, min(SOON_S, copy_s / WATCHES)))
 
     # --- groups with the same lanes ---
 

@@ -71,7 +71,7 @@ def _overtaken(steps: tuple[int, ...], looks: bool, worker: int) -> None:
     shares.to_take = lambda *_: ()
     shares.is_late = lambda sharing, lane, *_: worker != SLOW
     StageFeeder.ready = lambda self, step, lane: True  # type: ignore[method-assign]
-    shares.LOOK_S, shares.LOOKS = 0.0, 10**9
+    shares.LOOK_S, shares.LOOKS, shares.EACH_S = 0.0, 10**9, 0.0
     real = SharedLanes._run
 
     def run(self: SharedLanes, lane: int, begun: Claim | None) -> None:

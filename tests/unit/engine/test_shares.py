@@ -96,6 +96,11 @@ class Rank0:
             self.words.words[f"lane/{lane}"] = Claim(STEP, 1, True).encode()
 
 
+def looks_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOOK_S", "EACH_S"):
+        monkeypatch.setattr(shares, name, 0.0)
+
+
 def test_what_nobody_has_begun_is_taken_over_the_last_lane_first() -> None:
     one = Rank0("take_over")
     work = one.run()
@@ -163,7 +168,7 @@ def test_what_was_done_while_we_asked_for_it_is_not_computed(monkeypatch: pytest
 
 
 def test_who_is_overtaken_breaks_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shares, "LOOK_S", 0.0)
+    looks_always(monkeypatch)
     one = Rank0()
     one.others_are_done(4, 5)
     work = one.run(lambda lane: one.others_are_done(2) if lane == 2 else None)
@@ -176,7 +181,7 @@ def test_who_is_overtaken_breaks_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("stays", [True, False])
 def test_in_a_group_with_the_same_lanes_the_first_one_counts(monkeypatch: pytest.MonkeyPatch, stays: bool) -> None:
-    monkeypatch.setattr(shares, "LOOK_S", 0.0)
+    looks_always(monkeypatch)
     first = Rank0("coded").run()
     assert first.counted == [0, 1, 2, 3, 4, 5]
     second = Rank0("coded")
@@ -193,7 +198,7 @@ def test_in_a_group_with_the_same_lanes_the_first_one_counts(monkeypatch: pytest
 
 
 def test_a_model_with_integer_buffers_has_one_whole_lane(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shares, "LOOK_S", 0.0)
+    looks_always(monkeypatch)
     one = Rank0("coded", counters=True)
     one.words.words["group/0"] = Claim(STEP, 1, True).encode()
     work = one.run()
