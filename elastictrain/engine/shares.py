@@ -36,8 +36,8 @@ from elastictrain.straggler_settings import Redundancy
 from elastictrain.tree import Node, most_sums
 
 LOOK_S, LOOKS, RARELY_S = 0.002, 16, 0.1
-"""Whoever may be overtaken looks so many times in a lane whether it was; no more often than the first, and no less often
-than the last."""
+"""Whoever may be overtaken looks so many times in a lane whether it was; no more often than the first says, and no less
+often than the last."""
 WATCH_S, WATCHES, SOON_S = 0.001, 64, 0.01
 """The same of one that has nothing to do but to wait whether a lane becomes late: the step waits for it too."""
 EACH_S = 1e-4
