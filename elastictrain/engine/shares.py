@@ -141,7 +141,6 @@ class SharedLanes:
         must not break off.
         """
         self.doing = Doing(step, work, closed, stays)
-        self._board.seconds = 0.0
         if self.coded:
             self._whole_group(self.doing)
         else:
