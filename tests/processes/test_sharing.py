@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from elastictrain.engine.lane_checks import lane_check
 from elastictrain.faults import add, drain, freeze, kill, slow
 from elastictrain.job import Job
 from elastictrain.stragglers.signals import dealt, decode
@@ -149,9 +150,13 @@ def test_workers_come_and_go(folder, reference):
 
 
 def test_a_lane_that_is_checked_is_nobody_elses(folder, reference):
-    """Every second step one lane is computed by two workers and compared: by the one that it was dealt out to."""
-    checks = {"integrity": {"recompute_every": 2}}
-    same(run_job(shared_job(folder, **checks), patch=held_up((3, 5))), reference)
+    """In every step one lane is computed by two workers and compared: by the one that it was dealt out to."""
+    checks = {"integrity": {"recompute_every": 1}}
+    run = run_job(shared_job(folder, **checks), patch=held_up(tuple(range(2, 9))))
+    same(run, reference)
+    layout = run.machine.core.ledger.plan.layout
+    checked = [lane_check(layout, step, seed=0, every=1) for step in range(2, 9)]
+    assert {check.lane for check in checked if check is not None} & set(layout.lanes_of(SLOW)[-2:])
     same(run_job(shared_job(folder, "coded", **checks)), reference)
 
 

@@ -133,6 +133,16 @@ def test_a_slow_device_takes_nothing_from_a_fast_one() -> None:
     assert to_take(sharing, 0, (), 8.0, (1.0, 0.0)) == to_take(sharing, 0, (), 8.0, (0.0, 4.0)) == (), "unknown"
 
 
+def test_what_may_have_been_begun_just_now_is_left_alone() -> None:
+    """Less than a quarter of a lane is noise: who is early by it takes nothing, unless it is done well before."""
+    sharing = second_holders((tuple(range(7)), tuple(range(7, 15))), 1, firsts=False)
+    assert sharing.second == ((14,), (6,))
+    assert to_take(sharing, 0, (), 7.2, (1.0, 1.0)) == ()
+    assert to_take(sharing, 0, (), 7.3, (1.0, 1.0)) == (14,)
+    assert to_take(sharing, 0, (), 7.0, (0.7, 1.0)) == (14,)
+    assert to_take(sharing, 0, (), 7.0, (0.8, 1.0)) == ()
+
+
 def test_a_copy_is_begun_when_the_wait_has_cost_as_much() -> None:
     sharing = second_holders(even(2, 4), 1, firsts=True)
     lane = sharing.second[0][0]
