@@ -99,8 +99,8 @@ def _overtaken(steps: tuple[int, ...], looks: bool, worker: int) -> None:
 
 
 def impatient(worker: int) -> None:
-    """The first member's store is given half a second for an answer."""
+    """The first member's store is given three seconds for an answer: one that lives needs far less."""
     del worker
     defaults = ClaimBoard.__init__.__kwdefaults__
     assert defaults is not None
-    defaults["answer_s"] = 0.5
+    defaults["answer_s"] = 3.0

@@ -126,8 +126,9 @@ def test_a_store_that_is_frozen_is_a_lost_peer_too() -> None:
             cut.append(address)
             hang_up(address)
 
-        mine = ClaimBoard(store, cuts, answer_s=0.2)
-        assert mine.claim("a", Claim(1, 0)) == Claim(1, 0)
+        patient, mine = ClaimBoard(store, cuts), ClaimBoard(store, cuts, answer_s=0.2)
+        assert patient.claim("a", Claim(1, 0)) == Claim(1, 0)
+        patient.close()
         assert process.pid is not None
         os.kill(process.pid, signal.SIGSTOP)
         os.waitpid(process.pid, os.WUNTRACED)
