@@ -114,6 +114,16 @@ def test_cells_and_blocks_are_hashed_while_they_pass(monkeypatch: pytest.MonkeyP
     assert block_sum_of(parts) == xxhash.xxh3_64_intdigest(whole[:700])
 
 
+def test_a_block_is_hashed_when_it_has_been_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was written a moment ago lies in the processor's cache; what is to be written mostly does not."""
+    monkeypatch.setattr(hashing, "SUM_BLOCK_BYTES", 5000)
+    run = Run(memoryview(bytes(12_000)), hashing.DIGEST_BLOCK_ELEMENTS)
+    blocks = Blocks([run], 12_000)
+    known = [(len(blocks.sums), len(run.cells)) for _ in blocks]
+    assert known == [(0, 0), (1, 1), (2, 3)], "the rest is copied together, and its cells are hashed then"
+    assert (len(blocks.sums), len(run.cells)) == (3, 3)
+
+
 def test_a_write_that_fails_removes_its_own_file_and_no_other(tmp_path: Path) -> None:
     store = Store(tmp_path)
 
