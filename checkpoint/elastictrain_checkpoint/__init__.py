@@ -39,7 +39,7 @@ from elastictrain_checkpoint.pack import PackWriter, Piece
 from elastictrain_checkpoint.part import Part
 from elastictrain_checkpoint.policies import AnyOf, Best, EverySteps, Newest, Point, Policy, Spaced, Younger
 from elastictrain_checkpoint.reader import Reader, Request
-from elastictrain_checkpoint.retain import Pruned, discard, pin, pinned, prune, unpin
+from elastictrain_checkpoint.retain import Pruned, discard, pin, pinned, prune, unpin, withdraw
 from elastictrain_checkpoint.store import Backend, Store
 from elastictrain_checkpoint.tiers import Found, Healing, find, heal, newest_good, newest_in, reachable
 
@@ -108,4 +108,5 @@ __all__ = [
     "reachable",
     "unpin",
     "verify",
+    "withdraw",
 ]

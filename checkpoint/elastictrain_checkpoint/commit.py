@@ -264,8 +264,22 @@ def load(store: Store, step: int) -> Manifest:
         raise NoCheckpoint(f"{store.url} has no checkpoint of step {step}; steps there: {there}") from None
     manifest = parse_manifest(raw, step, store.read_all)
     for complaint in wrong_sizes(store, manifest):
-        raise CorruptData(f"step {step}: {complaint}")
+        why = f"; {NO_PACKS}" if has_no_packs(store, manifest) else ""
+        raise CorruptData(f"step {step}: {complaint}{why}")
     return manifest
+
+
+NO_PACKS = (
+    "none of the packs that were written for it is there: somebody has removed them, or it was committed by a run that "
+    "had gone on without that worker and had cleared its packs away"
+)
+
+
+def has_no_packs(store: Store, manifest: Manifest) -> bool:
+    """Whether all packs that this step does not share with earlier ones are missing. Not one byte was damaged then:
+    they were removed, before the manifest came (a commit that was answered late) or after it.
+    """
+    return bool(manifest.own_paths) and all(store.size(path) is None for path in manifest.own_paths)
 
 
 def newest(store: Store, skipped: list[Skipped] | None = None) -> Manifest | None:

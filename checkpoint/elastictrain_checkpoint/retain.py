@@ -15,7 +15,7 @@ from functools import partial
 
 from elastictrain_checkpoint.catalogue import point_of
 from elastictrain_checkpoint.check import verify
-from elastictrain_checkpoint.commit import Skipped, list_steps, load
+from elastictrain_checkpoint.commit import Skipped, has_no_packs, list_steps, load, wrong_sizes
 from elastictrain_checkpoint.errors import CorruptData, InvalidManifest, InvalidPiece, NoCheckpoint
 from elastictrain_checkpoint.manifest import Manifest, parse_manifest
 from elastictrain_checkpoint.part import check_names
@@ -33,7 +33,8 @@ class Pruned:
     Attributes:
         kept: steps that remain, ascending.
         removed: steps that were removed, ascending.
-        garbage: paths of attempts, packs and drafts that nobody refers to and that were removed.
+        garbage: paths of attempts, packs and drafts that nobody refers to and that were removed, and of manifests that
+            came when their packs had been removed.
         unsound: steps that look like checkpoints and are none; left for a person to look at.
 
     """
@@ -100,7 +101,8 @@ def prune(
         current: the step that was committed last; later steps of lower generations are removed.
         now_s: time in seconds since 1970; the clock's if not given.
         abandoned: says of the name of an attempt that nobody writes it any more. What nobody refers to in such an
-            attempt goes at once, not only when its lease is over.
+            attempt goes at once, not only when its lease is over; and so does its manifest where all of its packs are
+            gone: the call that created it was answered when they had been collected.
 
     Raises:
         InvalidPiece: ``keep`` is below 1.
@@ -111,7 +113,7 @@ def prune(
     policy = Newest(keep) if isinstance(keep, int) else keep
     now_s = time.time() if now_s is None else now_s
     result = Pruned()
-    sound, foreign = _read_all(store, result)
+    sound, foreign = _read_all(store, result, abandoned or (lambda _: False))
     given_up = _given_up(sound, current)
     counted = [manifest for manifest in sound if manifest not in given_up]
     stay = {*pinned(store), *protect}
@@ -149,25 +151,38 @@ class _Due:
         return (bool(attempt) and self.abandoned(attempt)) or _newest_s(store, path) < self.before_s
 
 
-def _read_all(store: Store, result: Pruned) -> tuple[list[Manifest], set[str]]:
-    """Sound steps, ascending, and the packs that steps which are not whole refer to: those too are for a person."""
+def _read_all(store: Store, result: Pruned, abandoned: Callable[[str], bool]) -> tuple[list[Manifest], set[str]]:
+    """Sound steps, ascending, and the packs that steps which are not whole refer to: those too are for a person. What
+    an abandoned attempt has made of nothing is removed.
+    """
     sound: list[Manifest] = []
     foreign: set[str] = set()
     for step in list_steps(store):
         try:
             sound.append(load(store, step))
         except CorruptData as error:
+            manifest = _believed(store, step)
+            if manifest is not None and abandoned(manifest.attempt) and has_no_packs(store, manifest):
+                store.remove(manifest.path)
+                result.garbage.append(manifest.path)
+                continue
             result.unsound.append(Skipped(step, str(error)))
-            foreign.update(_paths_of(store, step))
+            foreign.update(manifest.paths if manifest is not None else ())
     return sound, foreign
+
+
+def _believed(store: Store, step: int) -> Manifest | None:
+    """The manifest of a step, whole or not; None if there is none that can be believed."""
+    try:
+        return parse_manifest(store.read_all(manifest_path(step)), step, store.read_all)
+    except (FileNotFoundError, InvalidManifest):
+        return None
 
 
 def _paths_of(store: Store, step: int) -> Iterable[str]:
     """Packs that a step refers to; none if its manifest cannot be believed."""
-    try:
-        return parse_manifest(store.read_all(manifest_path(step)), step, store.read_all).paths
-    except (FileNotFoundError, InvalidManifest):
-        return ()
+    manifest = _believed(store, step)
+    return () if manifest is None else manifest.paths
 
 
 def _given_up(sound: list[Manifest], current: int | None) -> list[Manifest]:
@@ -197,6 +212,27 @@ def discard(store: Store, step: int, keep_attempt: str | None = None) -> None:
     _remove_step(
         store, step, {path for path in used if path.startswith(f"{folder}/")}, lambda name: name == keep_attempt
     )
+
+
+def withdraw(store: Store, step: int, attempt: str, *, if_torn: bool = False) -> bool:
+    """Remove the manifest of a step, if it is of this attempt; its packs are garbage then. For whoever has left the
+    call that creates it, and finds that it has created it after all.
+
+    Args:
+        store: where.
+        step: the step.
+        attempt: the attempt; a manifest of another one stays.
+        if_torn: only if packs that it refers to are missing or cut short.
+
+    Returns:
+        Whether there was one to be removed.
+
+    """
+    manifest = _believed(store, step)
+    if manifest is None or manifest.attempt != attempt or (if_torn and not wrong_sizes(store, manifest)):
+        return False
+    store.remove(manifest.path)
+    return True
 
 
 def _is_another(store: Store, manifest: Manifest, name: str) -> bool:

@@ -8,7 +8,8 @@ When the generation ends, the thread begins no further call, and nobody waits fo
 in none that changes anything; then whether the manifest exists can be seen in the store, and does not change any more.
 A call that is still open may yet create that manifest. That tears nothing, as long as nobody removes its packs: so the
 next commit of this worker begins when the call is answered, and another worker that publishes spares that attempt, and
-commits nothing in the folder that the call is about, while it is open (`Open`, said at the seal).
+commits nothing in the folder that the call is about, while it is open (`Open`, said at the seal). Whoever made the call
+sees to what came of it when it is answered: what shall not be there by then is withdrawn.
 """
 
 from __future__ import annotations
@@ -46,10 +47,10 @@ class Open:
 
 
 class _Work:
-    """One commit in the background."""
+    """One commit in the background. `answered`: see `Committer.begin`."""
 
-    def __init__(self, generation: int) -> None:
-        self.generation = generation
+    def __init__(self, generation: int, answered: Callable[[], None]) -> None:
+        self.generation, self.answered = generation, answered
         self.ended = threading.Event()
         self._lock = threading.Lock()
         self._is_over = False
@@ -63,7 +64,8 @@ class _Work:
 
     def after(self) -> None:
         with self._lock:
-            self._changing = None
+            if not self._is_over:  # else it is open until what came of it was seen to
+                self._changing = None
 
     def give_up(self) -> None:
         """Begin no further call."""
@@ -71,10 +73,15 @@ class _Work:
             self._is_over = True
 
     @property
-    def open(self) -> Open | None:
-        """The call that is under way, if it may change something."""
+    def left(self) -> Open | None:
+        """The call that may change something and is under way, or was when this was given up."""
         with self._lock:
             return None if self._changing is None else Open(self._changing, self.generation)
+
+    @property
+    def open(self) -> Open | None:
+        """The same while it is not answered, and what came of it not seen to."""
+        return None if self.ended.is_set() else self.left
 
 
 class Committer:
@@ -92,19 +99,23 @@ class Committer:
         self._left: list[_Work] = []
         self._error: BaseException | None = None
         self._committed: list[int] = []
+        self._asked = 0
 
     @property
     def is_busy(self) -> bool:
         """Whether a commit is under way, of this generation."""
         return self._work is not None and not self._work.ended.is_set()
 
-    def begin(self, step: int, generation: int, work: Callable[[Store], bool]) -> None:
+    def begin(
+        self, step: int, generation: int, work: Callable[[Store], bool], answered: Callable[[], None] = lambda: None
+    ) -> None:
         """Do `work` in the background; no other of this generation may be under way. It says whether `step` is
         committed. It begins when the calls that were left open are answered: from then on what they were to do is done
-        or will never be.
+        or will never be. `answered` is called, in the background, when the work was given up in a call that may have
+        changed something, and that call is answered.
         """
         assert not self.is_busy, "commits follow one another"
-        self._work, left = _Work(generation), [one for one in self._left if not one.ended.is_set()]
+        self._work, left = _Work(generation, answered), [one for one in self._left if not one.ended.is_set()]
         arguments = (step, work, self._work, left)
         threading.Thread(target=self._run, args=arguments, name="elastictrain-commit", daemon=True).start()
 
@@ -123,7 +134,31 @@ class Committer:
             if self._work is mine:
                 self._error = error
                 self._committed += [step] if is_committed else []
-        mine.ended.set()
+        while not mine.ended.is_set():
+            asked = self._asked
+            self._see_to(mine)
+            with self._lock:
+                if asked == self._asked:  # else it was asked for once more meanwhile
+                    mine.ended.set()
+
+    def _see_to(self, work: _Work) -> None:
+        if work.left is None:
+            return
+        try:
+            work.answered()
+        except BaseException as error:  # of no generation: whichever trains is told
+            with self._lock:
+                self._error = error
+
+    def see_to_the_answered(self) -> None:
+        """What was left open by the generation before this one and is answered is seen to once more: what `answered`
+        goes by may have changed since.
+        """
+        with self._lock:
+            self._asked += 1
+            answered = [one for one in self._left if one.ended.is_set()]
+        for one in answered:
+            self._see_to(one)
 
     def committed(self) -> list[int]:
         """Steps whose commits have ended well since the last call. Raises what a commit has failed with, once."""

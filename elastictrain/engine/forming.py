@@ -226,6 +226,9 @@ def _restore(session: Session, plan: FormPlan, groups: GroupSet) -> Reader | Non
     """
     assert plan.restore is not None
     model, held, done = session.model, session.model.held, session.committed
+    doubtful = session.saver if plan.restore.discard_newer else None
+    if doubtful is not None:
+        doubtful.distrust(plan.restore.step, plan.generation)
     with session.apply_lock:
         session.check()
         session.guard.forget()
@@ -249,8 +252,8 @@ def _restore(session: Session, plan: FormPlan, groups: GroupSet) -> Reader | Non
     with session.apply_lock:
         session.check()
         done.step = plan.step
-    if plan.restore.discard_newer and session.saver is not None and session.worker == plan.first_known:
-        session.saver.discard_after(plan.restore.step, plan.generation)
+    if doubtful is not None and session.worker == plan.first_known:
+        doubtful.discard_after(plan.restore.step, plan.generation)
     return reader
 
 

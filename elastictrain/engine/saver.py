@@ -29,6 +29,7 @@ from elastictrain_checkpoint import (
     list_steps,
     load,
     prune,
+    withdraw,
 )
 from elastictrain_checkpoint.errors import SaveFailed
 from elastictrain_checkpoint.handle import SaveHandle
@@ -155,6 +156,7 @@ class Saver:
         """The newest checkpoint that this worker has begun to write."""
         self.lost: tuple[Account, ...] = ()
         """Checkpoints that have come to nothing and are not settled yet; see `committing.still_lost`."""
+        self._distrusted: list[tuple[int, int]] = []
 
     def begin(self, owned: Owned, *, step: int, generation: int, worker: int, known_step: int = 0) -> Writing:
         """Begin to write this worker's packs, in the background: call `before_apply` before the state changes.
@@ -257,7 +259,8 @@ class Saver:
             self.copies.look(facts["step"] if final else None)
             return True
 
-        self._committer.begin(facts["step"], facts["generation"], work)
+        answered = partial(self._settle, facts["step"], facts["generation"])
+        self._committer.begin(facts["step"], facts["generation"], work, answered)
 
     def committed(self) -> list[int]:
         """Steps that have been committed in the background since this was asked last. Raises ClusterError when one
@@ -344,9 +347,27 @@ class Saver:
             ).removed  # fmt: skip
         return []
 
+    def _settle(self, step: int, generation: int) -> None:
+        """A commit was given up in a call that is answered now. The manifest that it may have created must not stay if
+        it is not to be trusted, or if its packs were removed meanwhile: who is out of reach is waited for by nobody.
+        """
+        places = [place for place in self._distrusted if step > place[0] and generation < place[1]]
+        with self._storage(step) if places else suppress(OSError):
+            if withdraw(self._store, step, attempt_of(generation), if_torn=not places):
+                for place in places[-1:]:
+                    self.copies.distrust(*place)
+
+    def distrust(self, step: int, generation: int) -> None:
+        """What was stored after `step` before `generation` is not to be trusted: the calls that this worker has left
+        open shall leave nothing of it. For every member, before whoever publishes discards what is there.
+        """
+        self._distrusted.append((step, generation))
+        self._committer.see_to_the_answered()
+
     def discard_after(self, step: int, generation: int) -> None:
         """Remove every checkpoint newer than `step` that was stored before `generation`, wherever it lies: what it
-        holds is not to be trusted, and nobody may resume it.
+        holds is not to be trusted, and nobody may resume it. (What a call may yet make that is not answered, whoever
+        made it removes: see `distrust`.)
         """
         with self._storage(step):
             for newer in [found for found in list_steps(self._store) if found > step]:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from elastictrain.faults import Fault, flip, kill, miscompute
-from elastictrain_checkpoint import Store, list_steps
-from tests.support.plants import accuses_another, last_rows_are_lost, wait_for_company
-from tests.support.plants_storing import commits_are_fast
+from elastictrain_checkpoint import Store, list_steps, load
+from tests.support.plants import accuses_another, both, last_rows_are_lost, wait_for_company
+from tests.support.plants_storing import commits_are_fast, manifest_hangs_until_the_next_seal, storage_is_fast
 from tests.support.process_cluster import Run, byte_job, run_job
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
@@ -291,3 +291,24 @@ def test_checkpoints_that_are_not_to_be_trusted_are_gone(folder: Path, tmp_path:
     same(run, longer)
     assert run.record.of("went_back")[0]["to_step"] == 0
     assert seen == [[]]
+
+
+def test_a_checkpoint_that_is_not_to_be_trusted_goes_also_if_it_comes_later(
+    folder: Path, tmp_path: Path, longer: Run
+) -> None:
+    """The call that creates its manifest is answered when the others have been removed."""
+    job = lane_job(folder, tmp_path, 3, recompute_every=10, distrust="since_it_joined")
+    store, seen = Store(job.checkpoint.path), []
+
+    def look(driver: Any, values: Any) -> None:
+        if driver.record.of("went_back") and not seen:
+            seen.append(list_steps(store))
+
+    late = both(storage_is_fast, manifest_hangs_until_the_next_seal(8))
+    run = run_job(job, [miscompute(1, 2, one_in=1)], on_row=look, patch=late)
+    same(run, longer)
+    (back,) = run.record.of("went_back")
+    assert back["to_step"] == 0
+    assert 8 < back["from_step"] < 12, "while that call was open"
+    assert seen == [[]]
+    assert {load(store, step).generation for step in list_steps(store)} == {2}

@@ -196,6 +196,42 @@ def _manifest_hangs(step: int, until: int, worker: int) -> None:
     keeping.Keeper.heed = after_the_call  # type: ignore[method-assign]
 
 
+def manifest_hangs_until_the_next_seal(step: int) -> Callable[[int], None]:
+    """The call that creates the manifest of `step` in the first generation is answered when the next one is sealed, and
+    nobody trains in that one before what comes of it was seen to.
+    """
+    return partial(_manifest_hangs_until_the_next_seal, step)
+
+
+def _manifest_hangs_until_the_next_seal(step: int, worker: int) -> None:
+    if worker:
+        return
+    inner, heed, settle = posix.PosixBackend.publish, keeping.Keeper.heed, keeping.Keeper.settle
+    made, sealed = threading.Event(), threading.Event()
+
+    def publish(self: Any, path: str, data: bytes) -> None:
+        if path == f"step-{step:08d}/MANIFEST.json" and not made.is_set():
+            made.set()
+            assert sealed.wait(60)
+        inner(self, path, data)
+
+    def after_the_call(self: keeping.Keeper) -> None:
+        if self._handed == step and self._session.generation == 1:
+            assert made.wait(60)
+        heed(self)
+
+    def and_answer(self: keeping.Keeper) -> None:
+        settle(self)
+        if self._plan.generation > 1:
+            sealed.set()
+            for work in self._saver._committer._left:
+                assert work.ended.wait(60)
+
+    posix.PosixBackend.publish = publish  # type: ignore[method-assign]
+    keeping.Keeper.heed = after_the_call  # type: ignore[method-assign]
+    keeping.Keeper.settle = and_answer  # type: ignore[method-assign]
+
+
 def dies_before_it_says_what_was_lost(victim: int) -> Callable[[int], None]:
     """`victim`, which publishes, is killed when all members know what has come to nothing, and the controller not."""
     return partial(_dies_before_it_says_what_was_lost, victim)

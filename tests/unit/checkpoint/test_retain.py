@@ -8,10 +8,23 @@ from pathlib import Path
 
 import pytest
 
-from elastictrain_checkpoint import InvalidPiece, Store, commit, discard, list_steps, newest, prune, verify
+from elastictrain_checkpoint import (
+    CorruptData,
+    InvalidPiece,
+    Store,
+    commit,
+    discard,
+    list_steps,
+    load,
+    newest,
+    prune,
+    verify,
+    withdraw,
+)
 from tests.unit.checkpoint.build import flip, make_state, memory_store, save, sign, write_parts
 
 STATE = make_state({"t": ("F32", (100,))})
+TWO_PACKS = make_state({"t": ("F32", (10_000,))})
 
 
 @pytest.fixture(params=["file", "memory"])
@@ -64,6 +77,44 @@ def test_unsound_steps_are_left_for_a_person(store: Store) -> None:
     assert [one.step for one in result.unsound] == [20]
     assert folders(store) == ["step-00000020", "step-00000040"]
     assert store.list("step-00000020") == ["MANIFEST.json", "a1"]
+
+
+def lose_packs(store: Store, step: int, most: int) -> None:
+    for path in load(store, step).own_paths[:most]:
+        store.remove(path)
+
+
+def test_a_manifest_that_came_when_its_packs_were_cleared_away_is_garbage(store: Store) -> None:
+    save(store, TWO_PACKS, step=50, attempt="late")
+    lose_packs(store, 50, 2)
+    with pytest.raises(CorruptData, match="none of the packs that were written for it is there"):
+        load(store, 50)
+    assert newest(store).step == 40  # type: ignore[union-attr]
+    by_hand = prune(store, 5, lease_s=0, now_s=time.time() + 10)
+    assert [one.step for one in by_hand.unsound] == [50], "somebody may have moved the packs"
+    result = prune(store, 5, abandoned=lambda attempt: attempt == "late")
+    assert (result.unsound, result.removed) == ([], [])
+    assert "step-00000050/MANIFEST.json" in result.garbage
+    assert list_steps(store) == [10, 20, 30, 40]
+
+
+def test_a_manifest_with_a_part_of_its_packs_was_damaged_and_is_left_for_a_person(store: Store) -> None:
+    save(store, TWO_PACKS, step=50, attempt="late")
+    lose_packs(store, 50, 1)
+    result = prune(store, 5, abandoned=lambda attempt: attempt == "late")
+    assert [one.step for one in result.unsound] == [50]
+    assert "none of the packs" not in result.unsound[0].why
+
+
+def test_only_the_manifest_of_that_attempt_is_withdrawn(store: Store) -> None:
+    assert not withdraw(store, 40, "another")
+    assert not withdraw(store, 45, "a1"), "there is none"
+    assert not withdraw(store, 40, "a1", if_torn=True), "it is whole"
+    assert list_steps(store) == [10, 20, 30, 40]
+    assert withdraw(store, 40, "a1")
+    lose_packs(store, 30, 1)
+    assert withdraw(store, 30, "a1", if_torn=True)
+    assert list_steps(store) == [10, 20]
 
 
 def test_garbage_goes_after_its_lease(store: Store) -> None:
