@@ -9,11 +9,25 @@ from pydantic import Field
 from elastictrain.settings import Settings
 
 
+class Place(Settings):
+    """A further place of a run's checkpoints."""
+
+    path: str
+    """A folder or any fsspec URL."""
+    storage_options: dict[str, Any] = Field(default_factory=dict)
+
+
 class StartFrom(Settings):
     """Weights that a new run begins with: step 0, data from the beginning."""
 
     checkpoint: str
-    """Folder or URL of another run's checkpoints, of a checkpoint of another format, or one `.safetensors` file."""
+    """A run directory; folder or URL of another run's checkpoints, of a checkpoint of another format, or one
+    `.safetensors` file.
+    """
+    copies: tuple[Place, ...] = ()
+    """Of another run's checkpoints: further places that they lie in, nearest first; those of a run directory are taken
+    from its job.
+    """
     step: Annotated[int, Field(ge=0)] | None = None
     """Of another run's checkpoints; default the newest."""
     format: Literal["auto", "elastictrain", "safetensors", "dcp", "universal", "megatron"] = "auto"
@@ -29,7 +43,8 @@ class StartFrom(Settings):
 
     def provenance(self) -> dict[str, Any]:
         """What checkpoints of the run say of it; no secrets."""
-        return self.model_dump(mode="json", exclude={"storage_options"})
+        said = self.model_dump(mode="json", exclude={"storage_options", "copies"})
+        return said | ({"copies": [{"path": one.path} for one in self.copies]} if self.copies else {})
 
     def differences(self, recorded: dict[str, Any]) -> list[str]:
         """How this differs from what a checkpoint says that its run has started from; sentences. What is filled in when

@@ -20,12 +20,23 @@ import xxhash
 from elastictrain.engine.optimizers import optimizer_template, state_keys
 from elastictrain.engine.saving import NAMES, stored_aliases, weight_name
 from elastictrain.engine.space import Space
+from elastictrain.engine.stored import Note, newest_anywhere
 from elastictrain.engine.worker_model import bare_model
 from elastictrain.errors import CheckpointMismatch, ClusterError, ConfigError, CorruptCheckpoint
-from elastictrain.job import Job
-from elastictrain.origin import StartFrom
+from elastictrain.job import Checkpoint, Copy, Job, load_job, place_of
+from elastictrain.origin import Place, StartFrom
 from elastictrain.recipe import load_recipe
-from elastictrain_checkpoint import CheckpointError, CorruptData, Reader, Store, convert, list_steps, load, newest
+from elastictrain_checkpoint import (
+    CheckpointError,
+    CorruptData,
+    Found,
+    Store,
+    convert,
+    find,
+    list_steps,
+    load,
+    newest,
+)
 from elastictrain_checkpoint.mapping import Mapped, dump_rules, parse_rules
 from elastictrain_checkpoint.source import Source, read_blocks
 
@@ -38,13 +49,15 @@ Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
 @dataclass(frozen=True)
 class Origin:
     """What a run can begin with. `source`: tensors under the names of a run; `aliases`: tied names that it knows;
-    `step`: of another run's checkpoint; `fingerprint`: the digest of that, else of names, types and shapes.
+    `step`: of another run's checkpoint; `fingerprint`: the digest of that, else of names, types and shapes; `notes`:
+    for events.jsonl, about places that do not answer.
     """
 
     source: Source
     aliases: Mapping[str, str]
     step: int | None
     fingerprint: str
+    notes: tuple[Note, ...] = ()
 
 
 def open_origin(settings: StartFrom) -> Origin:
@@ -73,23 +86,58 @@ def _open(settings: StartFrom) -> Origin:
     source: Source | None = None
     aliases: Mapping[str, str] = {}
     step: int | None = None
+    notes: tuple[Note, ...] = ()
     rules = _rules(settings)
     if settings.format in ("auto", "elastictrain") and not url.endswith(".safetensors"):
-        store = Store(url, storage_options=options)
-        if settings.format == "elastictrain" or settings.step is not None or list_steps(store):
-            manifest = newest(store) if settings.step is None else load(store, settings.step)
-            if manifest is None:
-                raise ConfigError(f"start_from.checkpoint={url!r} holds no whole checkpoint of a run")
-            source, aliases, step = Reader(store, manifest), manifest.alias, manifest.step
-            fingerprint = manifest.digest
+        found, notes = _of_a_run(settings)
+        if found is not None:
+            source, aliases, step = found.reader(), found.manifest.alias, found.manifest.step
+            fingerprint = found.manifest.digest
     if source is None:
         foreign = convert.open_source(url, settings.format, storage_options=options)
         facts = [foreign.format, sorted((name, d, list(s)) for name, (d, s) in foreign.tensors.items())]
         fingerprint = xxhash.xxh3_128_hexdigest(json.dumps(facts).encode())
         source = Mapped(foreign, convert.default_rules(foreign))
     if rules:  # tied names are other ones then
-        return Origin(Mapped(source, parse_rules(json.dumps(rules))), {}, step, fingerprint)
-    return Origin(source, aliases, step, fingerprint)
+        return Origin(Mapped(source, parse_rules(json.dumps(rules))), {}, step, fingerprint, notes)
+    return Origin(source, aliases, step, fingerprint, notes)
+
+
+def _of_a_run(settings: StartFrom) -> tuple[Found | None, tuple[Note, ...]]:
+    """The checkpoint of another run, and the stores to read it from: of every block from the first that has it whole.
+    None where the place may be of another format.
+    """
+    url, step, silent = settings.checkpoint, settings.step, dict[str, str]()
+    first, copies = Store(url, storage_options=settings.storage_options), copies_of(settings)
+    stores = (first, *(Store(one.path, storage_options=one.storage_options) for one in copies))
+    found: Found | None = None
+    if step is not None:
+        found = find(stores, step) if copies else Found(load(first, step), stores)
+    elif copies:
+        found, silent = newest_anywhere(stores)
+    elif manifest := newest(first):
+        found = Found(manifest, stores)
+    if found is None and (copies or settings.format == "elastictrain" or list_steps(first)):
+        where = "".join(f", nor does {place.path!r}" for place in copies)
+        raise ConfigError(f"start_from.checkpoint={url!r} holds no whole checkpoint of a run{where}{_unasked(silent)}")
+    return found, tuple(("place_silent", {"path": place, "error": why}) for place, why in silent.items())
+
+
+def _unasked(silent: Mapping[str, str]) -> str:
+    return "".join(f"; {url} does not answer: {why}" for url, why in silent.items())
+
+
+def copies_of(settings: StartFrom) -> tuple[Place, ...]:
+    """The further places of the checkpoints to begin with: those of the setting; of a run directory all that its job
+    names. Raises ConfigError when that run stores none.
+    """
+    if settings.copies or not (Path(settings.checkpoint).expanduser() / "job.yaml").is_file():
+        return tuple(one for one in settings.copies if place_of(one.path) != place_of(settings.checkpoint))
+    stored = load_job(Path(settings.checkpoint).expanduser() / "job.yaml").checkpoint
+    if stored is None:
+        raise ConfigError(f"start_from.checkpoint={settings.checkpoint!r} is a run that has stored no checkpoints")
+    places: list[Checkpoint | Copy] = [stored, *stored.copy_to]
+    return tuple(Place(path=one.path, storage_options=one.storage_options) for one in places)
 
 
 def _rules(settings: StartFrom) -> list[Any]:
@@ -179,10 +227,11 @@ def _check_ties(origin: Origin, ties: Mapping[str, str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Pinned:
-    """`settings`: with all that makes it the same every time. `said`: for events.jsonl."""
+    """`settings`: with all that makes it the same every time. `said`: for events.jsonl, as `notes` are."""
 
     settings: StartFrom
     said: dict[str, Any]
+    notes: tuple[Note, ...] = ()
 
 
 def pin(job: Job) -> Pinned:
@@ -208,8 +257,9 @@ def pin(job: Job) -> Pinned:
         raise CheckpointMismatch(_words(settings, [*groups, never]))
     said = {"checkpoint": settings.checkpoint, "step": origin.step, "tensors": len(found.names),
             "kept": [*found.missing, *found.different], "skipped": list(found.extra)}  # fmt: skip
-    changes = {"step": origin.step, "fingerprint": origin.fingerprint, "mapping": tuple(_rules(settings)) or None}
-    return Pinned(settings.model_copy(update=changes), said)
+    changes = {"step": origin.step, "fingerprint": origin.fingerprint, "mapping": tuple(_rules(settings)) or None,
+               "copies": () if origin.step is None else copies_of(settings)}  # fmt: skip
+    return Pinned(settings.model_copy(update=changes), said, origin.notes)
 
 
 def wanted_of(space: Space, counters: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:

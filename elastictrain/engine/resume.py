@@ -8,7 +8,7 @@ from typing import Any
 
 from elastictrain.data import AnySource, MixedSource, Segment, fingerprint_difference
 from elastictrain.data.stages import Skip, first_stage, open_stage, with_lanes, with_mixture, with_skips
-from elastictrain.engine.origins import pin
+from elastictrain.engine.origins import copies_of, pin
 from elastictrain.engine.stored import Note, Stored, folder_of, refuse_checkpoints
 from elastictrain.engine.stored import older_offer as older_offer
 from elastictrain.errors import CheckpointMismatch, ConfigError, DataError
@@ -87,7 +87,7 @@ def _new(job: Job) -> Start:
     if job.start_from is None:
         return Start(Restore(0, None), (), stages, data=source.fingerprint)
     pinned = pin(job)
-    notes = (("started_from", pinned.said),)
+    notes = (*pinned.notes, ("started_from", pinned.said))
     return Start(Restore(0, None), (), stages, notes, data=source.fingerprint, start_from=pinned.settings)
 
 
@@ -109,8 +109,13 @@ def _recorded_origin(job: Job, manifest: Manifest) -> StartFrom | None:
             f"start_from is not what the run of checkpoint step {manifest.step} has begun with:\n  {shown}\n"
             "leave start_from out to go on, or start a new run (another checkpoint.path)"
         )
-    options = {} if job.start_from is None else {"storage_options": job.start_from.storage_options}
-    return None if recorded is None else StartFrom.model_validate(recorded | options)
+    if recorded is None:
+        return None
+    given: dict[str, Any] = {}
+    if job.start_from is not None:  # what opens the places is not recorded
+        given = {"storage_options": job.start_from.storage_options}
+        given |= {"copies": copies} if (copies := copies_of(job.start_from)) else {}
+    return StartFrom.model_validate(recorded | given)
 
 
 def _with_lanes(job: Job, manifest: Manifest) -> tuple[tuple[Stage, ...], list[Note]]:

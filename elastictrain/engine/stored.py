@@ -14,6 +14,7 @@ from elastictrain.job import Checkpoint, Job
 from elastictrain_checkpoint import (
     CheckpointError,
     Entry,
+    Found,
     Manifest,
     Store,
     catalogue,
@@ -22,10 +23,12 @@ from elastictrain_checkpoint import (
     list_steps,
     load,
     newest_good,
+    parse_manifest,
     reachable,
     verify,
 )
 from elastictrain_checkpoint.asking import Asked
+from elastictrain_checkpoint.commit import has_no_packs
 from elastictrain_checkpoint.paths import LATEST, manifest_path
 from elastictrain_checkpoint.tiers import LAST_ANSWER_S
 
@@ -90,8 +93,9 @@ class Stored:
         known = [entry for found in entries.values() for entry in found]
         left_behind = {entry.step for entry in known} - {entry.step for entry in happened(known)}
         steps = {step for found in listed.values() for step in found}
-        if settings.copy_to:  # retention removes them in each place, but not in all at the same time
-            steps -= left_behind
+        if not settings.copy_to:  # retention removes them at once, if they are not late
+            left_behind = {step for step in left_behind if _is_late(there[0], step)}
+        steps -= left_behind  # in several places retention does not remove them at the same time
         notes: list[Note] = [("place_silent", {"path": url, "error": why}) for url, why in silent.items()]
         return cls(settings, there, sorted(steps), entries, listed, notes)
 
@@ -144,6 +148,22 @@ class Stored:
         raise ConfigError(f"--resume: {path} holds no checkpoint yet; start without --resume, or set checkpoint.path")
 
 
+def newest_anywhere(stores: Sequence[Store]) -> tuple[Found | None, dict[str, str]]:
+    """The newest checkpoint of a run that is whole in any of its places, nearest first, or in all of them together; and
+    which of them do not answer, by URL. Raises OSError when none does.
+    """
+    there, silent = reachable(stores)
+    if not there:
+        raise OSError("; ".join(f"{url} does not answer: {why}" for url, why in silent.items()))
+    known = [entry for store in there for entry in catalogue(store)]
+    left_behind = {entry.step for entry in known} - {entry.step for entry in happened(known)}
+    steps = {step for store in there for step in _listed(store)} - left_behind
+    for step in sorted(steps, reverse=True):
+        with suppress(CheckpointError):
+            return find(there, step), silent
+    return None, silent
+
+
 def older_offer(job: Job, step: int) -> str:
     """What to do when the workers find `step` damaged: the newest older one every byte of which is right, in words."""
     assert job.checkpoint is not None, "it was restored from there"
@@ -168,6 +188,14 @@ def _is_sound(store: Store, step: int) -> bool:
     try:
         return not verify(store, load(store, step))
     except CheckpointError:
+        return False
+
+
+def _is_late(store: Store, step: int) -> bool:
+    """Whether a step that was left behind came when its packs had been cleared away: it is not even damaged."""
+    try:
+        return has_no_packs(store, parse_manifest(store.read_all(manifest_path(step)), step, store.read_all))
+    except (CheckpointError, FileNotFoundError):
         return False
 
 

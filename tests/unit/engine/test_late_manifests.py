@@ -11,7 +11,8 @@ import pytest
 
 from elastictrain.engine.committing import Committer, Open
 from elastictrain.engine.saver import Saver
-from elastictrain.errors import ClusterError
+from elastictrain.engine.stored import Stored
+from elastictrain.errors import ClusterError, CorruptCheckpoint
 from elastictrain_checkpoint import Store, list_steps, newest, verify
 from elastictrain_checkpoint.posix import PosixBackend
 from tests.unit.engine.test_committing import STAY, Gate, begin_commit, left_open, packs_in
@@ -192,3 +193,26 @@ def test_a_manifest_without_packs_is_never_chosen_and_goes_with_the_next_commit(
     assert other.wait_for_commit(STAY) == [4]
     assert list_steps(store) == [4]
     assert not list((Path(settings.path) / "step-00000002").iterdir())
+
+
+def test_a_resume_does_not_ask_a_person_about_a_manifest_without_packs(
+    tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the newest by its step, and was left behind by those who went on without the worker that created it."""
+    settings = store_of(tmp_path)
+    saver, other = Saver(settings), Saver(settings)
+    with monkeypatch.context() as patch:
+        gate = Gate(patch, "publish")
+        begin_commit(saver, model, 4, 1, [])
+        assert gate.reached.wait(60)
+    begin_commit(other, model, 3, 2, [])
+    assert other.wait_for_commit(STAY) == [3]
+    gate.go_on.set()
+    saver.wait_for_commit(STAY)
+    assert list_steps(Store(settings.path)) == [3, 4]
+    manifest, _ = Stored.of(settings).choose(None)
+    assert manifest.step == 3
+    pack = next(Path(settings.path).glob("step-00000003/*/*.safetensors"))
+    pack.unlink()
+    with pytest.raises(CorruptCheckpoint, match="checkpoint step 3 is damaged"):
+        Stored.of(settings).choose(None)
