@@ -16,6 +16,9 @@ import common
 
 CLOSE = shlex.split("--only 'DDP best' elastictrain 'elastictrain on Ray' --workers 2 --lanes 4 --rounds 70")
 """The case nearest to its target, with enough rounds to tell: a single round is some eight percent off."""
+BEST = shlex.split("--best --cases '256 MiB' --rounds 20")
+LARGE = shlex.split("--best --cases '1 GiB' --rounds 3")
+"""Each in less than three minutes."""
 ALL = {
     "same_bits": ["same_bits.py"],
     "recovery": ["recovery.py"],
@@ -40,6 +43,8 @@ ALL = {
     "mitigation": ["mitigation.py"],
     "redundancy": ["redundancy.py"],
     "checkpoint_stall": ["checkpoints/stall.py"],
+    "checkpoint_stall_best": ["checkpoints/stall.py", "--name", "checkpoint_stall_best", *BEST],
+    "checkpoint_stall_1gib": ["checkpoints/stall.py", "--name", "checkpoint_stall_1gib", *LARGE],
     "checkpoint_throughput": ["checkpoints/throughput.py"],
     "checkpoint_reshard": ["checkpoints/reshard.py"],
     "checkpoint_planning": ["checkpoints/planning.py"],
