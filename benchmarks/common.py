@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -100,6 +101,13 @@ def quantile(values: Iterable[float], q: float) -> float:
     """The smallest value that is at least as large as a share `q` of all (nearest rank): p95 of 30 is the 29th."""
     found = sorted(values)
     return found[max(0, math.ceil(q * len(found)) - 1)] if found else math.nan
+
+
+def by_chance(values: Sequence[float]) -> tuple[float, float]:
+    """Where 90 % of the medians lie when as many values are drawn of these again and again."""
+    draw = random.Random(0)
+    found = [median(draw.choices(values, k=len(values))) for _ in range(2000)]
+    return quantile(found, 0.05), quantile(found, 0.95)
 
 
 def spread(values: Sequence[float]) -> str:

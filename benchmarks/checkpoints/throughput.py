@@ -3,6 +3,9 @@
 Every round does all cases one after the other, so that what else the machine does hits all alike; ratios are medians
 over rounds, and always throughput by throughput: 2 means twice as fast, half the time. Both sides end a save with fsync
 of every file; loads are warm (from the page cache) and fill buffers that were there before.
+
+What hashing costs is a few percent, less than one round differs from the next. So it has rounds of its own, many, and
+nothing between what is compared: a save and two loads with hashes and without, which of them first in turn.
 """
 
 from __future__ import annotations
@@ -183,6 +186,36 @@ def measure(folder: Path, state: Arrays, rounds: int) -> dict[str, list[float]]:
     return found
 
 
+def measure_hashing(folder: Path, state: Arrays, rounds: int) -> dict[str, list[list[float]]]:
+    """(seconds, seconds of processor time) with hashes and without, of as many neighbours in time."""
+    targets = {name: np.zeros_like(value) for name, value in state.items()}
+    works = {"hashes": (our_save, our_load), "none": (without_hashes(our_save), without_hashes(our_load))}
+    found: dict[str, list[list[float]]] = {f"{verb} {name}": [] for verb in ("save", "load") for name in works}
+
+    def note(case: str, work: Callable[[Path, Arrays], None], place: Path, what: Arrays, *, counts: bool) -> None:
+        worked = time.process_time()
+        taken = timed(work, place, what)
+        if counts:
+            found[case].append([taken, time.process_time() - worked])
+
+    for number in range(rounds + 1):  # the first warms up
+        order = list(works) if number % 2 else list(works)[::-1]
+        for name in order:
+            os.sync()
+            note(f"save {name}", works[name][0], folder / name, state, counts=number > 0)
+        for again in range(4):  # the first two find what was just written
+            for name in order if again % 2 else order[::-1]:
+                note(f"load {name}", works[name][1], folder / name, targets, counts=number > 0 and again > 1)
+        shutil.rmtree(folder)
+    return found
+
+
+def price(found: Mapping[str, list[list[float]]], verb: str, which: int) -> list[float]:
+    """Percent that hashing adds to one save or load after the other. ``which``: 0 for time, 1 for processor time."""
+    both = zip(found[f"{verb} hashes"], found[f"{verb} none"], strict=True)
+    return [100 * (one[which] / other[which] - 1) for one, other in both]
+
+
 def ratio(found: Mapping[str, list[float]], one: str, other: str) -> float:
     """How many times as fast ``one`` is as ``other``: the median over rounds."""
     return common.median(b / a for a, b in zip(found[one], found[other], strict=True))
@@ -225,11 +258,16 @@ def case(results: common.Results, folder: Path, name: str, state: Arrays, rounds
         figure("load, verified, warm: throughput / raw readinto", "load elastictrain", "load raw", 0.8)
         figure("save: throughput / DCP at its best", "save elastictrain", best, 1.6)
         figure("load: throughput / DCP", "load elastictrain", "load DCP", 2.0)
+        priced = measure_hashing(folder / "hashing", state, 3 * rounds)
+        results.raw["hashing"] = priced
         for verb, most in (("save", 5.0), ("load", 10.0)):
-            plain = f"{verb} elastictrain"
-            cost = 100 * (ratio(found, f"{plain} without hashes", plain) - 1)
-            reached = common.verdict(cost, most, at_most=True)
-            results.figure(f"cost of hashing, % of a {verb}, {name}", cost, f"{most:g} or less", reached)
+            costs = price(priced, verb, 0)
+            reached = common.verdict(common.median(costs), most, at_most=True)
+            title = f"cost of hashing, % of a {verb}, {name}"
+            results.figure(title, common.median(costs), f"{most:g} or less", reached)
+            low, high = common.by_chance(costs)
+            results.figure(f"{title}: 90 % of what chance makes of it", f"{low:.1f} .. {high:.1f}", "none", "beside it")
+            results.figure(f"{title}, of processor time", common.median(price(priced, verb, 1)), "none", "beside it")
     else:
         figure("save: throughput / DCP at its best", "save elastictrain", best, 12.0)
         figure("save, what the disk allows: raw write + fsync / DCP at its best", "save raw", best, None)
