@@ -16,8 +16,8 @@ import common
 
 CLOSE = shlex.split("--only 'DDP best' elastictrain 'elastictrain on Ray' --workers 2 --lanes 4 --rounds 70")
 """The case nearest to its target, with enough rounds to tell: a single round is some eight percent off."""
-BEST = shlex.split("--best --cases '256 MiB' --rounds 20")
-LARGE = shlex.split("--best --cases '1 GiB' --rounds 3")
+BEST = shlex.split("--best --cases '256 MiB' --rounds 14")
+LARGE = shlex.split("--best --cases '1 GiB' --rounds 2")
 """Each in less than three minutes."""
 ALL = {
     "same_bits": ["same_bits.py"],

@@ -16,11 +16,14 @@ from elastictrain_checkpoint import disk
 from elastictrain_checkpoint.direct_io import DirectFile
 from elastictrain_checkpoint.hashing import SUM_BLOCK_BYTES
 from elastictrain_checkpoint.threads import processors
+from elastictrain_checkpoint.windows import in_blocks
 
 WRITE_BACK_BYTES = 8 << 20
 """The device is told to begin after so many bytes: it works while the next blocks are hashed and copied."""
-READ_WINDOW_BYTES = 2 << 20
-"""What is read at once, so that it is still in the processor's cache when it is hashed."""
+READ_WINDOW_BYTES = 4 << 20
+"""What is planned and opened at once."""
+READ_PORTION_BYTES = SUM_BLOCK_BYTES
+"""What of that is read at once, so that it is still in the processor's cache when it is hashed."""
 READ_THREADS = 4
 """So many threads, or as many as there are processors, read at once: more are held up by memory, not by work."""
 _MOST_BUFFERS = 1024  # IOV_MAX
@@ -34,6 +37,7 @@ class PosixBackend:
 
     read_window_bytes = READ_WINDOW_BYTES
     read_threads = min(READ_THREADS, processors())
+    reads_in_portions = True
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -108,22 +112,22 @@ class PosixBackend:
     def read_into(self, path: str, start: int, out: memoryview) -> int:
         return self.read_parts(path, start, [out])
 
-    def read_parts(self, path: str, start: int, outs: Sequence[memoryview]) -> int:
-        """Fill the buffers, one after the other, with the bytes from ``start`` on; gives how many there were."""
+    def read_parts(
+        self, path: str, start: int, outs: Sequence[memoryview], arrived: Callable[[int], None] | None = None
+    ) -> int:
+        """Fill the buffers, one after the other, with the bytes from ``start`` on; gives how many there were. With
+        ``arrived`` in portions; it is told after each how many bytes are there.
+        """
         file = os.open(self.root / path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             filled = 0
-            left = list(outs)
-            while left:
-                batch, left = left[:_MOST_BUFFERS], left[_MOST_BUFFERS:]
-                while batch:
-                    count = os.preadv(file, batch, start + filled)
-                    if count == 0:
-                        if not any(len(out) for out in batch):
-                            break
-                        return filled
-                    filled += count
-                    batch = _behind(batch, count)
+            for portion in [outs] if arrived is None else in_blocks(outs, READ_PORTION_BYTES):
+                count = _fill(file, start + filled, portion)
+                filled += count
+                if arrived is not None:
+                    arrived(filled)
+                if count < sum(map(len, portion)):
+                    break
             return filled
         finally:
             os.close(file)
@@ -229,6 +233,22 @@ def _write_blocks(file: int, blocks: Iterable[memoryview]) -> int:
         if direct is not None:
             direct.close()
     return size
+
+
+def _fill(file: int, start: int, outs: Sequence[memoryview]) -> int:
+    """Fill the buffers from ``start`` on, or up to the end of the file; gives how many bytes there were."""
+    filled = 0
+    for at in range(0, len(outs), _MOST_BUFFERS):
+        batch: Sequence[memoryview] = outs[at : at + _MOST_BUFFERS]
+        while batch:
+            count = os.preadv(file, batch, start + filled)
+            if count == 0:
+                if not any(len(out) for out in batch):
+                    break
+                return filled
+            filled += count
+            batch = _behind(batch, count)
+    return filled
 
 
 def _behind(buffers: Sequence[memoryview], count: int) -> list[memoryview]:

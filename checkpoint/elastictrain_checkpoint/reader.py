@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -242,10 +242,21 @@ class Reader:
         rest = np.empty(end - last, dtype=np.uint8).data if last < end else None
         tiles = tile(copies, begin, end, rest) if len(copies) * SCATTERED_BYTES <= end - begin else None
         views = tiles or [np.empty(end - begin, dtype=np.uint8).data]
-        why = self._fetch(file, begin, views) or "its hash differs from the manifest's"
-        for number, parts in zip(range(low, high), in_blocks(views, block), strict=True):
-            if block_sum_of(parts) != int(self.manifest.sums[file][number]):
-                self._heal(file, number, parts, why)
+        blocks, sums = list(in_blocks(views, block)), self.manifest.sums[file][low:high].tolist()
+        bad: list[int] = []
+        checked = 0
+
+        def check(count: int) -> None:
+            """So many bytes are there: hash the blocks that are whole with them."""
+            nonlocal checked
+            while checked < len(blocks) and min((checked + 1) * block, end - begin) <= count:
+                if block_sum_of(blocks[checked]) != sums[checked]:
+                    bad.append(checked)
+                checked += 1
+
+        why = self._fetch(file, begin, views, check)
+        for at in (*bad, *range(checked, len(blocks))):
+            self._heal(file, low + at, blocks[at], why or "its hash differs from the manifest's")
         if tiles is None:
             copy_out(views[0], begin, copies)
         if rest is not None:
@@ -255,13 +266,15 @@ class Reader:
                     rest[inside - last : start + len(out) - last] = out[inside - start :]
             self._keep(file, high - 1, last, rest)
 
-    def _fetch(self, file: int, start: int, outs: Sequence[memoryview]) -> str | OSError | None:
+    def _fetch(
+        self, file: int, start: int, outs: Sequence[memoryview], arrived: Callable[[int], None]
+    ) -> str | OSError | None:
         """Read; gives what is wrong, where blocks may still come from elsewhere."""
         got, number = 0, None
         why: str | OSError
         want = sum(len(out) for out in outs)
         try:
-            got = self._store.read_parts(self.manifest.paths[file], start, outs)
+            got = self._store.read_parts(self.manifest.paths[file], start, outs, arrived)
             why = f"the file is cut short ({got} of {want} bytes from {start} on)"
             number = (start + got) // self.manifest.block_bytes
         except FileNotFoundError:

@@ -137,15 +137,31 @@ class Store:
         """How many threads best read at once; 1 where a backend does not say that it can serve several."""
         return int(getattr(self._backend, "read_threads", 1))
 
-    def read_parts(self, path: str, start: int, outs: Sequence[memoryview]) -> int:
+    def read_parts(
+        self, path: str, start: int, outs: Sequence[memoryview], arrived: Callable[[int], None] | None = None
+    ) -> int:
         """As `read_into`, for one run of bytes that goes to several buffers, one after the other.
 
         A backend may have a verb of this name; where it has not, the run is read in one piece and copied.
+
+        Args:
+            path: which file.
+            start: its first byte that is read.
+            outs: writable flat buffers.
+            arrived: called with the number of bytes that are there, at the end and, where the backend
+                `reads_in_portions`, before that: what has just come is in the processor's cache. What it raises is
+                raised.
 
         Raises:
             FileNotFoundError: there is no such file.
 
         """
+        if arrived is not None:
+            if getattr(self._backend, "reads_in_portions", False):
+                return int(self._backend.read_parts(_checked(path), start, outs, arrived))  # type: ignore[attr-defined]
+            got = self.read_parts(path, start, outs)
+            arrived(got)
+            return got
         if len(outs) == 1:
             return self.read_into(path, start, outs[0])
         parts = getattr(self._backend, "read_parts", None)

@@ -36,7 +36,7 @@ class Broken(PosixBackend):
     def read_all(self, path: str) -> bytes:
         raise OSError(5, "Input/output error", path)
 
-    def read_parts(self, path: str, start: int, outs: Any) -> int:
+    def read_parts(self, path: str, start: int, outs: Any, arrived: Any = None) -> int:
         raise OSError(5, "Input/output error", path)
 
     def list(self, path: str) -> list[str]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from elastictrain_checkpoint import Reader, Request, windows
+from elastictrain_checkpoint import Reader, Request, Store, posix, reader, windows
 from tests.unit.checkpoint.build import make_state, memory_store, save
 
 
@@ -60,3 +63,26 @@ def test_of_a_block_that_was_wanted_in_part_the_rest_is_kept() -> None:
 def test_of_a_block_what_lies_behind_its_wanted_beginning_is_kept(wanted: list[tuple[int, int]], first: int) -> None:
     copies = [(start, memoryview(bytearray(stop - start))) for start, stop in wanted]
     assert windows.unwanted_from(copies, 100, 200) == first
+
+
+def test_a_block_is_hashed_before_the_next_one_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has just been read lies in the processor's cache; a window of several blocks does not."""
+    store = Store(tmp_path)
+    manifest = save(store, make_state({"t": ("F32", (2 << 20,))}), ())
+    seen: list[str] = []
+    fill, block_sum = posix._fill, reader.block_sum_of
+
+    def filled(*args: Any) -> int:
+        seen.append("read")
+        return fill(*args)
+
+    def summed(parts: Any) -> int:
+        seen.append("hashed")
+        return block_sum(parts)
+
+    monkeypatch.setattr(posix, "_fill", filled)
+    monkeypatch.setattr(reader, "block_sum_of", summed)
+    Reader(store, manifest, threads=1).read("t")
+    blocks = len(manifest.sums[0])
+    assert blocks == 9, "8 MiB and a header"
+    assert seen == ["read", "hashed"] * blocks
