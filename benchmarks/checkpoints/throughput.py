@@ -202,6 +202,7 @@ def measure_hashing(folder: Path, state: Arrays, rounds: int) -> dict[str, list[
 
     for number in range(rounds + 1):  # the first warms up
         order = list(works) if number % 2 else list(works)[::-1]
+        our_save(folder / "first", state)  # whichever save follows on a removal is the slowest
         for name in order:
             os.sync()
             note(f"save {name}", works[name][0], folder / name, state, counts=number > 0)
