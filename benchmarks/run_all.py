@@ -18,7 +18,7 @@ CLOSE = shlex.split("--only 'DDP best' elastictrain 'elastictrain on Ray' --work
 """The case nearest to its target, with enough rounds to tell: a single round is some eight percent off."""
 BEST = shlex.split("--best --cases '256 MiB' --rounds 14")
 LARGE = shlex.split("--best --cases '1 GiB' --rounds 2")
-"""Each in less than three minutes."""
+"""Each in about three minutes."""
 ALL = {
     "same_bits": ["same_bits.py"],
     "recovery": ["recovery.py"],
