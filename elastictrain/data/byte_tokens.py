@@ -23,9 +23,8 @@ END_OF_DOCUMENT = 256
 STANDS_FOR_END = 255
 _END = bytes([STANDS_FOR_END])
 
-_AT_ONCE = 1 << 20
-"""Tokens that are widened in one go for a checksum: they stay in a processor's cache, and the interpreter's lock, which
-a thread that makes batches may hold meanwhile, is not waited for too often."""
+_AT_ONCE = 1 << 17
+"""Tokens that are widened in one go: they stay in a processor's cache."""
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -41,11 +40,17 @@ def narrow(tokens: TokenArray) -> npt.NDArray[np.uint8] | None:
 
 def widen(narrow_tokens: npt.NDArray[np.uint8], out: npt.NDArray[Any]) -> None:
     """Write tokens that are kept in a byte each to `out`, of the same shape, C-contiguous, and of a wider type."""
+    source, target = narrow_tokens.reshape(-1), out.reshape(-1)
+    for at in range(0, len(source), _AT_ONCE):
+        _widen(source[at : at + _AT_ONCE], target[at : at + _AT_ONCE])
+
+
+def _widen(narrow_tokens: npt.NDArray[np.uint8], out: npt.NDArray[Any]) -> None:
     out[...] = narrow_tokens
-    text, flat = narrow_tokens.tobytes(), out.reshape(-1)
+    text = narrow_tokens.tobytes()
     at = text.find(_END)  # ends are rare, and C's memchr is faster than a comparison of all
     while at >= 0:
-        flat[at] = END_OF_DOCUMENT
+        out[at] = END_OF_DOCUMENT
         at = text.find(_END, at + 1)
 
 
@@ -54,7 +59,7 @@ def checksum_of_widened(narrow_tokens: npt.NDArray[np.uint8]) -> int:
     digest, wide = xxhash.xxh3_64(), np.empty(min(len(narrow_tokens), _AT_ONCE), dtype=np.uint16)
     for at in range(0, len(narrow_tokens), _AT_ONCE):
         part = narrow_tokens[at : at + _AT_ONCE]
-        widen(part, wide[: len(part)])
+        _widen(part, wide[: len(part)])
         digest.update(wide[: len(part)].data)
     return digest.intdigest()
 

@@ -66,11 +66,15 @@ class BytesTokenizer:
 
     def encode_narrow(self, documents: pa.ChunkedArray) -> npt.NDArray[np.uint8] | None:
         """Return `encode`'s tokens in a byte each (see `data.byte_tokens`); None if that cannot be."""
+        if _data_of(_binary(documents))[0].max(initial=0) == STANDS_FOR_END:
+            return None
+        return self.join(documents)
+
+    def join(self, documents: pa.ChunkedArray) -> npt.NDArray[np.uint8]:
+        """As `encode_narrow`, of documents without the byte that stands for the end of one: nobody looks for it."""
         column = _binary(documents)
         if not len(column):
             return np.zeros(0, dtype=np.uint8)
-        if _data_of(column)[0].max(initial=0) == STANDS_FOR_END:
-            return None
         # One call for all documents: a copy for each would wait for the interpreter's lock each time, where another
         # thread makes batches meanwhile.
         whole = pa.LargeListArray.from_arrays(_from_numpy(pa.int64(), 2, np.array([0, len(column)])), column)
