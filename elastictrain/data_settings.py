@@ -12,6 +12,8 @@ from elastictrain.settings import PositiveInt, Settings, a_number, not_a_switch
 
 Amount = Annotated[float, BeforeValidator(a_number), Field(ge=0)]
 Bytes = Annotated[int, BeforeValidator(not_a_switch), Field(ge=0)]
+BatchType = Literal["int64", "int32", "narrow"]
+"""`narrow`: the smallest integers that the vocabulary and the length of a row need."""
 
 
 class Reservoir(Settings):
@@ -99,6 +101,9 @@ class Data(Settings):
     feeder: Literal["worker", "node"] = "worker"
     """Who decodes, tokenises and packs: every worker for itself, or one actor on each node for all workers there, which
     take row groups from it out of Ray's object store. Without Ray every worker reads for itself."""
+    batch_dtype: BatchType = "int64"
+    """The integers of a batch of text, from when it is made on. A `Stream` hands it out so; a run widens it (on CUDA,
+    on the device) before the recipe gets it, so there it only says what lies ready and what is copied."""
     warm_cache_bytes: Bytes = 0
     """Disk that decoded, tokenised and packed data may take (in the cache folder); 0: none is kept."""
     retry_s: Annotated[float, BeforeValidator(a_number), Field(ge=0)] = 120.0
@@ -162,6 +167,11 @@ class Data(Settings):
             raise ValueError(
                 "data.packing and data.document_ids are about text; set data.text_column, or leave them out"
             )
+        if self.text_column is None and self.batch_dtype != "int64":
+            raise ValueError(
+                f"data.batch_dtype={self.batch_dtype} is about text: columns of a table come as they are in the files. "
+                "Leave it out, or set data.text_column"
+            )
         if self.live is not None and (not isinstance(self.path, str) or self.kind == "huggingface"):
             raise ValueError("data.live: data.path is one manifest of segments, each of them a file of data.kind")
         if self.live is not None and self.feeder != "worker":
@@ -216,6 +226,9 @@ class Mixture(Proportions):
     feeder: Literal["worker", "node"] = "worker"
     """Who decodes, tokenises and packs: every worker for itself, or one actor on each node for all workers there, which
     take row groups from it out of Ray's object store. Without Ray every worker reads for itself."""
+    batch_dtype: BatchType = "int64"
+    """The integers of a batch of text, from when it is made on. A `Stream` hands it out so; a run widens it (on CUDA,
+    on the device) before the recipe gets it, so there it only says what lies ready and what is copied."""
     warm_cache_bytes: Bytes = 0
     """Disk that decoded, tokenised and packed data may take (in the cache folder); 0: none is kept."""
 
@@ -279,9 +292,14 @@ class Mixture(Proportions):
         for name, source in self.sources.items():
             if source.live is not None and self.feeder != "worker":
                 raise ValueError("data.feeder=node: segments of a live source are read by each worker; leave it out")
-            for setting in ("prefetch_bytes", "feeder", "warm_cache_bytes"):
+            for setting in ("prefetch_bytes", "feeder", "batch_dtype", "warm_cache_bytes"):
                 if getattr(source, setting) != type(source).model_fields[setting].default:
                     raise ValueError(f"data.sources.{name}.{setting} is one for all sources: set data.{setting}")
+        if self.sequence_length is None and self.batch_dtype != "int64":
+            raise ValueError(
+                f"data.batch_dtype={self.batch_dtype} is about text: columns of tables come as they are in the files. "
+                "Leave it out"
+            )
         known = ", ".join(sorted(self.sources))
         places: list[tuple[str, Proportions]] = [("data", self)]
         places += [(f"data.stages.{i}", stage) for i, stage in enumerate(self.stages)]

@@ -10,13 +10,14 @@ from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Self
 
-import numpy as np
 import torch
 
 from elastictrain.data.block_client import BlockClient
-from elastictrain.data.ids import lane_hash
+from elastictrain.data.ids import SampleIds, lane_hash
 from elastictrain.data.meter import Meter, waited_for
+from elastictrain.data.packed import INTEGERS
 from elastictrain.data.reader import LaneReader
+from elastictrain.data.runs import Run
 from elastictrain.data.sharing import share_bytes
 from elastictrain.data.sources import AnySource
 from elastictrain.errors import DataError
@@ -28,6 +29,8 @@ PREFETCH_BYTES = 64 << 20
 _PATIENCE_S = 0.001
 """Whoever finds nothing ready sleeps this long before the thread wakes it up for a batch. Small batches are read in
 microseconds, and to be woken for each of them takes longer than to read it."""
+_AT_ONCE = 32
+"""Batches that are made already are put with those that lie ready so many at a time."""
 
 
 def _split(prefetch_bytes: int) -> tuple[int, int]:
@@ -39,20 +42,33 @@ def _split(prefetch_bytes: int) -> tuple[int, int]:
 class Tensors(dict[str, torch.Tensor]):
     """A batch's tensors by name.
 
-    `samples_hash`: of its lane and the ids of its samples (see `data.ids`). `waited`: seconds that whoever got it had
-    to wait for it, by stage of `data.meter`. `copied`: on CUDA, when its copy is complete.
+    `waited`: seconds that whoever got it had to wait for it, by stage of `data.meter`. `copied`: on CUDA, when its copy
+    is complete.
     """
+
+    __slots__ = ("_ids", "_lane", "bytes", "copied", "waited")
 
     def __init__(
         self,
         tensors: Mapping[str, torch.Tensor],
-        samples_hash: int,
-        waited: dict[str, float] | None = None,
+        lane: int,
+        ids: SampleIds,
+        size_bytes: int,
         copied: torch.cuda.Event | None = None,
     ) -> None:
         super().__init__(tensors)
-        self.samples_hash, self.waited, self.copied = samples_hash, waited or {}, copied
-        self.bytes = sum(tensor.nbytes for tensor in self.values())
+        self._lane, self._ids, self.bytes, self.copied = lane, ids, size_bytes, copied
+        self.waited: dict[str, float] = {}
+
+    @property
+    def samples_hash(self) -> int:
+        """The hash of its lane and the ids of its samples (see `data.ids`)."""
+        return lane_hash(self._lane, self._ids)
+
+    def widen(self) -> None:
+        """Make int64 of the integers of a batch of text (see `data.batch_types`)."""
+        for name in INTEGERS & self.keys():
+            self[name] = self[name].long()
 
 
 class Feeder:
@@ -64,14 +80,21 @@ class Feeder:
     """
 
     @classmethod
-    def of(cls, source: AnySource, device: torch.device | str = "cpu", client: BlockClient | None = None) -> Self:
+    def of(
+        cls,
+        source: AnySource,
+        device: torch.device | str = "cpu",
+        client: BlockClient | None = None,
+        *,
+        widen: bool = False,
+    ) -> Self:
         """A feeder with a reader of its own that together keep to `data.prefetch_bytes`: a quarter for batches that lie
         ready, for a batch takes several times as much as the tokens that it is made of, the rest for decoded windows.
-        `client`: of the node's feeder, with whose other workers that budget is shared.
+        `client`: of the node's feeder, with whose other workers that budget is shared. `widen`: see the class's own.
         """
         quarter, ahead_bytes = _split(source.spec.prefetch_bytes)
         reader = LaneReader(source, ahead_bytes=ahead_bytes, shared=None if client is None else client.of(source))
-        feeder = cls(reader, device, budget_bytes=quarter)
+        feeder = cls(reader, device, budget_bytes=quarter, widen=widen and source.spec.batch_dtype != "int64")
         if client is not None:
             client.listen(lambda workers: feeder.limit(share_bytes(source.spec.prefetch_bytes, workers)))
         return feeder
@@ -83,14 +106,16 @@ class Feeder:
         *,
         budget_bytes: int = PREFETCH_BYTES,
         deadline_s: float = 600.0,
+        widen: bool = False,
     ) -> None:
         """Start the thread. `budget_bytes`: what batches that lie ready may take, on the device; one may always lie
-        ready, whatever its size. `deadline_s`: longest wait for one batch.
+        ready, whatever its size. `deadline_s`: longest wait for one batch. `widen`: batches are of text, and their
+        narrow integers become int64 when they are handed out, on the device.
         """
         if budget_bytes < 1:
             raise ValueError(f"budget_bytes is {budget_bytes}; expected at least 1")
         self._reader, self._device = reader, torch.device(device)
-        self._budget_bytes, self._deadline_s = budget_bytes, deadline_s
+        self._budget_bytes, self._deadline_s, self._widens = budget_bytes, deadline_s, widen
         self.meter: Meter = getattr(reader, "meter", None) or Meter()
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._lock = threading.RLock()  # taken for every batch: entering the condition itself takes longer
@@ -179,6 +204,8 @@ class Feeder:
             current.wait_event(result.copied)
             for tensor in result.values():
                 tensor.record_stream(current)
+        if self._widens:
+            result.widen()
         return result
 
     def _wait_for(self, place: Place, deadline: float) -> Tensors | Exception:
@@ -232,12 +259,24 @@ class Feeder:
 
     def _take(self, place: Place) -> Tensors | Exception | None:
         result = self._ready.pop(place, None)
-        self._ready_bytes -= result.bytes if isinstance(result, Tensors) else 0
+        if isinstance(result, Tensors):
+            self._ready_bytes -= result.bytes
         return result
 
+    def _put(self, place: Place, result: Tensors | Exception) -> None:
+        self._ready[place] = result
+        if isinstance(result, Tensors):
+            self._ready_bytes += result.bytes
+            self._usual_bytes = result.bytes
+
     def _read(self, place: Place) -> Tensors:
-        batch = self._reader.batch(*place)
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
+        return self._tensors(*self._reader.take(*place))
+
+    def _tensors(self, run: Run, number: int) -> Tensors:
+        """A batch of a run as tensors on the device."""
+        if run.tensors is None:  # views of all its batches in one call each
+            run.tensors = {name: torch.from_numpy(array).unbind(0) for name, array in run.arrays.items()}
+        tensors = {name: views[number] for name, views in run.tensors.items()}
         copied = None
         if self._stream is not None:
             with self.meter.stage("copy"), torch.cuda.stream(self._stream):
@@ -246,7 +285,7 @@ class Feeder:
                 tensors = {name: tensor.to(self._device, non_blocking=True) for name, tensor in pinned.items()}
                 copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 copied.record(self._stream)
-        return Tensors(tensors, lane_hash(place[1], batch.ids), copied=copied)
+        return Tensors(tensors, run.lane, run.ids[number], run.bytes // run.count, copied)
 
     def _is_full(self) -> bool:
         """Whether one more batch, of the size of the last, would take the batches that lie ready over the budget. Once
@@ -257,27 +296,40 @@ class Feeder:
         return self._ready_bytes + (self._ready_bytes if self._rests else self._usual_bytes) > self._budget_bytes
 
     def _read_ahead(self) -> None:
-        while True:
-            with self._lock:
-                while not self._closed and (not self._wanted or self._is_full()):
-                    self._rests = bool(self._wanted)
-                    self._changed.wait()  # ended by expect, batch or close; nothing of the run hangs on it
-                self._rests = False
-                if self._closed:
-                    return
-                place = self._wanted.popleft()
-                self._in_flight, self._keep_in_flight = place, True
+        while (place := self._next_place()) is not None:
             result: Tensors | Exception
             try:
                 result = self._read(place)
             except Exception as error:
                 result = error
             with self._lock:
-                size = result.bytes if isinstance(result, Tensors) else 0
-                self._usual_bytes = size or self._usual_bytes
                 if self._keep_in_flight and not self._closed:
-                    self._ready[place] = result
-                    self._ready_bytes += size
+                    self._put(place, result)
                 self._in_flight = None
+                self._put_what_is_made()
                 if self._impatient:
                     self._changed.notify_all()
+
+    def _next_place(self) -> Place | None:
+        """Wait for a place that is to be read; None when closed."""
+        with self._lock:
+            while not self._closed and (not self._wanted or self._is_full()):
+                self._rests = bool(self._wanted)
+                self._changed.wait()  # ended by expect, batch or close; nothing of the run hangs on it
+            self._rests = False
+            if self._closed:
+                return None
+            self._in_flight, self._keep_in_flight = self._wanted.popleft(), True
+            return self._in_flight
+
+    def _put_what_is_made(self) -> None:
+        """Put the next batches, those that the reader has made already, with those that lie ready. A copy to a device
+        takes longer than whoever wants the lock should wait.
+        """
+        while self._stream is None and self._wanted and not self._closed and not self._is_full():
+            room = max(1, (self._budget_bytes - self._ready_bytes) // max(1, self._usual_bytes))
+            found = self._reader.made(self._wanted, min(room, _AT_ONCE))
+            for run, number in found:
+                self._put(self._wanted.popleft(), self._tensors(run, number))
+            if len(found) < _AT_ONCE:
+                return

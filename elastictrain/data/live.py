@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
+from elastictrain.data.batch_types import batch_types
 from elastictrain.data.ids import SampleIds, sample_ids
 from elastictrain.data.live_eras import KnownEras
 from elastictrain.data.live_fingerprint import check_alike, live_fingerprint
@@ -59,6 +60,7 @@ class LiveSource:
         self.spec, self.live, self.lanes, self.lane_batch_size = spec, spec.live, lanes, lane_batch_size
         self._batches_at_once, self._others = batches_at_once, others
         self._tokenizer = load_tokenizer(spec.tokenizer, spec.storage_options) if spec.text_column else None
+        self._batch_types = batch_types(spec, self.vocabulary_size)
         self._log, self._segments = log, OpenSegments(spec, log, self._tokenizer)
         self.fingerprint: dict[str, Any] = live_fingerprint(
             spec, manifest, self._tokenizer, lanes=lanes, lane_batch_size=lane_batch_size
@@ -294,7 +296,7 @@ class LiveSource:
     def finish(self, step: int, lane: int, batch: Arrays) -> Arrays:
         """Turn the gathered rows of a batch into what a recipe gets."""
         del step, lane
-        return finish_rows(batch) if self._tokenizer is not None else batch
+        return finish_rows(batch, types=self._batch_types) if self._tokenizer is not None else batch
 
     def location(self, block: int, row: int, epoch: int = 0) -> SampleLocation:
         """Say where sample `row` of `block` lies; `epoch` is the number of its era."""

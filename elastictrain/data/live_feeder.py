@@ -24,13 +24,16 @@ _CLOSE_S = 600.0
 
 
 def open_feeder(
-    source: AnySource, device: torch.device | str, client: BlockClient | None = None
+    source: AnySource, device: torch.device | str, client: BlockClient | None = None, *, widen: bool = False
 ) -> Feeder | LiveFeeder:
     """A feeder of any source, with the budget that its settings say; it must be closed. `client`: of the node's feeder;
-    live data do without, since their segments, and with them their blocks, become known one by one.
+    live data do without, since their segments, and with them their blocks, become known one by one. `widen`: batches of
+    text are handed out in int64, whatever `data.batch_dtype` says.
     """
     growth = source.growth
-    return Feeder.of(source, device, client) if growth is None else LiveFeeder(Feeder.of(source, device), growth)
+    if growth is None:
+        return Feeder.of(source, device, client, widen=widen)
+    return LiveFeeder(Feeder.of(source, device, widen=widen), growth)
 
 
 class LiveFeeder:

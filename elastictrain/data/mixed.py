@@ -11,6 +11,7 @@ from urllib.parse import quote
 import numpy as np
 import numpy.typing as npt
 
+from elastictrain.data.batch_types import batch_types
 from elastictrain.data.fingerprint import seal_mixture
 from elastictrain.data.growing import Growing, MixedGrowth, naming
 from elastictrain.data.ids import SampleIds, ids_in, sample_ids
@@ -57,6 +58,7 @@ class MixedSource:
         live = {name: source for name, source in self.sources.items() if isinstance(source, LiveSource)}
         self.plan = resolve_plan(spec, {name: source.order.samples for name, source in whole.items()})
         self.schedule = Schedule(segments or self.plan, lanes=self.lanes, lane_batch_size=lane_batch_size)
+        self._batch_types = batch_types(spec, self.vocabulary_size)
         self.growth: Growing | None = None
         """How the order grows, if it does: where a source that is live has a share at some time."""
         if live.keys() & set(self.schedule.names):
@@ -152,7 +154,7 @@ class MixedSource:
         if self.vocabulary_size is None:
             return batch
         length = self.schedule.segments[self.schedule.segment_at(step)].sequence_length
-        return finish_rows(batch, None if length == self.spec.sequence_length else length)
+        return finish_rows(batch, None if length == self.spec.sequence_length else length, self._batch_types)
 
     def locate(self, step: int, lane: int) -> list[SampleLocation]:
         """Say where every sample of batch `step` of `lane` lies, in the batch's order. Reads no data.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from elastictrain.data.batch_types import BatchTypes
 from elastictrain.data.best_fit import (
     Layout,
     Pieces,
@@ -34,6 +35,9 @@ Arrays = dict[str, npt.NDArray[Any]]
 DOCUMENT_IDS = "document_ids"
 POSITION_IDS = "position_ids"
 LOSS_MASK = "loss_mask"
+INTEGERS = frozenset({TOKENS, DOCUMENT_IDS, POSITION_IDS})
+"""What of a batch has the types of `data.batch_dtype`."""
+_WIDE = BatchTypes()
 
 Piece = tuple[int, tuple[int, int] | None, tuple[int, int]]
 """(block, rows of it if they are known, tokens of it)"""
@@ -147,18 +151,22 @@ def _piece(block: int, pieces: Pieces, i: int) -> Piece:
     return block, (document, document + 1), (start, start + int(pieces.length[i]))
 
 
-def _as_int64(name: str, rows: npt.NDArray[Any]) -> tuple[str, npt.NDArray[np.int64]]:
-    found = of_batches.empty(rows.shape, np.int64)
+def _as_type(name: str, rows: npt.NDArray[Any], types: BatchTypes) -> tuple[str, npt.NDArray[Any]]:
+    """Return an array of a batch in its type; what has it already, or the same bits, is not copied."""
+    kind = types.places if name == DOCUMENT_IDS else types.tokens
+    if name != BYTE_TOKENS and rows.dtype.kind in "iu" and rows.dtype.itemsize == kind.itemsize:
+        return name, rows.view(kind)
+    found = of_batches.empty(rows.shape, kind)
     if name != BYTE_TOKENS:
-        found[...] = rows
+        np.copyto(found, rows, casting="unsafe")
         return name, found
     widen(rows, found)
     return TOKENS, found
 
 
-def finish_rows(batch: Arrays, length: int | None = None) -> Arrays:
-    """Turn packed rows, {"tokens": [rows, S + 1]} and maybe "document_ids" of that shape, into a batch; int64. The
-    tokens may be those that are kept in a byte each (`data.byte_tokens`).
+def finish_rows(batch: Arrays, length: int | None = None, types: BatchTypes = _WIDE) -> Arrays:
+    """Turn packed rows, {"tokens": [rows, S + 1]} and maybe "document_ids" of that shape, into a batch of `types`; the
+    rows are its own. The tokens may be those that are kept in a byte each (`data.byte_tokens`).
 
     `length`: cut every row into rows of so many targets; it divides S. Neighbours share a token, the last target of
     the one and the first input of the other: so the shorter rows hold the same pairs of input and target as the long
@@ -168,9 +176,10 @@ def finish_rows(batch: Arrays, length: int | None = None) -> Arrays:
         pieces = (next(iter(batch.values())).shape[1] - 1) // length
         places = np.arange(pieces)[:, None] * length + np.arange(length + 1)
         batch = {name: rows[:, places].reshape(-1, length + 1) for name, rows in batch.items()}
-    batch = dict(_as_int64(name, rows) for name, rows in batch.items())  # what embeddings and losses expect
+    batch = dict(_as_type(name, rows, types) for name, rows in batch.items())
     if DOCUMENT_IDS in batch:
-        batch[POSITION_IDS], batch[LOSS_MASK] = positions_and_mask(batch[DOCUMENT_IDS])
+        positions, mask = positions_and_mask(batch[DOCUMENT_IDS])
+        batch[POSITION_IDS], batch[LOSS_MASK] = positions.astype(types.places, copy=False), mask
     return batch
 
 

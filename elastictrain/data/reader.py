@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
 
 import numpy as np
-import numpy.typing as npt
 
 from elastictrain.data.ahead import Ahead
 from elastictrain.data.block_client import SharedBlocks
@@ -20,6 +19,8 @@ from elastictrain.data.ids import SampleIds
 from elastictrain.data.live import LiveSource
 from elastictrain.data.meter import Meter
 from elastictrain.data.order import Window
+from elastictrain.data.runs import Batch as Batch
+from elastictrain.data.runs import Run
 from elastictrain.data.source import Arrays
 from elastictrain.data.sources import AnySource
 from elastictrain.data.warm import WarmCache, cache_root, read_through
@@ -32,14 +33,6 @@ _LOOK_S = 1.0
 _CLOSE_S = 60.0
 _FINISHED_BYTES = 1 << 19
 """Batches of a lane that are made in one go, as its next ones: what costs time by call is paid once for all of them."""
-
-
-class Batch(dict[str, npt.NDArray[Any]]):
-    """A batch's arrays by name; `ids`: the ids of its samples (see `data.ids`), in the order of its rows."""
-
-    def __init__(self, arrays: Arrays, ids: SampleIds) -> None:
-        super().__init__(arrays)
-        self.ids = ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +77,13 @@ class LaneReader:
         self._in_reading: set[int] = set()
         self._needed_now: frozenset[int] = frozenset()  # blocks of the window that `batch` waits for
         self._windows: dict[Place, Loaded] = {}
-        self._prepared: dict[int, tuple[int, deque[Batch]]] = {}  # by lane: a step, and the batches from it on
+        self._runs: dict[int, Run] = {}  # by lane: batches that are made, and not all handed out
         self._finished_row_bytes = _FINISHED_BYTES
         self._living: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()
         self._recent: OrderedDict[int, Block] = OrderedDict()
-        self._last_use: OrderedDict[int, int] = OrderedDict()  # by lane, the one that was longest idle first
+        self._last_use: dict[int, int] = {}  # by lane
         self._calls, self._two_rounds = 0, 2 * source.lanes
+        self._look_at_call = self._two_rounds  # whether a lane is idle
         self._closed = False
         self._ahead: Ahead | None = None
         if ahead_bytes:
@@ -101,26 +95,50 @@ class LaneReader:
     def batch(self, step: int, lane: int) -> Batch:
         """Return batch `step` of `lane`, arrays that belong to the caller.
 
-        Token mode: {"tokens": int64 [lane_batch_size, sequence_length + 1]}; a mixture's stage with shorter sequences
-        has as many more of them. Table mode: every column as [lane_batch_size, …] in its own dtype. Its ids, one for
-        each sample, have come the same way as the rows. Raises DataError (see `Source.read_block`), IndexError for a
-        lane or step that does not exist.
+        Token mode: {"tokens": [lane_batch_size, sequence_length + 1]} of `data.batch_dtype`; a mixture's stage with
+        shorter sequences has as many more of them. Table mode: every column as [lane_batch_size, …] in its own dtype.
+        Its ids, one for each sample, have come the same way as the rows. Raises DataError (see `Source.read_block`),
+        IndexError for a lane or step that does not exist.
         """
+        run, number = self.take(step, lane)
+        return run.batch(number)
+
+    def take(self, step: int, lane: int) -> tuple[Run, int]:
+        """As `batch`; what it returns is the run that the batch lies in, and which of it the batch is."""
         with self._lock:
             if self._closed:
                 raise RuntimeError("the LaneReader is closed")
-            self._calls += 1
-            self._last_use[lane] = self._calls
-            self._last_use.move_to_end(lane)
-            at, prepared = self._prepared.get(lane, (-1, None))
-            if prepared and at == step:
-                batch = prepared.popleft()
-                self._prepared[lane] = (step + 1, prepared)
-            else:
-                batch = self._make(step, lane)
-            if next(iter(self._last_use.values())) < self._calls - self._two_rounds:
-                self._forget_idle_lanes()
-            return batch
+            run = self._runs.get(lane)
+            if run is None or run.next != step:
+                run = self._make(step, lane)
+            return run, self._hand_out(run)
+
+    def made(self, places: Iterable[tuple[int, int]], count: int) -> list[tuple[Run, int]]:
+        """As `take`, for those of the first `count` places, in their order, that are made already. The first one that
+        is not ends it; and nothing is taken while somebody else reads, so this takes microseconds, always.
+        """
+        found: list[tuple[Run, int]] = []
+        if self._lock.acquire(blocking=False):
+            try:
+                for step, lane in islice(places, count):
+                    run = self._runs.get(lane)
+                    if run is None or run.next != step:
+                        break
+                    found.append((run, self._hand_out(run)))
+            finally:
+                self._lock.release()
+        return found
+
+    def _hand_out(self, run: Run) -> int:
+        self._calls += 1
+        self._last_use[run.lane] = self._calls
+        if self._calls > self._look_at_call:
+            self._forget_idle_lanes()
+        number = run.next - run.step
+        run.next += 1
+        if number + 1 == run.count:  # its memory goes with its batches
+            self._runs.pop(run.lane, None)
+        return number
 
     def expect(self, places: Iterable[tuple[int, int]], until: float = math.inf) -> None:
         """Say which (step, lane) are asked for next, in order: their windows are read ahead, and those of other lanes
@@ -135,8 +153,8 @@ class LaneReader:
         needed: list[tuple[int, Window]] = []
         with self._order_lock:
             for lane, step in first.items():
-                at, prepared = self._prepared.get(lane, (-1, None))
-                if at == step and prepared:  # the lane goes on as it has
+                run = self._runs.get(lane)
+                if run is not None and run.next == step:  # the lane goes on as it has
                     continue
                 try:
                     windows = [window for window, _, _ in self.source.spans(step, lane)]
@@ -165,7 +183,7 @@ class LaneReader:
             self._closed = True
             self._blocks_changed.wait_for(lambda: not self._in_reading, _CLOSE_S)
             self._windows.clear()
-            self._prepared.clear()
+            self._runs.clear()
             self._recent.clear()
             self.source.close()
 
@@ -173,15 +191,27 @@ class LaneReader:
     def facts(self) -> ReaderFacts:
         return ReaderFacts(self.blocks_decoded, self.warm.hits if self.warm else 0)
 
-    def _make(self, step: int, lane: int) -> Batch:
-        self._prepared.pop(lane, None)
+    def _make(self, step: int, lane: int) -> Run:
+        """Make a batch, and as many of those behind it as lie in a row in its window and shall be made in one go."""
+        self._runs.pop(lane, None)
         with self._order_lock:
             spans = list(self.source.spans(step, lane))
         if len(spans) == 1:
             window, start, stop = spans[0]
-            loaded = self._load(window, step, start)
+            loaded, size = self._load(window, step, start), stop - start
+            most = max(1, _FINISHED_BYTES // (size * self._finished_row_bytes))
+            count = max(1, min(self.source.batches_in(window, start), most))
             with self.meter.stage("pack"):
-                return self._cut(step, lane, loaded, (start, stop), self.source.batches_in(window, start))
+                arrays, ids = loaded.rows(start, start + count * size)
+                run = Run(step, lane, count, self.source.finish(step, lane, arrays), ids)
+                self._finished_row_bytes = max(1, run.bytes // (count * size))
+        else:
+            run = Run(step, lane, 1, *self._joined(step, lane, spans))
+        self._runs[lane] = run
+        return run
+
+    def _joined(self, step: int, lane: int, spans: list[tuple[Window, int, int]]) -> tuple[Arrays, SampleIds]:
+        """A batch of rows of several windows."""
         parts = []
         for window, start, stop in spans:
             loaded = self._load(window, step, start)
@@ -191,24 +221,7 @@ class LaneReader:
         with self.meter.stage("pack"):
             found = alike([arrays for arrays, _ in parts])
             batch = {name: join([arrays[name] for arrays in found], name) for name in found[0]}
-            return Batch(self.source.finish(step, lane, batch), np.concatenate([ids for _, ids in parts]))
-
-    def _cut(self, step: int, lane: int, loaded: Loaded, rows: tuple[int, int], batches: int) -> Batch:
-        """Make a batch, and as many of the `batches` that lie in a row as shall be made in one go."""
-        start, size = rows[0], rows[1] - rows[0]
-        count = max(1, min(batches, _FINISHED_BYTES // (size * self._finished_row_bytes)))
-        arrays, ids = loaded.rows(start, start + count * size)
-        arrays = self.source.finish(step, lane, arrays)
-        self._finished_row_bytes = max(1, sum(array.nbytes for array in arrays.values()) // (count * size))
-        if count == 1:
-            return Batch(arrays, ids)
-        prepared = deque(
-            Batch({name: array[at : at + size] for name, array in arrays.items()}, ids[at : at + size])
-            for at in range(0, count * size, size)
-        )
-        first = prepared.popleft()
-        self._prepared[lane] = (step + 1, prepared)
-        return first
+            return self.source.finish(step, lane, batch), np.concatenate([ids for _, ids in parts])
 
     def _load(self, window: Window, step: int, start: int) -> Loaded:
         place = place_of(window)
@@ -300,8 +313,10 @@ class LaneReader:
 
     def _forget_idle_lanes(self) -> None:
         """Of a lane in use every window is kept: a rare source of a mixture waits for its turn."""
-        while (idle := next(iter(self._last_use.items())))[1] < self._calls - self._two_rounds:
-            del self._last_use[idle[0]]
-            self._prepared.pop(idle[0], None)
-            for place in [place for place in self._windows if place[0] == idle[0]]:
+        since = self._calls - self._two_rounds
+        for idle in [lane for lane, call in self._last_use.items() if call < since]:
+            del self._last_use[idle]
+            self._runs.pop(idle, None)
+            for place in [place for place in self._windows if place[0] == idle]:
                 del self._windows[place]
+        self._look_at_call = min(self._last_use.values()) + self._two_rounds  # none is idle before

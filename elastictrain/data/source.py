@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from elastictrain.data.batch_types import batch_types
 from elastictrain.data.best_fit import BEST_FIT_VERSION
 from elastictrain.data.columns import Schema, show_schema, stack
 from elastictrain.data.files import FileSet, find_files
@@ -52,6 +53,7 @@ class Source:
             PackedText(spec, blocks, tokenizer, token_index, tails) if tokenizer and token_index and tails else None
         )
         self.fingerprint: dict[str, Any] = self._make_fingerprint()
+        self._batch_types = batch_types(spec, self.vocabulary_size)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -179,7 +181,7 @@ class Source:
     def finish(self, step: int, lane: int, batch: Arrays) -> Arrays:
         """Turn the gathered rows of a batch, arrays of its own, into what a recipe gets."""
         del step, lane
-        return finish_rows(batch) if self._tokenizer is not None else batch
+        return finish_rows(batch, types=self._batch_types) if self._tokenizer is not None else batch
 
     def locate(self, step: int, lane: int) -> list[SampleLocation]:
         """Say where every sample of batch `step` of `lane` lies, in the batch's order.

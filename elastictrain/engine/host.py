@@ -182,7 +182,7 @@ class WorkerHost:
         return open_stage(self.job, stage, [one for one in self.stages if one.index < stage.index])
 
     def _feeder(self, source: AnySource, device: torch.device) -> Feeder | LiveFeeder:
-        return open_feeder(source, device, self._blocks)
+        return open_feeder(source, device, self._blocks, widen=True)  # recipes get int64
 
     @property
     def store(self) -> str:

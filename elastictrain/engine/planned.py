@@ -50,7 +50,8 @@ def plan_job(job: Job) -> tuple[Job, dict[str, Any]]:
 def look_at(job: Job) -> Workload:
     """The job's model with the samples of one lane."""
     # Of a live source the files that are there show what a batch is like; their order does not matter here.
-    source = open_data(job.data.settled(), seed=job.seed, lanes=job.lanes, lane_batch_size=job.lane_batch_size)
+    data = job.data.settled().model_copy(update={"batch_dtype": "int64"})  # as the recipe gets it
+    source = open_data(data, seed=job.seed, lanes=job.lanes, lane_batch_size=job.lane_batch_size)
     try:
         return describe(job, LaneReader(source).batch(1, 0))
     finally:

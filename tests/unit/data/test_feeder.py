@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from elastictrain.data import LaneReader, open_source
 from elastictrain.data.feeder import Feeder, Place
 from elastictrain.data.ids import sample_ids
 from elastictrain.data.meter import Meter, timed
-from elastictrain.data.reader import Batch
+from elastictrain.data.runs import Batch, Run
 from elastictrain.errors import DataError
 from elastictrain.job import Data
 
@@ -41,6 +42,13 @@ class FakeReader:
         if (step, lane) in self.broken:
             raise DataError(f"broken at {step}, {lane}")
         return Batch({"x": np.asarray([step, lane])}, sample_ids([step], [lane]))
+
+    def take(self, step: int, lane: int) -> tuple[Run, int]:
+        batch = self.batch(step, lane)
+        return Run(step, lane, 1, dict(batch), batch.ids), 0
+
+    def made(self, places: Iterable[Place], count: int) -> list[tuple[Run, int]]:
+        return []
 
     def wait_for_reads(self, count: int) -> None:
         with self.progress:

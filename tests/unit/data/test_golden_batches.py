@@ -10,12 +10,14 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from elastictrain.data import LaneReader, open_data
 from elastictrain.data.holes import Hole, HoledOrder
+from elastictrain.data.packed import INTEGERS
 from elastictrain.data.reader import Batch
 from elastictrain.job import Data, Mixture
 from tests.unit.data.test_formats import FORMATS, table_of
@@ -46,7 +48,7 @@ def write(folder: Path) -> Path:
 
 def add(digest: Any, batch: Batch) -> None:
     for name in sorted(batch):
-        array = batch[name]
+        array = batch[name].astype(np.int64) if name in INTEGERS else batch[name]
         digest.update(f"{name} {array.dtype.str} {array.shape}".encode() + array.tobytes())
     digest.update(batch.ids.astype("<u8").tobytes())
 
@@ -190,5 +192,19 @@ def specs_of(name: str, folder: Path) -> list[Data]:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_batches_of_all_formats_are_these_bits(tmp_path: Path, name: str) -> None:
-    found = tuple(digest_of(spec, size=2) for spec in specs_of(name, tmp_path / "data"))
-    assert found == GOLDEN_FORMATS[name]
+    specs = specs_of(name, tmp_path / "data")
+    assert tuple(digest_of(spec, size=2) for spec in specs) == GOLDEN_FORMATS[name]
+    narrow = specs[0].model_copy(update={"batch_dtype": "narrow"})
+    assert digest_of(narrow, size=2) == GOLDEN_FORMATS[name][0]
+
+
+@pytest.mark.parametrize("batch_dtype", ["int32", "narrow"])
+def test_batches_of_narrow_integers_are_these_bits_once_they_are_widened(tmp_path: Path, batch_dtype: str) -> None:
+    folder = write(tmp_path)
+    of_text = [name for name, settings in SETTINGS.items() if "text_column" in settings]
+    for name in of_text:
+        spec = Data(kind="parquet", path=str(folder), batch_dtype=batch_dtype, **SETTINGS[name])
+        assert digest_of(spec, ahead_bytes=1 << 20) == GOLDEN[name]
+    for name in ("text", "best fit"):
+        mixture = mixture_of(name, folder).model_copy(update={"batch_dtype": batch_dtype})
+        assert digest_of(mixture) == GOLDEN_MIXTURES[name]

@@ -16,6 +16,7 @@ from elastictrain.data.feeder import Feeder
 from elastictrain.data.live import LiveSource, open_live
 from elastictrain.data.live_feeder import LiveFeeder
 from elastictrain.data.locate import Part
+from elastictrain.data.runs import Run
 from elastictrain.errors import DataEnded, DataError
 from elastictrain.protocol import Stage
 from tests.unit.data.live_place import Place, flat, open_rows, reading, taken
@@ -242,13 +243,13 @@ def test_what_was_handed_out_is_not_read_again_when_the_order_grows(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: Counter[tuple[int, int]] = Counter()
-    batch = LaneReader.batch
+    hand_out = LaneReader._hand_out
 
-    def counting(self: LaneReader, step: int, lane: int) -> Any:
-        read[step, lane] += 1
-        return batch(self, step, lane)
+    def counting(self: LaneReader, run: Run) -> int:
+        read[run.next, run.lane] += 1
+        return hand_out(self, run)
 
-    monkeypatch.setattr(LaneReader, "batch", counting)
+    monkeypatch.setattr(LaneReader, "_hand_out", counting)
     place.add(16)
     source = place.source()
     with LiveFeeder(Feeder(LaneReader(source)), source) as feeder:
