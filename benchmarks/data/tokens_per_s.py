@@ -4,7 +4,9 @@ Three cases. "text": documents are tokenised (bytes), packed to 1024 tokens and 
 the bare `read_row_group` loop, which only decodes. "prepared": documents that are tokens already (uint16), as
 `elastictrain data prepare` writes them, packed and shuffled. "table": rows of 1025 int32 tokens, which are only
 shuffled; the others read these with two worker processes: the DataLoader in file order, its best case,
-mosaicml-streaming from shards of its own, shuffled. All sides hand out the samples of an epoch, page cache warm,
+mosaicml-streaming from shards of its own, shuffled. "narrow": the same with `data.batch_dtype: narrow`, two bytes a
+token here. The bare loop hands out what it decodes, in "text" one byte a token, in "prepared" two, in "table" four; our
+batches without "narrow" are int64, of a table int32. All sides hand out the samples of an epoch, page cache warm,
 interleaved; ratios are medians over rounds of ratios within a round.
 
 "a copy of such batches": nothing is read, one batch that lies in the processor's cache is copied as often as an epoch
@@ -43,6 +45,8 @@ LARGE = 64
 CASES = ("text", "prepared", "table")
 ROUNDS, MEGABYTES, GROUP_BYTES = 7, 256, 8 << 20
 BARE, MOSAIC, COPY = "bare read_row_group", "mosaicml-streaming, 2 workers", "a copy of such batches"
+NARROW = ", narrow"
+"""Sides whose batches are as narrow as what the bare loop decodes, or nearly so: `data.batch_dtype: narrow`."""
 
 
 def documents(total_bytes: int) -> Iterator[str]:
@@ -89,8 +93,10 @@ def bare_file(path: Path) -> int:
         return sum(file.read_row_group(group, use_threads=False).num_rows for group in range(file.num_row_groups))
 
 
-def spec_of(folder: Path, *, warm: bool = False) -> Data:
+def spec_of(folder: Path, *, warm: bool = False, narrow: bool = False) -> Data:
     text = {} if folder.name == "table" else {"text_column": "text", "sequence_length": LENGTH}
+    if narrow:
+        text["batch_dtype"] = "narrow"
     if folder.name == "prepared":
         text["tokenizer"] = str(folder.parent / "prepared.json")
     return Data(kind="parquet", path=str(folder), warm_cache_bytes=(8 << 30) if warm else 0, **text)
@@ -102,9 +108,9 @@ def bare_in_threads(folder: Path) -> int:
         return sum(pool.map(bare_file, sorted(folder.iterdir())))
 
 
-def ours(folder: Path, *, ahead: bool = False, size: int = SIZE) -> int:
+def ours(folder: Path, *, ahead: bool = False, size: int = SIZE, narrow: bool = False) -> int:
     """One epoch; returns its tokens."""
-    source = open_source(spec_of(folder), seed=1, lanes=LANES, lane_batch_size=size)
+    source = open_source(spec_of(folder, narrow=narrow), seed=1, lanes=LANES, lane_batch_size=size)
     steps = source.steps_per_epoch
     places = [(step, lane) for step in range(steps) for lane in range(LANES)]
     if ahead:
@@ -125,8 +131,9 @@ def ours(folder: Path, *, ahead: bool = False, size: int = SIZE) -> int:
 class WarmEpochs:
     """One epoch more of a reader with a warm cache, at every call; the first was read before."""
 
-    def __init__(self, folder: Path, size: int = SIZE) -> None:
-        source = open_source(spec_of(folder, warm=True), seed=1, lanes=LANES, lane_batch_size=size)
+    def __init__(self, folder: Path, size: int = SIZE, *, narrow: bool = False) -> None:
+        spec = spec_of(folder, warm=True, narrow=narrow)
+        source = open_source(spec, seed=1, lanes=LANES, lane_batch_size=size)
         self.reader, self.steps, self.size, self.epochs = LaneReader(source), source.steps_per_epoch, size, 0
         self()
 
@@ -147,8 +154,8 @@ class WarmEpochs:
 class Copies:
     """What no reader can be faster than: the bytes of an epoch's batches are written once, from the nearest cache."""
 
-    def __init__(self, folder: Path, size: int = SIZE) -> None:
-        source = open_source(spec_of(folder), seed=1, lanes=LANES, lane_batch_size=size)
+    def __init__(self, folder: Path, size: int = SIZE, *, narrow: bool = False) -> None:
+        source = open_source(spec_of(folder, narrow=narrow), seed=1, lanes=LANES, lane_batch_size=size)
         reader = LaneReader(source)
         self.arrays, self.count = list(reader.batch(0, 0).values()), source.steps_per_epoch * LANES
         reader.close()
@@ -234,6 +241,19 @@ def main() -> None:
                 f"LaneReader, warm cache, {LARGE} a lane": warm_large,
                 COPY: Copies(folder),
             }
+            warm_narrow: list[WarmEpochs] = []
+            if case != "table":  # a table comes as it is
+                warm_narrow = [WarmEpochs(folder, size, narrow=True) for size in (SIZE, LARGE)]
+                sides |= {
+                    f"LaneReader{NARROW}": lambda folder=folder: ours(folder, narrow=True),
+                    f"Feeder{NARROW}": lambda folder=folder: ours(folder, ahead=True, narrow=True),
+                    f"Feeder{NARROW}, {LARGE} a lane": lambda folder=folder: ours(
+                        folder, ahead=True, size=LARGE, narrow=True
+                    ),
+                    f"LaneReader{NARROW}, warm cache": warm_narrow[0],
+                    f"LaneReader{NARROW}, warm cache, {LARGE} a lane": warm_narrow[1],
+                    f"{COPY}{NARROW}": Copies(folder, narrow=True),
+                }
             if case == "table":
                 sides["torch DataLoader, 2 workers"] = lambda folder=folder: data_loader(folder)
                 if mosaic.is_there():
@@ -242,8 +262,8 @@ def main() -> None:
                 else:
                     results.notes.append("mosaicml-streaming is not installed, so it is not measured.")
             measure(results, case, sides, rounds)
-            warm.close()
-            warm_large.close()
+            for one in (warm, warm_large, *warm_narrow):
+                one.close()
     results.notes.append(
         "The bare loop's tokens are those that our epoch hands out of the same files. It is one thread, and so is the "
         "LaneReader; the Feeder has two: one decodes, the other makes batches, and decodes too where it would wait."
@@ -275,11 +295,23 @@ def measure(results: common.Results, case: str, sides: dict[str, Callable[[], in
     figures: list[tuple[str, str, str, float]] = [
         ("Feeder", BARE, "packed and shuffled tokens/s against a bare read_row_group loop", 0.90),
         ("LaneReader, warm cache", BARE, "from the warm cache, second epoch on, against a bare Parquet loop", 5.0),
+        (
+            f"Feeder{NARROW}",
+            BARE,
+            "narrow batches, packed and shuffled tokens/s against a bare read_row_group loop",
+            0.90,
+        ),
+        (
+            f"LaneReader{NARROW}, warm cache",
+            BARE,
+            "narrow batches from the warm cache, against a bare Parquet loop",
+            5.0,
+        ),
         ("Feeder", "torch DataLoader, 2 workers", "tokens/s against torch DataLoader", 5.0),
         ("Feeder", MOSAIC, "tokens/s against mosaicml-streaming", 5.0),
     ]
     for one, other, words, target in figures:
-        if other in sides:
+        if one in sides and other in sides:
             value = common.median(ratio(speeds, one, other))
             results.figure(f"{words} ({case})", value, f">= {target}", common.verdict(value, target, at_most=False))
 
