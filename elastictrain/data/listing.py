@@ -52,18 +52,22 @@ class _Patient:
 
     def find(self, path: str) -> list[str]:
         """All files below a folder."""
-        if type(self._inner).__module__.partition(".")[0] in _LISTS_AT_ONCE:
+        if self._lists_at_once:
             return list(self._retry.call(lambda: self._inner.find(path), path))
         return list(self._files(path, lambda _: True))
 
     def glob(self, pattern: str) -> list[str]:
-        """The files that a pattern fits. Only folders that its beginning fits are listed."""
+        """The files that a pattern fits. Only folders that its beginning fits are listed, or, where the store lists all
+        below a folder at once and files of several folders may fit, all that lies behind the part without wildcards: a
+        request for each thousand files and not for each folder.
+        """
         parts = pattern.split("/")
         first = next(i for i, part in enumerate(parts) if _MAGIC.search(part))
         deep = next((i for i, part in enumerate(parts) if "**" in part), len(parts))
         fits = re.compile(glob_translate(pattern))
         root = "/".join(parts[:first]) or ("/" if pattern.startswith("/") else "")
-        if deep < len(parts) and deep == first:
+        several = 0 < first < len(parts) - 1  # 0: not even the bucket is named
+        if (deep < len(parts) and deep == first) or (several and self._lists_at_once):
             return [name for name in self.find(root) if fits.match(name)]
         of_depth = [
             re.compile(glob_translate("/".join(parts[: depth + 1]))) for depth in range(min(deep, len(parts) - 1))
@@ -74,6 +78,10 @@ class _Patient:
             return depth >= deep or (depth < len(of_depth) and of_depth[depth].match(folder) is not None)
 
         return [name for name in self._files(root, is_wanted) if fits.match(name)]
+
+    @property
+    def _lists_at_once(self) -> bool:
+        return type(self._inner).__module__.partition(".")[0] in _LISTS_AT_ONCE
 
     def cat_file(self, path: str) -> bytes:
         return bytes(self._retry.call(lambda: self._inner.cat_file(path), path))

@@ -109,10 +109,11 @@ def test_fsspec_alone_would_have_listed_half() -> None:
         "1/**/e.jsonl", "*/**/e.jsonl",
     ],
 )  # fmt: skip
-def test_a_glob_is_what_it_is_on_a_disk(store: Path, pattern: str) -> None:
+@pytest.mark.parametrize("kind", ["Store", "Flat"])
+def test_a_glob_is_what_it_is_on_a_disk(store: Path, pattern: str, kind: str) -> None:
     local = fsspec.filesystem("file")
     expected = sorted(posixpath.relpath(hit, store) for hit in local.glob(f"{store}/{pattern}") if not local.isdir(hit))
-    found = patient(Store(), Retry()).glob(f"/data/{pattern}")
+    found = patient({"Store": Store, "Flat": Flat}[kind](), Retry()).glob(f"/data/{pattern}")
     assert sorted(posixpath.relpath(hit, "/data") for hit in found) == expected
     assert len(set(found)) == len(found)
 
@@ -155,6 +156,20 @@ def test_a_store_that_lists_all_in_one_go_is_asked_to() -> None:
     assert Store.asked == ["/data", "/data"]
     assert sorted(patient(Flat(), Retry()).glob("/data/**/c.jsonl")) == ["/data/0/deep/c.jsonl"]
     assert len(Store.asked) == 3
+
+
+@pytest.mark.parametrize("pattern", ["*/deep/*.jsonl", "1*/**/*.jsonl", "[01]*/?.jsonl"])
+def test_it_is_asked_once_for_a_glob_over_folders(pattern: str) -> None:
+    Store.failing = {0: ConnectionError("reset")}
+    found = patient(Flat(), Retry()).glob(f"/data/{pattern}")
+    assert Store.asked == ["/data", "/data"]
+    assert sorted(found) == sorted(patient(Store(), Retry()).glob(f"/data/{pattern}"))
+
+
+def test_a_glob_in_one_folder_lists_that_folder_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Flat, "_find", None)  # it would list what lies below, too
+    assert patient(Flat(), Retry()).glob("/data/0/*.jsonl") == ["/data/0/a.jsonl", "/data/0/b.jsonl"]
+    assert Store.asked == ["/data/0"]
 
 
 def test_a_store_that_lists_a_folder_in_itself_is_listed_once() -> None:

@@ -11,6 +11,7 @@ pytest.importorskip("s3fs")
 pytest.importorskip("moto")
 
 from elastictrain.data import LaneReader, open_source
+from elastictrain.data.files import find_files
 from elastictrain.errors import DataError
 from elastictrain.job import Data
 from tests.unit.data.test_formats import column_of, write
@@ -43,6 +44,22 @@ def test_a_store_gives_what_a_disk_gives(tmp_path: Path, name: str, bucket: str,
         for step in (0, 3, 11):
             assert remote.batch(step, 1)["tokens"].tolist() == local.batch(step, 1)["tokens"].tolist()
         remote.close()
+
+
+def test_a_glob_over_folders_finds_the_files_of_a_disk_in_their_order(
+    tmp_path: Path, bucket: str, options: dict[str, Any]
+) -> None:
+    import s3fs
+
+    store = s3fs.S3FileSystem(**options)
+    for name in ("b/10/x.jsonl", "b/9/x.jsonl", "a/1/y.jsonl", "a/1/deep/x.jsonl", "a/x.jsonl", "c/_x.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"x": 1}\n')
+        store.pipe(f"{bucket}/glob/{name}", b'{"x": 1}\n')
+    for pattern in ("*/*/*.jsonl", "?/1*/x.jsonl", "*/x.jsonl", "a/**/*.jsonl", "*/[19]/**"):
+        local = find_files(f"{tmp_path}/{pattern}", "jsonl").files
+        remote = find_files(f"s3://{bucket}/glob/{pattern}", "jsonl", options).files
+        assert [file.name for file in remote] == [file.name for file in local]
 
 
 def test_an_object_that_is_written_again_is_noticed(tmp_path: Path, bucket: str, options: dict[str, Any]) -> None:
