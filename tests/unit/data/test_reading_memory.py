@@ -81,14 +81,14 @@ def test_batches_in_a_row_are_made_in_one_go_and_handed_out_at_their_own_steps(t
             assert found.ids.tolist() == batch.ids.tolist(), (step, jumps)
             assert found["n"].tolist() == batch["n"].tolist()
     reader.close()
-    assert not reader._prepared
+    assert not reader._runs
 
 
 def test_prepared_batches_of_a_lane_that_left_are_forgotten(tmp_path: Path) -> None:
     reader = reader_of(tmp_path)
     for step in range(3):
         reader.batch(step, 4)
-    assert 4 in reader._prepared
+    assert 4 in reader._runs
     for step in range(3 * LANES):
         reader.batch(step % reader.source.steps_per_epoch, 0)
-    assert set(reader._prepared) <= {0}
+    assert set(reader._runs) <= {0}
