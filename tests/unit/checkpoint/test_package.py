@@ -17,7 +17,7 @@ def test_public_names() -> None:
         flat_range_to_boxes list_steps load newest parse_manifest prune verify
         AnyOf Base Best Cadence Copier EverySteps Found Healed Healing Measured Newest Point Policy Spaced Stopped
         Younger copy_step heal newest_good newest_in pin pinned unpin
-        Entry Follower Standing catalogue find happened reachable
+        Entry Follower Standing catalogue find happened reachable withdraw
     """
     assert sorted(elastictrain_checkpoint.__all__) == sorted(expected.split())
     assert all(hasattr(elastictrain_checkpoint, name) for name in elastictrain_checkpoint.__all__)
