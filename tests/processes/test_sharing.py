@@ -18,7 +18,7 @@ from elastictrain.job import Job
 from elastictrain.stragglers.signals import dealt, decode
 from elastictrain_actors.driver import Driver
 from tests.support.plants import both
-from tests.support.plants_sharing import SLOW, eager, held_up, impatient, overtaken
+from tests.support.plants_sharing import SLOW, behind, eager, held_up, impatient, overtaken
 from tests.support.process_cluster import RECIPES, Run, byte_job, run_job
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
@@ -118,8 +118,10 @@ def test_whoever_dies_in_whatever_phase_the_bits_stay(folder, reference, way, vi
 
 @pytest.mark.parametrize("phase", ["compute", "claim", "agree", "apply"])
 def test_a_death_in_a_group_with_the_same_lanes(folder, reference, phase):
-    run = run_job(shared_job(folder, "coded", 4), [kill(2, 4, phase)])
+    """Of the one that is first in its group: its mate waits for it, or would often be done before it."""
+    run = run_job(shared_job(folder, "coded", 4), [kill(2, 4, phase)], patch=behind(4, mate=3))
     same(run, reference)
+    assert len(run.record.of("running")) == 2
 
 
 def test_who_dies_with_a_lane_of_another_one_leaves_it_to_all(folder, reference):

@@ -12,7 +12,7 @@ from typing import Any
 from elastictrain.engine import shares
 from elastictrain.engine.claims import ClaimBoard
 from elastictrain.engine.host import StageFeeder
-from elastictrain.engine.shares import SharedLanes
+from elastictrain.engine.shares import Doing, SharedLanes
 from elastictrain.redundancy import Claim, Sharing
 
 SLOW = 1
@@ -31,10 +31,10 @@ def eager(worker: int) -> None:
     StageFeeder.ready = lambda self, step, lane: True  # type: ignore[method-assign]
 
 
-def _until(lanes: SharedLanes, lane: int, found: Callable[[Claim | None], bool]) -> None:
-    """Wait until the claim of `lane` in this step is one like that, or the generation is over."""
+def _until(lanes: SharedLanes, key: str, found: Callable[[Claim | None], bool]) -> None:
+    """Wait until the claim of `key` in this step is one like that, or the generation is over."""
     assert lanes.doing is not None
-    while not found(lanes._board.read(f"lane/{lane}", lanes.doing.step)):
+    while not found(lanes._board.read(key, lanes.doing.step)):
         lanes._check()
         threading.Event().wait(0.001)
 
@@ -52,13 +52,31 @@ def _held_up(steps: tuple[int, ...], dies_at: int | None, helper: int, worker: i
     def claim(self: SharedLanes, lane: int) -> Claim:
         assert self.doing is not None
         if worker == SLOW and lane in self.own and self.doing.step in steps:
-            _until(self, lane, lambda there: there is not None)
+            _until(self, f"lane/{lane}", lambda there: there is not None)
         found = real(self, lane)
         if worker == helper and self.doing.step == dies_at and lane not in self.own and found.rank == self.rank:
             os.kill(os.getpid(), signal.SIGKILL)
         return found
 
     SharedLanes._claim = claim  # type: ignore[method-assign]
+
+
+def behind(step: int, mate: int) -> Callable[[int], None]:
+    """In the first generation `mate` begins `step` when another one of its group has given their lanes, and not at all
+    if that one dies before."""
+    return partial(_behind, step, mate)
+
+
+def _behind(step: int, mate: int, worker: int) -> None:
+    real, waited = SharedLanes._whole_group, []
+
+    def whole_group(self: SharedLanes, doing: Doing) -> None:
+        if worker == mate and doing.step == step and not waited:
+            waited.append(step)
+            _until(self, f"group/{self.group[0]}", lambda there: there is not None)
+        real(self, doing)
+
+    SharedLanes._whole_group = whole_group  # type: ignore[method-assign]
 
 
 def overtaken(steps: tuple[int, ...], *, looks: bool) -> Callable[[int], None]:
@@ -78,7 +96,7 @@ def _overtaken(steps: tuple[int, ...], looks: bool, worker: int) -> None:
         assert self.doing is not None
         last = lane == self.own[-1] and self.doing.step in steps
         if worker == SLOW and last:
-            _until(self, lane, lambda there: there is not None and there.done)
+            _until(self, f"lane/{lane}", lambda there: there is not None and there.done)
         elif worker != SLOW and lane not in self.own and self.doing.step not in steps:
             return  # a copy that nobody asked for in this test
         real(self, lane, begun)
@@ -87,7 +105,7 @@ def _overtaken(steps: tuple[int, ...], looks: bool, worker: int) -> None:
         """Only the lane of the slow one is waited for."""
         slow = [lane for lane in self.second if lane == self.sharing.lanes[SLOW][-1]]
         for lane in slow if doing.step in steps and worker != SLOW else ():
-            _until(self, lane, lambda there: there is not None)
+            _until(self, f"lane/{lane}", lambda there: there is not None)
             begun = self._board.read(f"lane/{lane}", doing.step)
             assert begun is not None
             if not begun.done:
