@@ -47,12 +47,11 @@ def test_lanes_that_are_not_begun_are_taken_over(folder, reference):
     same(run, reference)
     for step in STEPS:
         assert taken(run, step)["from"][SLOW] == 2
-        assert SLOW not in taken(run, step)["by"] or taken(run, step)["lanes"] > 2
     assert len(run.record.of("running")) == 1
     said = {said.step: decode(said.records) for said, _ in run.record.signalled}
     for step in STEPS:
         assert dealt(said[step]).tolist() == [4, 4, 3]
-        assert said[step]["lanes"][SLOW] <= 2 + Counter(taken(run, step)["by"])[SLOW]
+        assert said[step]["lanes"][SLOW] == 2 + Counter(taken(run, step)["by"])[SLOW]
         assert said[step]["lanes"].sum() == 11
 
 
@@ -130,7 +129,7 @@ def test_who_dies_with_a_lane_of_another_one_leaves_it_to_all(folder, reference)
     assert len(run.record.of("running")) == 2
 
 
-def test_a_frozen_store_of_claims_is_waited_for_no_longer_than_it_may_be(folder, reference):
+def test_a_frozen_store_of_claims_is_waited_for_no_longer_than_it_may_be(folder, reference, tmp_path):
     """Worker 0 stops while worker 1 asks its store: nothing ends that question by itself. Whoever finds out that it is
     frozen is played by the test."""
 
@@ -138,7 +137,7 @@ def test_a_frozen_store_of_claims_is_waited_for_no_longer_than_it_may_be(folder,
         if kind == "parking":
             os.kill(driver.effects.processes[0].pid, signal.SIGKILL)
 
-    plants = both(held_up(STEPS), impatient)
+    plants = both(held_up(STEPS), impatient(tmp_path / "frozen"))
     run = run_job(shared_job(folder), [freeze(0, 4, "claim")], patch=plants, on_event=kills_the_frozen)
     same(run, reference)
     assert "the first member's store gave no answer" in str(run.record.events)

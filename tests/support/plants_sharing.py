@@ -7,12 +7,15 @@ import signal
 import threading
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from elastictrain.engine import shares
-from elastictrain.engine.claims import ClaimBoard
+from elastictrain.engine.claims import ANSWER_S, ClaimBoard
 from elastictrain.engine.host import StageFeeder
+from elastictrain.engine.probes import Probes
 from elastictrain.engine.shares import Doing, SharedLanes
+from elastictrain.faults import Freeze
 from elastictrain.redundancy import Claim, Sharing
 
 SLOW = 1
@@ -116,9 +119,21 @@ def _overtaken(steps: tuple[int, ...], looks: bool, worker: int) -> None:
     SharedLanes._from_s = lambda self, lane, begun: 0.0 if looks else float("inf")  # type: ignore[method-assign]
 
 
-def impatient(worker: int) -> None:
-    """The first member's store is given three seconds for an answer: one that lives needs far less."""
+def impatient(since: Path) -> Callable[[int], None]:
+    """The first member's store is given half a second for an answer from when it is about to be frozen on (`since` is
+    there then): before that it lives, and a busy machine may take longer."""
+    return partial(_impatient, since)
+
+
+def _impatient(since: Path, worker: int) -> None:
+    real = Probes.at
+
+    def at(self: Probes, step: int, phase: str) -> None:
+        if any(isinstance(fault, Freeze) and (fault.step, fault.phase) == (step, phase) for fault in self._waiting):
+            since.touch()
+        real(self, step, phase)
+
+    Probes.at = at  # type: ignore[method-assign]
+    answer_s = property(lambda self: 0.5 if since.exists() else ANSWER_S, lambda self, _: None)
+    ClaimBoard._answer_s = answer_s  # type: ignore[assignment]
     del worker
-    defaults = ClaimBoard.__init__.__kwdefaults__
-    assert defaults is not None
-    defaults["answer_s"] = 3.0
