@@ -40,6 +40,9 @@ LOOK_S, LOOKS, RARELY_S = 0.002, 16, 0.1
 often than the last."""
 WATCH_S, WATCHES, SOON_S = 0.001, 64, 0.01
 """The same of one that has nothing to do but to wait whether a lane becomes late: the step waits for it too."""
+MEASURED_EACH = 8
+"""Whoever is overtaken in the first lane that it begins, in each of so many steps but one, is not overtaken in the last
+of them: of a worker that never computes a lane to the end nobody would know how slow it is, the watch neither."""
 EACH_S = 1e-4
 """For every worker, at least so long passes between two looks of one: all ask the same store."""
 
@@ -57,15 +60,17 @@ class Work(Protocol):
 
 @dataclass(slots=True)
 class Doing:
-    """One step of this worker. `closed`: lanes that are not shared in it; `stays`: it must not break off. `begun`: the
-    lanes that it has begun to compute; `mine`: those whose result counts and is ours. `computed`: how many have been
-    computed to the end, in `lanes_s` seconds; `in_vain`: how many of those that were begun do not count.
+    """One step of this worker. `closed`: lanes that are not shared in it; `stays`: it must not break off; `measures`:
+    nor in its first lane. `begun`: the lanes that it has begun to compute; `mine`: those whose result counts and is
+    ours. `computed`: how many have been computed to the end, in `lanes_s` seconds; `in_vain`: how many of those that
+    were begun do not count.
     """
 
     step: int
     work: Work
     closed: frozenset[int]
     stays: bool
+    measures: bool = False
     begun_at: float = field(default_factory=time.perf_counter)
     begun: set[int] = field(default_factory=set)
     mine: list[int] = field(default_factory=list)
@@ -116,6 +121,7 @@ class SharedLanes:
         self._board, self._pace, self._tree, self._groups = board, pace, tree, groups
         self._ready, self._probe, self._check, self._enter = ready, probe, check, enter
         self._crowd_s = EACH_S * layout.world_size
+        self._unmeasured = 0  # steps in a row in which it has computed no lane to the end
         self.doing: Doing | None = None
 
     @property
@@ -140,19 +146,24 @@ class SharedLanes:
         """Compute what there is to do for this worker. `closed`: lanes that are not shared in this step. `stays`: it
         must not break off.
         """
-        self.doing = Doing(step, work, closed, stays)
+        self.doing = Doing(step, work, closed, stays, measures=self._unmeasured + 1 >= MEASURED_EACH)
         if self.coded:
             self._whole_group(self.doing)
         else:
             for lane in self.own:
                 if not self._is_shared(lane):
                     self._run(lane, None)
-                elif (claim := self._claim(lane)).rank == self.rank:
+                elif self._begins(claim := self._claim(lane), self.doing):
                     self._run(lane, claim)
             self._help(self.doing)
             if self.copies:
                 self._watch(self.doing)
+        self._unmeasured = 0 if self.doing.computed else self._unmeasured + 1
         return self.doing
+
+    def _begins(self, claim: Claim, doing: Doing) -> bool:
+        """Whether to compute a lane of ours that is claimed like this: where we must be measured, a copy too."""
+        return claim.rank == self.rank or (self.copies and doing.measures and not doing.begun and not claim.done)
 
     def _is_shared(self, lane: int) -> bool:
         assert self.doing is not None
@@ -196,7 +207,7 @@ class SharedLanes:
         doing.work.count(lane, result)
 
     def _may_stop(self, doing: Doing) -> bool:
-        return not doing.stays and (doing.computed > 0 or not self._counters)
+        return not doing.stays and (doing.computed > 0 or not (self._counters or doing.measures))
 
     def _throw_away(self, lane: int) -> None:
         assert self.doing is not None

@@ -86,14 +86,16 @@ class Rank0:
         )  # type: ignore[arg-type]  # fmt: skip
         self.unread: set[int] = set()
 
-    def run(self, during: Callable[[int], None] = lambda _: None, *, closed: Any = (), stays: bool = False) -> Work:
+    def run(
+        self, during: Callable[[int], None] = lambda _: None, *, closed: Any = (), stays: bool = False, step: int = STEP
+    ) -> Work:
         work = Work(self.tree, during)
-        self.doing = self.lanes.compute(STEP, work, closed=frozenset(closed), stays=stays)
+        self.doing = self.lanes.compute(step, work, closed=frozenset(closed), stays=stays)
         return work
 
-    def others_are_done(self, *lanes: int) -> None:
+    def others_are_done(self, *lanes: int, step: int = STEP) -> None:
         for lane in lanes:
-            self.words.words[f"lane/{lane}"] = Claim(STEP, 1, True).encode()
+            self.words.words[f"lane/{lane}"] = Claim(step, 1, True).encode()
 
 
 def looks_always(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,6 +197,32 @@ def test_in_a_group_with_the_same_lanes_the_first_one_counts(monkeypatch: pytest
     assert work.computed == ([0, 1, 2, 3, 4, 5] if stays else [0, 1, 2]), "one that is checked computes to the end"
     assert second.doing.in_vain == len(second.doing.begun)
     assert second.tree.said == ["abandon"]
+
+
+@pytest.mark.parametrize("way", ["first_result", "begun by another", "coded"])
+def test_who_is_overtaken_in_every_step_is_measured_now_and_then(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """It has no lane of its own in any step, and nobody would ever know how slow it is."""
+    looks_always(monkeypatch)
+    one = Rank0("coded" if way == "coded" else "first_result", depth=3)
+    computed = []
+    for step in range(1, 2 * shares.MEASURED_EACH + 2):
+        one.others_are_done(1, 2, 3, 4, 5, step=step)
+        if way == "begun by another":
+            one.words.words["lane/0"] = Claim(step, 1).encode()
+
+        def other_is_done(lane: int, step: int = step) -> None:
+            one.others_are_done(lane, step=step)
+            one.words.words["group/0"] = Claim(step, 1, True).encode()
+
+        work = one.run(other_is_done, step=step)
+        assert work.counted == []
+        if way == "begun by another" and step % shares.MEASURED_EACH:
+            assert one.doing.begun <= {0}
+        computed.append(len(work.computed))
+        one.tree.nodes.clear()
+    lanes = {step: count for step, count in enumerate(computed, 1) if count}
+    assert lanes == {shares.MEASURED_EACH: 1, 2 * shares.MEASURED_EACH: 1}
+    assert one.doing.lane_s == 0.0
 
 
 def test_a_model_with_integer_buffers_has_one_whole_lane(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from elastictrain.engine.shares import MEASURED_EACH
 from elastictrain.sim.speeds import Slowness, SpeedScenario, run_speeds, unwatched_s
+from elastictrain.stragglers.decision import Policy
 from elastictrain.stragglers.signals import Signal
 from elastictrain.stragglers.watch import StragglerWatch
 
@@ -160,3 +162,19 @@ def test_who_is_slow_is_named_although_others_take_over_its_lanes():
     assert decisions[0].lanes[2] == 2
     assert sum(decisions[0].lanes) == 16
     assert decisions[0].before_s == pytest.approx(0.8, rel=0.02), "four lanes at half speed"
+
+
+def test_who_is_measured_now_and_then_gives_its_place_away():
+    """Its single lane is overtaken in all steps but one in eight: these are enough to name it, and to replace it."""
+    watch, findings, decisions = StragglerWatch(100_000, policy=Policy(evict=True)), [], []
+    for step in range(1, 60):
+        is_slow, each = step >= 20, []
+        for place in range(4):
+            lanes = 2 if is_slow and place == 3 else 0 if is_slow and place == 2 and step % MEASURED_EACH else 1
+            own_s = 0.1 * lanes * (4 if is_slow and place == 2 else 1) * (1.0 + 0.002 * ((step * 5 + place) % 3))
+            each.append(Signal(lanes, own_s, arrive_s=0.4, exchange_s=0.01, more=lanes - 1).encode())
+        verdict = watch.feed(1, NAMES, step, b"".join(each), spares=1)
+        findings += verdict.findings
+        decisions += [verdict.decision] if verdict.decision else []
+    assert [(one.worker, one.cause, round(one.factor)) for one in findings] == [(8, "compute", 4)]
+    assert [(one.action, one.worker) for one in decisions[:1]] == [("replace", 2)]
