@@ -16,10 +16,11 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from statistics import median
 from typing import Literal
 
-from elastictrain.tree import most_sums, roots
+from elastictrain.tree import Node, most_sums, roots, whole
 
 Lanes = tuple[tuple[int, ...], ...]
 """By rank, ascending."""
@@ -108,19 +109,46 @@ def sharing_of(
 
 
 def most_roots(sharing: Sharing, way: Way, lane_count: int) -> tuple[tuple[int, int], ...]:
-    """By rank: (sums that are there at once while it computes, sums that it hands over), at most or nearly so: of its
-    own lanes without the last ones, and each lane of others apart.
+    """By rank: (sums that are there at once while it computes, sums that it hands over), at most, whichever of its own
+    shared lanes others have, and whichever of theirs it has.
     """
-    found = []
-    for own, more in zip(sharing.lanes, sharing.second, strict=True):
-        if way == "coded":
-            both = tuple(sorted(own + more))
-            found.append((most_sums(both, lane_count), len(roots(both, lane_count))))
-            continue
-        shorter = [own[: len(own) - n] for n in range(len(own) + 1 if sharing.shared else 1)]
-        handed = max(len(roots(lanes, lane_count)) for lanes in shorter) + len(more)
-        found.append((most_sums(own, lane_count) + len(more) + (way == "first_result"), handed))
-    return tuple(found)
+    return tuple(most_of_rank(sharing, rank, way, lane_count) for rank in range(len(sharing.lanes)))
+
+
+def most_of_rank(sharing: Sharing, rank: int, way: Way, lane_count: int) -> tuple[int, int]:
+    """As `most_roots`, of one rank."""
+    own, more = sharing.lanes[rank], sharing.second[rank]
+    if way == "coded":
+        both = tuple(sorted(own + more))
+        return most_sums(both, lane_count), len(roots(both, lane_count))
+    kept = tuple(lane for lane in own if lane not in sharing.shared)  # the first ones: those that follow may be lost
+    handed = _most_kept(kept, (*own[len(kept) :], *more), lane_count)
+    # While it computes its own, those up to some lane, without lost ones: the sums that lie there before a lane is
+    # added, and the lane, are as many as there are with it where its sibling is not there.
+    begun = [_most_kept(kept, own[len(kept) : n], lane_count) for n in range(len(kept), len(own))]
+    return max(most_sums(kept, lane_count), handed, *begun) + (way == "first_result"), handed
+
+
+def _most_kept(always: Sequence[int], perhaps: Sequence[int], lane_count: int) -> int:
+    """The most roots that the lanes `always` and any of `perhaps` can have."""
+
+    def most(node: Node, sure: list[int], maybe: list[int]) -> tuple[bool, float]:
+        """Of a node: whether all its lanes can be there, and the most roots below it while they are not."""
+        size = node.hi - node.lo
+        if not maybe:
+            return len(sure) == size, len(roots(sure, lane_count)) if len(sure) < size else -inf
+        if node.is_leaf:
+            return True, 0
+        left, right = node.children()
+        (l_full, l_most), (r_full, r_most) = (
+            most(half, [n for n in sure if half.lo <= n < half.hi], [n for n in maybe if half.lo <= n < half.hi])
+            for half in (left, right)
+        )
+        partly = max(l_most + r_most, 1 + r_most if l_full else -inf, l_most + 1 if r_full else -inf)
+        return l_full and r_full, partly
+
+    full, partly = most(whole(lane_count), sorted(always), sorted(perhaps))
+    return int(max(partly, 1 if full else -inf))
 
 
 class Pace:

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from elastictrain.controller.facts import GradientSpec, MachineSpec
 from elastictrain.layout import Layout, balanced, promoted
 from elastictrain.protocol import COUNTED_SUMS
-from elastictrain.redundancy import most_roots, sharing_of
+from elastictrain.redundancy import group_of, most_roots, sharing_of
 from elastictrain.tree import most_sums, roots
 
 UNEVEN, WORTH_A_PAUSE = 1.5, 1.1
@@ -312,24 +312,30 @@ def sums_bytes(spec: MachineSpec, layout: Layout) -> dict[int, int]:
     owned = Counter[int]()
     for shard in layout.shards:
         owned[shard.owner] += sum(spec.block_elements[shard.lo : min(shard.hi, spec.gradients.blocks)])
-    computed, own = _sums(spec.gradients, layout)
+    computed, own, everybodys = _sums(spec.gradients, layout)
     found: dict[int, int] = {}
     for worker, sums, mine in zip(layout.workers, computed, own, strict=True):
         computing = elements * sums
-        exchanging = elements * mine + owned[worker] * (sum(own) - mine)
+        exchanging = elements * mine + owned[worker] * (everybodys - mine)
         found[worker] = 4 * max(0, max(computing, exchanging) - COUNTED_SUMS * elements)
     return found
 
 
-def _sums(gradients: GradientSpec, layout: Layout) -> tuple[list[int], list[int]]:
-    """By rank: sums of gradients at once while its lanes are computed, and those that it hands over."""
+def _sums(gradients: GradientSpec, layout: Layout) -> tuple[list[int], list[int], int]:
+    """By rank: sums of gradients at once while its lanes are computed, and those that it hands over, at most. Then how
+    many all together hand over: of a group with the same lanes only one.
+    """
     count = layout.lane_count
     if gradients.way == "none" or layout.world_size == 1:
         computed = [most_sums(lanes, count, apart=gradients.apart) for lanes in layout.lanes]
-        return computed, [len(roots(lanes, count)) for lanes in layout.lanes]
+        handed = [len(roots(lanes, count)) for lanes in layout.lanes]
+        return computed, handed, sum(handed)
     sharing = sharing_of(gradients.way, layout.lanes, depth=gradients.depth, group=gradients.group)
     found = most_roots(sharing, gradients.way, count)
-    return [sums + gradients.apart for sums, _ in found], [handed for _, handed in found]
+    handed = [own for _, own in found]
+    groups = [group_of(rank, layout.world_size, gradients.group)[0] for rank in range(layout.world_size)]
+    firsts = sorted(set(groups)) if gradients.way == "coded" else range(layout.world_size)
+    return [sums + gradients.apart for sums, _ in found], handed, sum(handed[rank] for rank in firsts)
 
 
 def refuse_drain(

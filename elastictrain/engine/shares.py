@@ -27,13 +27,14 @@ from elastictrain.redundancy import (
     agreed,
     group_of,
     is_late,
+    most_of_rank,
     say_lanes,
     sharing_of,
     to_take,
 )
 from elastictrain.signs import Activity
 from elastictrain.straggler_settings import Redundancy
-from elastictrain.tree import Node, most_sums
+from elastictrain.tree import Node
 
 LOOK_S, LOOKS, RARELY_S = 0.002, 16, 0.1
 """Whoever may be overtaken looks so many times in a lane whether it was; no more often than the first says, and no less
@@ -121,6 +122,7 @@ class SharedLanes:
         self._board, self._pace, self._tree, self._groups = board, pace, tree, groups
         self._ready, self._probe, self._check, self._enter = ready, probe, check, enter
         self._crowd_s = EACH_S * layout.world_size
+        self.sums, _ = most_of_rank(self.sharing, rank, settings.lanes, layout.lane_count)  # of gradients, at once
         self._unmeasured = 0  # steps in a row in which it has computed no lane to the end
         self.doing: Doing | None = None
 
@@ -132,13 +134,6 @@ class SharedLanes:
     def second(self) -> tuple[int, ...]:
         """The lanes of others that this worker may compute too."""
         return self.sharing.second[self.rank]
-
-    @property
-    def sums(self) -> int:
-        """So many sums of gradients may be there at once."""
-        if self.coded:
-            return most_sums(tuple(sorted(self.own + self.second)), self.lane_count)
-        return most_sums(self.own, self.lane_count) + len(self.second) + self.copies
 
     # --- compute ---
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import chain, combinations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from elastictrain.layout import deal_lanes
@@ -15,6 +16,7 @@ from elastictrain.redundancy import (
     Lanes,
     Pace,
     Sharing,
+    Way,
     agreed,
     group_of,
     groups_of,
@@ -28,7 +30,7 @@ from elastictrain.redundancy import (
     to_take,
 )
 from elastictrain.sim.shared import shared_step
-from elastictrain.tree import roots
+from elastictrain.tree import most_sums, roots
 
 
 @st.composite
@@ -195,20 +197,47 @@ def test_a_claim_comes_back(step: int, rank: int, done: bool) -> None:
     assert all(read_claim(text) is None for text in ("", "?", ":", "1:", ":1", "a:b", "1:2:3"))
 
 
-@settings(max_examples=60)
-@given(splits(2), st.integers(1, 4), st.sampled_from(["take_over", "first_result", "coded"]), st.data())
-def test_what_is_handed_over_has_room(lanes: Lanes, depth: int, way: str, data: st.DataObject) -> None:
+@settings(max_examples=200)
+@given(splits(2), st.integers(1, 8), st.sampled_from(["take_over", "first_result", "coded"]), st.data())
+def test_what_is_handed_over_has_room(lanes: Lanes, depth: int, way: Way, data: st.DataObject) -> None:
+    """Whichever of its shared lanes others have, whichever of theirs it has, in whatever order it takes them."""
     count = sum(map(len, lanes))
-    sharing = sharing_of(way, lanes, depth=depth, group=2)  # type: ignore[arg-type]
-    bounds = most_roots(sharing, way, count)  # type: ignore[arg-type]
+    sharing = sharing_of(way, lanes, depth=depth, group=2)
     rank = data.draw(st.integers(0, len(lanes) - 1))
-    own = sharing.lanes[rank]
+    at_once, handed = most_roots(sharing, way, count)[rank]
+    own, second = sharing.lanes[rank], sharing.second[rank]
     if way == "coded":
-        kept, more = own, sharing.second[rank]
+        order = sorted(own + second)
     else:
-        kept = own[: len(own) - data.draw(st.integers(0, min(depth, len(own) - 1)))]
-        more = tuple(data.draw(st.sets(st.sampled_from(sharing.second[rank]))) if sharing.second[rank] else ())
-    assert len(roots([*kept, *more], count)) <= bounds[rank][1]
+        lost = data.draw(st.sets(st.sampled_from(own))) & sharing.shared
+        more = data.draw(st.lists(st.sampled_from(second), unique=True)) if second else []
+        order = [lane for lane in own if lane not in lost] + more
+    assert len(roots(order, count)) <= handed
+    # A copy, while it is computed, has a sum of its own.
+    assert most_sums(tuple(order), count, apart=way == "first_result") <= at_once
+
+
+@settings(max_examples=60)
+@given(splits(2), st.integers(1, 4), st.data())
+def test_no_more_room_is_asked_for_than_may_be_needed(lanes: Lanes, depth: int, data: st.DataObject) -> None:
+    count = sum(map(len, lanes))
+    sharing = sharing_of("first_result", lanes, depth=depth, group=2)
+    rank = data.draw(st.integers(0, len(lanes) - 1))
+    own, second = sharing.lanes[rank], sharing.second[rank]
+    kept = set(own) - sharing.shared
+    perhaps = [*(lane for lane in own if lane in sharing.shared), *second]
+    assume(len(perhaps) <= 10)
+    subsets = chain.from_iterable(combinations(perhaps, n) for n in range(len(perhaps) + 1))
+    assert most_roots(sharing, "first_result", count)[rank][1] == max(
+        len(roots({*kept, *some}, count)) for some in subsets
+    )
+
+
+def test_a_lost_lane_that_is_not_the_last_one_may_leave_most() -> None:
+    """24 lanes, 3 workers: its own lanes 1 and 4 are lost, and it has all lanes of others that it may have."""
+    sharing = sharing_of("take_over", even(3, 8), depth=7, group=2)
+    lanes = {0, 2, 3, 5, 6, 7, *sharing.second[0]}
+    assert len(roots(lanes, 24)) == most_roots(sharing, "take_over", 24)[0][1] == 11
 
 
 def test_a_model_with_integer_buffers_keeps_a_lane_with_every_worker() -> None:

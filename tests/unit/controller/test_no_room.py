@@ -10,6 +10,7 @@ from elastictrain.controller import events as ev
 from elastictrain.controller.commands import Announce, AskPause, Command, Form
 from elastictrain.controller.facts import GradientSpec, StragglerSpec
 from elastictrain.controller.journal import dump_event, replay
+from elastictrain.controller.policies import sums_bytes
 from elastictrain.controller.room import MemoryRoom
 from elastictrain.controller.slowness import Slowness
 from elastictrain.controller.speeds import lanes_in_force
@@ -161,3 +162,14 @@ def test_where_no_spare_waits_there_is_no_place_for_one():
     lack = MemoryRoom(scene_of(1600).machine.core).replaced(0, (4, 4, 4, 4))
     assert lack is not None
     assert lack.reason == "no spare waits any more"
+
+
+def test_of_a_group_with_the_same_lanes_one_hands_sums_over():
+    """Both groups of two hand over two sums: beside its own two a worker gets two of its blocks, not six."""
+    gradients = GradientSpec(8, way="coded", group=2)
+    scene = Scene(lane_count=12, initial_workers=4, gradients=gradients, fixed_bytes=BASE).run()
+    layout = lanes_in_force(scene.machine.spec, scene.ledger)
+    assert layout is not None
+    needed = sums_bytes(scene.machine.spec, layout)
+    assert needed[0] == needed[1] == 4 * 2 * 20
+    assert needed[2] == needed[3] == 4 * 80, "lanes 6 to 11: three sums at once while they are computed"
