@@ -39,6 +39,7 @@ class ClaimBoard:
         self._store, self._hang_up, self._answer_s = store, hang_up, answer_s
         self._last: dict[str, str] = {}  # what all know to be there
         self._asked_at: float | None = None
+        self._asking = threading.Lock()  # of `_asked_at`: a question does not end while its connection is cut
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -60,8 +61,11 @@ class ClaimBoard:
         self._last.update({key: claim.encode() for key, claim in zip(keys, claims, strict=True)})
 
     def close(self) -> None:
-        """No more questions; may be called twice."""
-        self._ended.set()
+        """No more questions, and nothing is cut any more; may be called twice."""
+        with self._asking:
+            self._ended.set()
+        if self._thread is not None:
+            self._thread.join(self._answer_s)
 
     def _replace(self, key: str, expected: str, claim: Claim) -> Claim:
         wanted = claim.encode()
@@ -80,13 +84,16 @@ class ClaimBoard:
             self._thread = threading.Thread(target=self._watch, name="elastictrain-claims", daemon=True)
             self._thread.start()
         problem, answer = "", b""
-        began = self._asked_at = time.monotonic()
+        began = time.monotonic()
+        with self._asking:
+            self._asked_at = began
         try:
             answer = self._store.compare_set(key, expected, desired)
         except RuntimeError as error:
             problem = str(error).partition("\n")[0]
         finally:
-            self._asked_at = None
+            with self._asking:
+                self._asked_at = None
         if problem:
             took_s = time.monotonic() - began
             raise PeerLost(f"the first member's store gave no answer about {key} for {took_s:.1f} s: {problem}")
@@ -94,6 +101,9 @@ class ClaimBoard:
 
     def _watch(self) -> None:
         while not self._ended.wait(min(_LOOK_S, self._answer_s)):
-            asked_at = self._asked_at
-            if asked_at is not None and time.monotonic() - asked_at > self._answer_s:
-                self._hang_up()
+            with self._asking:
+                asked_at = self._asked_at
+                is_late = asked_at is not None and time.monotonic() - asked_at > self._answer_s
+                # Whoever asks waits for this to end: the next connection to that store is none that is cut here.
+                if is_late and not self._ended.is_set():
+                    self._hang_up()

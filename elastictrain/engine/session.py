@@ -172,9 +172,10 @@ class Session:
         return asked
 
     def _hang_up(self) -> None:
-        asked = self._stop_asking()
-        if asked:
-            hang_up(asked)
+        with self.apply_lock:  # or `park` does it, before the next generation connects
+            asked = self._stop_asking()
+            if asked:
+                hang_up(asked)
 
     def ask_pause(self, generation: int, store: bool = False) -> None:
         """Raise the pause flag in the next vote of `generation`: everybody parks at that commit, after a checkpoint of

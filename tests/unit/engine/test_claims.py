@@ -104,6 +104,56 @@ def test_a_store_that_is_gone_is_a_lost_peer() -> None:
         ClaimBoard(Broken(), lambda: None).claim("a", Claim(1, 0))
 
 
+def test_a_question_does_not_end_while_its_connection_is_cut() -> None:
+    """Else the next generation could have a connection to the same store by then, and that would be cut."""
+    cutting, may_end = threading.Event(), threading.Event()
+
+    class Late:
+        def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+            assert cutting.wait(30)
+            return desired.encode()
+
+    def hang_up() -> None:
+        cutting.set()
+        assert may_end.wait(30)
+
+    mine = ClaimBoard(Late(), hang_up, answer_s=0.01)
+    asks = threading.Thread(target=mine.claim, args=("a", Claim(1, 0)))
+    asks.start()
+    assert cutting.wait(30)
+    asks.join(0.2)
+    assert asks.is_alive()
+    may_end.set()
+    asks.join(30)
+    assert not asks.is_alive()
+    mine.close()
+    assert mine._thread is not None
+    mine._thread.join(30)
+    assert not mine._thread.is_alive()
+
+
+def test_nothing_is_cut_once_the_board_is_closed() -> None:
+    cut, asked = threading.Event(), threading.Event()
+
+    class Never:
+        def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+            asked.set()
+            mine._ended.wait(30)
+            with mine._asking:  # the board is closed, and this question is still open, and late
+                assert mine._thread is not None
+                mine._answer_s = 0.0
+            mine._thread.join(30)
+            return desired.encode()
+
+    mine = ClaimBoard(Never(), cut.set)
+    asks = threading.Thread(target=mine.claim, args=("a", Claim(1, 0)))
+    asks.start()
+    assert asked.wait(30)
+    mine.close()
+    asks.join(30)
+    assert not cut.is_set()
+
+
 def _serve(pipe: Any) -> None:
     rendezvous = Rendezvous()
     pipe.send(rendezvous.address)

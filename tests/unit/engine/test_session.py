@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from elastictrain.controller import events as ev
-from elastictrain.engine import restoring
+from elastictrain.engine import restoring, session
 from elastictrain.engine.collective import Rendezvous, connect
 from elastictrain.engine.probes import InjectedFault, Probes
 from elastictrain.engine.session import Session
@@ -185,3 +185,20 @@ def test_a_question_to_a_store_that_does_not_answer_ends_with_the_generation() -
         session.park(0)
     finally:
         running.close()
+
+
+@pytest.mark.parametrize("running", [Probes(0, [])], indirect=True)
+def test_a_connection_that_park_has_cut_is_not_cut_again(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A watch that finds its question late just then would cut the next generation's connection."""
+    cut: list[str] = []
+    here = running.session
+    monkeypatch.setattr(session, "hang_up", cut.append)
+    with here.apply_lock:
+        here._asked = "host:1"
+        late = threading.Thread(target=here._hang_up)
+        late.start()
+        late.join(0.2)
+        assert cut == []
+        assert here._stop_asking() == "host:1"  # as `park` does
+    late.join(30)
+    assert cut == []
