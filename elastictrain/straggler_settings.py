@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from elastictrain.settings import PositiveInt, Settings, a_number, not_a_switch
+from elastictrain.settings import Settings, a_number, not_a_switch
 
 
 class Stragglers(Settings):
@@ -28,9 +28,9 @@ class Redundancy(Settings):
     copy of the one that the late worker is in, and the first result counts. "coded": groups of workers have the same
     lanes, and the first of a group to be done is enough (everything is computed `group` times).
     """
-    depth: PositiveInt = 2
+    depth: Annotated[int, BeforeValidator(not_a_switch), Field(ge=1, le=127)] = 2
     """With `take_over` and `first_result`: so many lanes of each worker, its last ones, have a second holder, which
-    reads their data too."""
+    reads their data too. A worker's signal has room for 127 lanes of others."""
     group: Annotated[int, BeforeValidator(not_a_switch), Field(ge=2)] = 2
     """With `coded`: how many workers have the same lanes."""
 

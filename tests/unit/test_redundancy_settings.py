@@ -8,6 +8,7 @@ import pytest
 
 from elastictrain.errors import ConfigError
 from elastictrain.job import dump_job, parse_job
+from elastictrain.straggler_settings import Redundancy
 
 BASE: dict[str, Any] = {"recipe": "mod:Class", "data": {"kind": "jsonl", "path": "x.jsonl"}, "steps": 10}
 
@@ -64,3 +65,9 @@ def test_by_default_there_is_none() -> None:
     job = parse_job(BASE)
     assert job.redundancy.lanes == "none"
     assert parse_job(BASE | {"gradients": "hand_over"}).redundancy == job.redundancy
+
+
+def test_no_more_lanes_are_shared_than_a_signal_can_say() -> None:
+    assert Redundancy(lanes="take_over", depth=127).depth == 127
+    with pytest.raises(ConfigError, match="127"):
+        Redundancy(lanes="take_over", depth=128)
