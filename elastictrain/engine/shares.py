@@ -135,6 +135,12 @@ class SharedLanes:
         """The lanes of others that this worker may compute too."""
         return self.sharing.second[self.rank]
 
+    @property
+    def ahead(self) -> tuple[int, ...]:
+        """All that it may compute, in that order: its own first; in a group those of all, ascending."""
+        both = self.own + self.second
+        return tuple(sorted(both)) if self.coded else both
+
     # --- compute ---
 
     def compute(self, step: int, work: Work, *, closed: frozenset[int], stays: bool) -> Doing:
@@ -291,7 +297,7 @@ class SharedLanes:
         results: list[tuple[int, LaneResult]] = []
         key, alone = _group_key(self.group), len(self.group) == 1
         try:
-            for lane in sorted(self.own + self.second):
+            for lane in self.ahead:
                 begun_at = time.perf_counter()
                 with nullcontext() if alone or not self._may_stop(doing) else self._looking(key, 0.0):
                     if results and not alone and self._may_stop(doing):

@@ -86,9 +86,8 @@ class StepRunner:
 
     @property
     def lanes(self) -> tuple[int, ...]:
-        """The lanes whose batches this worker may need in a step, its own first."""
-        own = tuple(self.layout.lanes[self.rank])
-        return own if self.shares is None else own + self.shares.second
+        """The lanes whose batches this worker may need in a step, in the order in which it computes them."""
+        return tuple(self.layout.lanes[self.rank]) if self.shares is None else self.shares.ahead
 
     def _span(self, shard: Shard) -> tuple[int, int]:
         return self.flat.space.active_span(shard.lo, shard.hi)

@@ -71,7 +71,9 @@ class Work:
 class Rank0:
     """Worker 0 of two with three lanes each: 0..2 are its own, 3..5 the other's."""
 
-    def __init__(self, way: Any = "first_result", *, counters: bool = False, paced: bool = True, **more: Any) -> None:
+    def __init__(
+        self, way: Any = "first_result", *, counters: bool = False, paced: bool = True, rank: int = 0, **more: Any
+    ) -> None:
         self.words, self.tree, self.phases = Words(), Tree(), []
         self.board, self.other = ClaimBoard(self.words, lambda: None), ClaimBoard(self.words, lambda: None)
         pace = Pace(2)
@@ -79,7 +81,7 @@ class Rank0:
         layout = Layout(1, (4, 7), deal_lanes(6, [1.0, 1.0], "contiguous"), (Shard(0, 1, 4, 7),), 6)
         settings = Redundancy(**({"lanes": way, "depth": 2, "group": 2} | more))
         self.lanes = SharedLanes(
-            settings, layout, 0, kinds=["", ""], counters=counters, board=self.board, pace=pace,
+            settings, layout, rank, kinds=["", ""], counters=counters, board=self.board, pace=pace,
             tree=self.tree, groups=GroupSet(None, generation=1, rank=0, world=1, device=CPU, host="127.0.0.1"),
             ready=lambda _, lane: lane not in self.unread, probe=self.phases.append, check=lambda: None,
             enter=lambda _: None,
@@ -240,3 +242,8 @@ def test_what_does_not_fit_together_is_our_error() -> None:
         InternalError, match=r"the claims of lanes do not fit together: in step 3 nobody has lanes \[3\]"
     ):
         one.lanes.agree()
+
+
+@pytest.mark.parametrize(("way", "ahead"), [("take_over", (3, 4, 5, 1, 2)), ("coded", (0, 1, 2, 3, 4, 5))])
+def test_batches_are_named_in_the_order_in_which_lanes_are_computed(way: str, ahead: tuple[int, ...]) -> None:
+    assert Rank0(way, rank=1).lanes.ahead == ahead
