@@ -146,7 +146,10 @@ def test_copies_are_apart_but_for_the_last(near, far, follow) -> None:
     assert list_steps(far) == [2, 6, 7]
 
 
-def test_a_store_that_fails_is_said_and_tried_again_and_meanwhile_nothing_may_go(near, far, follow, mood) -> None:
+def test_a_store_that_fails_is_said_and_tried_again_and_meanwhile_nothing_may_go(
+    near, far, follow, mood, monkeypatch
+) -> None:
+    monkeypatch.setattr(module, "pause_s", lambda failures: 600.0 * bool(failures))  # not while we look
     mood.error = RuntimeError("whatever a file system raises")
     for step in (2, 4):
         save(near, STATE, step=step)
@@ -158,10 +161,19 @@ def test_a_store_that_fails_is_said_and_tried_again_and_meanwhile_nothing_may_go
     assert follower.needed(catalogue(near), 0.0) == {6}
     mood.error = None
     follower.hurry()
-    while (standing := idle(follower)).error:  # a try that had begun before may still fail
-        follower.hurry()
-    assert standing == Standing(6, (), "")
+    assert idle(follower) == Standing(6, (), "")
     assert follower.needed(catalogue(near), 0.0) == set()
+
+
+def test_what_has_failed_is_tried_again_after_a_pause(near, far, follow, mood) -> None:
+    mood.error = OSError(5, "Input/output error")
+    save(near, STATE, step=2)
+    follower = follow()
+    follower.serve()
+    assert idle(follower).error
+    mood.error = None
+    assert mood.reached.wait(60), "nobody has asked for it"
+    assert idle(follower) == Standing(2, (), "")
 
 
 def test_what_waits_is_known_although_the_store_cannot_even_be_looked_into(near, follow, mood, monkeypatch) -> None:
