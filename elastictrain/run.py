@@ -112,9 +112,10 @@ def _check_faults(job: Job, faults: Faults) -> None:
             )
         if fault.step > job.steps:
             raise ConfigError(f"faults: {fault.do} at step {fault.step}: the job ends at step {job.steps}")
-        if getattr(fault, "phase", None) in SHARING and job.redundancy.lanes == "none":
+        phase = getattr(fault, "phase", None)
+        if phase in SHARING and job.redundancy.lanes == "none":
             raise ConfigError(
-                f"faults: {fault.do} in phase {getattr(fault, 'phase', None)}: a step has that phase only where lanes "
+                f"faults: {fault.do} in phase {phase}: a step has that phase only where lanes "
                 "are shared; set redundancy.lanes, or name another phase"
             )
 

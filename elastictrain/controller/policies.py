@@ -333,9 +333,12 @@ def _sums(gradients: GradientSpec, layout: Layout) -> tuple[list[int], list[int]
     sharing = sharing_of(gradients.way, layout.lanes, depth=gradients.depth, group=gradients.group)
     found = most_roots(sharing, gradients.way, count)
     handed = [own for _, own in found]
-    groups = [group_of(rank, layout.world_size, gradients.group)[0] for rank in range(layout.world_size)]
-    firsts = sorted(set(groups)) if gradients.way == "coded" else range(layout.world_size)
-    return [sums + gradients.apart for sums, _ in found], handed, sum(handed[rank] for rank in firsts)
+    everybodys = sum(
+        own
+        for rank, own in enumerate(handed)
+        if gradients.way != "coded" or group_of(rank, layout.world_size, gradients.group)[0] == rank
+    )
+    return [sums + gradients.apart for sums, _ in found], handed, everybodys
 
 
 def refuse_drain(

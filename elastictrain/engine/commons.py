@@ -55,5 +55,5 @@ class Commons:
         self.pace.learn(said.lane_s)
         doing = None if runner.shares is None else runner.shares.doing
         forget = getattr(session.batches, "forget", None)
-        if doing is not None and forget is not None:
-            forget(doing.step, [lane for lane in runner.lanes if lane not in doing.begun])
+        if doing is not None and forget is not None and (left := set(runner.lanes) - doing.begun):
+            forget(doing.step, left)

@@ -353,9 +353,8 @@ class Saver:
         """
         places = [place for place in self._distrusted if step > place[0] and generation < place[1]]
         with self._storage(step) if places else suppress(OSError):
-            if withdraw(self._store, step, attempt_of(generation), if_torn=not places):
-                for place in places[-1:]:
-                    self.copies.distrust(*place)
+            if withdraw(self._store, step, attempt_of(generation), if_torn=not places) and places:
+                self.copies.distrust(*places[-1])
 
     def distrust(self, step: int, generation: int) -> None:
         """What was stored after `step` before `generation` is not to be trusted: the calls that this worker has left

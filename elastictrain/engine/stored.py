@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -90,8 +90,7 @@ class Stored:
             raise ClusterError(f"--resume: none of the places of the checkpoints answers: {said}")
         listed = {store.url: _listed(store) for store in there}
         entries = {store.url: catalogue(store) for store in there}
-        known = [entry for found in entries.values() for entry in found]
-        left_behind = {entry.step for entry in known} - {entry.step for entry in happened(known)}
+        left_behind = _left_behind(entries.values())
         steps = {step for found in listed.values() for step in found}
         if not settings.copy_to:  # retention removes them at once, if they are not late
             left_behind = {step for step in left_behind if _is_late(there[0], step)}
@@ -155,9 +154,7 @@ def newest_anywhere(stores: Sequence[Store]) -> tuple[Found | None, dict[str, st
     there, silent = reachable(stores)
     if not there:
         raise OSError("; ".join(f"{url} does not answer: {why}" for url, why in silent.items()))
-    known = [entry for store in there for entry in catalogue(store)]
-    left_behind = {entry.step for entry in known} - {entry.step for entry in happened(known)}
-    steps = {step for store in there for step in _listed(store)} - left_behind
+    steps = {step for store in there for step in _listed(store)} - _left_behind(map(catalogue, there))
     for step in sorted(steps, reverse=True):
         with suppress(CheckpointError):
             return find(there, step), silent
@@ -189,6 +186,12 @@ def _is_sound(store: Store, step: int) -> bool:
         return not verify(store, load(store, step))
     except CheckpointError:
         return False
+
+
+def _left_behind(places: Iterable[Sequence[Entry]]) -> set[int]:
+    """Steps that have not happened in the history of the newest, from what is in all places."""
+    known = [entry for place in places for entry in place]
+    return {entry.step for entry in known} - {entry.step for entry in happened(known)}
 
 
 def _is_late(store: Store, step: int) -> bool:

@@ -76,7 +76,7 @@ class RunDirectory:
                 number += 1
             replace_file(run.path / f"job-{number}.yaml", before)
         run._happened = run._read_happened()
-        run._happened.last_step = max((row.step for row in run.metrics()), default=0)
+        run._happened.last_step = max((row.step for row in run._rows(run._happened)), default=0)
         run._write_from_now_on(job)
         return run
 
@@ -161,7 +161,10 @@ class RunDirectory:
 
     def metrics(self) -> list[MetricsRow]:
         """What happened, steps ascending, each once (see `metrics.history`)."""
-        happened, rows = self._read_happened(), parse_rows(read_lines(self.path / "metrics.jsonl"))
+        return self._rows(self._read_happened())
+
+    def _rows(self, happened: Happened) -> list[MetricsRow]:
+        rows = parse_rows(read_lines(self.path / "metrics.jsonl"))
         return history(row for row in rows if happened.has(row.step, row.generation))
 
     def _read_happened(self) -> Happened:

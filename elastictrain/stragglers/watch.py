@@ -171,9 +171,7 @@ class StragglerWatch:
         sound = checked(records)
         units = self.detector.dealt_unit_s
         quiet = bool(sound.all() and (records["lanes"] > 0).all()) and not bool((records["flags"] & EXCUSED).any())
-        records = as_dealt(
-            records
-        )  # lanes that others have taken over within the step are still in force where they are
+        records = as_dealt(records)  # lanes that were taken over within the step stay dealt out as they are
         arrived = float((records["compute_s"] + records["data_s"]).max()) if quiet else None
         self._elapsed_s += arrived or 0.0
         if not np.isfinite(units).all() or not sound.all():
