@@ -64,14 +64,10 @@ class BytesTokenizer:
         _fill(tokens, data, starts[1:] - 1, self.end_of_document)
         return tokens, starts
 
-    def encode_narrow(self, documents: pa.ChunkedArray) -> npt.NDArray[np.uint8] | None:
-        """Return `encode`'s tokens in a byte each (see `data.byte_tokens`); None if that cannot be."""
-        if _data_of(_binary(documents))[0].max(initial=0) == STANDS_FOR_END:
-            return None
-        return self.join(documents)
-
     def join(self, documents: pa.ChunkedArray) -> npt.NDArray[np.uint8]:
-        """As `encode_narrow`, of documents without the byte that stands for the end of one: nobody looks for it."""
+        """Return `encode`'s tokens in a byte each (see `data.byte_tokens`). With the byte in the documents that stands
+        for the end of one they are others, which their checksum tells: nobody looks for it here.
+        """
         column = _binary(documents)
         if not len(column):
             return np.zeros(0, dtype=np.uint8)

@@ -25,35 +25,38 @@ def model() -> Any:
     return trained(make_job(NetRecipe(), lanes=2))
 
 
+Left = tuple[Any, Saver, Gate]
+
+
+@pytest.fixture
+def left(tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch) -> Left:
+    """A generation has ended while its worker creates the manifest of step 2, which the gate holds."""
+    settings = store_of(tmp_path)
+    saver = Saver(settings)
+    return settings, saver, left_open(saver, model, [], monkeypatch)[0]
+
+
 def answer(saver: Saver, gate: Gate) -> None:
     [work] = saver._committer._left
     gate.go_on.set()
     assert work.ended.wait(60)
 
 
-def test_what_comes_after_it_was_distrusted_goes_again(
-    tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = store_of(tmp_path)
-    saver, told = Saver(settings), []
-    gate, _ = left_open(saver, model, told, monkeypatch)
+def test_what_comes_after_it_was_distrusted_goes_again(left: Left, model: Any) -> None:
+    settings, saver, gate = left
     saver.distrust(1, 2)
     saver.discard_after(1, 2)
     assert list_steps(Store(settings.path)) == [], "it is not there yet"
     answer(saver, gate)
     assert gate.calls == 1, "the manifest was created"
     assert list_steps(Store(settings.path)) == []
-    begin_commit(saver, model, 2, 2, told)
+    begin_commit(saver, model, 2, 2, [])
     assert saver.wait_for_commit(STAY) == [2]
     assert newest(Store(settings.path)).generation == 2  # type: ignore[union-attr]
 
 
-def test_a_worker_that_does_not_publish_removes_what_it_has_made_before_it_heard(
-    tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = store_of(tmp_path)
-    saver, told = Saver(settings), []
-    gate, _ = left_open(saver, model, told, monkeypatch)
+def test_a_worker_that_does_not_publish_removes_what_it_has_made_before_it_heard(left: Left) -> None:
+    settings, saver, gate = left
     Saver(settings).discard_after(1, 2)
     answer(saver, gate)
     assert list_steps(Store(settings.path)) == [2]
@@ -62,35 +65,25 @@ def test_a_worker_that_does_not_publish_removes_what_it_has_made_before_it_heard
 
 
 @pytest.mark.parametrize(("good", "generation"), [(2, 2), (1, 1)])
-def test_what_is_trusted_stays(
-    tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch, good: int, generation: int
-) -> None:
-    settings = store_of(tmp_path)
-    saver, told = Saver(settings), []
-    gate, _ = left_open(saver, model, told, monkeypatch)
+def test_what_is_trusted_stays(left: Left, good: int, generation: int) -> None:
+    settings, saver, gate = left
     saver.distrust(good, generation)
     answer(saver, gate)
     saver.distrust(good, generation)
     assert verify(Store(settings.path), newest(Store(settings.path))) == []  # type: ignore[arg-type]
 
 
-def test_each_doubt_counts(tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = store_of(tmp_path)
-    saver, told = Saver(settings), []
-    gate, _ = left_open(saver, model, told, monkeypatch)
+def test_each_doubt_counts(left: Left) -> None:
+    settings, saver, gate = left
     saver.distrust(1, 2)
     saver.distrust(7, 3)
     answer(saver, gate)
     assert list_steps(Store(settings.path)) == []
 
 
-def test_a_call_is_open_until_what_came_of_it_is_gone(
-    tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_call_is_open_until_what_came_of_it_is_gone(left: Left, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever publishes now commits nothing into that folder meanwhile: it would be what is removed."""
-    settings = store_of(tmp_path)
-    saver, told = Saver(settings), []
-    gate, _ = left_open(saver, model, told, monkeypatch)
+    settings, saver, gate = left
     saver.distrust(1, 2)
     removing = Gate(monkeypatch, "remove")
     [work] = saver._committer._left
@@ -131,12 +124,8 @@ def test_what_is_doubted_while_it_is_seen_to_is_seen_to_again(tmp_path: Path, mo
     assert calls == ["seen to", "seen to"]
 
 
-def test_that_it_cannot_be_removed_ends_the_run_with_its_words(
-    tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = store_of(tmp_path)
-    saver, told = Saver(settings), []
-    gate, _ = left_open(saver, model, told, monkeypatch)
+def test_that_it_cannot_be_removed_ends_the_run_with_its_words(left: Left, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, saver, gate = left
     saver.distrust(1, 2)
 
     def fails(*_: Any) -> None:
