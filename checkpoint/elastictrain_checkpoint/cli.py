@@ -31,6 +31,8 @@ from elastictrain_checkpoint.cli_common import (
     bar,
     counted,
     guarded,
+    offering_older,
+    older_step,
     open_store,
     parse_options,
     pick,
@@ -60,7 +62,9 @@ app = typer.Typer(
 @app.command("ls", epilog=EXIT_CODES)
 @guarded
 def ls(store: Where, option: Options = None, as_json: AsJson = False) -> None:
-    """List the steps in a store."""
+    """List the steps in a store. Whole: the manifest can be believed, and all packs have their sizes; `verify` reads
+    every byte.
+    """
     place = open_store(store, parse_options(option))
     held = set(pinned(place))
     rows = [_row(place, step) | {"pinned": step in held} for step in list_steps(place)]
@@ -70,9 +74,9 @@ def ls(store: Where, option: Options = None, as_json: AsJson = False) -> None:
         console = Console(soft_wrap=True, highlight=False)
         console.print(_steps_table(rows, narrow=console.width < NARROW_COLUMNS), soft_wrap=False)
         for row in rows:
-            if not row["sound"]:
+            if not row["whole"]:
                 console.print(f"step {row['step']}: {row['problem']}", markup=False)
-    raise typer.Exit(0 if all(row["sound"] for row in rows) else 1)
+    raise typer.Exit(0 if all(row["whole"] for row in rows) else 1)
 
 
 def _steps_table(rows: list[dict[str, Any]], *, narrow: bool) -> Table:
@@ -100,7 +104,7 @@ def _steps_table(rows: list[dict[str, Any]], *, narrow: bool) -> Table:
             str(row.get("tensors", "")),
             decimal(row["bytes"]) if "bytes" in row else "",
             row.get("digest", "")[: 8 if narrow else 16],
-            ("[green]sound" if row["sound"] else "[red]damaged") + (", pinned" if row["pinned"] else ""),
+            ("[green]whole" if row["whole"] else "[red]damaged") + (", pinned" if row["pinned"] else ""),
         ]
         table.add_row(*cells)
     return table
@@ -128,7 +132,8 @@ def show(
         raise InvalidMapping("--range is for one tensor: give --tensor NAME too")
     manifest = pick(place, step)
     if tensor is not None:
-        _show_tensor(place, manifest, tensor, span, as_json=as_json)
+        with offering_older(place, manifest):
+            _show_tensor(place, manifest, tensor, span, as_json=as_json)
     elif as_json:
         document = json.loads(manifest.raw)
         keys = ("step", "attempt", "generation", "time", "info", "alias", "tree", "base")
@@ -237,6 +242,8 @@ def verify(
         console.print(f"step {entry['step']}: " + ("[green]sound" if entry["sound"] else "[red]damaged"))
         for problem in entry["problems"]:
             console.print(f"  {problem['message']}", markup=False)
+        if not entry["sound"] and (offer := older_step(place, entry["step"])):
+            console.print(offer, markup=False)
     raise typer.Exit(0 if all(entry["sound"] for entry in found) else 1)
 
 
@@ -246,7 +253,7 @@ def digest(store: Where, step: Step = None, option: Options = None, as_json: AsJ
     """Compute the digest of a checkpoint from its bytes; independent of how it is laid out."""
     place = open_store(store, parse_options(option))
     manifest = pick(place, step)
-    with bar(f"step {manifest.step}", quiet=as_json) as progress:
+    with offering_older(place, manifest), bar(f"step {manifest.step}", quiet=as_json) as progress:
         value = check.digest(place, manifest, progress)
     equal = value == manifest.digest
     if as_json:
@@ -262,10 +269,10 @@ def _row(store: Store, step: int) -> dict[str, Any]:
     try:
         manifest = load(store, step)
     except CheckpointError as error:
-        return {"step": step, "sound": False, "problem": str(error)}
+        return {"step": step, "whole": False, "problem": str(error)}
     return {
         "step": step,
-        "sound": True,
+        "whole": True,
         "attempt": manifest.attempt,
         "generation": manifest.generation,
         "time": manifest.time,

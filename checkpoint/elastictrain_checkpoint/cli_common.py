@@ -19,6 +19,7 @@ from elastictrain_checkpoint.errors import CheckpointError, CorruptData, Invalid
 from elastictrain_checkpoint.manifest import Manifest
 from elastictrain_checkpoint.mapping import Rule, parse_rules
 from elastictrain_checkpoint.store import Store
+from elastictrain_checkpoint.tiers import newest_in
 
 EXIT_CODES = (
     "Exit codes: 0 all well; 1 damaged, or different; 2 wrong use, or a place that cannot be reached or written."
@@ -162,6 +163,25 @@ def pick_or_problem(store: Store, step: int | None) -> tuple[Manifest | None, di
     if manifest is None:
         fail(f"{store.url} has no sound checkpoint", 1 if skipped else 2)
     return manifest, {}
+
+
+@contextlib.contextmanager
+def offering_older(store: Store, manifest: Manifest) -> Iterator[None]:
+    """Damage that is found in here ends the command, and the newest older step that is whole is named."""
+    try:
+        yield
+    except CorruptData as error:
+        offer = older_step(store, manifest.step)
+        fail(f"{error}\n{offer}" if offer else str(error), 1)
+
+
+def older_step(store: Store, step: int) -> str:
+    """What to take instead of a damaged step, in a sentence; empty if there is nothing."""
+    found = newest_in([store], before=step)
+    if found is None:
+        return ""
+    older = found.manifest.step
+    return f"the newest older step that is whole is {older}: give --step {older} (ckpt verify reads every byte of it)"
 
 
 def read_rules(path: Path | None) -> list[Rule]:

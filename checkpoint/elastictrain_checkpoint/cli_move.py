@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import get_protocol
 from rich.console import Console
 from rich.filesize import decimal
@@ -31,6 +32,7 @@ from elastictrain_checkpoint.cli_common import (
     fail,
     guarded,
     make_store,
+    offering_older,
     open_store,
     parse_options,
     pick,
@@ -51,7 +53,7 @@ Other = Annotated[
     typer.Option(
         "--to-storage-option",
         metavar="KEY=VALUE",
-        help="For the second place; as the first's if not given and both are of one kind (s3 and s3).",
+        help="For the second place. Without it, --storage-option is for both, or the one that is no local folder.",
     ),
 ]
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -163,7 +165,7 @@ def cp(
     done = []
     for number in steps:
         manifest = pick(here, number)
-        with bar(f"step {manifest.step}", quiet=as_json) as progress:
+        with offering_older(here, manifest), bar(f"step {manifest.step}", quiet=as_json) as progress:
             copied = copy_checkpoint(here, manifest, there, check=check, progress=progress)
         done.append(asdict(copied))
         if not as_json:
@@ -293,7 +295,7 @@ def export(
     after = convert.only_the_model() if kind == "safetensors" and not as_named else []
     mapped: Source = Mapped(reader, [*read_rules(rules), *after])
     out = make_store(target, second)
-    with bar(f"step {manifest.step}", quiet=as_json) as progress:
+    with offering_older(here, manifest), bar(f"step {manifest.step}", quiet=as_json) as progress:
         if kind == "safetensors":
             done = convert.export_safetensors(mapped, out, shard_bytes=shard_bytes, cast=cast, progress=progress)
             files, size = list(done.files), done.size_bytes
@@ -316,9 +318,11 @@ def _both_options(
     one: str, two: str, option: list[str] | None, to_option: list[str] | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     first = parse_options(option)
-    if to_option is None and get_protocol(one) == get_protocol(two):
+    if to_option is not None:
+        return first, parse_options(to_option)
+    if get_protocol(one) == get_protocol(two):
         return first, first
-    return first, parse_options(to_option)
+    return ({}, first) if get_protocol(one) in LocalFileSystem.protocol else (first, {})
 
 
 def _source_at(place: str, options: Mapping[str, Any]) -> Source:

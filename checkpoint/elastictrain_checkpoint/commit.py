@@ -125,7 +125,7 @@ def _publish(store: Store, manifest: Manifest) -> Manifest:
     if there != manifest.raw:
         return _same_or_refuse(store, manifest, there)
     # Only a hint, and the checkpoint exists: nothing that happens to the hint may fail the commit.
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(Exception):
         store.put(LATEST, f"{manifest.step}\n".encode())
     return manifest
 

@@ -30,12 +30,15 @@ def commas(numbers: Sequence[int]) -> str:
 
 
 @no_collections()
-def pack_header(boxes: Sequence[BoxData]) -> bytes:
+def pack_header(boxes: Sequence[BoxData], *, rest_elsewhere: bool = False) -> bytes:
     """Safetensors header for these boxes in this order, padded with spaces up to the next 4 KiB.
 
-    A box has the name of its tensor; further ones of a tensor have their offsets after it.
+    A box has the name of its tensor; further ones of a tensor have their offsets after it. `rest_elsewhere`: what
+    these tensors have beside their boxes may lie in another step's packs, where stock torch.distributed.checkpoint
+    does not look: it would leave that as it was, and say nothing. So a box that is not the whole tensor is said to lie
+    beyond the tensor's end, and whoever loads it there is told that the sizes differ.
     """
-    known: dict[tuple[str, Box], tuple[str, str]] = {}  # most boxes have a shape of many
+    known: dict[tuple[str, Box, tuple[int, ...]], tuple[str, str]] = {}  # most boxes have a shape of many
     sharding: dict[str, str] = {}
     tensors: list[str] = []
     at = 0
@@ -43,11 +46,14 @@ def pack_header(boxes: Sequence[BoxData]) -> bytes:
         name, stop = box.name, at + box.size_bytes
         if name in sharding:
             name = _further_key(box, sharding)
-        kind = known.get((box.dtype, box.box))
+        whole = box.shape if rest_elsewhere else ()
+        kind = known.get((box.dtype, box.box, whole))
         if kind is None:
             offsets, sizes = box.box
+            if rest_elsewhere and tuple(sizes) != tuple(whole):
+                offsets = tuple(offset + size for offset, size in zip(offsets, whole, strict=True))
             kind = f"[{commas(offsets)}]", f'"dtype":"{box.dtype}","shape":[{commas(sizes)}]'
-            known[box.dtype, box.box] = kind
+            known[box.dtype, box.box, whole] = kind
         key = json_text(name)
         sharding[name] = f'{key}:{{"saved_offsets":{kind[0]}}}'
         tensors.append(f'{key}:{{{kind[1]},"data_offsets":[{at},{stop}]}}')

@@ -3,7 +3,8 @@
 A pack is a plain safetensors file, so any tool can open it. Three things are chosen within that format: the
 header is padded to 4 KiB, tensors are ordered by the size of their elements (all stay aligned), and
 ``DCP_SHARDING_INFO`` says where each box lies, so that stock ``torch.distributed.checkpoint`` loads the
-attempt's folder as it is.
+attempt's folder as it is; of a step with a base, which refers to packs of other steps, only what lies in this one
+(see `pack_header`).
 """
 
 from __future__ import annotations
@@ -191,15 +192,16 @@ def plan_packs(boxes: Sequence[BoxData], target_bytes: int, *, several: bool = F
     return [sorted(pack, key=lambda box: -item_bytes(box.dtype)) for pack in packs]
 
 
-def write_pack(store: Store, path: str, boxes: Sequence[BoxData]) -> FileRecord:
-    """Stream one pack to ``path``; durable on return. The record's path is the last two segments.
+def write_pack(store: Store, path: str, boxes: Sequence[BoxData], *, rest_elsewhere: bool = False) -> FileRecord:
+    """Stream one pack to ``path``; durable on return. The record's path is the last two segments. `rest_elsewhere`:
+    see `pack_header`.
 
     Raises:
         FileExistsError: pack names are used once.
         OSError: storage failed.
 
     """
-    header = pack_header(boxes)
+    header = pack_header(boxes, rest_elsewhere=rest_elsewhere)
     runs = [Run(memoryview(header))]
     for box in boxes:
         if box.cells is None:
@@ -313,7 +315,8 @@ class PackWriter:
         for pack in packs:
             name = f"{self._writer}-{self._next_pack:02d}.safetensors"
             self._next_pack += 1
-            files.append(write_pack(self._store, f"{self._folder}/{name}", pack))
+            path, apart = f"{self._folder}/{name}", self._base is not None
+            files.append(write_pack(self._store, path, pack, rest_elsewhere=apart))
             at = files[-1].data_start
             for box in pack:
                 offsets, sizes = box.box

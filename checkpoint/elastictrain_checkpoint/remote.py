@@ -3,7 +3,7 @@
 An object appears whole when its upload ends, so there is nothing to sync. Where the file system offers a
 conditional create (S3 since 2024, GCS, memory) a manifest is published with it. Elsewhere there remains a
 window between look and put; it is harmless while one coordinator, fenced by its generation, commits, which
-the commit checks by reading back.
+the commit checks by reading back. All errors of a store that no caller could know are OSErrors here (`network`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any
 
 from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
+
+from elastictrain_checkpoint.network import errors_of_the_system
 
 _publishing = threading.Lock()
 """Serialises look and put inside one process, for file systems whose own create is not atomic (memory)."""
@@ -33,12 +35,14 @@ class RemoteBackend:
         self.system = system
         self.root = root.rstrip("/")
 
+    @errors_of_the_system()
     def create(self, path: str, blocks: Iterable[memoryview]) -> int:
         full = self._full(path)
         if self._is_there(full):
             raise FileExistsError(f"{full} exists; pack names are used once")
         return self._stream(full, blocks, undo=True)
 
+    @errors_of_the_system()
     def replace(self, path: str, blocks: Iterable[memoryview]) -> int:
         # An upload that is not completed leaves the old object. Where the file system writes in place (memory does not
         # until it is closed), a stream that fails must not remove what there was.
@@ -64,6 +68,7 @@ class RemoteBackend:
         file.close()
         return size
 
+    @errors_of_the_system()
     def publish(self, path: str, data: bytes) -> None:
         full = self._full(path)
         with _publishing:
@@ -75,6 +80,7 @@ class RemoteBackend:
             else:
                 self.system.pipe_file(full, data)
 
+    @errors_of_the_system()
     def probe_exclusive(self, path: str) -> str:
         """Some stores take the condition of a create and do not look at it, so that is tried out, without a look."""
         name = type(self.system).__name__
@@ -100,17 +106,21 @@ class RemoteBackend:
             with contextlib.suppress(Exception):
                 self.system.rm_file(full)
 
+    @errors_of_the_system()
     def put(self, path: str, data: bytes) -> None:
         self.system.pipe_file(self._full(path), data)
 
+    @errors_of_the_system()
     def read_into(self, path: str, start: int, out: memoryview) -> int:
         data = self.system.cat_file(self._full(path), start=start, end=start + len(out))
         out[: len(data)] = data
         return len(data)
 
+    @errors_of_the_system()
     def read_all(self, path: str) -> bytes:
         return bytes(self.system.cat_file(self._full(path)))
 
+    @errors_of_the_system()
     def size(self, path: str) -> int | None:
         self.system.invalidate_cache()
         try:
@@ -119,6 +129,7 @@ class RemoteBackend:
             return None
         return None if info["type"] == "directory" else int(info["size"])
 
+    @errors_of_the_system()
     def modified_s(self, path: str) -> float:
         info = self.system.info(self._full(path))
         if info["type"] == "directory":
@@ -128,6 +139,7 @@ class RemoteBackend:
             when = when.replace(tzinfo=datetime.UTC)
         return float(when.timestamp())
 
+    @errors_of_the_system()
     def list(self, path: str) -> list[str]:
         self.system.invalidate_cache()
         try:
@@ -136,6 +148,7 @@ class RemoteBackend:
             return []
         return [name.rstrip("/").rsplit("/", 1)[-1] for name in found]
 
+    @errors_of_the_system()
     def remove(self, path: str) -> None:
         full = self._full(path)
         with contextlib.suppress(FileNotFoundError):

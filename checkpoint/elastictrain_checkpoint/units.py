@@ -105,7 +105,7 @@ def plan_boxes(
     several: bool = False,
 ) -> Plan:
     """The same for boxes of the pieces, each with the number of its piece. No pack holds boxes of two groups.
-    `several`: as for `plan_packs`.
+    `several`: the save has a base: see `plan_packs` and, for what a base means to stock readers, `pack_header`.
     """
     place: dict[int, tuple[int, int]] = {}
     for number, box in (one for group in groups for one in group):
@@ -115,16 +115,21 @@ def plan_boxes(
     first = 0
     for group in groups:
         for planned in plan_packs([box for _, box in group], pack_bytes, several=several):
-            pack = _plan_pack(planned, place, first, stable)
+            pack = _plan_pack(planned, place, first, stable, rest_elsewhere=several)
             first += len(pack.units)
             packs.append(pack)
     return Plan(list(pieces), packs, sum(rope_bytes(box.rope) for group in groups for _, box in group))
 
 
 def _plan_pack(
-    boxes: Sequence[BoxData], place: Mapping[int, tuple[int, int]], first: int, stable: Container[int]
+    boxes: Sequence[BoxData],
+    place: Mapping[int, tuple[int, int]],
+    first: int,
+    stable: Container[int],
+    *,
+    rest_elsewhere: bool,
 ) -> PlannedPack:
-    header = pack_header(boxes)
+    header = pack_header(boxes, rest_elsewhere=rest_elsewhere)
     runs: list[tuple[Bytes, int, int]] = [(np.frombuffer(header, dtype=np.uint8), -1, 0)]
     chunks = []
     at = len(header)

@@ -17,16 +17,12 @@ from typing import Any, TypeVar
 
 from elastictrain.data.meter import timed
 from elastictrain.errors import StoreFailed
+from elastictrain_checkpoint.network import errors_of_the_system
 
 T = TypeVar("T")
 
 FINAL = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
 """What the store has decided, and will decide again."""
-_NETWORK = frozenset({"aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "requests", "urllib3"})
-"""Top packages whose exceptions come from asking a store (botocore's EndpointConnectionError, say)."""
-_BY_STATUS: dict[Any, type[OSError]] = {
-    401: PermissionError, 403: PermissionError, 404: FileNotFoundError, 410: FileNotFoundError,
-}  # fmt: skip
 RETRY_LIMIT_S = 120.0
 _log = logging.getLogger(__name__)
 
@@ -52,7 +48,8 @@ class Retry:
     def call(self, action: Callable[[], T], what: str) -> T:
         """Return what `action` returns. Raises what it raised last; `what` (a file's name) is for the log."""
         try:
-            return _asked(action)
+            with errors_of_the_system():
+                return action()
         except FINAL:
             raise
         except OSError as error:
@@ -68,23 +65,13 @@ class Retry:
                 (self.sleep or _pause)(wait_s)
                 tries += 1
                 try:
-                    return _asked(action)
+                    with errors_of_the_system():
+                        return action()
                 except FINAL:
                     raise
                 except OSError as another:
                     error = another
         raise AssertionError("the waits never end")
-
-
-def _asked(action: Callable[[], T]) -> T:
-    """Do it. What network libraries raise past fsspec, which is no OSError, is made one."""
-    try:
-        return action()
-    except Exception as error:
-        if isinstance(error, OSError) or type(error).__module__.partition(".")[0] not in _NETWORK:
-            raise
-        said, status = f"{type(error).__name__}: {error}", getattr(error, "status", None)
-        raise _BY_STATUS.get(status, OSError)(said) from error
 
 
 def _pause(seconds: float) -> None:

@@ -47,18 +47,18 @@ def test_ls(store: Store) -> None:
     for step, digest in zip((10, 20), digests, strict=True):
         [line] = [line for line in text.splitlines() if f"│ {step} " in line]
         assert "a1" in line
-        assert "sound" in line
+        assert "whole" in line
         assert digest[:16] in line
     rows = run_json("ls", store.url)
-    assert [(row["step"], row["sound"], row["digest"], row["tensors"]) for row in rows] == [
+    assert [(row["step"], row["whole"], row["digest"], row["tensors"]) for row in rows] == [
         (10, True, digests[0], 6),
         (20, True, digests[1], 6),
     ]
     flip(store, "step-00000010/MANIFEST.json", 60)
     text = run("ls", store.url, code=1)
     assert "step-00000010/MANIFEST.json: " in text
-    assert (text.count("sound"), text.count("damaged")) == (1, 1)
-    assert [row["sound"] for row in run_json("ls", store.url, code=1)] == [False, True]
+    assert (text.count("whole"), text.count("damaged")) == (1, 1)
+    assert [row["whole"] for row in run_json("ls", store.url, code=1)] == [False, True]
 
 
 def test_show(store: Store) -> None:
@@ -137,3 +137,23 @@ def test_a_damaged_newest_is_passed_over_aloud(store: Store, command: str) -> No
     assert result.exit_code == 0
     assert "passed over step 20: " in result.stderr
     assert run(command, store.url, "--step", "20", code=1) is not None
+
+
+@pytest.mark.parametrize("command", ["verify", "digest", "cp", "export", "show"])
+def test_damage_names_the_newest_older_step_that_is_whole(store: Store, tmp_path: Path, command: str) -> None:
+    save(store, make_state(seed=30), step=30)
+    flip(store, "step-00000030/a1/w0000-00.safetensors", 4100)
+    store.remove("step-00000020/a1/w0000-00.safetensors")
+    further = [str(tmp_path / "to")] if command in ("cp", "export") else []
+    further += ["--tensor", "model/embed.weight"] if command == "show" else []
+    result = CliRunner().invoke(app, [command, store.url, *further])
+    assert result.exit_code == 1, result.output
+    told = result.stdout if command == "verify" else result.stderr
+    assert "step-00000030/a1/w0000-00.safetensors, block 0" in told
+    assert told.splitlines()[-1] == (
+        "the newest older step that is whole is 10: give --step 10 (ckpt verify reads every byte of it)"
+    )
+    store.remove("step-00000010/a1/w0000-00.safetensors")
+    result = CliRunner().invoke(app, [command, store.url, "--step", "30", *further])
+    assert result.exit_code == 1, result.output
+    assert "older" not in result.output

@@ -158,9 +158,61 @@ def test_the_command_line(store: Store, bucket: str, options: dict[str, Any], tm
     assert run("digest", url)["equal"] is True
     assert run("cp", url, str(tmp_path / "here"))[0]["committed"] is True
     assert run("cp", url, f"s3://{bucket}/other")[0]["committed"] is True
+    assert run("cp", str(tmp_path / "here"), f"s3://{bucket}/back")[0]["committed"] is True, "-o is for the one on S3"
     assert run("diff", url, f"s3://{bucket}/other@7")["equal"] is True
     assert run("export", url, f"s3://{bucket}/hf")["files"] == ["model.safetensors"]
     assert run("import", f"s3://{bucket}/hf", f"s3://{bucket}/in", "--step", "1")["tensors"] == 5
     assert run("export", url, f"s3://{bucket}/dcp", "--format", "dcp")["files"] == [".metadata", "__0_0.distcp"]
     assert run("import", f"s3://{bucket}/dcp", f"s3://{bucket}/in", "--step", "2")["format"] == "dcp"
     assert run("prune", url, "--keep", "1", "--dry-run")["kept"] == [7]
+
+
+NOWHERE = {"client_kwargs": {"endpoint_url": "http://127.0.0.1:1"}, "key": "k", "secret": "s"}
+
+
+@pytest.fixture
+def nowhere() -> Store:
+    """S3 at an address where nobody listens."""
+    config = {"retries": {"total_max_attempts": 1}, "connect_timeout": 5}
+    return Store("s3://bucket/a", storage_options={**NOWHERE, "config_kwargs": config})
+
+
+def test_a_server_that_is_not_there_is_an_error_of_the_system(nowhere: Store, tmp_path: Path) -> None:
+    asked = (
+        lambda: nowhere.size("x"),
+        lambda: nowhere.read_all("x"),
+        lambda: nowhere.list("x"),
+        lambda: nowhere.put("x", b""),
+        lambda: nowhere.publish("x", b""),
+        lambda: nowhere.create("x", [memoryview(b"x")]),
+        lambda: nowhere.read_into("x", 0, memoryview(bytearray(1))),
+        lambda: nowhere.remove("x"),
+    )
+    for ask in asked:
+        with pytest.raises(OSError, match="EndpointConnectionError: Could not connect to the endpoint URL"):
+            ask()
+    here = Store(tmp_path)
+    manifest = save(here, STATE, step=1)
+    reader = Reader(nowhere, manifest, others=[here])
+    assert reader.read("model/embed.weight").tobytes() == STATE["model/embed.weight"][2], "the copy is whole"
+
+
+@pytest.mark.parametrize("command", ["ls", "verify", "digest", "show"])
+def test_a_server_that_is_not_there_ends_the_command_with_a_sentence(command: str) -> None:
+    given = ["-o", "key=k", "-o", "secret=s", "-o", "client_kwargs.endpoint_url=http://127.0.0.1:1"]
+    given += ["-o", 'config_kwargs.retries={"total_max_attempts": 1}']
+    result = CliRunner().invoke(app, [command, "s3://bucket/a", *given])
+    assert (result.exit_code, result.stdout) == (2, "")
+    [sentence] = result.stderr.splitlines()
+    assert sentence.startswith("cannot open s3://bucket/a: EndpointConnectionError: Could not connect to the endpoint")
+
+
+def test_a_hint_that_cannot_be_written_fails_no_commit(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    from botocore.exceptions import EndpointConnectionError
+
+    def cut(*_: Any, **__: Any) -> None:
+        raise EndpointConnectionError(endpoint_url="http://gone")
+
+    monkeypatch.setattr(store._backend, "put", cut)
+    assert save(store, STATE, step=3).step == 3
+    assert list_steps(store) == [3]

@@ -11,8 +11,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.api import CheckpointException
 
-from elastictrain_checkpoint import Store
+from elastictrain_checkpoint import Reader, Store
 from tests.unit.checkpoint.build import make_state, save
 
 SPECS: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -71,3 +72,36 @@ def test_safe_open_reads_every_pack(tmp_path: Path, pack_bytes: int, breaks: tup
     for name, (_, _, data) in state.items():
         assert found[name].view(torch.uint8).numpy().tobytes() == data if found[name].dim() else True, name
     assert found["model/scalar"].reshape(1).view(torch.uint8).numpy().tobytes() == state["model/scalar"][2]
+
+
+@pytest.mark.parametrize("cuts", [(), (0.13, 0.5, 0.77)], ids=["one writer", "four"])
+@pytest.mark.parametrize("changed", [(0, 90), (210, 300), (60, 240)], ids=["head", "tail", "middle"])
+def test_what_stock_dcp_finds_of_an_increment_is_whole_or_refused(
+    tmp_path: Path, cuts: tuple[float, ...], changed: tuple[int, int]
+) -> None:
+    """What is unchanged lies in another step's folder, where DCP does not look: it would leave these rows untouched."""
+    specs = {"model/w": ("F32", (300, 4096)), "model/new": ("F32", (2, 4096)), "model/frozen": ("F32", (900, 4096))}
+    old, store = make_state(specs), Store(tmp_path)
+    first = save(store, old, cuts, step=1, cells=True)
+    other = make_state(specs, seed=1)
+    row = 4096 * 4
+    was, now = old["model/w"][2], other["model/w"][2]
+    low, high = changed
+    mixed = was[: low * row] + now[low * row : high * row] + was[high * row :]
+    state = {**old, "model/w": ("F32", (300, 4096), mixed), "model/new": other["model/new"]}
+    manifest = save(store, state, cuts, step=2, base=first)
+    assert Reader(store, manifest).read("model/w").tobytes() == mixed
+    assert any(path.startswith("step-00000001/") for path in manifest.paths), "it is an increment"
+
+    def load(name: str) -> bytes:
+        target = {name: torch.zeros(specs[name][1])}
+        folder = str(tmp_path / "step-00000002" / "a1")
+        with pytest.warns(UserWarning, match="load in a single process"):
+            dcp.load(target, storage_reader=HuggingFaceStorageReader(folder), no_dist=True)
+        return target[name].numpy().tobytes()
+
+    for name, why in (("model/w", "Size mismatch"), ("model/frozen", "Missing key|Size mismatch")):
+        with pytest.raises(CheckpointException, match=why):
+            load(name)
+    if not cuts:
+        assert load("model/new") == state["model/new"][2], "it lies here, whole"
