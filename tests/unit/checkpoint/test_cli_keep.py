@@ -72,7 +72,7 @@ def test_pinned_steps_stay_until_they_are_unpinned(store: Store) -> None:
     assert run_json("pin", store.url, "--step", "10") == {"pinned": [10, 20]}
     rows = {row["step"]: row["pinned"] for row in run_json("ls", store.url)}
     assert rows == {10: True, 20: True, 30: False, 40: False}
-    assert "sound, pinned" in run("ls", store.url)
+    assert "whole, pinned" in run("ls", store.url)
     run("prune", store.url, "--keep", "1")
     assert list_steps(store) == [10, 20, 40]
     assert run_json("unpin", store.url, "--step", "10") == {"pinned": [20]}
