@@ -10,7 +10,8 @@ is compared with: a machine drifts by more in a minute than a checkpoint adds. W
 first step with it, the second and so on, the mean of the middle half of all rounds, and the sum of these: a hiccup in a
 step of one round counts for nothing, on either side. How far it may be off by chance is found by drawing rounds anew.
 
-`--best` measures only our default and the best configuration of DCP: more rounds, or a larger state, in the same time.
+`--best` measures only our default, the best configuration of DCP, and the bytes alone: more rounds, or a larger state,
+in the same time.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,11 +32,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 import common
+from elastictrain_checkpoint import disk
+from elastictrain_checkpoint.direct_io import huge_memory, open_direct
 from elastictrain_checkpoint.lazy import MAX_COPY
 from elastictrain_checkpoint.torch import AsyncSaver
 
@@ -46,6 +51,7 @@ CASES = {"256 MiB": (64, 1 << 20), "1 GiB": (256, 1 << 20), "3000 x 16 KiB": (30
 OURS = "ours, lazy"
 BEST = "DCP, kept staging"
 BARE = "none"
+FLOOR = "the bytes alone"
 
 
 class Training:
@@ -121,6 +127,43 @@ class Dcp:
         return {}
 
 
+class Bytes:
+    """As many bytes as the state has, always the same few, written past the page cache and synced by a thread that does
+    nothing else: what it costs the steps that the device takes a checkpoint at all.
+    """
+
+    def __init__(self, training: Training, folder: Path) -> None:
+        self.path, self.size = folder / "bytes", training.state_bytes
+        folder.mkdir()
+        self.memory = memoryview(huge_memory(4 << 20))
+        np.frombuffer(self.memory, dtype=np.uint8).fill(1)
+
+    def save(self) -> None:
+        self.thread = threading.Thread(target=self.write)
+        self.thread.start()
+
+    def write(self) -> None:
+        file = os.open(self.path, os.O_WRONLY | os.O_CREAT)
+        disk.reserve(file, self.size)
+        direct = open_direct(file)
+        for start in range(0, self.size, len(self.memory)):
+            data = self.memory[: self.size - start]
+            if os.pwrite(file if direct is None else direct, data, start) != len(data):
+                raise OSError("short write")
+        os.fsync(file)
+        for one in (file, direct):
+            if one is not None:
+                os.close(one)
+
+    def before_step(self) -> None:
+        """Nothing waits."""
+
+    def finish(self) -> dict[str, float]:
+        self.thread.join()
+        self.path.unlink()
+        return {}
+
+
 SYSTEMS: dict[str, Callable[[Training, Path], Any]] = {
     OURS: lambda training, folder: Ours(training, folder, lazy=True),
     "ours, lazy, copies all": lambda training, folder: Ours(training, folder, lazy=True, max_copy=1.0),
@@ -129,6 +172,7 @@ SYSTEMS: dict[str, Callable[[Training, Path], Any]] = {
     BEST: lambda training, folder: Dcp(training, folder, kept=True, threads=1),
     "DCP, kept staging, 2 threads": lambda training, folder: Dcp(training, folder, kept=True, threads=2),
     "DCP, default": lambda training, folder: Dcp(training, folder, kept=False, threads=1),
+    FLOOR: Bytes,
 }
 
 
@@ -257,8 +301,8 @@ def main() -> None:
     )
     rounds = options.rounds or (3 if options.quick else 9)
     cases = options.cases or (["256 MiB"] if options.quick else list(CASES))
-    names = [name for name in SYSTEMS if not options.quick or name in (OURS, "ours, eager", BEST)]
-    names = [OURS, BEST] if options.best else names
+    names = [name for name in SYSTEMS if not options.quick or name in (OURS, "ours, eager", BEST, FLOOR)]
+    names = [OURS, BEST, FLOOR] if options.best else names
     results = common.Results(options.name, "What a checkpoint in the background costs the training", options)
     for case in cases:
         with common.scratch("stall") as folder:
@@ -268,7 +312,7 @@ def main() -> None:
             shown: dict[str, dict[str, Any]] = {}
             for number, name in enumerate(names):
                 runs = found[name]
-                extra = memory_of(case, name, folder / f"memory-{number}")
+                extra = memory_of(case, name, folder / f"memory-{number}") if name != FLOOR else float("nan")
                 shown[name] = {
                     "return ms": common.median(one["return ms"] for one in runs),
                     "stall ms": common.median(one["stall ms"] for one in runs),
@@ -288,6 +332,9 @@ def main() -> None:
                 "none",
                 "beside it",
             )
+            best_ms = min(one["added wall ms"] for name, one in shown.items() if name.startswith("DCP"))
+            floor = shown[FLOOR]["added wall ms"] / best_ms
+            results.figure(f"{case}: added wall / DCP, of the bytes alone", floor, "none", "beside it")
     results.notes += [
         (
             f"{STEPS} steps a round, a checkpoint after the first; {rounds} rounds, systems in turn; medians, but for "
@@ -299,6 +346,10 @@ def main() -> None:
             "a write that takes longer than the steps is not in it. `added processor` is the "
             "time of all threads of the process, from the first step until the checkpoint is there: less exact on a "
             "quiet machine, but other processes hardly touch it."
+        ),
+        (
+            f"`{FLOOR}`: as many bytes as the state has, always the same 4 MiB, written past the page cache and synced "
+            "by a thread that copies and hashes nothing: what it costs the steps that the device works at all."
         ),
         (
             "Extra memory: peak of resident memory in the steps of a second checkpoint, beyond the same steps without "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -144,6 +145,21 @@ def test_no_file_system_but_a_local_disk_is_written_past_the_cache(
         monkeypatch.setattr(direct_io, "_file_system", lambda _: "ext4")
         monkeypatch.delattr(os, "O_DIRECT")
         assert direct_io.open_direct(file.fileno()) is None
+
+
+def test_the_device_takes_bytes_from_huge_pages() -> None:
+    if not Path("/sys/kernel/mm/transparent_hugepage").is_dir():
+        pytest.skip("this kernel has none")
+    memory = np.frombuffer(direct_io.huge_memory(8 << 20), dtype=np.uint8)
+    areas = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(encoding="utf-8"), flags=re.M)[1:]
+    borders = [[int(one, 16) for one in area.split(maxsplit=1)[0].split("-")] for area in areas]
+    [own] = [area for area, (low, high) in zip(areas, borders, strict=True) if low <= memory.ctypes.data < high]
+    assert "hg" in own.partition("VmFlags:")[2].split()
+
+
+def test_a_kernel_without_huge_pages_gives_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct_io.mmap, "MADV_HUGEPAGE", 12345)  # no advice that any kernel knows
+    assert len(direct_io.huge_memory(8 << 20)) == 8 << 20
 
 
 @pytest.mark.parametrize("lacks", ["memory", "thread"])
