@@ -206,19 +206,22 @@ class PosixBackend:
 
 def _write_blocks(file: int, blocks: Iterable[memoryview]) -> int:
     """Write a stream from the start of an empty file; the device begins before the stream ends. Past the page cache as
-    long as the stream says that it has the time.
+    long as the stream says that it has the time. Where it has not, the device is left alone: whoever tells it to begin
+    waits for room in its queue, so that a slow disk would hold up the stream, cache or not.
     """
     disk.reserve(file, int(getattr(blocks, "size_bytes", 0)))
-    past_cache: Callable[[], bool] | None = getattr(blocks, "past_cache", None)
+    has_time: Callable[[], bool] | None = getattr(blocks, "past_cache", None)
+    past_cache = has_time is not None
     lend: Callable[[memoryview], None] = getattr(blocks, "lend", lambda _: None)
     direct: DirectFile | None = None
     size = handed_on = 0
     try:
         for block in blocks:
-            slow = past_cache is not None and len(block) <= SUM_BLOCK_BYTES and past_cache()
+            hurries = has_time is not None and not has_time()
+            slow = past_cache and not hurries and len(block) <= SUM_BLOCK_BYTES
             if slow and direct is None:
                 direct = DirectFile.of(file, SUM_BLOCK_BYTES)
-                past_cache = past_cache if direct else None
+                past_cache = direct is not None
             if slow and direct is not None:
                 disk.start_writing_back(file, handed_on, size - handed_on)
                 direct.write(size, block)
@@ -226,7 +229,7 @@ def _write_blocks(file: int, blocks: Iterable[memoryview]) -> int:
                 lend(direct.lend())
                 continue
             size += _write_all(file, block, size)
-            if size - handed_on >= WRITE_BACK_BYTES:
+            if not hurries and size - handed_on >= WRITE_BACK_BYTES:
                 disk.start_writing_back(file, handed_on, size - handed_on)
                 handed_on = size
     finally:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastictrain_checkpoint import Store, direct_io
+from elastictrain_checkpoint import Store, direct_io, posix
 from elastictrain_checkpoint.hashing import SUM_BLOCK_BYTES as BLOCK
 
 DATA = memoryview(np.random.default_rng(5).bytes(5 * BLOCK + 777))
@@ -118,6 +118,21 @@ def test_who_is_not_asked_goes_through_the_cache(tmp_path: Path, disk: Disk) -> 
     Store(tmp_path).create("a/c", Stream(WHOLE, lambda _: False))
     assert written(tmp_path) == DATA
     assert disk.past == 0
+
+
+@pytest.mark.parametrize("takes_it", [True, False])
+def test_who_has_no_time_does_not_wait_for_room_in_the_queue_of_the_device(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch, takes_it: bool
+) -> None:
+    """In a hurry for three blocks; then what they have left in the cache is the device's."""
+    if not takes_it:
+        monkeypatch.setattr(direct_io, "open_direct", lambda _: None)
+    begun: list[tuple[int, int]] = []
+    monkeypatch.setattr(posix, "WRITE_BACK_BYTES", BLOCK)
+    monkeypatch.setattr(posix.disk, "start_writing_back", lambda _, start, size: begun.append((start, size)))
+    Store(tmp_path).create("a/b", Stream(WHOLE, lambda number: number >= 3))
+    assert begun[0] == (0, 3 * BLOCK if takes_it else 4 * BLOCK)
+    assert written(tmp_path) == DATA
 
 
 @given(
