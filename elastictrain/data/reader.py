@@ -31,7 +31,7 @@ _MAX_DECODED_BLOCKS = 2
 """Blocks kept besides the windows: neighbouring lanes meet inside one, and small sources have few."""
 _LOOK_S = 1.0
 _CLOSE_S = 60.0
-_FINISHED_BYTES = 1 << 19
+_FINISHED_BYTES = 1 << 20
 """Batches of a lane that are made in one go, as its next ones: what costs time by call is paid once for all of them."""
 
 
@@ -100,14 +100,15 @@ class LaneReader:
         Its ids, one for each sample, have come the same way as the rows. Raises DataError (see `Source.read_block`),
         IndexError for a lane or step that does not exist.
         """
-        run, number = self.take(step, lane)
-        return run.batch(number)
+        with self._lock:
+            run = self._runs.get(lane)
+            if run is None or run.next != step:
+                run = self._make(step, lane)
+            return run.batch(self._hand_out(run))
 
     def take(self, step: int, lane: int) -> tuple[Run, int]:
         """As `batch`; what it returns is the run that the batch lies in, and which of it the batch is."""
         with self._lock:
-            if self._closed:
-                raise RuntimeError("the LaneReader is closed")
             run = self._runs.get(lane)
             if run is None or run.next != step:
                 run = self._make(step, lane)
@@ -193,13 +194,15 @@ class LaneReader:
 
     def _make(self, step: int, lane: int) -> Run:
         """Make a batch, and as many of those behind it as lie in a row in its window and shall be made in one go."""
+        if self._closed:  # `close` drops all runs, so this is looked at before anything is handed out
+            raise RuntimeError("the LaneReader is closed")
         self._runs.pop(lane, None)
         with self._order_lock:
             spans = list(self.source.spans(step, lane))
         if len(spans) == 1:
             window, start, stop = spans[0]
             loaded, size = self._load(window, step, start), stop - start
-            most = max(1, _FINISHED_BYTES // (size * self._finished_row_bytes))
+            most = min(_FINISHED_BYTES // self._finished_row_bytes, loaded.at_once) // size
             count = max(1, min(self.source.batches_in(window, start), most))
             with self.meter.stage("pack"):
                 arrays, ids = loaded.rows(start, start + count * size)

@@ -30,7 +30,7 @@ class Run:
     batch.
     """
 
-    __slots__ = ("arrays", "bytes", "count", "ids", "lane", "next", "step", "tensors")
+    __slots__ = ("_batches", "arrays", "bytes", "count", "ids", "lane", "next", "step", "tensors")
 
     def __init__(self, step: int, lane: int, count: int, arrays: Arrays, ids: SampleIds) -> None:
         """`arrays` [rows of all batches, …] and `ids` [samples of all batches], batch after batch."""
@@ -42,7 +42,14 @@ class Run:
         }
         self.ids = np.ascontiguousarray(ids).reshape(count, len(ids) // count)
         self.tensors: Any = None
+        self._batches: list[Batch] = []
 
     def batch(self, number: int) -> Batch:
         """Return the batch of step `step + number`; its arrays are views."""
-        return Batch({name: array[number] for name, array in self.arrays.items()}, self.ids[number])
+        if not self._batches:  # all at once: a batch costs a third of what it costs by itself
+            for ids, *views in zip(self.ids, *self.arrays.values(), strict=True):
+                batch = Batch.__new__(Batch)  # `__init__` takes as long as all the rest
+                batch.update(zip(self.arrays, views, strict=True))
+                batch.ids = ids
+                self._batches.append(batch)
+        return self._batches[number]

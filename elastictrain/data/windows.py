@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from elastictrain.data.buffers import of_gathers
+from elastictrain.data.buffers import of_gathers, of_this_thread
 from elastictrain.data.byte_tokens import alike
 from elastictrain.data.ids import SampleIds
 from elastictrain.data.order import Int64Array, Window
@@ -17,7 +17,11 @@ from elastictrain.errors import DataError
 if TYPE_CHECKING:
     from elastictrain.data.sources import AnySource
 
-GATHER_BYTES = 1 << 18
+GATHER_BYTES = 1 << 19
+_FEW_EDGES = 8
+"""Up to so many, comparing with each of them takes less time than to search for every number."""
+_RADIX = 1 << 16
+"""NumPy sorts stably by the radix of numbers of 16 bits, and by merging what has more: several times as long."""
 
 Place = tuple[int, int]
 """(lane, source of a mixture): has one window at a time."""
@@ -66,14 +70,14 @@ class Loaded:
         numbers = window.permutation()
         edges = np.cumsum([0, *(piece.stop - piece.start for piece in window.pieces)], dtype=np.int64)
         shifts = np.asarray([piece.start for piece in window.pieces]) - edges[:-1]
-        self._which = (np.searchsorted(edges, numbers, side="right") - 1).astype(np.int32)
+        self._which = _places_of(numbers, edges)
         self._rows: Int64Array = numbers + shifts[self._which]
         numbers_of_blocks = np.asarray([piece.block for piece in window.pieces])
         self._ids = source.ids_of(window, numbers_of_blocks[self._which], self._rows)
         for name in blocks[0].arrays:
             check_shapes([block.arrays[name] for block in blocks], name)
         row_bytes = sum(array[:1].nbytes for array in blocks[0].arrays.values())
-        self._at_once = max(1, GATHER_BYTES // max(1, row_bytes))
+        self.at_once = max(1, GATHER_BYTES // max(1, row_bytes))
         self._gathered: tuple[int, int, Arrays] = (0, 0, {})
         self._plan, self._next = Plan(self._which[:0], self._rows[:0], start=0, size=1), 0
 
@@ -82,7 +86,7 @@ class Loaded:
         first, end, arrays = self._gathered
         if not (first <= start and stop <= end):
             first = start
-            end = min(len(self._rows), start + max(1, self._at_once // (stop - start)) * (stop - start))
+            end = min(len(self._rows), start + max(1, self.at_once // (stop - start)) * (stop - start))
             arrays = self._gather(first, end)
         # From here on these rows belong to the caller: who asks for them again gets them from the blocks.
         self._gathered = (stop, end, {name: array[stop - first :] for name, array in arrays.items()})
@@ -98,6 +102,16 @@ class Loaded:
         return self._plan.gather(self.blocks, start, stop)
 
 
+def _places_of(numbers: Int64Array, edges: Int64Array) -> npt.NDArray[np.int32]:
+    """Return between which two of the sorted `edges` each number lies; the first edge is the lowest number."""
+    if len(edges) > _FEW_EDGES:
+        return (np.searchsorted(edges, numbers, side="right") - 1).astype(np.int32)
+    which = np.zeros(len(numbers), dtype=np.int32)
+    for edge in edges[1:-1].tolist():
+        which += numbers >= edge
+    return which
+
+
 class Plan:
     """In which order to take the places of a window from `start` on from its blocks, `size` of them at a time.
 
@@ -107,14 +121,15 @@ class Plan:
     def __init__(self, which: npt.NDArray[np.int32], rows: Int64Array, *, start: int, size: int) -> None:
         self.start, self.stop, self.size = start, start + len(rows), max(1, size)
         self._blocks = int(which.max(initial=0)) + 1
-        group = np.arange(len(rows)) // self.size * self._blocks + which
-        order = np.argsort(group, kind="stable")
+        places = np.arange(len(rows), dtype=np.int32)
+        gathers = places // np.int32(self.size)
+        group = gathers * np.int32(self._blocks) + which
+        groups = -(-len(rows) // self.size) * self._blocks
+        order = np.argsort(group.astype(np.uint16) if groups <= _RADIX else group, kind="stable")
         self._rows = rows[order]
-        self._ends: list[int] = np.cumsum(
-            np.bincount(group, minlength=-(-len(rows) // self.size) * self._blocks)
-        ).tolist()
+        self._ends: list[int] = np.cumsum(np.bincount(group, minlength=groups)).tolist()
         self._back = np.empty(len(rows), dtype=np.int32)
-        self._back[order] = np.arange(len(rows)) % self.size
+        self._back[order] = places - gathers * np.int32(self.size)
 
     def covers(self, start: int, stop: int) -> bool:
         """Whether the places `[start, stop)` lie in one gather of this plan, and begin it."""
@@ -128,7 +143,8 @@ class Plan:
         edges = [at, *self._ends[group : group + self._blocks]]
         arrays: Arrays = {}
         for name, array in blocks[0].arrays.items():
-            joined = of_gathers.empty((edges[-1] - at, *array.shape[1:]), array.dtype)
+            memory = of_gathers if self._blocks == 1 else of_this_thread
+            joined = memory.empty((edges[-1] - at, *array.shape[1:]), array.dtype)
             for block, first, last in zip(blocks, edges, edges[1:], strict=False):
                 if first < last:  # "clip": NumPy takes straight into `out`; all of these rows are there
                     rows, mine = self._rows[first:last], joined[first - at : last - at]
