@@ -61,6 +61,10 @@ class NodeFeeder:
         """See `BlockServer.ask`. A block that is here comes as a reference in a list, which Ray does not open."""
         return self._server.ask(ask)
 
+    def tell(self, ask: Ask) -> None:
+        """See `BlockServer.tell`."""
+        self._server.tell(ask)
+
     def forget(self, worker: int) -> None:
         """A worker of this node is gone."""
         self._server.forget(worker)
@@ -132,3 +136,9 @@ class FeederLine:
         if not isinstance(answer.item, list):
             return answer, None
         return replace(answer, item=None), ray.get(answer.item[0], timeout=max(0.0, until_s - time.monotonic()))
+
+    def tell(self, number: int, ask: Ask) -> None:
+        """Send what the worker holds; nothing is heard of how that went."""
+        now, handle = self._at
+        if now == number and handle is not None:
+            handle.tell.remote(ask)

@@ -4,16 +4,18 @@ for yourself" when nothing good can be had of it.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from elastictrain.data.reliance import Reliance
-from elastictrain.data.sharing import Answer, Ask, Look
+from elastictrain.data.sharing import NO_BLOCK, Answer, Ask, Look
 from elastictrain.data.sources import AnySource
 from elastictrain.data.warm import Arrays, cache_key
 from elastictrain.data.windows import Block
@@ -22,6 +24,9 @@ WAIT_S = 0.25
 """A feeder that lives answers a question within this time."""
 GRACE_S = 1.0
 """For the way there and back, and a busy machine."""
+TELL_S = 0.5
+"""A question says what the worker holds. Where none has come for so long since it let go of something, that is told in
+a message of its own: a worker that computes, or has come to its end, asks nothing."""
 
 
 class Line(Protocol):
@@ -35,6 +40,9 @@ class Line(Protocol):
         """Ask feeder `number`; the block's arrays, read-only, if it is here. Raises an exception of any kind when there
         is no answer within `deadline_s`.
         """
+
+    def tell(self, number: int, ask: Ask) -> None:
+        """Send feeder `number` what the worker holds, and wait for nothing; `ask` asks for no block (NO_BLOCK)."""
 
 
 @dataclass(slots=True)
@@ -58,7 +66,10 @@ class BlockClient:
         self._open: set[int] = set()  # questions that are under way
         self._held: dict[tuple[int, int], _Held] = {}  # by feeder and block
         # A block may end in any thread, in the middle of anything: its end is only noted, and no lock is taken for it.
-        self._ended: deque[tuple[int, int]] = deque()
+        # (This queue is made for that: its `put` may be interrupted by another one of the same thread.)
+        self._ended: SimpleQueue[tuple[int, int] | None] = SimpleQueue()
+        self._untold = False
+        self._teller: threading.Thread | None = None
         self._listeners: list[Callable[[int], None]] = []
         self.taken = 0
 
@@ -104,13 +115,29 @@ class BlockClient:
                     self._reliance.late(number, self._clock())
                     return None
 
+    def _tell(self) -> None:
+        """Say what is held, if no question has said it since something ended."""
+        with self._lock:
+            number = self._line.number
+            if not self._untold or not number:
+                return
+            ask = self._ask(number, "", NO_BLOCK, math.inf)
+            self._open.discard(ask.serial)
+        with suppress(Exception):  # the next question says it
+            self._line.tell(number, ask)
+
+    def _note_end(self, place: tuple[int, int]) -> None:
+        held = self._held[place]
+        held.count -= 1
+        if not held.count:
+            del self._held[place]
+            self._untold = True
+
     def _ask(self, number: int, key: str, block: int, due: float) -> Ask:
-        while self._ended:
-            place = self._ended.popleft()
-            held = self._held[place]
-            held.count -= 1
-            if not held.count:
-                del self._held[place]
+        with suppress(Empty):
+            while (place := self._ended.get_nowait()) is not None:
+                self._note_end(place)
+        self._untold = False
         self._serial += 1
         self._open.add(self._serial)
         mine = frozenset(there for feeder, there in self._held if feeder == number)
@@ -135,8 +162,30 @@ class BlockClient:
             self.taken += 1
             held = self._held.setdefault((number, block), _Held(0, made.bytes))
             held.count += 1
-        weakref.finalize(made, self._ended.append, (number, block)).atexit = False
+            if self._teller is None:
+                self._teller = threading.Thread(
+                    target=_tell_what_ends, args=(weakref.ref(self), self._ended), name="elastictrain-tell", daemon=True
+                )
+                self._teller.start()
+                weakref.finalize(self, self._ended.put, None).atexit = False
+        weakref.finalize(made, self._ended.put, (number, block)).atexit = False
         return made
+
+
+def _tell_what_ends(client_of: Callable[[], BlockClient | None], ended: SimpleQueue[tuple[int, int] | None]) -> None:
+    """Until the client itself ends: have it tell what has ended, once nothing more does."""
+    place = ended.get()
+    while place is not None and (client := client_of()) is not None:
+        with client._lock:
+            client._note_end(place)
+        del client  # waiting keeps nobody alive
+        try:
+            place = ended.get(timeout=TELL_S)
+        except Empty:
+            if (client := client_of()) is not None:
+                client._tell()
+            del client
+            place = ended.get()
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,6 +82,12 @@ class BlockServer:
             self._counts["refused"] += look is Look.FULL
             return Answer(look, max(1, self._ledger.workers), self._usual_s, item)
 
+    def tell(self, ask: Ask) -> None:
+        """Hear what a worker holds, which asks for nothing."""
+        with self._changed:
+            self._ledger.tell(ask)
+            self._let_go()
+
     def forget(self, worker: int) -> None:
         """A worker is gone: what only it held goes."""
         with self._changed:

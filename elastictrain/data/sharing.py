@@ -22,6 +22,8 @@ WANT_S = 2.0
 
 _SIZES = 64
 """Of so many blocks the last sizes are kept: the next one will be no larger."""
+NO_BLOCK = -1
+"""Of a question that asks for nothing, and only says what its worker holds."""
 
 
 class Look(Enum):

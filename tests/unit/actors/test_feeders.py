@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -357,3 +358,15 @@ def test_a_line_follows_the_newest_feeder_and_maps_what_it_gets(monkeypatch: pyt
     with pytest.raises(GetTimeoutError):
         line.call(9, ASK, 1.25)
     assert ray is not node_feeder.ray
+
+
+def test_what_a_worker_holds_is_sent_to_the_feeder_it_is_meant_for_alone() -> None:
+    sent: list[tuple[int, Ask]] = []
+    line = FeederLine()
+    line.tell(0, ASK)  # there is none: nothing is sent, nothing fails
+    for number in (1, 2):
+        tell = SimpleNamespace(remote=partial(lambda number, ask: sent.append((number, ask)), number))
+        line.use(number, SimpleNamespace(tell=tell))
+    line.tell(1, ASK)  # has been replaced
+    line.tell(2, ASK)
+    assert sent == [(2, ASK)]

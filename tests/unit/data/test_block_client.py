@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 from dataclasses import replace
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -11,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from elastictrain.data import block_client
 from elastictrain.data.block_client import BlockClient
 from elastictrain.data.reliance import FIRST_PAUSE_S, LATE_TIMES
-from elastictrain.data.sharing import Answer, Ask, Look
+from elastictrain.data.sharing import NO_BLOCK, Answer, Ask, Look
 from elastictrain.data.warm import Arrays
 
 
@@ -40,6 +44,10 @@ class Scripted:
         self.clock, self.script, self.block, self.number = clock, script, block, 1
         self.calls: list[float] = []
         self.asks: list[Ask] = []
+        self.told: SimpleQueue[tuple[int, Ask]] = SimpleQueue()
+
+    def tell(self, number: int, ask: Ask) -> None:
+        self.told.put((number, ask))
 
     def call(self, number: int, ask: Ask, deadline_s: float) -> tuple[Answer, Arrays | None]:
         del number
@@ -167,3 +175,60 @@ def test_whoever_hears_of_the_budget_last_hears_what_holds() -> None:
     client.take("k", 1, 0.0, urgent=no)
     assert client.workers == 3
     assert heard["first"][-1] == heard["second"][-1] == 3
+
+
+def test_what_an_idle_worker_lets_go_of_is_told_without_a_question() -> None:
+    client, _, line = client_of([])
+    kept, gone = (client.take("k", block, 0.0, urgent=no) for block in (1, 2))
+    del gone
+    number, ask = line.told.get(timeout=30)
+    assert (number, ask.block, ask.held) == (1, NO_BLOCK, {1})
+    assert ask.serial > line.asks[-1].serial, "it is news to the feeder"
+    assert len(line.asks) == 2, "and nothing was asked for it"
+    del kept
+    assert line.told.get(timeout=30)[1].held == frozenset()
+
+
+def test_what_a_question_has_said_is_not_told_again() -> None:
+    client, _, line = client_of([])
+    held = client.take("k", 1, 0.0, urgent=no)
+    del held
+    assert client.take("k", 2, 0.0, urgent=no) is not None
+    assert line.asks[-1].held == frozenset()
+    client._tell()
+    assert [block for _, ask in iter_of(line.told) for block in ask.held] == []
+
+
+def test_a_line_that_breaks_while_it_is_told_breaks_nothing() -> None:
+    client, _, line = client_of([])
+    tried = threading.Event()
+
+    def broken(number: int, ask: Ask) -> None:
+        tried.set()
+        raise RuntimeError("dead")
+
+    tell, line.tell = line.tell, broken  # type: ignore[method-assign]
+    held = client.take("k", 1, 0.0, urgent=no)
+    del held
+    assert tried.wait(30)
+    line.tell = tell  # type: ignore[method-assign]
+    held = client.take("k", 2, 0.0, urgent=no)
+    del held
+    assert line.told.get(timeout=30)[1].held == frozenset(), "the next one goes through"
+
+
+def test_the_thread_that_tells_ends_with_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_client, "TELL_S", 3600.0)  # it waits for a further end when the client goes
+    client, _, _ = client_of([])
+    held = client.take("k", 1, 0.0, urgent=no)
+    teller = client._teller
+    assert teller is not None
+    assert teller.is_alive()
+    del held, client
+    gc.collect()
+    teller.join(30)
+    assert not teller.is_alive()
+
+
+def iter_of(queue: SimpleQueue[Any]) -> list[Any]:
+    return [queue.get() for _ in range(queue.qsize())]

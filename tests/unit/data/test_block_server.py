@@ -209,6 +209,28 @@ def test_blocks_of_a_mixture_are_counted_rightly(tmp_path: Path) -> None:
     assert counted == [len(next(iter(mixture.read_block(block).values()))) for block in range(len(counted))]
 
 
+def test_what_idle_workers_held_goes_although_nobody_asks_for_anything_any_more(tmp_path: Path) -> None:
+    folder = write(tmp_path / "data")
+    server = started(lambda: source_of(folder))
+    try:
+        wire = Wire(server)
+        readers = [
+            LaneReader(source_of(folder), shared=BlockClient(wire, worker, workers=2).of(source_of(folder)))
+            for worker in range(2)
+        ]
+        for reader in readers:
+            reader.batch(0, 0)
+        assert server.stats()["live_bytes"] > 0
+        asked = len(wire.asked)
+        readers[0].close()  # its client lives on, as that of a worker does whose stage has ended
+        readers[1].close()
+        wait_until(lambda: server.stats()["live_bytes"] == 0)
+        assert len(wire.asked) == asked
+        assert server.stats()["workers"] == 2, "they are still there, and may ask again"
+    finally:
+        server.close()
+
+
 class Waiting:
     """A feeder that keeps a worker waiting until it is in a hurry, and then brings nothing."""
 

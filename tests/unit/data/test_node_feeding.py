@@ -64,6 +64,9 @@ class Wire:
         self.server, self.number, self.fault = server, 1, fault
         self.asked: list[Ask] = []
 
+    def tell(self, number: int, ask: Ask) -> None:
+        self.server.tell(ask)
+
     def call(self, number: int, ask: Ask, deadline_s: float) -> tuple[Answer, Arrays | None]:
         assert number == self.number
         assert ask.wait_s < deadline_s
