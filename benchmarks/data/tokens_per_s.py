@@ -10,7 +10,12 @@ batches without "narrow" are int64, of a table int32. All sides hand out the sam
 interleaved; ratios are medians over rounds of ratios within a round.
 
 "a copy of such batches": nothing is read, one batch that lies in the processor's cache is copied as often as an epoch
-has batches. No reader of any kind hands out batches of these bytes faster than that.
+has batches. No reader of any kind hands out batches of these bytes faster than that. "rows out of memory": all rows lie
+decoded in memory and are taken from there in the order of windows, a hundred with one call of NumPy, and written in the
+type of a batch: what a shuffle of rows takes that does nothing else. Both are floors, and no side of ours.
+
+Lanes meet in row groups, which are decoded for both of them: in so small a corpus that counts, and "row groups decoded"
+says how much.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -43,8 +49,14 @@ LANES, SIZE, LENGTH = 8, 8, 1024
 LARGE = 64
 """Samples of a lane and step in a second case of the Feeder: what time batches take that no token takes."""
 CASES = ("text", "prepared", "table")
-ROUNDS, MEGABYTES, GROUP_BYTES = 7, 256, 8 << 20
+ROUNDS, GROUP_BYTES = 5, 8 << 20
+MEGABYTES = {"text": 512, "prepared": 512, "table": 320}
+"""Enough row groups that the beginning and the ends of lanes do not count for much; of the table the others, which are
+slow, read less."""
 BARE, MOSAIC, COPY = "bare read_row_group", "mosaicml-streaming, 2 workers", "a copy of such batches"
+GATHER = "rows out of memory"
+DECODED: list[float] = []
+"""How often the last LaneReader has decoded a row group in its epoch, on average."""
 NARROW = ", narrow"
 """Sides whose batches are as narrow as what the bare loop decodes, or nearly so: `data.batch_dtype: narrow`."""
 
@@ -60,27 +72,31 @@ def documents(total_bytes: int) -> Iterator[str]:
         written, at = written + len(text.encode()), at + 1
 
 
-def write_data(folder: Path, megabytes: int) -> dict[str, Path]:
-    """All cases, zstd, row groups of about 8 MB decoded, four files each."""
+def write_data(folder: Path, case: str, megabytes: int) -> Path:
+    """A case's files, zstd, row groups of about 8 MB decoded, four files."""
     texts = list(documents(megabytes << 20))
     group = max(1, len(texts) * GROUP_BYTES // (megabytes << 20))
-    joined = np.frombuffer("".join(texts).encode(), dtype=np.uint8)
-    rows = joined[: len(joined) // (LENGTH + 1) * (LENGTH + 1)].reshape(-1, LENGTH + 1)[: (megabytes << 18) // LENGTH]
-    tokens = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1).astype(np.int32)), LENGTH + 1)
-    half = texts[: len(texts) // 2]  # two bytes a token
-    documents_of_tokens, starts = BytesTokenizer().encode_with_offsets(pa.chunked_array([half]))
-    prepared = pa.LargeListArray.from_arrays(pa.array(starts), pa.array(documents_of_tokens))
-    (folder / "prepared.json").write_text(json.dumps(tokens_record(BytesTokenizer())))
-    sides = {"text": (pa.table({"text": texts}), group),
-             "prepared": (pa.table({"text": prepared}), max(1, group // 2)),
-             "table": (pa.table({"tokens": tokens}), GROUP_BYTES // (4 * LENGTH))}  # fmt: skip
-    for name, (table, size) in sides.items():
-        (folder / name).mkdir()
-        quarter = -(-table.num_rows // 4)
-        for part in range(4):
-            path = folder / name / f"{part}.parquet"
-            pq.write_table(table.slice(part * quarter, quarter), path, row_group_size=size, compression="zstd")
-    return {name: folder / name for name in sides}
+    if case == "table":
+        joined = np.frombuffer("".join(texts).encode(), dtype=np.uint8)
+        rows = joined[: (megabytes << 18) // (LENGTH + 1) * (LENGTH + 1)].astype(np.int32)
+        tokens = pa.FixedSizeListArray.from_arrays(pa.array(rows), LENGTH + 1)
+        table, group = pa.table({"tokens": tokens}), GROUP_BYTES // (4 * LENGTH)
+    elif case == "prepared":
+        half = texts[: len(texts) // 2]  # two bytes a token
+        encoded, starts = BytesTokenizer().encode_with_offsets(pa.chunked_array([half]))
+        table, group = (
+            pa.table({"text": pa.LargeListArray.from_arrays(pa.array(starts), pa.array(encoded))}),
+            group // 2,
+        )
+        (folder / "prepared.json").write_text(json.dumps(tokens_record(BytesTokenizer())))
+    else:
+        table = pa.table({"text": texts})
+    (folder / case).mkdir()
+    quarter = -(-table.num_rows // 4)
+    for part in range(4):
+        path = folder / case / f"{part}.parquet"
+        pq.write_table(table.slice(part * quarter, quarter), path, row_group_size=max(1, group), compression="zstd")
+    return folder / case
 
 
 def bare(folder: Path) -> int:
@@ -124,6 +140,7 @@ def ours(folder: Path, *, ahead: bool = False, size: int = SIZE, narrow: bool = 
     reader = LaneReader(source)
     for place in places:
         reader.batch(*place)
+    DECODED[:] = [reader.blocks_decoded / int(np.count_nonzero(source.order.block_rows))]
     reader.close()
     return steps * LANES * size * (LENGTH + 1)
 
@@ -165,6 +182,48 @@ class Copies:
         for _ in range(self.count):
             for array in self.arrays:
                 array.copy()
+        return self.tokens
+
+
+class Gathers:
+    """All rows of an epoch, which lie decoded in memory, taken in the order of windows and written as batches are.
+
+    `take` gives rows of one array, and here all blocks are one: our readers gather from several, and make more calls.
+    """
+
+    def __init__(self, folder: Path, *, narrow: bool = False) -> None:
+        source = open_source(spec_of(folder, narrow=narrow), seed=1, lanes=LANES, lane_batch_size=SIZE)
+        reader = LaneReader(source)
+        self.kind = next(iter(reader.batch(0, 0).values())).dtype
+        blocks = [next(iter(source.read_block(b).values())) for b in range(len(source.order.block_rows))]
+        widest = np.result_type(*blocks)  # the tails' may be another one
+        self.rows = np.concatenate([block.astype(widest, copy=False) for block in blocks])
+        reader.close()
+        window = 2 * max(map(len, blocks))
+        starts = range(0, len(self.rows), window)
+        orders = [np.random.default_rng(at).permutation(min(window, len(self.rows) - at)) + at for at in starts]
+        self.tokens = self.rows.size
+        at_once = (1 << 19) // self.rows[:1].nbytes
+        parts = [[order[at : at + at_once] for at in range(0, len(order), at_once)] for order in orders]
+        self.calls = [
+            part  # lanes take turns, as they do in training
+            for lanes in (parts[at : at + LANES] for at in range(0, len(parts), LANES))
+            for turn in zip_longest(*lanes)
+            for part in turn
+            if part is not None
+        ]
+        width = self.rows.shape[1]
+        self.taken = np.empty((at_once, width), self.rows.dtype)
+        self.batches = [np.empty((at_once, width), self.kind) for _ in range(LANES)]
+
+    def __call__(self) -> int:
+        is_same = self.kind == self.rows.dtype
+        for number, places in enumerate(self.calls):
+            batch = self.batches[number % LANES][: len(places)]
+            taken = batch if is_same else self.taken[: len(places)]
+            self.rows.take(places, axis=0, out=taken, mode="clip")
+            if not is_same:
+                np.copyto(batch, taken, casting="unsafe")
         return self.tokens
 
 
@@ -215,6 +274,43 @@ def ratio(speeds: dict[str, list[float]], one: str, other: str) -> list[float]:
     return [a / b for a, b in zip(speeds[one], speeds[other], strict=True)]
 
 
+def sides_of(
+    folder: Path, place: Path, results: common.Results
+) -> tuple[dict[str, Callable[[], int]], list[WarmEpochs]]:
+    """All sides of a case, and of them those that are to be closed."""
+    warm = [WarmEpochs(folder), WarmEpochs(folder, LARGE)]
+    sides: dict[str, Callable[[], int]] = {
+        BARE: lambda: bare(folder),
+        f"{BARE}, 2 threads": lambda: bare_in_threads(folder),
+        "LaneReader": lambda: ours(folder),
+        "Feeder": lambda: ours(folder, ahead=True),
+        f"Feeder, {LARGE} a lane": lambda: ours(folder, ahead=True, size=LARGE),
+        "LaneReader, warm cache": warm[0],
+        f"LaneReader, warm cache, {LARGE} a lane": warm[1],
+        COPY: Copies(folder),
+        GATHER: Gathers(folder),
+    }
+    if folder.name != "table":  # a table comes as it is
+        warm += [WarmEpochs(folder, size, narrow=True) for size in (SIZE, LARGE)]
+        sides |= {
+            f"LaneReader{NARROW}": lambda: ours(folder, narrow=True),
+            f"Feeder{NARROW}": lambda: ours(folder, ahead=True, narrow=True),
+            f"Feeder{NARROW}, {LARGE} a lane": lambda: ours(folder, ahead=True, size=LARGE, narrow=True),
+            f"LaneReader{NARROW}, warm cache": warm[2],
+            f"LaneReader{NARROW}, warm cache, {LARGE} a lane": warm[3],
+            f"{COPY}{NARROW}": Copies(folder, narrow=True),
+            f"{GATHER}{NARROW}": Gathers(folder, narrow=True),
+        }
+        return sides, warm
+    sides["torch DataLoader, 2 workers"] = lambda: data_loader(folder)
+    if mosaic.is_there():
+        shards = mosaic.write(folder, place / "mds")
+        sides[MOSAIC] = lambda: mosaic.read(shards, LANES * SIZE)
+    else:
+        results.notes.append("mosaicml-streaming is not installed, so it is not measured.")
+    return sides, warm
+
+
 def main() -> None:
     options = common.arguments(
         __doc__, lambda parser: parser.add_argument("--case", choices=CASES, help="only this one (default: all)")
@@ -222,54 +318,24 @@ def main() -> None:
     warnings.simplefilter("ignore")
     common.prepare_data()
     torch.set_num_threads(1)
-    results = common.Results("data_throughput", "Data: tokens/s of shuffled, packed batches", options)
-    rounds, megabytes = (3, 48) if options.quick else (ROUNDS, MEGABYTES)
-    with common.scratch("data") as place:
-        os.environ["XDG_CACHE_HOME"] = str(place / "cache")
-        folders = write_data(place, megabytes)
-        for case, folder in folders.items():
-            if options.case not in (None, case):
-                continue
-            warm, warm_large = WarmEpochs(folder), WarmEpochs(folder, LARGE)
-            sides: dict[str, Callable[[], int]] = {
-                BARE: lambda folder=folder: bare(folder),
-                f"{BARE}, 2 threads": lambda folder=folder: bare_in_threads(folder),
-                "LaneReader": lambda folder=folder: ours(folder),
-                "Feeder": lambda folder=folder: ours(folder, ahead=True),
-                f"Feeder, {LARGE} a lane": lambda folder=folder: ours(folder, ahead=True, size=LARGE),
-                "LaneReader, warm cache": warm,
-                f"LaneReader, warm cache, {LARGE} a lane": warm_large,
-                COPY: Copies(folder),
-            }
-            warm_narrow: list[WarmEpochs] = []
-            if case != "table":  # a table comes as it is
-                warm_narrow = [WarmEpochs(folder, size, narrow=True) for size in (SIZE, LARGE)]
-                sides |= {
-                    f"LaneReader{NARROW}": lambda folder=folder: ours(folder, narrow=True),
-                    f"Feeder{NARROW}": lambda folder=folder: ours(folder, ahead=True, narrow=True),
-                    f"Feeder{NARROW}, {LARGE} a lane": lambda folder=folder: ours(
-                        folder, ahead=True, size=LARGE, narrow=True
-                    ),
-                    f"LaneReader{NARROW}, warm cache": warm_narrow[0],
-                    f"LaneReader{NARROW}, warm cache, {LARGE} a lane": warm_narrow[1],
-                    f"{COPY}{NARROW}": Copies(folder, narrow=True),
-                }
-            if case == "table":
-                sides["torch DataLoader, 2 workers"] = lambda folder=folder: data_loader(folder)
-                if mosaic.is_there():
-                    shards = mosaic.write(folder, place / "mds")
-                    sides[MOSAIC] = lambda shards=shards: mosaic.read(shards, LANES * SIZE)
-                else:
-                    results.notes.append("mosaicml-streaming is not installed, so it is not measured.")
-            measure(results, case, sides, rounds)
-            for one in (warm, warm_large, *warm_narrow):
+    for case in [options.case] if options.case else CASES:
+        results = common.Results(f"data_throughput_{case}", f"Data: tokens/s of shuffled batches, {case}", options)
+        with common.scratch("data") as place:
+            os.environ["XDG_CACHE_HOME"] = str(place / "cache")
+            folder = write_data(place, case, 48 if options.quick else MEGABYTES[case])
+            sides, warm = sides_of(folder, place, results)
+            measure(results, case, sides, 3 if options.quick else ROUNDS)
+            results.figure(f"times that a row group is decoded in an epoch ({case})", DECODED[0], "none", "beside it")
+            for one in warm:
                 one.close()
-    results.notes.append(
-        "The bare loop's tokens are those that our epoch hands out of the same files. It is one thread, and so is the "
-        "LaneReader; the Feeder has two: one decodes, the other makes batches, and decodes too where it would wait."
-    )
-    results.notes.append('In case "text" a batch has 8 bytes (int64) for every byte that the bare loop decodes.')
-    results.write()
+        results.notes.append(
+            "The bare loop's tokens are those that our epoch hands out of the same files. It is one thread, and so is "
+            "the LaneReader; the Feeder has two: one decodes, the other makes batches, and decodes too where it would "
+            "wait."
+        )
+        if case == "text":
+            results.notes.append("A batch has 8 bytes (int64) for every byte that the bare loop decodes.")
+        results.write()
 
 
 def measure(results: common.Results, case: str, sides: dict[str, Callable[[], int]], rounds: int) -> None:
@@ -288,10 +354,10 @@ def measure(results: common.Results, case: str, sides: dict[str, Callable[[], in
         results.row(case=case, side=name, tokens_per_s=common.median(speeds[name]), spread=common.spread(speeds[name]),
                     against_bare=against)  # fmt: skip
     results.raw[case] = speeds
-    most = common.median(ratio(speeds, COPY, BARE))
-    results.notes.append(
-        f'Case "{case}": a copy of the same batches is {most:.1f} x a bare loop: no reader does better.'
-    )
+    for name in sides:
+        if name.startswith((COPY, GATHER)):
+            against = common.median(ratio(speeds, name, BARE))
+            results.figure(f"floor: {name}, against a bare Parquet loop ({case})", against, "none", "beside it")
     figures: list[tuple[str, str, str, float]] = [
         ("Feeder", BARE, "packed and shuffled tokens/s against a bare read_row_group loop", 0.90),
         ("LaneReader, warm cache", BARE, "from the warm cache, second epoch on, against a bare Parquet loop", 5.0),
