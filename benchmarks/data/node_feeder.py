@@ -154,7 +154,7 @@ def measure(side: str, folder: Path, world: int, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    options = common.arguments(__doc__)
+    options = common.arguments(__doc__, lambda parser: parser.add_argument("--rounds", type=int, default=ROUNDS))
     warnings.simplefilter("ignore")
     common.prepare_data()
     import ray
@@ -163,7 +163,7 @@ def main() -> None:
     from elastictrain.job import Data
 
     results = common.Results("data_node_feeder", "Data: one feeder for a node against one for each worker", options)
-    rounds, megabytes = (1, 48) if options.quick else (ROUNDS, MEGABYTES)
+    rounds, megabytes = (1, 48) if options.quick else (options.rounds, MEGABYTES)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     with common.scratch("node-feeder") as place:
         os.environ["XDG_CACHE_HOME"] = str(place / "cache")
@@ -183,7 +183,8 @@ def main() -> None:
             ray.shutdown()
     results.notes.append(
         f"An epoch of {megabytes} MiB of text in {FILES} files, tokenised to bytes and packed to {LENGTH}; {LANES} "
-        f"lanes of {SIZE}; data.prefetch_bytes {PREFETCH_BYTES >> 20} MiB: for each worker, or for all of them."
+        f"lanes of {SIZE}; {rounds} rounds; data.prefetch_bytes {PREFETCH_BYTES >> 20} MiB: for each worker, or for "
+        "all of them."
     )
     results.notes.append("Nothing but feeding happens: no step hides it. All processes share the cores named above.")
     results.write()

@@ -9,6 +9,7 @@ largest of what it says at every 10 ms. Sides are interleaved; ratios are median
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import resource
@@ -140,15 +141,20 @@ def measure(side: str, folder: Path) -> dict[str, Any]:
     return {"tokens": tokens, "tokens_per_s": tokens / seconds, "store_bytes": peak(), "consumers_rss_bytes": rss}
 
 
+def more_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--megabytes", type=int, default=MEGABYTES)
+
+
 def main() -> None:
-    options = common.arguments(__doc__)
+    options = common.arguments(__doc__, more_arguments)
     warnings.simplefilter("ignore")
     common.prepare_data()
     import ray
     import ray.data
 
     results = common.Results("data_ray_data", "Data: four consumers, against Ray Data", options)
-    rounds, megabytes = (2, 96) if options.quick else (ROUNDS, MEGABYTES)
+    rounds, megabytes = (2, 96) if options.quick else (options.rounds, options.megabytes)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     with common.scratch("ray-data") as place:
         os.environ["XDG_CACHE_HOME"] = str(place / "cache")
@@ -197,6 +203,7 @@ def report(results: common.Results, found: dict[str, list[dict[str, Any]]], rows
         f"{CONSUMERS} actors on a Ray of {2 * CONSUMERS} logical cores; the real ones are named above. Ray Data "
         "reads in tasks beside its consumers, ours in a thread of each consumer."
     )
+    results.notes.append(f"{rows} rows, {len(pairs)} rounds.")
     results.notes.append("Resident memory counts shared pages of the object store once for each consumer.")
     results.write()
 

@@ -59,9 +59,10 @@ def test_a_plan_gathers_the_rows_of_all_blocks_in_order(size: int) -> None:
         assert plan.gather(blocks, start, stop)["x"].tolist() == expected
 
 
-def test_what_was_gathered_before_stays_when_more_is_gathered() -> None:
-    blocks = [Block(number, {"x": np.full((4, 5000), number)}) for number in range(2)]
-    plan = Plan(np.asarray([0, 1, 0, 1], dtype=np.int32), np.arange(4), start=0, size=2)
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_was_gathered_before_stays_when_more_is_gathered(count: int) -> None:
+    blocks = [Block(number, {"x": np.full((4, 5000), number)}) for number in range(count)]
+    plan = Plan(np.arange(4, dtype=np.int32) % count, np.arange(4), start=0, size=2)
     first = plan.gather(blocks, 0, 2)["x"]
     before = first.copy()
     for block in blocks:

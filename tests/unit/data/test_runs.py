@@ -129,3 +129,14 @@ def test_made_batches_keep_to_the_budget(folder: Path) -> None:
         with feeder._lock:
             assert sorted(feeder._ready) == places(30)[:7]
             assert feeder._ready_bytes == 7 * batch_bytes
+
+
+def test_a_reader_that_is_closed_hands_out_nothing_not_even_what_was_made(folder: Path) -> None:
+    reader = reader_of(folder)
+    reader.batch(0, 0)
+    assert reader.made([(1, 0)], 1), "more of the lane was made"
+    reader.close()
+    assert reader.made([(2, 0)], 1) == []
+    for call in (reader.batch, reader.take):
+        with pytest.raises(RuntimeError, match="the LaneReader is closed"):
+            call(2, 0)
