@@ -19,7 +19,6 @@ from elastictrain.data.block_client import BlockClient
 from elastictrain.data.reliance import FIRST_PAUSE_S, LATE_TIMES
 from elastictrain.data.sharing import NO_BLOCK, Answer, Ask, Look
 from elastictrain.data.warm import Arrays
-from tests.unit.data.test_node_feeding import wait_until
 
 
 def yes() -> bool:
@@ -220,6 +219,8 @@ def test_a_line_that_breaks_while_it_is_told_breaks_nothing() -> None:
 
 
 def test_the_thread_that_tells_ends_with_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.unit.data.test_node_feeding import wait_until  # which takes something from here
+
     monkeypatch.setattr(block_client, "TELL_S", 3600.0)  # it waits for a further end when the client goes
     client, _, _ = client_of([])
     held = client.take("k", 1, 0.0, urgent=no)
