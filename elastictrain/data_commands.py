@@ -38,6 +38,7 @@ app.command()(prepare)
 Steps = Annotated[
     str | None, typer.Option("--steps", metavar="A:B", help="Steps A up to, but not including, B; or one step A.")
 ]
+NOT_COUNTED = " (did not count: the lane was dropped)"
 RunOrJob = Annotated[str, typer.Argument(metavar="RUN", help="A run (path, name, latest), or a JOB.yaml.")]
 
 
@@ -51,6 +52,7 @@ def audit(
     """Compute again which samples each committed step used, and compare with what the workers recorded."""
     from elastictrain.data.audit import Verdict
     from elastictrain.observe import find_run
+    from elastictrain.observe.dropped import drops_of
 
     found = find_run(run)
     rows = found.metrics()
@@ -61,7 +63,7 @@ def audit(
     verdict = Verdict()
     with _auditor(found) as auditor, bars(quiet=as_json) as shown:
         task = shown.add_task("computing samples", total=len(recorded)) if shown else None
-        for at in auditor.audit(recorded):
+        for at in auditor.audit(recorded, drops_of(rows)):
             verdict.add(at)
             if shown and task is not None:
                 shown.advance(task)
@@ -90,6 +92,7 @@ def explain(
     as_json: AsJson = False,
 ) -> None:
     """Say where the samples of a step come from: file, row group, rows, tokens."""
+    dropped = _dropped(run, step)
     with _auditor_of(run) as auditor:
         source, stage = auditor.source(step)
         if lane is not None and lane >= source.lanes:
@@ -97,11 +100,12 @@ def explain(
         lanes = range(source.lanes) if lane is None else [lane]
         if as_json:
             typer.echo(json.dumps({"step": step, "stage": stage.index, "order_step": stage.position(step),
-                                   "lanes": {str(one): _lane(auditor, step, one, rows) for one in lanes}}))  # fmt: skip
+                                   "lanes": {str(one): _lane(auditor, step, one, rows) for one in lanes},
+                                   "dropped": [one for one in lanes if one in dropped]}))  # fmt: skip
             return
         typer.echo(f"step {step}: step {stage.position(step)} of the order of stage {stage.index}")
         for one in lanes:
-            _print_lane(auditor, step, one, rows)
+            _print_lane(auditor, step, one, rows, counts=one not in dropped)
 
 
 @app.command()
@@ -244,10 +248,23 @@ def _record(found: RunDirectory) -> tuple[Job, tuple[Stage, ...], dict[str, Any]
     return job, tuple(Stage.from_json(stage) for stage in record["stages"]), record["fingerprint"]
 
 
+def _dropped(run: str, step: int) -> tuple[int, ...]:
+    """The lanes of a step that did not count; none of a job, or a step to come."""
+    if _is_job(run):
+        return ()
+    from elastictrain.observe import find_run
+    from elastictrain.observe.dropped import drops_of
+
+    return drops_of(find_run(run).metrics()).get(step, ())
+
+
+def _is_job(run: str) -> bool:
+    return run.endswith((".yaml", ".yml")) and Path(run).is_file()
+
+
 @contextmanager
 def _auditor_of(run: str) -> Iterator[Auditor]:
-    path = Path(run)
-    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+    if not _is_job(run):
         from elastictrain.observe import find_run
 
         with _auditor(find_run(run)) as auditor:
@@ -257,7 +274,7 @@ def _auditor_of(run: str) -> Iterator[Auditor]:
     from elastictrain.data.stages import first_stage, open_stage
     from elastictrain.job import load_job
 
-    job = load_job(path)
+    job = load_job(run)
     with bars(quiet=False) as shown:
         auditor = Auditor([first_stage(job)], lambda stage: open_stage(job, stage, progress=telling(shown)))
         try:
@@ -325,19 +342,19 @@ def _lane(auditor: Auditor, step: int, lane: int, rows: bool) -> list[dict[str, 
     return found
 
 
-def _print_lane(auditor: Auditor, step: int, lane: int, rows: bool) -> None:
+def _print_lane(auditor: Auditor, step: int, lane: int, rows: bool, *, counts: bool) -> None:
     from elastictrain.data.audit import describe_location
 
     source, _ = auditor.source(step)
     for number, place in enumerate(auditor.locations(step, lane)):
         where = describe_location(place, source.rows_of if rows else None)
-        typer.echo(f"  lane {lane}, sample {number}: epoch {place.epoch}, {where}")
+        typer.echo(f"  lane {lane}, sample {number}: epoch {place.epoch}, {where}{'' if counts else NOT_COUNTED}")
 
 
 def _print_places(auditor: Auditor, at: AuditedStep) -> None:
     typer.echo(f"step {at.step}: {at.samples} samples, {'agrees' if at.agrees else 'DIFFERS'}")
     for lane in range(auditor.source(at.step)[0].lanes):
-        _print_lane(auditor, at.step, lane, rows=False)
+        _print_lane(auditor, at.step, lane, rows=False, counts=lane not in at.dropped)
 
 
 def _print_verdict(verdict: Any, recorded: list[tuple[int, str | None]]) -> None:
@@ -346,6 +363,11 @@ def _print_verdict(verdict: Any, recorded: list[tuple[int, str | None]]) -> None
     agree = verdict.steps - len(verdict.differing) - verdict.unrecorded
     typer.echo(f"recorded and computed agree at {agree} of {verdict.steps} steps", nl=False)
     typer.echo(f"; {verdict.unrecorded} have no record" if verdict.unrecorded else "")
+    if verdict.dropped:
+        typer.echo(
+            f"{verdict.dropped} lane(s) did not count (redundancy.lanes: drop_slowest), in steps "
+            f"{_some(verdict.dropped_in)}: their samples were not used"
+        )
     typer.echo(f"running hash of the sample ids after step {last}: {verdict.running}")
 
 

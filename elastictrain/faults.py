@@ -18,6 +18,7 @@ from elastictrain.settings import PositiveInt, nearest, not_a_switch
 Phase = Literal[
     "compute",
     "claim",
+    "drop",
     "agree",
     "exchange",
     "mirror",
@@ -33,7 +34,7 @@ Phase = Literal[
     "committed",
 ]
 PHASES: tuple[Phase, ...] = ("compute", "exchange", "mirror", "vote", "apply", "gather")
-SHARING: tuple[Phase, ...] = ("claim", "agree")
+SHARING: tuple[Phase, ...] = ("claim", "drop", "agree")
 """Of a step whose lanes more than one worker may compute (`redundancy` in a job)."""
 STORING: tuple[Phase, ...] = ("store", "stored", "manifest", "committed")
 """Of the checkpoint of a step, beside training."""
@@ -48,7 +49,8 @@ class _Fault(BaseModel):
 
 class _InPhase(_Fault):
     """In the middle of `phase` of `step`. Where lanes are shared (`redundancy` in a job): "claim" (a lane was claimed
-    and is not computed; with `coded`: all are computed and not claimed) and "agree" (before it says which lanes it
+    and is not computed; with `coded`: all are computed and not claimed) "drop" (with
+    `drop_slowest`: it has dropped a lane of another one, and nobody knows) and "agree" (before it says which lanes it
     has). Phases "form", "restore" (its share of a checkpoint) and "seal": while the worker enters the generation whose
     first step that is. Phases of storing the checkpoint of `step`, beside training: "store" (in the middle of a pack),
     "stored" (its first pack is durable, the others do not know it), and on the worker that publishes "manifest" (all

@@ -329,7 +329,7 @@ class Job(Settings):
                 f"stragglers.action={self.stragglers.action} needs gradients=sum: with gradients={self.gradients} "
                 "times do not tell who is slow; set gradients: sum, or stragglers.action: off"
             )
-        self.redundancy.check(self.gradients, self.workers.max, self.stragglers.action)
+        self.redundancy.check(self.gradients, self.workers.max, self.stragglers.action, self.lanes)
         if self.workers.max > self.lanes:
             raise ValueError(
                 f"lanes={self.lanes} < workers.max={self.workers.max}: every worker needs a lane; "

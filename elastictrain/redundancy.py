@@ -6,6 +6,9 @@ lanes takes over those that a late worker has not begun, or, where that is asked
 is in, and the first result counts. Before the exchange all say which lanes they have, and from that everybody knows
 the assignment of this step. A lane gives the same bits whoever computes it, and the sum does not depend on it.
 
+Or the last lanes to be done are *dropped* (Chen et al. 2016, "Revisiting distributed synchronous SGD"): the only way
+that changes what is learned. Which were is said in the same words, and recorded.
+
 The decisions here are those of speculative execution: what is late is seen against what was usual (LATE: Zaharia et
 al. 2008), and a copy is begun when the wait has cost as much as it will (ski rental).
 """
@@ -24,7 +27,7 @@ from elastictrain.tree import Node, most_sums, roots, whole
 
 Lanes = tuple[tuple[int, ...], ...]
 """By rank, ascending."""
-Way = Literal["none", "take_over", "first_result", "coded"]
+Way = Literal["none", "take_over", "first_result", "coded", "drop_slowest"]
 
 SLACK = 0.25
 """Of a lane's usual time: less is noise."""
@@ -34,10 +37,14 @@ REMEMBERED = 9
 
 @dataclass(frozen=True)
 class Sharing:
-    """`lanes`: as dealt out, by rank. `second`: by rank, the lanes of others that it may compute too."""
+    """`lanes`: as dealt out, by rank. `second`: by rank, the lanes of others that it may compute too. `droppable`:
+    those that may be dropped; `shown`: those of which all are told that they are done, these among them.
+    """
 
     lanes: Lanes
     second: Lanes
+    droppable: frozenset[int] = frozenset()
+    shown: frozenset[int] = frozenset()
 
     @cached_property
     def _owners(self) -> dict[int, tuple[int, int]]:
@@ -49,8 +56,8 @@ class Sharing:
 
     @cached_property
     def shared(self) -> frozenset[int]:
-        """The lanes that have a second holder: who begins one must claim it."""
-        return frozenset(lane for own in self.second for lane in own)
+        """The lanes that have a second holder, or may be dropped: who begins one must claim it."""
+        return self.shown.union(*self.second)
 
     @property
     def most(self) -> int:
@@ -86,6 +93,16 @@ def groups_of(lanes: Lanes, size: int, *, kinds: Sequence[str] = ()) -> Sharing:
     return Sharing(lanes, tuple(second))
 
 
+def droppable_lanes(lanes: Lanes, at_most: int, *, firsts: bool) -> Sharing:
+    """Of a step `at_most` lanes may be dropped, so no other than the last ones of each worker. `firsts`: also its first
+    one; else that one is shown only.
+    """
+    shown = [own[-at_most:] for own in lanes]
+    kept = frozenset[int]() if firsts else frozenset(own[0] for own in lanes)
+    watched = frozenset(lane for own in shown for lane in own)
+    return Sharing(lanes, tuple(() for _ in lanes), watched - kept, watched)
+
+
 def group_of(rank: int, world: int, size: int, kinds: Sequence[str] = ()) -> tuple[int, ...]:
     """The ranks that have the same lanes as `rank`, itself among them."""
     first = rank - rank % size
@@ -105,6 +122,8 @@ def sharing_of(
         return Sharing(lanes, tuple(() for _ in lanes))
     if way == "coded":
         return groups_of(lanes, group, kinds=kinds)
+    if way == "drop_slowest":
+        return droppable_lanes(lanes, depth, firsts=not counters)
     return second_holders(lanes, depth, firsts=way == "first_result" and not counters, kinds=kinds)
 
 
@@ -126,7 +145,7 @@ def most_of_rank(sharing: Sharing, rank: int, way: Way, lane_count: int) -> tupl
     # While it computes its own, those up to some lane, without lost ones: the sums that lie there before a lane is
     # added, and the lane, are as many as there are with it where its sibling is not there.
     begun = [_most_kept(kept, own[len(kept) : n], lane_count) for n in range(len(kept), len(own))]
-    return max(most_sums(kept, lane_count), handed, *begun) + (way == "first_result"), handed
+    return max(most_sums(kept, lane_count), handed, *begun) + (way in ("first_result", "drop_slowest")), handed
 
 
 def _most_kept(always: Sequence[int], perhaps: Sequence[int], lane_count: int) -> int:
@@ -202,6 +221,23 @@ def is_late(sharing: Sharing, lane: int, now_s: float, usual_s: Sequence[float],
     return theirs_s > 0 and copy_s > 0 and now_s >= (place + 1) * theirs_s + max(copy_s, SLACK * theirs_s)
 
 
+def drop_from_s(sharing: Sharing, undone: Collection[int], since_s: float, usual_s: Sequence[float]) -> float:
+    """When the lanes `undone` are to be dropped, in seconds since the step has begun. They are all that is not done,
+    since `since_s`. Never, while somebody's pace is not known.
+
+    Nobody is dropped for being as slow as always: lanes of slow devices would never count. And what is late by that is
+    waited for until the wait has cost as much as the lanes are worth, their share of a step (ski rental: never more
+    than twice the least that could have been lost), or a quarter of a lane, since less is noise.
+    """
+    if not all(seconds > 0 for seconds in usual_s):
+        return inf
+    due_s = max((place + 1) * usual_s[rank] for rank, place in map(sharing.owner, undone))
+    step_s = max(len(own) * seconds for own, seconds in zip(sharing.lanes, usual_s, strict=True))
+    worth_s = step_s * len(undone) / sum(map(len, sharing.lanes))
+    noise_s = SLACK * max(usual_s[sharing.owner(lane)[0]] for lane in undone)
+    return max(since_s, due_s) + max(worth_s, noise_s)
+
+
 # --- who has which lane ---
 
 
@@ -223,28 +259,42 @@ def read_claim(text: str) -> Claim | None:
     return Claim(int(step), int(rank), text.endswith("!")) if step.isdigit() and rank.isdigit() else None
 
 
-def say_lanes(step: int, lanes: Collection[int], lane_count: int) -> bytes:
-    """What a worker says before the exchange: the step, and one bit for each lane that it has. Equally long for all."""
-    bits = sum(1 << lane for lane in lanes)
-    return step.to_bytes(8, "little") + bits.to_bytes(-(-lane_count // 8), "little")
+def say_lanes(step: int, lanes: Collection[int], lane_count: int, dropped: Collection[int] = ()) -> bytes:
+    """What a worker says before the exchange: the step, and one bit for each lane that it has, then one for each of its
+    own that was dropped. Equally long for all.
+    """
+    masks = [sum(1 << lane for lane in some).to_bytes(-(-lane_count // 8), "little") for some in (lanes, dropped)]
+    return step.to_bytes(8, "little") + b"".join(masks)
 
 
-def agreed(said: Sequence[bytes], step: int, lane_count: int) -> Lanes:
-    """Who has which lane in this step, from what all have said, in rank order; some may have none.
+def agreed(said: Sequence[bytes], step: int, lane_count: int, *, at_most: int = 0) -> tuple[Lanes, frozenset[int]]:
+    """Who has which lane in this step, from what all have said, in rank order; some may have none. And which were
+    dropped.
 
-    Raises ValueError when a lane is missing or there twice, or somebody means another step.
+    Raises ValueError when a lane is missing or there twice, more than `at_most` were dropped, or somebody means another
+    step.
     """
     steps = {int.from_bytes(raw[:8], "little") for raw in said}
     if steps != {step}:
         raise ValueError(f"in step {step} lanes of steps {sorted(steps)} were said")
-    bits = [int.from_bytes(raw[8:], "little") for raw in said]
-    found = tuple(tuple(lane for lane in range(lane_count) if one >> lane & 1) for one in bits)
-    everything = sorted(lane for own in found for lane in own)
+    size = -(-lane_count // 8)
+    found, lost = (
+        tuple(_lanes_in(raw[at : at + size], lane_count) for raw in said) for at in (8, 8 + size)
+    )  # fmt: skip
+    dropped = frozenset(lane for some in lost for lane in some)
+    everything = sorted(lane for own in (*found, *lost) for lane in own)
     if everything != list(range(lane_count)):
         missing = sorted(set(range(lane_count)) - set(everything))
         twice = sorted({lane for lane in everything if everything.count(lane) > 1})
         raise ValueError(f"in step {step} nobody has lanes {missing}, and several have lanes {twice}")
-    return found
+    if len(dropped) > at_most:
+        raise ValueError(f"in step {step} lanes {sorted(dropped)} were dropped, of which there may be {at_most}")
+    return found, dropped
+
+
+def _lanes_in(mask: bytes, lane_count: int) -> tuple[int, ...]:
+    bits = int.from_bytes(mask, "little")
+    return tuple(lane for lane in range(lane_count) if bits >> lane & 1)
 
 
 def taken_over(dealt: Lanes, found: Lanes) -> tuple[tuple[int, int, int], ...]:

@@ -18,6 +18,7 @@ from elastictrain.errors import ConfigError, CorruptCheckpoint, ElasticTrainErro
 from elastictrain.faults import SHARING, Add, Fault, KillController, LoseNode, OwnFault
 from elastictrain.job import Job
 from elastictrain.observe import Blind, Observer, RunDirectory, Summary
+from elastictrain.observe.dropped import recorded_drops
 from elastictrain.observe.events import iso
 from elastictrain.observe.rundir import latest_of
 from elastictrain.observe.standing import complete
@@ -58,7 +59,7 @@ def run(
     """
     _check_faults(job, faults)
     watcher = observer or Blind()
-    job, planned = _planned(job)
+    job, planned = _planned(_replayed(job))
     resuming = resume or resume_step is not None
     with sheltered(), connected(job, address, lambda: inspect(job)) as (job, environment, facts):
         check_gpus(job)
@@ -113,6 +114,10 @@ def _check_faults(job: Job, faults: Faults) -> None:
         if fault.step > job.steps:
             raise ConfigError(f"faults: {fault.do} at step {fault.step}: the job ends at step {job.steps}")
         phase = getattr(fault, "phase", None)
+        if phase == "drop" and job.redundancy.lanes != "drop_slowest":
+            raise ConfigError(
+                f"faults: {fault.do} in phase drop: a step has that phase only with redundancy.lanes: drop_slowest"
+            )
         if phase in SHARING and job.redundancy.lanes == "none":
             raise ConfigError(
                 f"faults: {fault.do} in phase {phase}: a step has that phase only where lanes "
@@ -125,6 +130,19 @@ def inspect(job: Job) -> ModelFacts:
     from elastictrain.engine import worker_model
 
     return worker_model.inspect(job)
+
+
+def _replayed(job: Job) -> Job:
+    """The job with what `redundancy.replay` names: it needs that run no more."""
+    named = job.redundancy.replay
+    if not isinstance(named, str):
+        return job
+    settings = job.redundancy.model_copy(update={"replay": recorded_drops(named)})
+    try:
+        settings.check(job.gradients, job.workers.max, job.stragglers.action, job.lanes)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return job.model_copy(update={"redundancy": settings})
 
 
 def _planned(job: Job) -> tuple[Job, tuple[Note, ...]]:

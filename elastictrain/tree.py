@@ -10,7 +10,7 @@ else, however the leaves were dealt out. Leaves are lanes (gradients, buffers) o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
@@ -76,17 +76,28 @@ def path_up(leaf: int, count: int) -> tuple[tuple[Node, Node], ...]:
     return tuple(reversed(steps))
 
 
-def finish(parts: Mapping[Node, T], add: Callable[[T, T], T], node: Node) -> T:
-    """The value of `node` from the values of nodes below it that cover it exactly once.
+def finish(parts: Mapping[Node, T], add: Callable[[T, T], T], node: Node, absent: Collection[int] = ()) -> T:
+    """The value of `node` from the values of nodes below it that cover it exactly once, but for the leaves `absent`: of
+    a node with one half only that half is the value.
 
-    `add(left, right)` may reuse its arguments' storage. Raises KeyError when a leaf is not covered.
+    `add(left, right)` may reuse its arguments' storage. Raises KeyError when another leaf is not covered, or all are
+    absent.
     """
+    found = _finish(parts, add, node, absent)
+    if found is None:
+        raise KeyError(f"all leaves of {node.lo} .. {node.hi - 1} are absent")
+    return found
+
+
+def _finish(parts: Mapping[Node, T], add: Callable[[T, T], T], node: Node, absent: Collection[int]) -> T | None:
     if node in parts:
         return parts[node]
     if node.is_leaf:
+        if node.lo in absent:
+            return None
         raise KeyError(f"no part covers leaf {node.lo}")
-    left, right = node.children()
-    return add(finish(parts, add, left), finish(parts, add, right))
+    left, right = (_finish(parts, add, half, absent) for half in node.children())
+    return add(left, right) if left is not None and right is not None else left if right is None else right
 
 
 @lru_cache(maxsize=4096)

@@ -44,6 +44,8 @@ def _gradients(job: Job, facts: ModelFacts) -> GradientSpec | None:
     if job.gradients != "sum":
         return None
     apart, shared = job.micro_batches > 1, job.redundancy
+    if shared.replay is not None:  # any lane may be missing
+        return GradientSpec(facts.active_blocks, apart, "drop_slowest", job.lanes)
     if shared.lanes == "none":
         return GradientSpec(facts.active_blocks, apart)
-    return GradientSpec(facts.active_blocks, apart, shared.lanes, shared.depth, shared.group)
+    return GradientSpec(facts.active_blocks, apart, shared.lanes, shared.reach, shared.group)

@@ -232,7 +232,9 @@ def _go_back(core: Core, standing: Standing, doubt: Doubt | None, now_s: float, 
         for suspect in doubt.suspects:
             if suspect in ledger.workers:
                 failed(core, now_s, "corrupt", ledger.workers[suspect].node, out)
-    restore = replace(ledger.newest_restore(), discard_newer=doubt is not None)
+    # What is computed again may come out differently where lanes are dropped: then what was stored has not happened.
+    drops = core.spec.gradients is not None and core.spec.gradients.way == "drop_slowest"
+    restore = replace(ledger.newest_restore(), discard_newer=doubt is not None or drops)
     cause = "blocks have lost all their holders" if doubt is None else doubt.reason
     incident = core.note_incident(now_s, cause, None, out, planned=False)
     redone = max(0, from_step - restore.step)

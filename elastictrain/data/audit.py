@@ -7,7 +7,7 @@ data but, for the words of a place, a row group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -33,7 +33,8 @@ _LANES_APART = 8
 class AuditedStep:
     """`recorded`: by the workers, None where the run wrote none; `computed`: from the order, both in hexadecimal.
     `epoch`: of its first sample. `repeated`: samples of the step that the same epoch of their source had used before,
-    more than `data.ragged: repeat` fills it up with.
+    more than `data.ragged: repeat` fills it up with. `dropped`: its lanes that did not count (`redundancy`); their
+    samples are not among `samples`, and were not used.
     """
 
     step: int
@@ -43,6 +44,7 @@ class AuditedStep:
     recorded: str | None
     computed: str
     repeated: int
+    dropped: tuple[int, ...] = ()
 
     @property
     def agrees(self) -> bool:
@@ -53,7 +55,8 @@ class AuditedStep:
 @dataclass(slots=True)
 class Verdict:
     """The sum of an audit. `running` and `running_recorded` are the running hashes after the last step, hexadecimal;
-    `running_recorded` is None when a step has no record.
+    `running_recorded` is None when a step has no record. `dropped`: lanes that did not count; `dropped_in`: the
+    steps in which there were some.
     """
 
     steps: int = 0
@@ -61,6 +64,8 @@ class Verdict:
     unrecorded: int = 0
     differing: list[int] = field(default_factory=list)
     repeated: int = 0
+    dropped: int = 0
+    dropped_in: list[int] = field(default_factory=list)
     running: str = show_hash(0)
     running_recorded: str | None = show_hash(0)
 
@@ -73,6 +78,8 @@ class Verdict:
         self.steps += 1
         self.samples += found.samples
         self.repeated += found.repeated
+        self.dropped += len(found.dropped)
+        self.dropped_in += [found.step] if found.dropped else []
         self.unrecorded += found.recorded is None
         if found.recorded is not None and found.recorded != found.computed:
             self.differing.append(found.step)
@@ -142,19 +149,25 @@ class Auditor:
             for block, row in zip(run.blocks.tolist(), run.rows.tolist(), strict=True)
         ]
 
-    def audit(self, recorded: Iterable[tuple[int, str | None]]) -> Iterator[AuditedStep]:
-        """Compare the steps of a run, ascending, with what its workers `recorded` of each."""
+    def audit(
+        self, recorded: Iterable[tuple[int, str | None]], dropped: Mapping[int, Sequence[int]] | None = None
+    ) -> Iterator[AuditedStep]:
+        """Compare the steps of a run, ascending, with what its workers `recorded` of each. `dropped`: by step, the
+        lanes that did not count.
+        """
         for step, hash_of_step in recorded:
             source, stage = self.source(step)
             hashes, samples, repeated, epoch = [], 0, 0, 0
-            for lane in range(source.lanes):
+            left_out = tuple(dropped.get(step, ())) if dropped else ()
+            for lane in sorted(set(range(source.lanes)).difference(left_out)):
                 runs = list(self.runs(step, lane))
                 ids = np.concatenate([run.ids for run in runs])
                 hashes.append(lane_hash(lane, ids))
                 samples += len(ids)
                 repeated += sum(self._use(source, stage, run) for run in runs)
                 epoch = runs[0].window.epoch
-            yield AuditedStep(step, stage.index, epoch, samples, hash_of_step, show_hash(step_hash(hashes)), repeated)
+            computed = show_hash(step_hash(hashes))
+            yield AuditedStep(step, stage.index, epoch, samples, hash_of_step, computed, repeated, left_out)
 
     def _use(self, source: AnySource, stage: Stage, run: Samples) -> int:
         """Mark samples as used in an epoch; return how many were so already, beyond those that fill it up."""

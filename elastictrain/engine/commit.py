@@ -79,7 +79,7 @@ def apply_step(session: Session, pending: Pending, vote: bytes, votes: VoteForma
         session.model.held.apply(
             session_gradients(session, pending),
             scale=gradient_scale(tally, session.job.clip_grad_norm),
-            lanes=session.job.lanes,
+            lanes=tally.lanes,
             lr_factor=lr_factor,
         )
         session.probes.at(pending.step, "apply")

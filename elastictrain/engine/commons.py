@@ -9,6 +9,7 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from elastictrain.engine.claims import ClaimBoard
 from elastictrain.engine.collective import GroupSet
+from elastictrain.engine.replaying import ReplayedLanes
 from elastictrain.engine.shares import SharedLanes
 from elastictrain.engine.vote import Shares
 from elastictrain.layout import Layout
@@ -19,19 +20,28 @@ if TYPE_CHECKING:
     from elastictrain.engine.session import Session
     from elastictrain.engine.step import StepRunner
 
+AnyLanes = SharedLanes | ReplayedLanes
+
 
 class Commons:
-    """Of one generation, seen from one worker. `store`: of the generation; `hang_up`: ends the connection to it."""
+    """Of one generation, seen from one worker. `store`: of the generation, None where nobody claims anything (a run
+    that is repeated); `hang_up`: ends the connection to it.
+    """
 
     def __init__(
         self, settings: Redundancy, store: Any, generation: int, world: int, hang_up: Callable[[], None]
     ) -> None:
         self.settings = settings
-        self.board = ClaimBoard(PrefixStore(f"generation-{generation}/lanes", store), hang_up)
+        prefix = f"generation-{generation}/lanes"
+        self._board = None if store is None else ClaimBoard(PrefixStore(prefix, store), hang_up)
         self.pace = Pace(world)
 
-    def shares(self, session: Session, layout: Layout, groups: GroupSet, probe: Callable[[str], None]) -> SharedLanes:
+    def shares(self, session: Session, layout: Layout, groups: GroupSet, probe: Callable[[str], None]) -> AnyLanes:
         """Under a split of the lanes. What was claimed and learned under the one before it holds on."""
+        counters = bool(session.model.space.counters)
+        if self._board is None:
+            dropped = self.settings.replayed or {}
+            return ReplayedLanes(dropped, layout, layout.rank(session.worker), counters=counters)
         kinds = session.knowledge.kinds
         ready = getattr(session.batches, "ready", lambda _step, _lane: True)
         return SharedLanes(
@@ -39,8 +49,8 @@ class Commons:
             layout,
             layout.rank(session.worker),
             kinds=[kinds.get(worker, "") for worker in layout.workers],
-            counters=bool(session.model.space.counters),
-            board=self.board,
+            counters=counters,
+            board=self._board,
             pace=self.pace,
             tree=session.tree,
             groups=groups,
@@ -57,3 +67,8 @@ class Commons:
         forget = getattr(session.batches, "forget", None)
         if doing is not None and forget is not None and (left := set(runner.lanes) - doing.begun):
             forget(doing.step, left)
+
+    def close(self) -> None:
+        """The generation is over; may be called twice."""
+        if self._board is not None:
+            self._board.close()

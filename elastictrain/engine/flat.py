@@ -47,6 +47,7 @@ class FlatModel:
         self.model = model.bfloat16() if dtype == torch.bfloat16 else model.float()
         self._bind()
         self._new_counters: dict[str, torch.Tensor] = {}
+        self._counters_before = self._new_counters
 
     def read_initial(self, model: nn.Module) -> None:
         """Take all values from a freshly built CPU model: parameters, buffers and counters."""
@@ -138,6 +139,14 @@ class FlatModel:
             yield
         finally:
             self._new_counters = kept
+
+    def mark_lane(self) -> None:
+        """A lane begins of which it is not known whether it counts."""
+        self._counters_before = dict(self._new_counters)
+
+    def forget_lane(self) -> None:
+        """The lane that was begun last does not count: counters are as at `mark_lane`."""
+        self._new_counters = dict(self._counters_before)
 
     def _taken(self, name: str, working: torch.Tensor) -> torch.Tensor:
         """What the forward has left as buffer `name`, which may be another tensor (`self.mean = …`); ours goes back."""

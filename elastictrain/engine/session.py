@@ -158,11 +158,13 @@ class Session:
 
     def open_commons(self, plan: FormPlan) -> Commons | None:
         """For a job whose lanes are shared, what the members of its generation have in common."""
-        world = plan.layout.world_size
-        if self.job.redundancy.lanes == "none" or world == 1:
+        world, settings = plan.layout.world_size, self.job.redundancy
+        if settings.replay is not None:
+            return Commons(settings, None, plan.generation, world, self._hang_up)
+        if settings.lanes == "none" or world == 1:
             return None
         self._asked = plan.store
-        return Commons(self.job.redundancy, self._store, plan.generation, world, self._hang_up)
+        return Commons(settings, self._store, plan.generation, world, self._hang_up)
 
     def _stop_asking(self) -> str:
         """Forget the connection to the store that questions of a step go to, so that it may be cut. Returns where."""

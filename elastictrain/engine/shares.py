@@ -10,11 +10,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Protocol
 
 from elastictrain.engine.claims import ClaimBoard
 from elastictrain.engine.collective import GroupSet
+from elastictrain.engine.doing import Doing, Work
+from elastictrain.engine.dropping import Dropper, lane_key, nobody_of
 from elastictrain.engine.lanes import LaneTree
 from elastictrain.engine.one_lane import LaneResult
 from elastictrain.errors import InternalError
@@ -52,43 +52,6 @@ class Overtaken(Exception):
     """Somebody else was done first with what is being computed here."""
 
 
-class Work(Protocol):
-    """What computes: `StepRunner` for one step."""
-
-    def compute(self, lane: int, *, first: bool, merge: bool) -> LaneResult: ...
-    def count(self, lane: int, result: LaneResult) -> None: ...
-
-
-@dataclass(slots=True)
-class Doing:
-    """One step of this worker. `closed`: lanes that are not shared in it; `stays`: it must not break off; `measures`:
-    nor in its first lane. `begun`: the lanes that it has begun to compute; `mine`: those whose result counts and is
-    ours. `computed`: how many have been computed to the end, in `lanes_s` seconds; `in_vain`: how many of those that
-    were begun do not count.
-    """
-
-    step: int
-    work: Work
-    closed: frozenset[int]
-    stays: bool
-    measures: bool = False
-    begun_at: float = field(default_factory=time.perf_counter)
-    begun: set[int] = field(default_factory=set)
-    mine: list[int] = field(default_factory=list)
-    computed: int = 0
-    in_vain: int = 0
-    lanes_s: float = 0.0
-
-    @property
-    def now_s(self) -> float:
-        return time.perf_counter() - self.begun_at
-
-    @property
-    def lane_s(self) -> float:
-        """Mean seconds of a lane; 0 when none was computed."""
-        return self.lanes_s / self.computed if self.computed else 0.0
-
-
 class SharedLanes:
     """Of one worker under one split of the lanes. `kinds`: of numerics, by rank. `counters`: the model has integer
     buffers. `ready(step, lane)`: whether that batch lies ready; `probe`, `check`, `enter`: as in `StepRunner`.
@@ -113,16 +76,18 @@ class SharedLanes:
     ) -> None:
         self.settings, self.rank, self.lane_count = settings, rank, layout.lane_count
         self.sharing = sharing_of(
-            settings.lanes, layout.lanes, depth=settings.depth, group=settings.group, kinds=kinds, counters=counters
+            settings.lanes, layout.lanes, depth=settings.reach, group=settings.group, kinds=kinds, counters=counters
         )
         self.group = group_of(rank, layout.world_size, settings.group, kinds)
         self.coded, self.copies = settings.lanes == "coded", settings.lanes == "first_result"
+        self.drops = settings.lanes == "drop_slowest"
         self._groups_of_all = [group_of(r, layout.world_size, settings.group, kinds) for r in range(layout.world_size)]
         self._shared, self._counters = self.sharing.shared, counters
         self._board, self._pace, self._tree, self._groups = board, pace, tree, groups
         self._ready, self._probe, self._check, self._enter = ready, probe, check, enter
         self._crowd_s = EACH_S * layout.world_size
         self.sums, _ = most_of_rank(self.sharing, rank, settings.lanes, layout.lane_count)  # of gradients, at once
+        self._dropper = Dropper(self.sharing, rank, settings.drop_at_most, board, pace)
         self._unmeasured = 0  # steps in a row in which it has computed no lane to the end
         self.doing: Doing | None = None
 
@@ -147,6 +112,8 @@ class SharedLanes:
         """Compute what there is to do for this worker. `closed`: lanes that are not shared in this step. `stays`: it
         must not break off.
         """
+        if self.drops and closed:
+            closed = self._shared  # a lane that is checked must count: in such a step all do
         self.doing = Doing(step, work, closed, stays, measures=self._unmeasured + 1 >= MEASURED_EACH)
         if self.coded:
             self._whole_group(self.doing)
@@ -159,6 +126,8 @@ class SharedLanes:
             self._help(self.doing)
             if self.copies:
                 self._watch(self.doing)
+            elif self.drops and not closed:
+                self._drop(self.doing)
         self._unmeasured = 0 if self.doing.computed else self._unmeasured + 1
         return self.doing
 
@@ -175,7 +144,7 @@ class SharedLanes:
         assert self.doing is not None
         self._check()
         self._enter(Activity.EXCHANGE)
-        found = self._board.claim(_key(lane), Claim(self.doing.step, self.rank))
+        found = self._board.claim(lane_key(lane), Claim(self.doing.step, self.rank))
         if found.rank == self.rank:
             self._probe("claim")
         return found
@@ -186,12 +155,12 @@ class SharedLanes:
         """
         doing = self.doing
         assert doing is not None
-        apart = self.copies and begun is not None
+        apart = (self.copies or self.drops) and begun is not None
         doing.begun.add(lane)
         begun_at = time.perf_counter()
         stops = apart and self._may_stop(doing)
         try:
-            with self._looking(_key(lane), self._from_s(lane, begun)) if stops else nullcontext():
+            with self._looking(lane_key(lane), self._from_s(lane, begun)) if stops else nullcontext():
                 result = doing.work.compute(lane, first=not doing.computed, merge=not apart)
         except Overtaken:
             self._throw_away(lane)
@@ -200,7 +169,7 @@ class SharedLanes:
         doing.lanes_s += time.perf_counter() - begun_at
         if apart and begun is not None:
             self._enter(Activity.EXCHANGE)
-            if self._board.finish(_key(lane), begun, Claim(doing.step, self.rank, True)).rank != self.rank:
+            if self._board.finish(lane_key(lane), begun, Claim(doing.step, self.rank, True)).rank != self.rank:
                 self._throw_away(lane)
                 return
             self._tree.join(lane)
@@ -213,6 +182,7 @@ class SharedLanes:
     def _throw_away(self, lane: int) -> None:
         assert self.doing is not None
         self.doing.in_vain += 1
+        self.doing.work.forget()
         self._tree.give_up()
         leaf = Node(lane, lane + 1)
         if leaf in self._tree.nodes:
@@ -278,7 +248,7 @@ class SharedLanes:
         while waits and copy_s > 0 and doing.now_s < self._groups.deadline_s:
             self._check()
             for lane in tuple(waits):
-                found = self._board.read(_key(lane), doing.step)
+                found = self._board.read(lane_key(lane), doing.step)
                 if found is not None and (found.done or found.rank == self.rank):
                     waits.remove(lane)
                 elif is_late(self.sharing, lane, doing.now_s, usual_s, copy_s) and self._ready(doing.step, lane):
@@ -289,6 +259,19 @@ class SharedLanes:
                     self._enter(Activity.EXCHANGE)
             if waits:
                 time.sleep(max(WATCH_S, self._crowd_s, min(SOON_S, copy_s / WATCHES)))
+
+    def _drop(self, doing: Doing) -> None:
+        """Wait until all others are done, or those lanes that are not are to be dropped. For no longer than peers are
+        waited for.
+        """
+        self._enter(Activity.EXCHANGE)
+        lost = set(self.own) - set(doing.mine)
+        while not lost and doing.now_s < self._groups.deadline_s:
+            self._check()
+            wait_s = self._dropper.look(doing.step, doing.now_s, self._probe)
+            if wait_s <= 0:
+                return
+            time.sleep(max(WATCH_S, self._crowd_s, min(SOON_S, wait_s, self._pace.usual_s()[self.rank] / WATCHES)))
 
     # --- groups with the same lanes ---
 
@@ -326,15 +309,22 @@ class SharedLanes:
 
     # --- agree ---
 
-    def agree(self) -> Lanes:
-        """Who has which lane in this step; known to all alike from here on."""
+    def counts(self, step: int, lane: int) -> bool:
+        """A lane that is checked is never dropped."""
+        del step, lane
+        return True
+
+    def agree(self) -> tuple[Lanes, frozenset[int]]:
+        """Who has which lane in this step, and which were dropped; known to all alike from here on."""
         doing = self.doing
         assert doing is not None
         self._probe("agree")
-        mine = say_lanes(doing.step, doing.mine, self.lane_count)
+        doing.dropped = [lane for lane in self.own if lane not in doing.mine] if self.drops else []
+        mine = say_lanes(doing.step, doing.mine, self.lane_count, doing.dropped)
         said = self._groups.all_gather_equal(mine, deadline_s=self._groups.deadline_s)
         try:
-            found = agreed(said, doing.step, self.lane_count)
+            at_most = self.settings.drop_at_most if self.drops else 0
+            found, dropped = agreed(said, doing.step, self.lane_count, at_most=at_most)
         except ValueError as error:
             raise InternalError(f"the claims of lanes do not fit together: {error}") from error
         has = {lane: rank for rank, own in enumerate(found) for lane in own}
@@ -344,12 +334,10 @@ class SharedLanes:
             self._board.settle(map(_group_key, groups), [Claim(doing.step, rank, True) for rank in winners])
         else:
             lanes = [lane for lane in self._shared if lane not in doing.closed]
-            self._board.settle(map(_key, lanes), [Claim(doing.step, has[lane], self.copies) for lane in lanes])
-        return found
-
-
-def _key(lane: int) -> str:
-    return f"lane/{lane}"
+            done, nobody = self.copies or self.drops, nobody_of(self.sharing)
+            claims = [Claim(doing.step, has.get(lane, nobody), done) for lane in lanes]
+            self._board.settle(map(lane_key, lanes), claims)
+        return found, dropped
 
 
 def _group_key(group: Sequence[int]) -> str:

@@ -24,6 +24,7 @@ from elastictrain.engine.lane_checks import LaneCheck, lane_check
 from elastictrain.engine.lanes import LaneTree, SpareBuffers
 from elastictrain.engine.one_lane import Batches, LaneResult, OneLane
 from elastictrain.engine.pending import Pending
+from elastictrain.engine.replaying import ReplayedLanes
 from elastictrain.engine.shares import SharedLanes
 from elastictrain.engine.signals import StepClock, Timer
 from elastictrain.engine.verdict import Claims
@@ -65,7 +66,7 @@ class StepRunner:
         spoils: Callable[[int], bool] = lambda _: False,
         drags: Callable[[int, str], float] = lambda _, __: 1.0,
         clock: StepClock | None = None,
-        shares: SharedLanes | None = None,
+        shares: SharedLanes | ReplayedLanes | None = None,
     ) -> None:
         self.job, self.recipe, self.worker = job, recipe, worker
         self.layout, self.groups, self.flat, self.held, self.tree = layout, groups, flat, held, tree
@@ -77,6 +78,7 @@ class StepRunner:
         self.vote_format = VoteFormat(
             layout, flat.space.active_blocks, flat.largest_size, claims=checks,
             signals=job.watches_workers, shared=None if shares is None else shares.sharing.most,
+            drops=shares is not None and shares.drops,
         )  # fmt: skip
         self.seconds: dict[str, float] = {}
         self.data_wait: dict[str, float] = {}  # of the step's seconds: waited for batches, by stage of feeding
@@ -111,7 +113,7 @@ class StepRunner:
         return pending
 
     def _sum_locally(self, step: int, pending: Pending) -> None:
-        dealt = self.layout.lanes
+        dealt, dropped = self.layout.lanes, frozenset[int]()
         lanes = dealt[self.rank]
         if self.shares is not None:
             self._share(self.shares, step, pending)
@@ -123,18 +125,18 @@ class StepRunner:
         self.clock.arrive()
         with self._timed("exchange"):
             if self.shares is not None:
-                dealt = self.shares.agree()
+                dealt, dropped = self.shares.agree()
             nodes = [roots(lanes, self.layout.lane_count) for lanes in dealt]
             # All lanes are done: what comes may lie in the tree's spare buffers.
             received = self._exchange(nodes, self.tree.scratch)
             for shard in self._owned:
                 a, b = self._span(shard)
                 parts = received[shard] | {node: self.tree.nodes[node][a:b] for node in nodes[self.rank]}
-                pending.reduced[shard] = finish(parts, torch.Tensor.add_, whole(self.layout.lane_count))
+                pending.reduced[shard] = finish(parts, torch.Tensor.add_, whole(self.layout.lane_count), dropped)
         base = next(iter(self.tree.nodes.values())) if self.tree.nodes else self.tree.borrow()
         self._mirror(pending, base)
 
-    def _share(self, shares: SharedLanes, step: int, pending: Pending) -> None:
+    def _share(self, shares: SharedLanes | ReplayedLanes, step: int, pending: Pending) -> None:
         """Compute lanes that others may compute too. What is computed is told apart from what is only waited for."""
         self.tree.keep(shares.sums + (self.job.micro_batches > 1))
         check = self.lane_check(step)
@@ -277,7 +279,9 @@ class StepRunner:
     def lane_check(self, step: int) -> LaneCheck | None:
         """The lane that two workers compute in `step`."""
         every = self.job.integrity.recompute_every
-        return lane_check(self.layout, step, seed=self.job.seed, every=every, kinds=self.kinds)
+        check = lane_check(self.layout, step, seed=self.job.seed, every=every, kinds=self.kinds)
+        is_there = check is None or self.shares is None or self.shares.counts(step, check.lane)
+        return check if is_there else None
 
     # --- vote, gather ---
 
@@ -324,7 +328,8 @@ class StepRunner:
         doing = None if self.shares is None else self.shares.doing
         if doing is None:
             return {}
-        return {"numbers": tuple(pending.numbers), "lane_s": doing.lane_s, "in_vain": doing.in_vain}
+        return {"numbers": tuple(pending.numbers), "lane_s": doing.lane_s, "in_vain": doing.in_vain,
+                "dropped": tuple(doing.dropped)}  # fmt: skip
 
     def _squares(self, pending: Pending) -> dict[int, float]:
         """Sum of squares of every owned active block of the reduced gradient, in fp64; 0 for buffers."""
@@ -384,7 +389,11 @@ class _Work:
     pending: Pending
 
     def compute(self, lane: int, *, first: bool, merge: bool) -> LaneResult:
+        self.runner.flat.mark_lane()
         return self.runner.compute_lane(self.step, lane, self.pending, first=first, merge=merge)
 
     def count(self, lane: int, result: LaneResult) -> None:
         self.runner.count(self.pending, lane, result)
+
+    def forget(self) -> None:
+        self.runner.flat.forget_lane()

@@ -97,7 +97,7 @@ class Stepping:
     def close(self) -> None:
         """The generation is over."""
         if self.commons is not None:
-            self.commons.board.close()
+            self.commons.close()
 
     def _one_step(self, report: StepReport) -> Tally:
         s = self.session

@@ -42,7 +42,8 @@ class Ballot:
     (`stragglers.signals`), where the format has room; `claims`: sums of its state and of its reduced gradients, where
     the format has room for them; `samples_hash`: of the sample ids of its lanes, unsigned 64 bits, of which all
     workers' sum modulo 2**64 is the step's. Where lanes are shared: `numbers`: which lanes they are; `lane_s`: seconds
-    of one of those that it has computed; `in_vain`: lanes that it had begun and that others were done with first.
+    of one of those that it has computed; `in_vain`: lanes that it had begun and that others were done with first;
+    `dropped`: its own that count for nobody.
     """
 
     generation: int
@@ -60,12 +61,14 @@ class Ballot:
     numbers: tuple[int, ...] = ()
     lane_s: float = 0.0
     in_vain: int = 0
+    dropped: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Shares:
     """Who has computed what in a step whose lanes are shared, by rank: `lanes`, where `dealt` is how they were dealt
-    out; `lane_s`, `in_vain`: see `Ballot`. `workers`: their numbers.
+    out; `lane_s`, `in_vain`: see `Ballot`. `workers`: their numbers. `dropped`: lanes that nobody has, ascending; None
+    where that cannot be.
     """
 
     workers: tuple[int, ...]
@@ -73,14 +76,18 @@ class Shares:
     lanes: Lanes
     lane_s: tuple[float, ...]
     in_vain: tuple[int, ...]
+    dropped: tuple[int, ...] | None = None
 
     def row(self) -> dict[str, Any]:
-        """What a metrics row says: how many lanes were taken over, from whom (worker: lanes) and by whom, and how many
-        were begun in vain.
+        """What a metrics row says: which lanes were dropped; or how many were taken over, from whom (worker: lanes) and
+        by whom, and how many were begun in vain.
         """
+        if self.dropped is not None:
+            return {"lanes_dropped": list(self.dropped)}
         taken = taken_over(self.dealt, self.lanes)
         losers, takers = (Counter(self.workers[one[i]] for one in taken) for i in (1, 2))
-        return {"lanes": len(taken), "from": dict(losers), "by": dict(takers), "in_vain": sum(self.in_vain)}
+        said = {"lanes": len(taken), "from": dict(losers), "by": dict(takers), "in_vain": sum(self.in_vain)}
+        return {"taken_over": said}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +112,11 @@ class Tally:
     @property
     def weight(self) -> float:
         return math.fsum(self.weights)
+
+    @property
+    def lanes(self) -> int:
+        """How many count."""
+        return len(self.losses) - len(self.shares.dropped or () if self.shares is not None else ())
 
     @property
     def loss(self) -> float:
@@ -133,15 +145,15 @@ class VoteFormat:
     """Sizes and places of a payload under one layout: whole numbers, floats, with `signals` a record of the step, and
     with `claims` sums of the state (one for all that the forward reads, two for each held shard). `largest` is the
     number of "max" integer elements. `shared`: so many lanes one worker may have in a step, and each ballot says which
-    they are; None: those of the layout.
+    they are; None: those of the layout. `drops`: and which of its own were dropped.
     """
 
     def __init__(
         self, layout: Layout, active_blocks: int, largest: int, *, claims: bool = False, signals: bool = False,
-        shared: int | None = None,
+        shared: int | None = None, drops: bool = False,
     ) -> None:  # fmt: skip
         self.layout, self.active_blocks, self.largest = layout, active_blocks, largest
-        self.shared = shared
+        self.shared, self.drops = shared, drops
         self.max_lanes = max(len(lanes) for lanes in layout.lanes) if shared is None else shared
         self.roots = [norm_roots(layout, worker, active_blocks) for worker in layout.workers]
         self.max_roots = max((len(r) for r in self.roots), default=0)
@@ -171,6 +183,7 @@ class VoteFormat:
         if self.shared is not None:
             at = 2 * self.max_lanes + self.max_roots
             said = (ballot.lane_s, ballot.in_vain, *(lane + 1 for lane in ballot.numbers))
+            said += tuple(-lane - 1 for lane in ballot.dropped)
             floats[at : at + len(said)] = said
         signal = ballot.signal[: self._signal_bytes].ljust(self._signal_bytes, b"\0")
         return whole_numbers.tobytes() + floats.tobytes() + signal + self._encode_claims(ballot.claims)
@@ -237,7 +250,7 @@ class VoteFormat:
     def shares(self, result: bytes) -> Shares | None:
         """Who has which lane, as a vote result says; None where that is a matter of the layout.
 
-        Raises InternalError when a lane is missing or there twice.
+        Raises InternalError when a lane is missing or there twice, or dropped although it must not be.
         """
         if self.shared is None:
             return None
@@ -247,10 +260,16 @@ class VoteFormat:
             for rank in range(self.layout.world_size)
         ]
         lanes = tuple(tuple(int(number) - 1 for number in one[_PACE:] if number > 0) for one in said)
-        if sorted(lane for own in lanes for lane in own) != list(range(self.layout.lane_count)):
-            raise InternalError(f"a vote has lanes {lanes}, which is not each of {self.layout.lane_count} once")
+        dropped = tuple(sorted(int(-number) - 1 for one in said for number in one[_PACE:] if number < 0))
+        if sorted([*dropped, *(lane for own in lanes for lane in own)]) != list(range(self.layout.lane_count)):
+            raise InternalError(
+                f"a vote has lanes {lanes} and without {dropped}, which is not each of {self.layout.lane_count} once"
+            )
+        if dropped and not self.drops:
+            raise InternalError(f"a vote is without lanes {dropped}, and the job drops none")
         lane_s, in_vain = tuple(one[0] for one in said), tuple(int(one[1]) for one in said)
-        return Shares(self.layout.workers, self.layout.lanes, lanes, lane_s, in_vain)
+        without = dropped if self.drops else None
+        return Shares(self.layout.workers, self.layout.lanes, lanes, lane_s, in_vain, without)
 
 
 def _signed(value: int) -> int:

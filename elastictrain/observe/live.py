@@ -19,7 +19,15 @@ from rich.text import Text
 
 from elastictrain.observe.copy_words import copies_words
 from elastictrain.observe.events import Event, recovery_seconds
-from elastictrain.observe.metrics import RATE_STEPS, MetricsRow, TakenOver, data_wait, taken_over, tokens_per_s
+from elastictrain.observe.metrics import (
+    RATE_STEPS,
+    MetricsRow,
+    TakenOver,
+    data_wait,
+    lanes_dropped,
+    taken_over,
+    tokens_per_s,
+)
 from elastictrain.observe.sentences import count, describe, given_up_words
 from elastictrain.observe.status import Status
 
@@ -264,6 +272,9 @@ def _figures(status: Status, rows: Sequence[MetricsRow]) -> Table:
     taken = taken_over(rows[-RATE_STEPS:])
     if taken is not None:
         table.add_row("taken over", taken_over_words(taken, len(rows[-RATE_STEPS:])))
+    dropped = lanes_dropped(rows[-RATE_STEPS:])
+    if dropped is not None:
+        table.add_row("dropped", f"{count(dropped, 'lane')} in {count(len(rows[-RATE_STEPS:]), 'step')}")
     for words, standing in zip(copies_words(status.copies), status.copies.values(), strict=True):
         table.add_row("copies", Text(words, style="yellow" if standing.get("error") else ""))
     if status.last_recovery:

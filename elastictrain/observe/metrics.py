@@ -34,7 +34,8 @@ class MetricsRow(BaseModel):
     pack, copy, other).
     `loss` and `grad_norm` are None when they were not finite. `skipped`: why the step changed nothing, or None.
     `taken_over`, where lanes are shared (`redundancy`): how many `lanes` others have computed than those whom they were
-    dealt out to, `from` whom and `by` whom (worker: lanes), and how many were begun `in_vain`.
+    dealt out to, `from` whom and `by` whom (worker: lanes), and how many were begun `in_vain`. `lanes_dropped`, where
+    lanes may be dropped: those that do not count in this step; neither do their `samples` and `tokens`.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -54,6 +55,7 @@ class MetricsRow(BaseModel):
     evaluation: dict[str, float | None] | None = None
     skipped: Any = None
     taken_over: TakenOver | None = None
+    lanes_dropped: list[int] | None = None
 
 
 def parse_rows(records: Iterable[Mapping[str, Any]]) -> list[MetricsRow]:
@@ -143,3 +145,9 @@ def taken_over(rows: Iterable[MetricsRow]) -> TakenOver | None:
         takers.update(one.takers)
     counts = {"losers": dict(losers), "takers": dict(takers)}
     return TakenOver(lanes=sum(one.lanes for one in told), in_vain=sum(one.in_vain for one in told), **counts)
+
+
+def lanes_dropped(rows: Iterable[MetricsRow]) -> int | None:
+    """How many lanes did not count in these steps; None where no row says anything of it."""
+    told = [row.lanes_dropped for row in rows if row.lanes_dropped is not None]
+    return sum(map(len, told)) if told else None

@@ -11,7 +11,7 @@ from typing import Any
 from elastictrain.errors import ElasticTrainError
 from elastictrain.observe.exposure import exposure_s, stored_step
 from elastictrain.observe.lock import holder_of
-from elastictrain.observe.metrics import RATE_STEPS, taken_over, tokens_per_s
+from elastictrain.observe.metrics import RATE_STEPS, lanes_dropped, taken_over, tokens_per_s
 from elastictrain.observe.rundir import RunDirectory
 from elastictrain.observe.status import Status
 from elastictrain.observe.summary import Summary, summarise
@@ -33,6 +33,7 @@ def status_of(run: RunDirectory) -> Status:
         facts |= {"world": rows[-1].world or found.world, "tokens_per_s": tokens_per_s(rows[-RATE_STEPS:])}
         taken = taken_over(rows[-RATE_STEPS:])
         facts |= {} if taken is None else {"taken_over": taken.model_dump(by_alias=True)}
+        facts["lanes_dropped"] = lanes_dropped(rows[-RATE_STEPS:])
     if rows and summary.outcome == "running":
         stored = stored_step(events)
         facts |= {"exposure_s": exposure_s(stored, rows), "stored_step": stored}

@@ -14,7 +14,8 @@ class Status(BaseModel):
     is stored. `checkpoint_given_up`: the data of that event, until a checkpoint is committed. `copies`: by
     further place of checkpoints, its newest step, the steps that wait, and what is wrong. `speeds`: relative, by worker
     number, once lanes were dealt out by them. `taken_over`: where lanes are shared, the sums over the last steps that
-    tokens/s is taken over, as in a metrics row. `last_recovery`: the data of the last `recovery` event.
+    tokens/s is taken over, as in a metrics row; `lanes_dropped`: where lanes may be dropped, how many were in these.
+    `last_recovery`: the data of the last `recovery` event.
     `error`: why it failed. Times in seconds or ISO UTC.
     """
 
@@ -38,6 +39,7 @@ class Status(BaseModel):
     copies: dict[str, dict[str, Any]] = Field(default_factory=dict)
     speeds: dict[int, float] = Field(default_factory=dict)
     taken_over: dict[str, Any] | None = None
+    lanes_dropped: int | None = None
     last_recovery: dict[str, Any] | None = None
     waiting: str | None = None
     error: str | None = None
