@@ -48,6 +48,11 @@ class Redundancy(Settings):
     started it becomes {step: lanes}."""
 
     @property
+    def drops(self) -> bool:
+        """Whether there may be lanes that do not count."""
+        return self.lanes == "drop_slowest" or self.replay is not None
+
+    @property
     def reach(self) -> int:
         """How many of its last lanes a worker may lose."""
         return self.drop_at_most if self.lanes == "drop_slowest" else self.depth

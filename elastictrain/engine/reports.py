@@ -70,5 +70,6 @@ def step_row(
         "phases": {name: round(value, 6) for name, value in seconds.items() if name != "step_s"},
         "data_wait": {stage: round(value, 6) for stage, value in data_wait.items()},
         **({"skipped": list(tally.bad_lanes)} if skipped else {}),
+        **({"lanes_dropped": []} if job.redundancy.drops else {}),  # a worker that is alone shares nothing
         **({} if tally.shares is None else tally.shares.row()),
     }

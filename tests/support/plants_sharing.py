@@ -42,6 +42,11 @@ def _until(lanes: SharedLanes, key: str, found: Callable[[Claim | None], bool]) 
         threading.Event().wait(0.001)
 
 
+def until_claimed(lanes: SharedLanes, lane: int, *, done: bool = False) -> None:
+    """Wait until somebody has claimed `lane` in this step. `done`: until its result counts, or is nobody's."""
+    _until(lanes, f"lane/{lane}", lambda there: there is not None and (there.done or not done))
+
+
 def held_up(steps: tuple[int, ...], *, dies_at: int | None = None, helper: int = 2) -> Callable[[int], None]:
     """Worker 1 begins no shared lane of its own in `steps` before somebody else has claimed it; the others are eager.
     `dies_at`: in that step `helper` dies as soon as it has claimed a lane of another one."""
