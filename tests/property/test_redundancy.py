@@ -175,7 +175,8 @@ def test_what_all_have_said_is_what_everybody_knows(lanes: Lanes, step: int, rng
     count = sum(map(len, lanes))
     said = [say_lanes(step, own, count) for own in lanes]
     assert len({len(one) for one in said}) == 1
-    found = agreed(said, step, count)
+    found, dropped = agreed(said, step, count)
+    assert not dropped
     assert found == tuple(tuple(sorted(own)) for own in lanes)
     assert taken_over(lanes, found) == ()
     with pytest.raises(ValueError, match="nobody has lanes \\["):

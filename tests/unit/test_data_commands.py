@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from typer.testing import CliRunner
 
 from elastictrain.cli import app
 from elastictrain.data.audit import Auditor
-from elastictrain.data.ids import show_hash
+from elastictrain.data.ids import lane_hash, show_hash, step_hash
 from elastictrain.data.stages import Skip, first_stage, open_stage, with_skips
+from elastictrain.data_commands import NOT_COUNTED
 from elastictrain.job import Job, parse_job
 from elastictrain.observe import RunDirectory
 from elastictrain.protocol import Stage
@@ -52,14 +54,18 @@ def table_job(folder: Path) -> Job:
                       "checkpoint": {"path": "s3://x/y"}})  # fmt: skip
 
 
-def write_run(folder: Path, job: Job, stages: tuple[Stage, ...] = (), *, wrong: int | None = None) -> RunDirectory:
+def write_run(folder: Path, job: Job, stages: tuple[Stage, ...] = (), *, wrong: int | None = None,
+              dropped: Mapping[int, Sequence[int]] | None = None) -> RunDirectory:  # fmt: skip
     stages = stages or (first_stage(job),)
     auditor = Auditor(stages, lambda stage: open_stage(job, stage))
     with RunDirectory.create(folder / "runs" / "one", job) as run:
         run.write_data([asdict(stage) for stage in stages], auditor.source(1)[0].fingerprint)
         for step in range(1, 11):
-            recorded = auditor.hash_of(step) ^ (step == wrong)
-            run.row({"step": step, "world": 2, "samples": 8, "samples_hash": show_hash(recorded)})
+            left_out = (dropped or {}).get(step, ())
+            lanes = [lane for lane in range(auditor.source(step)[0].lanes) if lane not in left_out]
+            recorded = step_hash(lane_hash(lane, auditor.ids(step, lane)) for lane in lanes) ^ (step == wrong)
+            said = {} if dropped is None else {"lanes_dropped": list(left_out)}
+            run.row({"step": step, "world": 2, "samples": 8, "samples_hash": show_hash(recorded), **said})
             if step % 4 == 0:
                 run.event("checkpoint", {"step": step, "path": "x"})
     return RunDirectory.open(folder / "runs" / "one")
@@ -133,6 +139,28 @@ def test_explain_names_the_row(folder: Path) -> None:
     record = json.loads(call("explain", str(run.path), "--step", "5", "--json").output)
     assert record["lanes"]["3"][0]["parts"][0]["rows"] == [row, row + 1]
     assert call("explain", str(run.path), "--step", "5", "--lane", "4").exit_code == 2
+
+
+def test_lanes_that_did_not_count_are_named(folder: Path) -> None:
+    write_run(folder, table_job(folder), dropped={3: [1], 7: [0, 2]})
+    result = call("audit", "one")
+    assert result.exit_code == 0, result.output
+    assert "steps 1 to 10: 74 samples, 0 of them twice in an epoch" in result.output
+    assert "recorded and computed agree at 10 of 10 steps\n" in result.output
+    words = "3 lane(s) did not count (redundancy.lanes: drop_slowest), in steps 3, 7: their samples were not used"
+    assert words in result.output
+    shown = call("audit", "one", "--steps", "3", "--samples").output
+    assert [line.endswith(NOT_COUNTED) for line in shown.splitlines() if " lane " in line and "sample" in line] == [
+        False, False, True, True, False, False, False, False,
+    ]  # fmt: skip
+    lines = [json.loads(line) for line in call("audit", "one", "--json").output.splitlines()]
+    assert (lines[6]["dropped"], lines[6]["samples"]) == ([0, 2], 4)
+    assert lines[-1]["verdict"]["dropped_in"] == [3, 7]
+    explained = call("explain", "one", "--step", "7").output
+    assert explained.count(NOT_COUNTED) == 4
+    assert json.loads(call("explain", "one", "--step", "7", "--json").output)["dropped"] == [0, 2]
+    assert NOT_COUNTED not in call("explain", "one", "--step", "8").output
+    assert json.loads(call("explain", "one", "--step", "99", "--json").output)["dropped"] == []
 
 
 def test_explain_reads_a_job_file_and_names_documents(folder: Path) -> None:

@@ -32,7 +32,7 @@ from elastictrain.run import _check_faults
 
 KINDS = "kill, fail, freeze, terminate, lose_node, flip, miscompute, slow, add, drain, kill_controller"
 PHASES = (
-    "'compute', 'claim', 'agree', 'exchange', 'mirror', 'vote', 'apply', 'gather', 'form', 'restore', 'seal', "
+    "'compute', 'claim', 'drop', 'agree', 'exchange', 'mirror', 'vote', 'apply', 'gather', 'form', 'restore', 'seal', "
     "'store', 'stored', 'manifest' or 'committed'"
 )
 WRONG: list[tuple[Any, str]] = [
@@ -206,3 +206,12 @@ def test_a_phase_that_steps_have_only_where_lanes_are_shared(phase: Any) -> None
     )
     shared = parse_job(plain.model_dump() | {"redundancy": {"lanes": "coded"}})
     _check_faults(shared, (kill(1, 2, phase),))
+
+
+def test_a_phase_that_steps_have_only_where_lanes_are_dropped() -> None:
+    shared = parse_job(job({"max": 2}).model_dump() | {"redundancy": {"lanes": "coded"}})
+    with pytest.raises(ConfigError) as caught:
+        _check_faults(shared, (kill(1, 2, "drop"),))
+    words = "faults: kill in phase drop: a step has that phase only with redundancy.lanes: drop_slowest"
+    assert str(caught.value) == words
+    _check_faults(parse_job(shared.model_dump() | {"redundancy": {"lanes": "drop_slowest"}}), (kill(1, 2, "drop"),))

@@ -53,6 +53,7 @@ class Work:
         self.tree, self.during = tree, during
         self.computed: list[int] = []
         self.counted: list[int] = []
+        self.forgotten = 0
 
     def compute(self, lane: int, *, first: bool, merge: bool) -> LaneResult:
         assert first == (not self.computed)
@@ -66,6 +67,9 @@ class Work:
     def count(self, lane: int, result: LaneResult) -> None:
         del result
         self.counted.append(lane)
+
+    def forget(self) -> None:
+        self.forgotten += 1
 
 
 class Rank0:

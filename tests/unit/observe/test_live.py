@@ -95,6 +95,12 @@ def test_the_picture_says_whose_lanes_others_have_computed() -> None:
     assert "taken over" not in rendered(STATUS, [MetricsRow.model_validate(row(1))])
 
 
+def test_the_picture_says_how_many_lanes_were_dropped() -> None:
+    rows = [MetricsRow.model_validate(row(step, lanes_dropped=[3, 5] if step % 10 == 0 else [])) for step in range(31)]
+    assert "dropped        4 lanes in 20 steps" in rendered(STATUS, rows)
+    assert "dropped" not in rendered(STATUS, [MetricsRow.model_validate(row(1))])
+
+
 def test_terminal_draws_seldom_and_gives_the_screen_back() -> None:
     live, out, clock = view(terminal=True, redraw_s=0.2)
     live.update(STATUS)
