@@ -39,6 +39,16 @@ FACTS = ModelFacts(
             "gradients",
             GradientSpec(2, way="first_result", depth=3, group=2),
         ),
+        (
+            {"redundancy": {"lanes": "drop_slowest", "drop_at_most": 3}, "workers": {"max": 2}},
+            "gradients",
+            GradientSpec(2, way="drop_slowest", depth=3, group=2),
+        ),
+        (
+            {"redundancy": {"replay": {3: [1]}}, "lanes": 5},
+            "gradients",
+            GradientSpec(2, way="drop_slowest", depth=5),
+        ),
         ({"plan": "auto", "cluster": "c.yaml"}, "plans", True),
         ({"checkpoint": {"path": "c"}}, "checkpoint", True),
         ({"checkpoint": {"path": "c", "keep": 7}}, "checkpoints_kept", 7),

@@ -7,6 +7,7 @@ import pytest
 from elastictrain.controller import Phase, view
 from elastictrain.controller import commands as cm
 from elastictrain.controller import events as ev
+from elastictrain.controller.facts import GradientSpec
 from elastictrain.protocol import ReadBytes, Restore
 from tests.unit.controller.scene import Scene, announced, every, only
 
@@ -166,6 +167,15 @@ def test_lost_blocks_send_the_whole_job_back() -> None:
     assert (scene.plan.step, scene.plan.published_step, scene.plan.checkpointed_step) == (5, 5, 5)
     record = announced(scene.seal(), "recovery")
     assert (record["steps_redone"], record["restored_from"]) == (4, "s3://c/5")
+
+
+def test_where_lanes_are_dropped_newer_checkpoints_have_not_happened() -> None:
+    """What is computed again may come out differently."""
+    scene = Scene(checkpoint=True, gradients=GradientSpec(8, way="drop_slowest", depth=1)).run()
+    scene.send(ev.CheckpointCommitted(1.0, 1, 5, "s3://c/5"), ev.Progress(1.0, 1, 8))
+    scene.die(0, 1)
+    scene.park(2, applied=9)
+    assert scene.plan.restore == Restore(5, "s3://c/5", discard_newer=True)
 
 
 def test_without_a_checkpoint_it_starts_again_and_says_why() -> None:
