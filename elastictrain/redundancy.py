@@ -212,6 +212,25 @@ def to_take(
     return tuple(lane for _, lane in sorted(found, reverse=True))
 
 
+def next_take_s(sharing: Sharing, rank: int, tried: Collection[int], now_s: float, usual_s: Sequence[float]) -> float:
+    """When `to_take` may first say yes where it says no now, if nothing is begun until then, in seconds since the step
+    has begun. inf: not before the slowest worker's usual end, when a step that is as usual is over.
+    """
+    mine_s = usual_s[rank]
+    if not all(seconds > 0 for seconds in usual_s):
+        return inf
+    end_s = max(len(own) * seconds for own, seconds in zip(sharing.lanes, usual_s, strict=True))
+    found_s = inf
+    for lane in sharing.second[rank]:
+        owner, place = sharing.owner(lane)
+        theirs_s = usual_s[owner]
+        worth_s = 0.0 if mine_s <= (1 + SLACK) * theirs_s else place * mine_s / (1 + SLACK) if place else inf
+        at_s = max((place + SLACK) * theirs_s, worth_s * (1 + 1e-9))  # surely, whichever way it is rounded
+        if lane not in tried and now_s < at_s < end_s:
+            found_s = min(found_s, at_s)
+    return found_s
+
+
 def is_late(sharing: Sharing, lane: int, now_s: float, usual_s: Sequence[float], copy_s: float) -> bool:
     """Whether whoever has begun `lane`, its own worker, should have been done with it so long ago that a copy (of
     `copy_s` seconds) would have been worth it: never more than twice the least that could have been waited.

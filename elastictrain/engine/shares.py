@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from math import inf
 
 from elastictrain.engine.claims import ClaimBoard
 from elastictrain.engine.collective import GroupSet
@@ -28,6 +29,7 @@ from elastictrain.redundancy import (
     group_of,
     is_late,
     most_of_rank,
+    next_take_s,
     say_lanes,
     sharing_of,
     to_take,
@@ -225,8 +227,29 @@ class SharedLanes:
     # --- help others ---
 
     def _help(self, doing: Doing) -> None:
-        """Take over lanes that have not been begun, as long as that is worth it and their batches lie ready."""
+        """Take over lanes that have not been begun, as long as that is worth it and their batches lie ready; wait for
+        those that become late later. (Whoever also computes copies looks for both at once: `_watch`.)
+        """
         tried = set(doing.closed)
+        self._take(doing, tried)
+        while not self.copies and (wait_s := self._until_late_s(doing, tried)) > 0:
+            self._check()
+            self._enter(Activity.EXCHANGE)
+            time.sleep(max(WATCH_S, self._crowd_s, min(SOON_S, wait_s)))
+            tried.update(lane for lane in self.second if lane not in tried and self._is_begun(lane, doing))
+            self._take(doing, tried)
+
+    def _until_late_s(self, doing: Doing, tried: set[int]) -> float:
+        """Seconds until there may be something to take over; 0: there will be nothing in this step."""
+        now_s, usual_s = doing.now_s, self._pace.usual_s()
+        waits_s = next_take_s(self.sharing, self.rank, tried, now_s, usual_s) - now_s
+        return waits_s if waits_s < inf else 0.0
+
+    def _is_begun(self, lane: int, doing: Doing) -> bool:
+        return self._board.read(lane_key(lane), doing.step) is not None
+
+    def _take(self, doing: Doing, tried: set[int]) -> None:
+        """Compute what is to be taken over now; `tried`: what is not to be claimed any more."""
         while True:
             wanted = to_take(self.sharing, self.rank, tried, doing.now_s, self._pace.usual_s())
             lane = next((lane for lane in wanted if self._ready(doing.step, lane)), None)
@@ -243,10 +266,11 @@ class SharedLanes:
         """
         waits = [lane for lane in self.second if lane not in doing.closed and lane not in doing.mine]
         usual_s = self._pace.usual_s()
-        copy_s = usual_s[self.rank]
+        copy_s, tried = usual_s[self.rank], set(doing.closed)
         self._enter(Activity.EXCHANGE)
         while waits and copy_s > 0 and doing.now_s < self._groups.deadline_s:
             self._check()
+            self._take(doing, tried)
             for lane in tuple(waits):
                 found = self._board.read(lane_key(lane), doing.step)
                 if found is not None and (found.done or found.rank == self.rank):

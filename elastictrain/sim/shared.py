@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from math import inf
 
-from elastictrain.redundancy import Lanes, Sharing, to_take
+from elastictrain.redundancy import Lanes, Sharing, next_take_s, to_take
 
 
 def shared_step(sharing: Sharing, lane_s: Sequence[float], usual_s: Sequence[float]) -> tuple[Lanes, tuple[float, ...]]:
@@ -22,14 +23,19 @@ def shared_step(sharing: Sharing, lane_s: Sequence[float], usual_s: Sequence[flo
     done: list[list[int]] = [[] for _ in range(world)]
     ends_s = [0.0] * world
     idle = [(0.0, rank) for rank in range(world)]
-    while idle:
+    while idle and free:
         now_s, rank = heapq.heappop(idle)
-        ends_s[rank] = now_s
         lane = _next(sharing, rank, ahead[rank], tried[rank], free, now_s, usual_s)
         if lane is not None:
             free.remove(lane)
             done[rank].append(lane)
-            heapq.heappush(idle, (now_s + lane_s[rank], rank))
+            ends_s[rank] = now_s + lane_s[rank]
+            heapq.heappush(idle, (ends_s[rank], rank))
+            continue
+        tried[rank].update(set(sharing.second[rank]) - free)
+        again_s = next_take_s(sharing, rank, tried[rank], now_s, usual_s)
+        if again_s < inf:  # it waits; that ends at once when nothing is left to wait for
+            heapq.heappush(idle, (again_s, rank))
     return tuple(tuple(sorted(own)) for own in done), tuple(ends_s)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import chain, combinations
+from math import inf
 
 import pytest
 from hypothesis import assume, given, settings
@@ -22,6 +23,7 @@ from elastictrain.redundancy import (
     groups_of,
     is_late,
     most_roots,
+    next_take_s,
     read_claim,
     say_lanes,
     second_holders,
@@ -124,6 +126,44 @@ def test_a_hiccup_is_shared_by_the_others() -> None:
     assert sorted(map(len, found)) == [4, 9, 9, 10]
     late, _ = shared_step(second_holders(even(4, 8), 2, firsts=False), lane_s, usual_s)
     assert len(late[1]) == 6, "only lanes that have a second holder"
+
+
+@settings(max_examples=300)
+@given(splits(2), st.integers(1, 4), st.booleans(), st.data())
+def test_who_waits_wakes_up_when_there_is_something_to_take(
+    lanes: Lanes, depth: int, firsts: bool, data: st.DataObject
+) -> None:
+    sharing = second_holders(lanes, depth, firsts=firsts)
+    usual_s = data.draw(st.lists(st.floats(0.01, 10), min_size=len(lanes), max_size=len(lanes)))
+    rank = data.draw(st.integers(0, len(lanes) - 1))
+    now_s = data.draw(st.floats(0, 50))
+    tried = set(data.draw(st.lists(st.sampled_from(sharing.second[rank])))) if sharing.second[rank] else set()
+    while wanted := to_take(sharing, rank, tried, now_s, usual_s):
+        tried.update(wanted)
+    next_s = next_take_s(sharing, rank, tried, now_s, usual_s)
+    end_s = max(len(own) * one for own, one in zip(lanes, usual_s, strict=True))
+    if next_s == inf:
+        for part in range(1, 20):  # nothing comes before the usual end
+            later_s = now_s + part / 20 * (end_s - now_s)
+            assert later_s < now_s or not to_take(sharing, rank, tried, later_s, usual_s)
+        return
+    assert now_s < next_s < end_s
+    assert to_take(sharing, rank, tried, next_s, usual_s)
+    for part in range(20):
+        assert not to_take(sharing, rank, tried, now_s + part / 20 * (next_s - now_s), usual_s)
+    unknown = [*usual_s[:-1], 0.0]
+    assert next_take_s(sharing, rank, tried, now_s, unknown) == inf
+
+
+def test_a_lane_that_becomes_late_after_the_others_are_done_is_taken() -> None:
+    """Worker 0 has half the lanes and is done after two seconds; worker 1 stands still in its second one."""
+    sharing = second_holders(((0, 1), (2, 3, 4, 5)), 2, firsts=False)
+    assert to_take(sharing, 0, (), 2.0, (1.0, 1.0)) == (5,), "it would be done with it earlier"
+    assert to_take(sharing, 0, (5,), 2.0, (1.0, 1.0)) == ()
+    assert next_take_s(sharing, 0, (5,), 2.0, (1.0, 1.0)) == 2.25
+    found, ends_s = shared_step(second_holders(((0, 1), (2, 3, 4, 5)), 1, firsts=False), (1.4, 3.0), (1.3, 1.0))
+    assert found == ((0, 1, 5), (2, 3, 4)), "at 3.25 s, done with its own since 2.8 s"
+    assert ends_s == (4.65, 9.0)
 
 
 def test_a_slow_device_takes_nothing_from_a_fast_one() -> None:

@@ -10,6 +10,7 @@ import pytest
 from elastictrain.engine import shares
 from elastictrain.engine.claims import ClaimBoard
 from elastictrain.engine.collective import GroupSet
+from elastictrain.engine.doing import Doing
 from elastictrain.engine.one_lane import LaneResult
 from elastictrain.engine.shares import SharedLanes
 from elastictrain.errors import InternalError
@@ -80,7 +81,7 @@ class Rank0:
     ) -> None:
         self.words, self.tree, self.phases = Words(), Tree(), []
         self.board, self.other = ClaimBoard(self.words, lambda: None), ClaimBoard(self.words, lambda: None)
-        pace = Pace(2)
+        self.pace = pace = Pace(2)
         pace.learn([1e-9, 1e-9] if paced else [0.0, 0.0])
         layout = Layout(1, (4, 7), deal_lanes(6, [1.0, 1.0], "contiguous"), (Shard(0, 1, 4, 7),), 6)
         settings = Redundancy(**({"lanes": way, "depth": 2, "group": 2} | more))
@@ -116,6 +117,23 @@ def test_what_nobody_has_begun_is_taken_over_the_last_lane_first() -> None:
     assert one.doing.mine == [0, 1, 2, 5, 4]
     assert one.phases == ["claim"] * 4, "lane 0 is nobody else's"
     assert one.tree.said == [], "nothing can be lost"
+
+
+def test_who_is_done_waits_for_what_becomes_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worker 1 is three times as fast, and late. Lane 4 is worth it after 2.4 s, but begun; lane 5 after 4.8 s."""
+    one, now_s = Rank0("take_over", paced=False), [0.0]
+    one.pace.learn([3.0, 1.0])
+    monkeypatch.setattr(Doing, "now_s", property(lambda _: now_s[0]))
+
+    def sleep(seconds: float) -> None:
+        now_s[0] += seconds
+        if now_s[0] > 2.0:
+            one.words.words["lane/4"] = Claim(STEP, 1).encode()
+
+    monkeypatch.setattr(shares.time, "sleep", sleep)
+    assert one.run(lambda lane: now_s.append(now_s[0]) if lane == 5 else None).counted == [0, 1, 2, 5]
+    assert now_s[1] == pytest.approx(4.8, abs=shares.SOON_S)
+    assert now_s[0] == now_s[1], "then there is nothing more to wait for"
 
 
 @pytest.mark.parametrize(("reason", "taken"), [("pace", []), ("data", [4]), ("checked", [4]), ("claimed", [4])])
