@@ -22,9 +22,10 @@ class Work(Protocol):
 @dataclass(slots=True)
 class Doing:
     """One step of this worker. `closed`: lanes that are not shared in it; `stays`: it must not break off; `measures`:
-    nor in its first lane. `begun`: the lanes that it has begun to compute; `mine`: those whose result counts and is
-    ours. `computed`: how many have been computed to the end, in `lanes_s` seconds; `in_vain`: how many of those that
-    were begun do not count. `dropped`: its own lanes that count for nobody.
+    nor in its first lane. `tried`: lanes of others that are not to be claimed any more. `begun`: the lanes that it has
+    begun to compute; `mine`: those whose result counts and is ours. `computed`: how many have been computed to the end,
+    in `lanes_s` seconds; `in_vain`: how many of those that were begun do not count. `dropped`: its own lanes that count
+    for nobody.
     """
 
     step: int
@@ -34,11 +35,15 @@ class Doing:
     measures: bool = False
     begun_at: float = field(default_factory=time.perf_counter)
     begun: set[int] = field(default_factory=set)
+    tried: set[int] = field(init=False)
     mine: list[int] = field(default_factory=list)
     computed: int = 0
     in_vain: int = 0
     dropped: list[int] = field(default_factory=list)
     lanes_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.tried = set(self.closed)
 
     @property
     def now_s(self) -> float:

@@ -230,32 +230,29 @@ class SharedLanes:
         """Take over lanes that have not been begun, as long as that is worth it and their batches lie ready; wait for
         those that become late later. (Whoever also computes copies looks for both at once: `_watch`.)
         """
-        tried = set(doing.closed)
-        self._take(doing, tried)
-        while not self.copies and (wait_s := self._until_late_s(doing, tried)) > 0:
+        self._take(doing)
+        while not self.copies and (wait_s := self._until_late_s(doing)) > 0:
             self._check()
             self._enter(Activity.EXCHANGE)
             time.sleep(max(WATCH_S, self._crowd_s, min(SOON_S, wait_s)))
-            tried.update(lane for lane in self.second if lane not in tried and self._is_begun(lane, doing))
-            self._take(doing, tried)
+            left = [lane for lane in self.second if lane not in doing.tried]
+            doing.tried.update(lane for lane in left if self._board.read(lane_key(lane), doing.step) is not None)
+            self._take(doing)
 
-    def _until_late_s(self, doing: Doing, tried: set[int]) -> float:
+    def _until_late_s(self, doing: Doing) -> float:
         """Seconds until there may be something to take over; 0: there will be nothing in this step."""
         now_s, usual_s = doing.now_s, self._pace.usual_s()
-        waits_s = next_take_s(self.sharing, self.rank, tried, now_s, usual_s) - now_s
+        waits_s = next_take_s(self.sharing, self.rank, doing.tried, now_s, usual_s) - now_s
         return waits_s if waits_s < inf else 0.0
 
-    def _is_begun(self, lane: int, doing: Doing) -> bool:
-        return self._board.read(lane_key(lane), doing.step) is not None
-
-    def _take(self, doing: Doing, tried: set[int]) -> None:
-        """Compute what is to be taken over now; `tried`: what is not to be claimed any more."""
+    def _take(self, doing: Doing) -> None:
+        """Compute what is to be taken over now."""
         while True:
-            wanted = to_take(self.sharing, self.rank, tried, doing.now_s, self._pace.usual_s())
+            wanted = to_take(self.sharing, self.rank, doing.tried, doing.now_s, self._pace.usual_s())
             lane = next((lane for lane in wanted if self._ready(doing.step, lane)), None)
             if lane is None:
                 return
-            tried.add(lane)
+            doing.tried.add(lane)
             claim = self._claim(lane)
             if claim.rank == self.rank:
                 self._run(lane, claim)
@@ -266,11 +263,11 @@ class SharedLanes:
         """
         waits = [lane for lane in self.second if lane not in doing.closed and lane not in doing.mine]
         usual_s = self._pace.usual_s()
-        copy_s, tried = usual_s[self.rank], set(doing.closed)
+        copy_s = usual_s[self.rank]
         self._enter(Activity.EXCHANGE)
         while waits and copy_s > 0 and doing.now_s < self._groups.deadline_s:
             self._check()
-            self._take(doing, tried)
+            self._take(doing)
             for lane in tuple(waits):
                 found = self._board.read(lane_key(lane), doing.step)
                 if found is not None and (found.done or found.rank == self.rank):

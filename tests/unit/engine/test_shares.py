@@ -136,6 +136,15 @@ def test_who_is_done_waits_for_what_becomes_late(monkeypatch: pytest.MonkeyPatch
     assert now_s[0] == now_s[1], "then there is nothing more to wait for"
 
 
+def test_what_was_taken_over_is_not_taken_again_while_copies_are_waited_for() -> None:
+    """Lane 5 is taken over; lane 4 was begun by its worker, and is late."""
+    one = Rank0()
+    one.words.words["lane/4"] = Claim(STEP, 1).encode()
+    work = one.run()
+    assert work.counted == [0, 1, 2, 5, 4]
+    assert one.doing.mine == [0, 1, 2, 5, 4]
+
+
 @pytest.mark.parametrize(("reason", "taken"), [("pace", []), ("data", [4]), ("checked", [4]), ("claimed", [4])])
 def test_what_is_not_taken_over(reason: str, taken: list[int]) -> None:
     """While no pace is known; whose batch does not lie ready; what two compute to compare it; what another one has."""
