@@ -16,6 +16,7 @@ import numpy as np
 
 import common
 from elastictrain.planner.compute import DEFAULTS
+from elastictrain.planner.memory import MemoryConstants
 from elastictrain.planner.model import Transformer
 from elastictrain.planner.plan import Task
 from elastictrain.planner.profiles import parse_cluster
@@ -121,6 +122,59 @@ def published_times(results: common.Results, runs: list[Run]) -> None:
     at_least(results, "... rank correlation, mean of the groups", float(np.mean(correlations)), 0.95)
     at_most(results, "... regret of the best pick, mean of the groups, percent", 100 * float(np.mean(regrets)), 1)
     contradictions(results, timed, found)
+    noise(results, timed)
+    nearly_full(results, timed, found)
+
+
+NOISES = (0.01, 0.02, 0.04)
+DRAWS = 200
+
+
+def noise(results: common.Results, timed: list[Run]) -> None:
+    """How well even the truth would rank runs that were measured with noise, and how much noise there is: with one
+    device to a tensor group, sequence parallelism does nothing, so such twins measure the same thing twice.
+    """
+    twin = {(run.group, run.model, replace(run.cut, sequence_parallel=False)): run for run in timed
+            if run.cut.tensor == 1 and run.cut.sequence_parallel}  # fmt: skip
+    apart = [
+        abs((other.seconds or 0.0) / (run.seconds or 1.0) - 1)
+        for run in timed
+        if run.cut.tensor == 1 and not run.cut.sequence_parallel
+        and (other := twin.get((run.group, run.model, run.cut))) is not None
+    ]  # fmt: skip
+    worst = max(apart, default=0.0)
+    results.row(what="published: twins that do the same", cases=len(apart),
+                value=f"{float(np.median(apart or [0.0])):.1%} apart in the median, {worst:.1%} at most")  # fmt: skip
+    random = np.random.default_rng(3)
+    for share in NOISES:
+        means = {}
+        for group, members in groups(timed).items():
+            truth = np.array([run.seconds for run in members])
+            drawn = [rank_correlation(truth, truth * np.exp(share * random.standard_normal(len(truth))))
+                     for _ in range(DRAWS)]  # fmt: skip
+            means[group] = float(np.mean(drawn))
+        worst_group = min(means, key=lambda group: means[group])
+        results.row(what=f"noise of {share:.0%}: the truth against itself", cases=DRAWS,
+                    value=f"least in {' '.join(map(str, worst_group))}: {means[worst_group]:.3f}")  # fmt: skip
+        results.figure(f"... rank correlation, mean of the groups, that noise of {share:.0%} allows",
+                       float(np.mean(list(means.values()))), "none", "printed")  # fmt: skip
+
+
+def nearly_full(results: common.Results, timed: list[Run], found: dict[str, float]) -> None:
+    """What the model lacks, as the residuals show it: how far predictions are below the published time where a device
+    is nearly full, and many workers wait for each other.
+    """
+    for least, most in ((0, 64), (64, 10_000)):
+        for full in (False, True):
+            errors = [
+                found[run.name] / (run.seconds or 1.0) - 1
+                for run in timed
+                if least <= run.cut.workers < most
+                and (need_bytes(run, MemoryConstants()) > 0.8 * A100.device.memory_bytes) == full
+            ]
+            which = f"{'64 workers or more' if least else 'fewer than 64 workers'}, {'over' if full else 'under'} 0.8"
+            results.row(what=f"error by memory: {which} of the memory", cases=len(errors),
+                        value=f"mean {float(np.mean(errors)):+.1%}")  # fmt: skip
 
 
 ODD = ("LLaMA-13B", 2048, 64)
