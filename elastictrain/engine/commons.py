@@ -33,13 +33,13 @@ class Commons:
     ) -> None:
         self.settings = settings
         prefix = f"generation-{generation}/lanes"
-        self._board = None if store is None else ClaimBoard(PrefixStore(prefix, store), hang_up)
+        self.board = None if store is None else ClaimBoard(PrefixStore(prefix, store), hang_up)
         self.pace = Pace(world)
 
     def shares(self, session: Session, layout: Layout, groups: GroupSet, probe: Callable[[str], None]) -> AnyLanes:
         """Under a split of the lanes. What was claimed and learned under the one before it holds on."""
         counters = bool(session.model.space.counters)
-        if self._board is None:
+        if self.board is None:
             dropped = self.settings.replayed or {}
             return ReplayedLanes(dropped, layout, layout.rank(session.worker), counters=counters)
         kinds = session.knowledge.kinds
@@ -50,7 +50,7 @@ class Commons:
             layout.rank(session.worker),
             kinds=[kinds.get(worker, "") for worker in layout.workers],
             counters=counters,
-            board=self._board,
+            board=self.board,
             pace=self.pace,
             tree=session.tree,
             groups=groups,
@@ -70,5 +70,5 @@ class Commons:
 
     def close(self) -> None:
         """The generation is over; may be called twice."""
-        if self._board is not None:
-            self._board.close()
+        if self.board is not None:
+            self.board.close()

@@ -37,11 +37,14 @@ def test_when_a_generation_is_over_nothing_of_its_store_is_cut_any_more() -> Non
     mine = commons()
     stepping = Stepping.__new__(Stepping)
     stepping.commons = mine
+    assert mine.board is not None
     mine.board.claim("lane/0", Claim(1, 0))
     watching = mine.board._thread
     assert watching is not None
     stepping.close()
     assert not watching.is_alive()
+    stepping.commons = Commons(Redundancy(replay={}), None, 1, 1, lambda: None)  # a run that is repeated asks nobody
+    stepping.close()
     stepping.commons = None
     stepping.close()
 
@@ -54,7 +57,7 @@ def test_the_claims_of_the_next_step_cost_one_question_each(monkeypatch: pytest.
     assert one.run().counted == [0, 1]
     said = [say_lanes(STEP, lanes, 6) for lanes in ([0, 1], [2, 3, 4, 5])]
     monkeypatch.setattr(one.lanes._groups, "all_gather_equal", lambda _, deadline_s: said)
-    assert one.lanes.agree() == ((0, 1), (2, 3, 4, 5))
+    assert one.lanes.agree() == (((0, 1), (2, 3, 4, 5)), frozenset())
     asked = one.words.asked
     assert one.run(step=STEP + 1).counted == [0, 1, 2]
     assert one.words.asked - asked == 2, "1 and 2, the lanes of ours that another one may take"
