@@ -82,7 +82,7 @@ class Tensors:
 
     def new(self, name: str) -> torch.Tensor:
         """A tensor that the target does not have, made on the CPU; names that are tied give the same one."""
-        name = self._aliases.get(name, name)
+        name = self.resolved(name)
         if name not in self._made:
             dtype, shape = self.stored[name]
             odd = self._odd_of(name)
@@ -91,8 +91,12 @@ class Tensors:
             self.fit.reads.append((name, made, None))
         return self._made[name]
 
+    def resolved(self, name: str) -> str:
+        """The name under which a tensor is stored once."""
+        return self._aliases.get(name, name)
+
     def _odd_of(self, name: str) -> str | None:
-        return self._odd.get(self._aliases.get(name, name))
+        return self._odd.get(self.resolved(name))
 
 
 def _held_of(target: torch.Tensor, name: str) -> Held | None:

@@ -12,6 +12,7 @@ from elastictrain_checkpoint.commit import newest
 from elastictrain_checkpoint.errors import NoCheckpoint, StateMismatch
 from elastictrain_checkpoint.reader import Reader
 from elastictrain_checkpoint.store import Store
+from elastictrain_checkpoint.torch.by_name import ByName
 from elastictrain_checkpoint.torch.filling import fill
 from elastictrain_checkpoint.torch.fitting import ByTree, Fit, Tensors, all_of
 from elastictrain_checkpoint.torch.saving import before_mutation
@@ -50,6 +51,9 @@ def load(
     list of nothing but numbers, strings and the like counts as a value: it is replaced, whatever its length. In several
     processes each calls it by itself; a DTensor reads its own shard, whatever the world was that saved it.
 
+    One that was not saved from a state dict (by a run, an import, packs of one's own) is matched by its tensors' names
+    (`by_name.names_of`); values that are not tensors it has at most where it was imported.
+
     Args:
         state_dict: nested mappings, lists and tuples; give `optimizer.load_state_dict` what was loaded for it.
         path: where `save` has written to.
@@ -68,16 +72,25 @@ def load(
     if manifest is None:
         raise NoCheckpoint(f"{store.url} has no checkpoint")
     reader = Reader(store, manifest)
-    if not isinstance(reader.tree, dict) or "torch" not in reader.tree:
-        raise StateMismatch(f"step {manifest.step} of {store.url} was not saved from a state dict: its tree is another")
-    tree = reader.tree["torch"]
-    tensors = Tensors(reader.tensors, tree["dtypes"], manifest.alias)
-    ByTree(tensors, {tuple(place): name for place, name in tree["places"]}).fill(state_dict, tree["rest"], ())
-    fit = tensors.fit
+    fit = _fit(reader, state_dict)
     _check(fit, f"step {manifest.step} of {store.url}", strict=strict)
     before_mutation()
     fill(reader, fit)
     return LoadReport(manifest.step, fit.missing, fit.unexpected, fit.different)
+
+
+def _fit(reader: Reader, target: Any) -> Fit:
+    tree = reader.tree if isinstance(reader.tree, dict) else {}
+    aliases = reader.manifest.alias
+    if "torch" in tree:
+        told = tree["torch"]
+        tensors = Tensors(reader.tensors, told["dtypes"], aliases)
+        ByTree(tensors, {tuple(place): name for place, name in told["places"]}).fill(target, told["rest"], ())
+        return tensors.fit
+    foreign = tree.get("foreign")
+    by_name = ByName(Tensors(reader.tensors, {}, aliases), foreign if isinstance(foreign, dict) else {})
+    by_name.fill(target)
+    return by_name.finish()
 
 
 def _check(fit: Fit, what: str, *, strict: bool) -> None:
