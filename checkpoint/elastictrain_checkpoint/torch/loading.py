@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
 
-from elastictrain_checkpoint.commit import load as load_manifest
-from elastictrain_checkpoint.commit import newest
-from elastictrain_checkpoint.errors import NoCheckpoint, StateMismatch
+from elastictrain_checkpoint.errors import CorruptData, StateMismatch
+from elastictrain_checkpoint.healing import Healed
 from elastictrain_checkpoint.reader import Reader
 from elastictrain_checkpoint.store import Store
 from elastictrain_checkpoint.torch.by_name import ByName
 from elastictrain_checkpoint.torch.filling import fill
 from elastictrain_checkpoint.torch.fitting import ByTree, Fit, Tensors, all_of
+from elastictrain_checkpoint.torch.places import choose, with_older
 from elastictrain_checkpoint.torch.saving import before_mutation
 
 SHOWN = 20
@@ -29,6 +29,8 @@ class LoadReport:
         missing: keys that the checkpoint does not have; what stands there was left as it was.
         unexpected: keys that only the checkpoint has.
         different: key → sentence, for what is of another kind, shape or type there; left as it was.
+        passed_over: newer step → why it is none: cut short, or its manifest damaged.
+        healed: blocks that were damaged, and came from one of `others`.
 
     """
 
@@ -36,6 +38,8 @@ class LoadReport:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     different: dict[str, str] = field(default_factory=dict)
+    passed_over: dict[int, str] = field(default_factory=dict)
+    healed: list[Healed] = field(default_factory=list)
 
 
 def load(
@@ -44,6 +48,7 @@ def load(
     *,
     step: int | None = None,
     strict: bool = True,
+    others: Sequence[str | FilePath | Store] = (),
 ) -> LoadReport:
     """Load a checkpoint into a state dict, in place: tensors are filled where they are, other values replaced.
 
@@ -57,26 +62,33 @@ def load(
     Args:
         state_dict: nested mappings, lists and tuples; give `optimizer.load_state_dict` what was loaded for it.
         path: where `save` has written to.
-        step: which step; the newest if not given.
+        step: which step; the newest that is whole if not given (the report says which newer ones were passed over).
         strict: refuse a checkpoint that has other keys, lengths, kinds, shapes or types, before anything is changed.
             False: load what fits; the rest is left as it is, and said in the report.
+        others: further places that may hold the same checkpoints, nearest first: what is damaged or missing in `path`
+            is read from there.
 
     Raises:
         StateMismatch: keys, lengths, kinds, shapes or types differ; all are named, and nothing was changed.
         NoCheckpoint: there is none, or not at that step.
-        CorruptData: stored bytes are not those that were written; tensors may be partly filled.
+        CorruptData: stored bytes are not those that were written, in any of the places; tensors may be partly filled.
+            The newest older step that is whole is named.
 
     """
-    store = path if isinstance(path, Store) else Store(path)
-    manifest = newest(store) if step is None else load_manifest(store, step)
-    if manifest is None:
-        raise NoCheckpoint(f"{store.url} has no checkpoint")
-    reader = Reader(store, manifest)
+    stores = [place if isinstance(place, Store) else Store(place) for place in (path, *others)]
+    passed_over: dict[int, str] = {}
+    found = choose(stores, step, passed_over)
+    reader = found.reader()
     fit = _fit(reader, state_dict)
-    _check(fit, f"step {manifest.step} of {store.url}", strict=strict)
+    _check(fit, f"step {found.manifest.step} of {found.stores[0].url}", strict=strict)
     before_mutation()
-    fill(reader, fit)
-    return LoadReport(manifest.step, fit.missing, fit.unexpected, fit.different)
+    try:
+        fill(reader, fit)
+    except CorruptData as error:
+        raise with_older(error, stores, found.manifest) from error
+    return LoadReport(
+        found.manifest.step, fit.missing, fit.unexpected, fit.different, passed_over=passed_over, healed=reader.healed
+    )
 
 
 def _fit(reader: Reader, target: Any) -> Fit:
