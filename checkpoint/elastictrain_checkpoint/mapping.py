@@ -298,6 +298,11 @@ class Mapped:
         self.tensors = {name: (view.dtype, view.shape) for name, view in made.items()}
 
     @property
+    def source(self) -> Source:
+        """What is seen through the rules."""
+        return self._source
+
+    @property
     def tree(self) -> Any:
         """State that is not tensors: that of the source."""
         return self._source.tree

@@ -23,7 +23,7 @@ from elastictrain_checkpoint.store import Store
 VERSION = "1.0.0"
 BLOCK_BYTES = 16 << 20
 
-Path = tuple[str, ...]
+Path = tuple[Any, ...]
 
 
 def write(
@@ -31,6 +31,7 @@ def write(
     store: Store,
     places: Mapping[str, Path],
     extras: Mapping[Path, Any],
+    odd: Mapping[str, str],
     file_bytes: int,
     progress: Callable[[int, int], None] | None,
 ) -> int:
@@ -61,6 +62,8 @@ def write(
                 dtype, shape = source.tensors[name]
                 data = read_whole(source, name)
                 tensor = torch_files.to_tensor(data if data.flags.writeable else data.copy(), dtype, tuple(shape), name)
+                if name in odd:  # the last dimension is that of an element's bytes
+                    tensor = tensor.view(getattr(torch, odd[name])).reshape(shape[:-1])
                 raw = _saved(tensor)
                 index, records[_flat(places[name])] = _record(_flat(places[name]), tensor)
                 stored[index] = filesystem._StorageInfo(file, at, len(raw))

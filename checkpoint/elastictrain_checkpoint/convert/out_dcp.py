@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from elastictrain_checkpoint.convert.from_state_dict import odd_types, places_in
 from elastictrain_checkpoint.errors import ForeignFormat, MissingExtra
 from elastictrain_checkpoint.source import Source
 from elastictrain_checkpoint.store import Store
 
 Progress = Callable[[int, int], None]
-Path = tuple[str, ...]
+Path = tuple[Any, ...]
 DEFAULT_FILE_BYTES = 1 << 30
 
 
@@ -44,6 +45,9 @@ def export_dcp(
     A trainer loads it with ``dcp.load({"model": ..., "optim": {"state": ...}}, ...)``, in any world. Tied tensors are
     written under each of their names, since that is what a module's state dict asks for. Memory: one tensor.
 
+    What `elastictrain_checkpoint.torch.save` has saved comes with the keys, values and types of that state dict, but
+    for tensors that rules have given other names; these, and all others, go where `nested_path` says.
+
     Args:
         source: what to write, with our names (``model/``, ``optim/``).
         store: an empty folder; nothing is overwritten.
@@ -66,13 +70,15 @@ def export_dcp(
         raise MissingExtra(
             f"torch.distributed.checkpoint is torch's and needs torch: pip install torch ({error})"
         ) from None
-    places = {name: nested_path(name, model, optimizer) for name in source.tensors}
+    known, values = places_in(source)
+    places = {name: known.get(name) or nested_path(name, model, optimizer) for name in source.tensors}
+    extras = values | dict(extras or {})
     taken: dict[str, str] = {}
-    for name, place in [*places.items(), *((".".join(map(str, p)), p) for p in (extras or {}))]:
+    for name, place in [*places.items(), *((".".join(map(str, p)), p) for p in extras)]:
         other = taken.setdefault(".".join(map(str, place)), name)
         if other != name:
             raise ForeignFormat(f"{other} and {name} would both be {'.'.join(map(str, place))}; rename one with a rule")
     there = [name for name in store.list() if name == ".metadata" or name.endswith(".distcp")]
     if there:
         raise FileExistsError(f"{store.url} already holds {there[0]}; export into an empty folder")
-    return dcp_writer.write(source, store, places, extras or {}, file_bytes, progress)
+    return dcp_writer.write(source, store, places, extras, odd_types(source), file_bytes, progress)
