@@ -82,7 +82,7 @@ class Ours:
 
     @property
     def done(self) -> bool:
-        return self.handle.done
+        return self.handle.done()
 
     def finish(self) -> None:
         self.handle.result()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -53,6 +54,7 @@ class SaveHandle:
         self._seen = False
         self._ended = threading.Event()
         self._ending = threading.Lock()
+        self._calls: list[Callable[[], object]] = []
 
     def __repr__(self) -> str:
         return f"SaveHandle(step={self.step}, state={self.state.value})"
@@ -111,8 +113,27 @@ class SaveHandle:
             f"{self.total_bytes / 1e6:.1f} MB in {spent_s:.1f} s ({self.written_bytes / 1e6 / spent_s:.1f} MB/s)"
         )
 
-    def _end(self, state: SaveState, value: Any = None, error: BaseException | None = None) -> None:
+    def call_when_done(self, call: Callable[[], object]) -> None:
+        """Call it once, when the outcome is known: by the thread that saves, or at once. What it raises is logged."""
         with self._ending:
             if not self._ended.is_set():
-                self.state, self._value, self.error = state, value, error
-                self._ended.set()
+                self._calls.append(call)
+                return
+        _call(call)
+
+    def _end(self, state: SaveState, value: Any = None, error: BaseException | None = None) -> None:
+        with self._ending:
+            if self._ended.is_set():
+                return
+            self.state, self._value, self.error = state, value, error
+            self._ended.set()
+            calls, self._calls = self._calls, []
+        for call in calls:
+            _call(call)
+
+
+def _call(call: Callable[[], object]) -> None:
+    try:
+        call()
+    except Exception:  # it must not fail the save, whose outcome is known
+        logging.getLogger(__name__).exception("a callback of a save has failed")

@@ -92,7 +92,7 @@ class Job:
         if changed:
             raise StateChanged(
                 f"step {self.handle.step} was not saved: {changed} has changed while it was read. Call before_mutation "
-                "(or attach the optimizer) before every change, or save a copy"
+                "(or attach the optimizer) before every change, name what changes in between (eager=…), or save a copy"
             )
 
     def wrote(self, number: int) -> None:

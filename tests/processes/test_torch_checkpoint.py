@@ -127,7 +127,7 @@ def train_on(mesh: Any, rank: int, folder: Path) -> tuple[str, int, float]:
         for value in state["model"].values():
             local = value.to_local() if hasattr(value, "to_local") else value
             local.zero_()
-    assert not handle.done
+    assert not handle.done()
     again = saver.save(state, step=8, when_busy="skip")
     opened.set()
     manifest = handle.result(60)
@@ -165,6 +165,50 @@ def test_ranks_that_disagree_are_told_so_at_once(tmp_path: Path) -> None:
         "the state dict of rank 1 differs from that of rank 0: ('w', 'F32', (3,), None); ('w', 'F32'"
     )
     assert not (tmp_path / "c").exists()
+
+
+def one_is_odd(mesh: Any, rank: int, folder: Path) -> list[str]:
+    """A cycle, a mapping that raises, and a store that rank 0 cannot list: on one rank each."""
+    import torch
+
+    import elastictrain_checkpoint.torch as checkpoint
+    from elastictrain_checkpoint import Store
+    from elastictrain_checkpoint.store import _backend
+
+    inner: Any = _backend(str(folder / "c"), {})
+
+    class Raises(dict[str, Any]):
+        def items(self) -> Any:
+            raise KeyError("gone")
+
+    class Unlisted:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(inner, name)
+
+        def list(self, path: str = "") -> Any:
+            raise OSError(5, "no listing")
+
+    cycle: dict[str, Any] = {"w": torch.zeros(3)}
+    cycle["again"] = cycle if rank == 1 else {}
+    raises = Raises(w=1) if rank == 1 else {"w": 1}
+    unlisted = Store(str(folder / "c"), backend=Unlisted()) if rank == 0 else Store(str(folder / "c"))
+    said = []
+    for state, store in ((cycle, folder / "c"), ({"m": raises}, folder / "c"), ({"w": torch.zeros(3)}, unlisted)):
+        try:
+            checkpoint.save(state, store)
+        except (checkpoint_errors(), OSError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+    return said
+
+
+def test_a_rank_whose_state_cannot_be_taken_apart_keeps_nobody_waiting(tmp_path: Path) -> None:
+    zero, one = on_ranks(2, tmp_path, one_is_odd)
+    cycle = "state_dict" + "['again']" * 8 + "…: nested deeper than 98 levels (a cycle?)"
+    raised = "the state dict cannot be taken apart: KeyError: 'gone'"
+    assert one[:2] == [f"InvalidPiece: {cycle}", f"InvalidPiece: {raised}"]
+    assert zero[:2] == [f"SaveFailed: rank 1 could not begin to save: {said}" for said in (cycle, raised)]
+    assert zero[2] == "OSError: [Errno 5] no listing"
+    assert one[2] == "SaveFailed: rank 0 could not begin to save: OSError: [Errno 5] no listing"
 
 
 def one_fails(mesh: Any, rank: int, folder: Path) -> str:

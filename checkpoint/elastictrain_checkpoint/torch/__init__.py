@@ -18,5 +18,6 @@ from __future__ import annotations
 from elastictrain_checkpoint.torch.loading import LoadReport, load
 from elastictrain_checkpoint.torch.outcome import TorchHandle
 from elastictrain_checkpoint.torch.saving import AsyncSaver, async_save, before_mutation, save
+from elastictrain_checkpoint.torch.taking import EAGER
 
-__all__ = ["AsyncSaver", "LoadReport", "TorchHandle", "async_save", "before_mutation", "load", "save"]
+__all__ = ["EAGER", "AsyncSaver", "LoadReport", "TorchHandle", "async_save", "before_mutation", "load", "save"]

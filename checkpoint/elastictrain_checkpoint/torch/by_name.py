@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from elastictrain_checkpoint.torch.fitting import Fit, Tensors, shown
-from elastictrain_checkpoint.torch.tree import Path
+from elastictrain_checkpoint.torch.tree import Path, is_stateful, state_of
 
 _ABSENT = object()
 
@@ -44,6 +44,9 @@ class ByName:
         """What is to stand at `path`: the target itself, filled later on, or a new value."""
         if isinstance(target, torch.Tensor):
             self._tensor(target, path)
+            return target
+        if not isinstance(target, Mapping) and is_stateful(target):
+            self._fit.states.append((target, self.fill(state_of(target, path), path)))
             return target
         value = self._values.get(".".join(map(str, path)), _ABSENT) if path else _ABSENT
         if value is not _ABSENT:

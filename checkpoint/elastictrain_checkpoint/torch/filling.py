@@ -53,6 +53,8 @@ def fill(reader: Reader, fit: Fit) -> None:
         torch.autograd.graph.increment_version(target)
     for container, key, value in fit.sets:
         container[key] = value
+    for owner, state in fit.states:
+        owner.load_state_dict(state)
 
 
 def _room(target: torch.Tensor, copies: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:

@@ -13,7 +13,7 @@ from elastictrain_checkpoint.errors import InvalidPiece
 from elastictrain_checkpoint.layouts import Held
 from elastictrain_checkpoint.source import Shape
 from elastictrain_checkpoint.torch.sharded import local_held
-from elastictrain_checkpoint.torch.tree import AS_BYTES, NATIVE, Path, leaves, stored_facts
+from elastictrain_checkpoint.torch.tree import AS_BYTES, NATIVE, Path, is_stateful, leaves, state_of, stored_facts
 
 DTYPES = {name: dtype for dtype, name in NATIVE.items()}
 
@@ -25,6 +25,7 @@ class Fit:
     Attributes:
         reads: (name in the checkpoint, tensor to be filled, what of it is here; None: all).
         sets: (container, key, value) of everything that is put into its place afterwards.
+        states: (object, its state dict) of everything that is to load it, when all else is done.
         missing: keys that the checkpoint does not have.
         unexpected: keys that only the checkpoint has.
         different: key → sentence, for what is of another kind, shape or type there.
@@ -34,6 +35,7 @@ class Fit:
 
     reads: list[tuple[str, torch.Tensor, Held | None]] = field(default_factory=list)
     sets: list[tuple[Any, Any, Any]] = field(default_factory=list)
+    states: list[tuple[Any, Any]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     different: dict[str, str] = field(default_factory=dict)
@@ -113,6 +115,9 @@ class ByTree:
 
     def fill(self, target: Any, stored: Any, path: Path) -> Any:
         """What is to stand at `path`: the target itself, filled later on, or a new value."""
+        if _kind(target) == "stateful":
+            self._fit.states.append((target, self.fill(state_of(target, path), stored, path)))
+            return target
         name = self._names.get(path)
         kinds = _kind(target), "tensor" if name is not None else self._kind_of(stored, path)
         if kinds == ("tensor", "tensor"):
@@ -206,13 +211,15 @@ def _are_lists(*values: Any) -> bool:
 
 
 def _kind(target: Any) -> str:
-    """tensor, mapping, list (with tensors or mappings somewhere in it) or value; lists of values are values."""
+    """tensor, mapping, stateful, list (with any of these somewhere in it) or value; lists of values are values."""
     if isinstance(target, torch.Tensor):
         return "tensor"
     if isinstance(target, MutableMapping):
         return "mapping"
     if isinstance(target, Mapping):
         return "fixed"
+    if is_stateful(target):
+        return "stateful"
     return "list" if isinstance(target, list | tuple) and any(_kind(item) != "value" for item in target) else "value"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
@@ -14,7 +14,7 @@ from elastictrain_checkpoint.store import Store
 from elastictrain_checkpoint.torch.by_name import ByName
 from elastictrain_checkpoint.torch.filling import fill
 from elastictrain_checkpoint.torch.fitting import ByTree, Fit, Tensors, all_of
-from elastictrain_checkpoint.torch.places import choose, with_older
+from elastictrain_checkpoint.torch.places import choose, place_of, with_older
 from elastictrain_checkpoint.torch.saving import before_mutation
 
 SHOWN = 20
@@ -43,9 +43,10 @@ class LoadReport:
 
 
 def load(
-    state_dict: MutableMapping[str, Any],
-    path: str | FilePath | Store,
+    state_dict: Any,
+    path: str | FilePath | Store | None = None,
     *,
+    checkpoint_id: str | FilePath | Store | None = None,
     step: int | None = None,
     strict: bool = True,
     others: Sequence[str | FilePath | Store] = (),
@@ -60,8 +61,11 @@ def load(
     (`by_name.names_of`); values that are not tensors it has at most where it was imported.
 
     Args:
-        state_dict: nested mappings, lists and tuples; give `optimizer.load_state_dict` what was loaded for it.
+        state_dict: nested mappings, lists and tuples. Objects in it that keep a state dict (modules, optimizers,
+            schedulers, DCP's `Stateful`) load it, when all is read. Give `optimizer.load_state_dict` what was loaded
+            for an `optimizer.state_dict()`.
         path: where `save` has written to.
+        checkpoint_id: the same, as `torch.distributed.checkpoint` calls it.
         step: which step; the newest that is whole if not given (the report says which newer ones were passed over).
         strict: refuse a checkpoint that has other keys, lengths, kinds, shapes or types, before anything is changed.
             False: load what fits; the rest is left as it is, and said in the report.
@@ -75,7 +79,8 @@ def load(
             The newest older step that is whole is named.
 
     """
-    stores = [place if isinstance(place, Store) else Store(place) for place in (path, *others)]
+    places = place_of(path, checkpoint_id), *others
+    stores = [place if isinstance(place, Store) else Store(place) for place in places]
     passed_over: dict[int, str] = {}
     found = choose(stores, step, passed_over)
     reader = found.reader()

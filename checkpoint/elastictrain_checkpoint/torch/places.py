@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from elastictrain_checkpoint.commit import Skipped, newest
 from elastictrain_checkpoint.commit import load as load_manifest
@@ -10,6 +11,19 @@ from elastictrain_checkpoint.errors import CheckpointError, CorruptData, NoCheck
 from elastictrain_checkpoint.manifest import Manifest
 from elastictrain_checkpoint.store import Store
 from elastictrain_checkpoint.tiers import Found, find, newest_in
+
+
+def place_of(path: str | Path | Store | None, checkpoint_id: str | Path | Store | None) -> str | Path | Store:
+    """The one of the two that is given.
+
+    Raises:
+        TypeError: both, or none.
+
+    """
+    given = [one for one in (path, checkpoint_id) if one is not None]
+    if len(given) != 1:
+        raise TypeError(f"path={path!r}, checkpoint_id={checkpoint_id!r}: give one of the two")
+    return given[0]
 
 
 def choose(stores: Sequence[Store], step: int | None, passed_over: dict[int, str]) -> Found:

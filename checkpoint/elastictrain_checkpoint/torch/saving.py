@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from elastictrain_checkpoint.collector import no_collections
 from elastictrain_checkpoint.commit import commit, list_steps
 from elastictrain_checkpoint.dtypes import num_elements
-from elastictrain_checkpoint.errors import CheckpointError, StateChanged
+from elastictrain_checkpoint.errors import CheckpointError, InvalidPiece, SaveFailed, StateChanged
 from elastictrain_checkpoint.handle import DEADLINE_S, SaveHandle, SaveState
 from elastictrain_checkpoint.lazy import MAX_COPY, LazySaver, WhenBusy
 from elastictrain_checkpoint.manifest import Manifest
@@ -29,6 +29,7 @@ from elastictrain_checkpoint.store import Store
 from elastictrain_checkpoint.torch import meeting
 from elastictrain_checkpoint.torch.device import Bounced, CudaEngine, Staging
 from elastictrain_checkpoint.torch.outcome import TorchHandle
+from elastictrain_checkpoint.torch.places import place_of
 from elastictrain_checkpoint.torch.sharded import Agreed, Facts, agree, exchange, facts_of, spreads_of
 from elastictrain_checkpoint.torch.taking import EAGER, Changing, Taken, take_hosts
 from elastictrain_checkpoint.torch.tree import Flat, as_buffer, describe, flatten, stored_facts
@@ -94,7 +95,8 @@ class AsyncSaver:
         `attach` the optimizer.
 
         Args:
-            state_dict: nested mappings, lists and tuples of tensors, numbers, strings, bytes and None.
+            state_dict: nested mappings, lists and tuples of tensors, numbers, strings, bytes and None. Modules,
+                optimizers and whatever else keeps a state dict (DCP's `Stateful`) are asked for it.
             step: of the checkpoint; one after the newest if not given. A step that is there is not overwritten.
             lazy: False copies everything now, for code that cannot announce its changes.
             eager: patterns (as in fnmatch) of the names of tensors that change in between: copied now.
@@ -139,6 +141,9 @@ class AsyncSaver:
                         facts = Facts([], [], flat.aliases, frozenset())
         except CheckpointError as error:
             problem = error
+        except Exception as error:  # whatever a mapping of the caller's raises: the other ranks must not wait
+            problem = InvalidPiece(f"the state dict cannot be taken apart: {type(error).__name__}: {error}")
+            problem.__cause__ = error
         agreed = self._agree(facts, step, problem)
         for name in agreed.aliases:  # also those that this rank cannot see, because it holds nothing of them
             flat.tensors.pop(name, None)
@@ -236,13 +241,21 @@ class AsyncSaver:
 
     def _choose(self, step: int | None) -> tuple[int, str]:
         """Step and attempt, the same on every rank."""
-        chosen: list[Any] = [None, None]
+        chosen: list[Any] = [None, None, ""]
+        failed: Exception | None = None
         if self._group is None or dist.get_rank(self._group) == 0:
-            if step is None:
-                step = max([*list_steps(self.store), self._last_step]) + 1
-            chosen = [step, os.urandom(6).hex()]
+            try:
+                if step is None:
+                    step = max([*list_steps(self.store), self._last_step]) + 1
+                chosen = [step, os.urandom(6).hex(), ""]
+            except Exception as error:  # the other ranks must not wait for what does not come
+                failed, chosen[2] = error, f"{type(error).__name__}: {error}"
         if self._group is not None:
             dist.broadcast_object_list(chosen, group=self._group, group_src=0)
+        if failed is not None:
+            raise failed
+        if chosen[2]:
+            raise SaveFailed(f"rank 0 could not begin to save: {chosen[2]}")
         return chosen[0], chosen[1]
 
     def _take(self, flat: Flat, *, fresh: bool) -> Taken:
@@ -328,31 +341,38 @@ _by_place: dict[tuple[str, int], AsyncSaver] = {}
 
 
 def async_save(
-    state_dict: Mapping[str, Any],
-    path: str | Path,
+    state_dict: Any,
+    path: str | Path | None = None,
     *,
+    checkpoint_id: str | Path | None = None,
     group: Group = "world",
     step: int | None = None,
     lazy: bool = True,
     eager: Sequence[str] = EAGER,
     when_busy: WhenBusy = "wait",
 ) -> TorchHandle:
-    """Save in the background; as `AsyncSaver.save`, with one saver for every path and group.
+    """Save in the background; as `AsyncSaver.save`, with one saver for every path (or ``checkpoint_id``) and group.
 
     At the end of the process what still runs is waited for, and what has failed is warned of.
     """
-    key = (str(path), id(group) if isinstance(group, dist.ProcessGroup) else hash(group))
+    place = place_of(path, checkpoint_id)
+    key = (str(place), id(group) if isinstance(group, dist.ProcessGroup) else hash(group))
     saver = _by_place.get(key)
     if saver is None or saver not in _savers:
-        saver = _by_place[key] = AsyncSaver(path, group=group)
+        saver = _by_place[key] = AsyncSaver(place, group=group)
     return saver.save(state_dict, step=step, lazy=lazy, eager=eager, when_busy=when_busy)
 
 
 def save(
-    state_dict: Mapping[str, Any], path: str | Path, *, group: Group = "world", step: int | None = None
+    state_dict: Any,
+    path: str | Path | Store | None = None,
+    *,
+    checkpoint_id: str | Path | Store | None = None,
+    group: Group = "world",
+    step: int | None = None,
 ) -> Manifest:
     """Save, and return when the checkpoint exists; raises as `AsyncSaver.save` and `TorchHandle.result`."""
-    saver = AsyncSaver(path, group=group)
+    saver = AsyncSaver(place_of(path, checkpoint_id), group=group)
     try:
         return saver.save(state_dict, step=step).result()
     finally:

@@ -16,8 +16,10 @@ from torch.distributed.tensor import DTensor
 
 from elastictrain_checkpoint.torch.tree import Flat, as_buffer
 
-EAGER = ("*running_mean", "*running_var", "*num_batches_tracked")
-"""What changes in a forward, so between two optimizer steps: copied at the call. Normalisation layers of torch."""
+EAGER = ("*running_mean", "*running_var", "*num_batches_tracked", "*n_averaged")
+"""What changes between two optimizer steps, and is small: copied at the call. Statistics of torch's normalisation
+layers, which change in a forward, and the count of `torch.optim.swa_utils.AveragedModel`.
+"""
 
 
 @dataclass(slots=True)

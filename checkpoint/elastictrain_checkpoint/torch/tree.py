@@ -10,13 +10,15 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from elastictrain_checkpoint.errors import InvalidPiece
-from elastictrain_checkpoint.tagged import encode
+from elastictrain_checkpoint.tagged import MAX_DEPTH, encode
 
 _STRIDED = torch.strided
 _LEAVES = {int, float, bool, str}
 _DENSE = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, DTensor}
 _PLAIN = {torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool}
 
+DEEPEST = MAX_DEPTH - 2
+"""Levels of a state dict: it lies two deep in the manifest's tree."""
 Path = tuple[Any, ...]
 """Keys from the root: strings and whole numbers of mappings, places in lists and tuples."""
 
@@ -98,19 +100,42 @@ def flatten(state: Any) -> Flat:
             walk_tensor(value, path, name)
             return None
         before = f"{name}/" if path else ""
+        if len(path) > DEEPEST:
+            raise InvalidPiece(f"{_where(path[:8])}…: nested deeper than {DEEPEST} levels (a cycle?)")
         if kind is dict or isinstance(value, Mapping):
             for key in value:
                 if type(key) is not str and type(key) is not int:
                     encode(key, _where(path))
             return {key: walk(item, (*path, key), f"{before}{key}") for key, item in value.items()}
-        if kind in (list, tuple, torch.Size):
+        if kind in (list, tuple, torch.Size) or (isinstance(value, tuple) and hasattr(value, "_fields")):
             items = [walk(item, (*path, number), f"{before}{number}") for number, item in enumerate(value)]
             return items if kind is list else tuple(items)
+        if is_stateful(value):
+            return walk(state_of(value, path), path, name)
         encode(value, _where(path))
         return value
 
     flat.rest = walk(state, (), "")
     return flat
+
+
+def is_stateful(value: Any) -> bool:
+    """Whether it keeps a state dict, as modules, optimizers, schedulers and `Stateful` of DCP do."""
+    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
+
+
+def state_of(value: Any, path: Path) -> Any:
+    """The state dict of what `is_stateful`.
+
+    Raises:
+        InvalidPiece: it raises, whatever it is; with its place.
+
+    """
+    try:
+        return value.state_dict()
+    except Exception as error:
+        where = f"{_where(path)} ({type(value).__name__}): state_dict() raised"
+        raise InvalidPiece(f"{where} {type(error).__name__}: {error}") from error
 
 
 def _where(path: Path) -> str:

@@ -268,7 +268,7 @@ def test_training_goes_on_while_the_save_of_the_earlier_state_waits(saver, gate,
     assert gate.reached.wait(30)
     for _ in range(3):
         train(model, optimizer)
-    assert (handle.state, handle.done) == (SaveState.RUNNING, False)
+    assert (handle.state, handle.done()) == (SaveState.RUNNING, False)
     gate.opened.set()
     manifest = handle.result(30)
     assert handle.state is SaveState.COMMITTED

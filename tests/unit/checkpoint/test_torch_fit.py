@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 import elastictrain_checkpoint.torch as checkpoint
-from elastictrain_checkpoint.errors import StateMismatch
+from elastictrain_checkpoint import Store
+from elastictrain_checkpoint.errors import InvalidPiece, StateChanged, StateMismatch
+from tests.unit.checkpoint.test_torch import Gate
 
 
 def ones(number: int) -> list[Any]:
@@ -68,6 +70,53 @@ def test_other_lengths_and_kinds_are_refused_and_otherwise_said(what: str, tmp_p
     assert state["x"] is live or isinstance(target, int)
     if isinstance(live, list | tuple):
         assert len(live) == len(target)
+
+
+class Pair(NamedTuple):
+    weight: torch.Tensor
+    count: int
+
+
+def test_named_tuples_are_saved_and_filled(tmp_path: Path) -> None:
+    checkpoint.save({"p": Pair(torch.ones(2), 3)}, tmp_path)
+    live = torch.zeros(2)
+    state = {"p": Pair(live, 0)}
+    checkpoint.load(state, tmp_path)
+    assert isinstance(state["p"], Pair)
+    assert state["p"].weight is live
+    assert (live.tolist(), state["p"].count) == ([1.0, 1.0], 3)
+    assert checkpoint.load({"p": Pair(torch.zeros(3), 0)}, tmp_path, strict=False).different.keys() == {"p/0"}
+
+
+def test_a_cycle_is_refused_with_its_place(tmp_path: Path) -> None:
+    state: dict[str, Any] = {"w": torch.zeros(1)}
+    state["again"] = [state]
+    with pytest.raises(InvalidPiece, match=r"^state_dict\['again'\]\[0\].*: nested deeper than 98 levels"):
+        checkpoint.save(state, tmp_path)
+
+
+def test_what_averages_weights_counts_between_steps(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    gate = Gate(tmp_path)
+    saver = checkpoint.AsyncSaver(Store(str(tmp_path), backend=gate))
+    handle = saver.save({"ema": averaged.state_dict()}, step=1)
+    assert gate.reached.wait(30)
+    averaged.n_averaged.add_(1)
+    gate.opened.set()
+    handle.result(30)
+    found: dict[str, Any] = {}
+    checkpoint.load(found, tmp_path)
+    assert found["ema"]["n_averaged"] == 0
+    gate.reached.clear()
+    gate.opened.clear()
+    handle = saver.save({"ema": averaged.state_dict()}, step=2)
+    assert gate.reached.wait(30)
+    averaged.update_parameters(model)
+    gate.opened.set()
+    with pytest.raises(StateChanged, match=r"ema/module\.\w+ has changed .*, name what changes in between \(eager="):
+        handle.result(30)
+    saver.close()
 
 
 def test_live_tensors_of_a_list_are_filled_as_far_as_they_go(tmp_path: Path) -> None:
