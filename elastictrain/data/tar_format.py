@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from elastictrain.data.byte_format import ByteBlocks
+from elastictrain.data.byte_format import CHUNK_BYTES, ByteBlocks
 from elastictrain.data.columns import nearest
 from elastictrain.errors import DataError
 
@@ -47,11 +47,33 @@ class TarSamples(ByteBlocks):
                                 starts.append(member.offset)
                             last, count = key, count + 1
                         end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-            except tarfile.TarError as error:
+                    walked = tar.offset
+            except (tarfile.TarError, ValueError) as error:  # ValueError: damaged numbers in extended headers
                 raise _corrupt(file.path, str(error)) from error
-        if end > size:
-            raise _corrupt(file.path, f"it has {size} bytes, its last file ends at {end}")
+            if end > size:
+                raise _corrupt(file.path, f"it has {size} bytes, its last file ends at {end}")
+            self._check_end(handle, file.path, walked)
         return list(zip(starts, [*starts[1:], end], strict=True))
+
+    def _check_end(self, handle: Any, path: str, walked: int) -> None:
+        """Raise DataError unless a shard ends where the walk over its headers did: `tarfile` takes a header that it
+        cannot read for the end. An end is at least one block of zeros, and nothing else behind it.
+        """
+        handle.seek(walked)
+        at = walked
+        while chunk := handle.read(CHUNK_BYTES):
+            if chunk.count(0) < len(chunk):
+                place = at + int(np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8))[0])
+                if place < walked + tarfile.BLOCKSIZE:
+                    raise _corrupt(path, f"the header at byte {walked} cannot be read")
+                raise _corrupt(
+                    path,
+                    f"zeros from byte {walked} on, as at the end of an archive, but more at byte {place}: a part that "
+                    "was lost, or archives that were joined with cat (tar --concatenate joins them rightly)",
+                )
+            at += len(chunk)
+        if at < walked + tarfile.BLOCKSIZE:
+            raise _corrupt(path, f"it has no end (a block of zeros behind its last file, at byte {walked})")
 
     def parse(self, content: bytes, number: int, start: int, schema: pa.Schema | None) -> pa.Table:
         """See `ByteBlocks`."""
@@ -67,8 +89,11 @@ class TarSamples(ByteBlocks):
                     if not samples or samples[-1][0] != key:
                         samples.append((key, {}))
                     samples[-1][1][column] = body.read()
-        except tarfile.TarError as error:
+                walked = tar.offset
+        except (tarfile.TarError, ValueError) as error:
             raise _corrupt(path, f"bytes {start} to {start + len(content)}: {error}") from error
+        if walked != len(content):
+            raise _corrupt(path, f"the header at byte {start + walked} cannot be read")
         there = list(dict.fromkeys(column for _, columns in samples for column in columns))
         names = [self._text_column] if self._text_column else list(self._columns or (schema.names if schema else there))
         return pa.table({name: _column(path, samples, str(name)) for name in names})
