@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from elastictrain.data.byte_format import ByteBlocks
 from elastictrain.data.columns import select_columns
-from elastictrain.data.files import FileSet
+from elastictrain.data.files import WALK_BYTES, FileSet
 from elastictrain.errors import DataError
 
 _MAGIC = b"ARROW1"
@@ -32,7 +32,7 @@ class ArrowBatches(ByteBlocks):
         """Walk over the messages; those of record batches are the blocks."""
         path, size = self._files.files[number].path, self._files.files[number].size_bytes
         found: list[tuple[int, int]] = []
-        with self._files.open(number) as handle:
+        with self._files.open(number, WALK_BYTES) as handle:
             is_file = handle.read(len(_MAGIC)) == _MAGIC
             handle.seek(max(0, size - 8))
             end: bytes = handle.read(8)
@@ -89,7 +89,7 @@ class ArrowBatches(ByteBlocks):
         return pa.schema([schema.field(name) for name in names])
 
     def _read_schema(self, number: int) -> pa.Schema:
-        with self._files.open(number) as handle:
+        with self._files.open(number, WALK_BYTES) as handle:
             handle.seek(_PREFIX if handle.read(len(_MAGIC)) == _MAGIC else 0)
             return pa.ipc.read_schema(
                 pa.ipc.MessageReader.open_stream(pa.PythonFile(handle, mode="r")).read_next_message()

@@ -19,6 +19,7 @@ import pyarrow as pa
 from elastictrain.data.columns import as_pairs, select_columns, show_schema
 from elastictrain.data.files import FileSet
 from elastictrain.data.index import BlockTable, Hole, Progress, checksum_of
+from elastictrain.data.ranges import coalesced
 from elastictrain.errors import DataError, StoreFailed
 
 CHUNK_BYTES = 16 << 20
@@ -137,15 +138,15 @@ class ByteBlocks(ABC):
 
     def bytes_of(self, number: int, start: int, stop: int) -> bytes:
         """Read a range of a file. Raises DataError for one that is longer than a block may be."""
+        self._check_length(number, start, stop)
+        return self._files.read_range(number, start, stop)
+
+    def _check_length(self, number: int, start: int, stop: int) -> None:
         if stop - start > MAX_BLOCK_BYTES:
             raise DataError(
                 f"{self._files.files[number].path}: {self._rows_per_block} {self.noun} take {stop - start} bytes; a "
                 f"block may have {MAX_BLOCK_BYTES}. Lower data.rows_per_block"
             )
-        with self._files.open(number) as handle:
-            handle.seek(start)
-            content: bytes = handle.read(stop - start)
-        return content
 
     def _contents(self, number: int, holes: list[Hole]) -> Iterable[tuple[int, int, bytes]]:
         try:
@@ -158,8 +159,20 @@ class ByteBlocks(ABC):
             holes.append(Hole(self._files.files[number].name, -1, str(error)))
             return
         self.check_columns(number)
+        if not found:
+            return
         for start, stop in found:
-            yield start, stop, self.bytes_of(number, start, stop)
+            self._check_length(number, start, stop)
+        # On one handle: a store says so if the file is written to meanwhile.
+        with self._files.open(number) as handle:
+            blocks = iter(found)
+            for first, last in coalesced(found, most_bytes=CHUNK_BYTES):
+                handle.seek(first)
+                content = handle.read(last - first)
+                for start, stop in blocks:
+                    yield start, stop, content[start - first : stop - first]
+                    if stop == last:
+                        break
 
     def _parsed(self, content: bytes, number: int, block: int, start: int, holes: list[Hole]) -> pa.Table | None:
         try:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from elastictrain.data.listing import patient
-from elastictrain.data.meter import TimedFile
+from elastictrain.data.meter import TimedFile, timed
 from elastictrain.data.retry import FINAL, RETRY_LIMIT_S, Retry, RetryingFile
 from elastictrain.errors import DataError, StoreFailed
 
@@ -36,6 +37,8 @@ SUFFIXES = {
     "webdataset": (*_and_compressed(".tar"), ".tgz"),
     "text": _and_compressed(".txt", ".text", ".md"),
 }
+WALK_BYTES = 1 << 20
+"""Read ahead in a walk over a file's headers."""
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 
 
@@ -63,13 +66,16 @@ class FileSet:
         """Whether `path` of every file is one that the operating system opens."""
         return isinstance(self.filesystem, LocalFileSystem)
 
-    def open(self, number: int) -> Any:
+    def open(self, number: int, read_ahead_bytes: int = 0) -> Any:
         """Open a file for reading. Raises StoreFailed if it cannot be reached, DataError if its size has changed since
         it was listed; reading from it raises StoreFailed where the store fails.
+
+        `read_ahead_bytes`: what a remote store is asked for beyond a read, for many small reads in a row; with 0 every
+        read is a request of its own.
         """
         file = self.files[number]
         try:
-            handle = self._handle(file.path)
+            handle = self._handle(file.path, read_ahead_bytes)
             size = int(handle.seek(0, 2))
         except OSError as error:
             raise StoreFailed(
@@ -84,12 +90,43 @@ class FileSet:
         handle.seek(0)
         return TimedFile(handle)
 
-    def _handle(self, path: str) -> Any:
-        def fresh() -> Any:
-            return self.filesystem.open(path, "rb")
+    def read_range(self, number: int, start: int, stop: int) -> bytes:
+        """Read bytes `[start, stop)` of a file, with one request where the store can. Raises as `open`.
 
+        A file that was written again since is not noticed here, unless it has another size: compare a checksum.
+        """
+        if isinstance(self.filesystem, AsyncFileSystem):  # others' `cat_file` opens a file that reads ahead
+            path = self.files[number].path
+            try:
+                with timed("store"):
+                    content = Retry(self.retry_s).call(
+                        lambda: self.filesystem.cat_file(path, start=start, end=stop), path
+                    )
+            except NotImplementedError:
+                content = b""
+            except OSError as error:
+                raise StoreFailed(
+                    f"{path}: could not be read ({error}). The file was there when the run opened data.path"
+                ) from error
+            if len(content) == stop - start:  # else it is shorter now, or the store gives whole files only
+                return bytes(content)
+        with self.open(number) as handle:
+            handle.seek(start)
+            return bytes(handle.read(stop - start))
+
+    def _handle(self, path: str, read_ahead_bytes: int) -> Any:
         if isinstance(self.filesystem, LocalFileSystem):
-            return fresh()
+            return self.filesystem.open(path, "rb")
+        how: dict[str, Any] = {"cache_type": "none"}
+        if read_ahead_bytes:
+            how = {"cache_type": "readahead", "block_size": read_ahead_bytes}
+
+        def fresh() -> Any:
+            try:
+                return self.filesystem.open(path, "rb", **how)
+            except TypeError:  # a file system that does not know the setting
+                return self.filesystem.open(path, "rb")
+
         return RetryingFile(fresh, Retry(self.retry_s), path)
 
 

@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,35 @@ import pyarrow.parquet as pq
 from elastictrain.data.columns import Schema, as_pairs, select_columns, show_schema
 from elastictrain.data.files import FileSet
 from elastictrain.data.index import BlockTable, Hole, Progress, checksum_of
+from elastictrain.data.ranges import FetchedFile, Range, coalesced
 from elastictrain.errors import DataError, StoreFailed
 
 _MAX_OPEN_FILES = 16
+_TAIL_BYTES = 64 << 10
+"""Read at once at a file's end: most footers are in it, so that a file is opened with one request."""
 _MAGIC = b"PAR1"
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """An open file. `fetched`: of a remote one, which is asked for the bytes of whole row groups."""
+
+    parquet: pq.ParquetFile
+    fetched: FetchedFile | None = None
+
+    def read(self, group: int, names: list[str]) -> pa.Table:
+        """Read columns of a row group. Raises what Arrow raises; StoreFailed."""
+        if self.fetched is not None:
+            self.fetched.fetch(coalesced(_column_ranges(self.parquet.metadata.row_group(group), names)))
+        try:
+            # One thread: decoding runs beside training, whose threads are part of the job's numerics.
+            return self.parquet.read_row_group(group, columns=names, use_threads=False)
+        finally:
+            if self.fetched is not None:
+                self.fetched.forget()
+
+    def close(self) -> None:
+        self.parquet.close(force=True)
 
 
 class ParquetFiles:
@@ -40,7 +65,7 @@ class ParquetFiles:
         self._files, self._on_corrupt = files, on_corrupt
         self._text_column, self._columns = text_column, columns
         self._lock = threading.Lock()  # of `_open`
-        self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()  # that nobody reads just now, the last used last
+        self._open: OrderedDict[int, _File] = OrderedDict()  # that nobody reads just now, the last used last
         self._footers: list[int] = []
         self.holes: tuple[Hole, ...] = ()
         self.blocks = BlockTable.of([])
@@ -114,8 +139,8 @@ class ParquetFiles:
 
     def _parquet_or_hole(self, number: int) -> pq.ParquetFile | None:
         try:
-            with self._parquet(number) as parquet:
-                return parquet
+            with self._parquet(number) as file:
+                return file.parquet
         except StoreFailed:  # nothing is known of its content
             raise
         except DataError as error:
@@ -127,27 +152,28 @@ class ParquetFiles:
             return None
 
     @contextmanager
-    def _parquet(self, number: int) -> Iterator[pq.ParquetFile]:
+    def _parquet(self, number: int) -> Iterator[_File]:
         """Lend a file that is open, or open it; nobody else has it meanwhile, and it stays open."""
         with self._lock:
-            parquet = self._open.pop(number, None)
-        if parquet is None:
-            parquet = self._open_file(number)
+            file = self._open.pop(number, None)
+        if file is None:
+            file = self._open_file(number)
         try:
-            yield parquet
+            yield file
         finally:
             with self._lock:
                 surplus = [self._open.pop(number)] if number in self._open else []
-                self._open[number] = parquet
+                self._open[number] = file
                 if len(self._open) > _MAX_OPEN_FILES:
                     surplus.append(self._open.popitem(last=False)[1])
             for one in surplus:
-                one.close(force=True)
+                one.close()
 
-    def _open_file(self, number: int) -> pq.ParquetFile:
+    def _open_file(self, number: int) -> _File:
         path = self._files.files[number].path
         handle = self._files.open(number)
-        footer = _footer_checksum(handle, self._files.files[number].size_bytes, path)
+        content = _footer(handle, self._files.files[number].size_bytes, path)
+        footer = checksum_of(content)
         if number == len(self._footers):
             self._footers.append(footer)
         elif footer != self._footers[number]:
@@ -158,8 +184,11 @@ class ParquetFiles:
         try:
             if self._files.is_local:  # read without the interpreter: a Python file would take its lock
                 handle.close()
-                handle = pa.OSFile(path)
-            return pq.ParquetFile(handle, page_checksum_verification=True)
+                return _File(pq.ParquetFile(pa.OSFile(path), page_checksum_verification=True))
+            whole = b"".join([_MAGIC, content, len(content).to_bytes(4, "little"), _MAGIC])
+            metadata = pq.read_metadata(pa.BufferReader(whole))  # the footer is not asked for again
+            fetched = FetchedFile(handle)
+            return _File(pq.ParquetFile(fetched, metadata=metadata, page_checksum_verification=True), fetched)
         except (pa.ArrowException, OSError) as error:
             raise _corrupt(path, "its footer cannot be read", error) from error
 
@@ -169,10 +198,9 @@ class ParquetFiles:
             return self._arrow_schema.empty_table()
         group = int(self.blocks.number[block])
         path = self._files.files[int(self.blocks.file[block])].path
-        with self._parquet(int(self.blocks.file[block])) as parquet:
+        with self._parquet(int(self.blocks.file[block])) as file:
             try:
-                # One thread: decoding runs beside training, whose threads are part of the job's numerics.
-                table = parquet.read_row_group(group, columns=self._names, use_threads=False)
+                table = file.read(group, self._names)
             except (pa.ArrowException, OSError) as error:
                 raise _corrupt(path, f"row group {group} cannot be decoded", error) from error
         if table.num_rows != int(self.blocks.rows[block]):
@@ -191,8 +219,8 @@ class ParquetFiles:
         with self._lock:
             surplus = list(self._open.values())
             self._open.clear()
-        for parquet in surplus:
-            parquet.close(force=True)
+        for file in surplus:
+            file.close()
 
 
 def _selected(
@@ -223,22 +251,35 @@ def _corrupt(path: str, what: str, error: BaseException) -> DataError:
     )
 
 
-def _footer_checksum(handle: Any, size_bytes: int, path: str) -> int:
-    """Return the checksum of a Parquet footer; it holds schema, sizes, offsets and statistics."""
+def _column_ranges(group: Any, names: list[str]) -> list[Range]:
+    """Where the column chunks lie that a row group's columns are read from."""
+    found = []
+    for number in range(group.num_columns):
+        chunk = group.column(number)
+        if any(chunk.path_in_schema == name or chunk.path_in_schema.startswith(f"{name}.") for name in names):
+            dictionary = chunk.dictionary_page_offset
+            start = chunk.data_page_offset if dictionary is None else min(dictionary, chunk.data_page_offset)
+            found.append((start, start + chunk.total_compressed_size))
+    return found
+
+
+def _footer(handle: Any, size_bytes: int, path: str) -> bytes:
+    """Return a Parquet footer; it holds schema, sizes, offsets and statistics."""
     if size_bytes < 12:
         raise DataError(
             f"{path}: an empty or cut-off file of {size_bytes} bytes; expected a Parquet file. "
             "Write it again, or take it out of data.path"
         )
-    handle.seek(size_bytes - 8)
-    end = handle.read(8)
-    length = int.from_bytes(end[:4], "little")
-    if end[4:] != _MAGIC or length > size_bytes - 12:
+    tail_bytes = min(size_bytes, _TAIL_BYTES)
+    handle.seek(size_bytes - tail_bytes)
+    tail: bytes = handle.read(tail_bytes)
+    length = int.from_bytes(tail[-8:-4], "little")
+    if tail[-4:] != _MAGIC or length > size_bytes - 12:
         raise DataError(
             f"{path}: not a whole Parquet file: it does not end with a footer (truncated, or of another format). "
             "Write or copy it again, take it out of data.path, or set data.kind to its format"
         )
-    handle.seek(size_bytes - 8 - length)
-    checksum = checksum_of(handle.read(length))
-    handle.seek(0)
-    return checksum
+    if length > len(tail) - 8:
+        handle.seek(size_bytes - 8 - length)
+        return bytes(handle.read(length))
+    return tail[len(tail) - 8 - length : len(tail) - 8]

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from elastictrain.data.byte_format import CHUNK_BYTES, ByteBlocks
 from elastictrain.data.columns import nearest
+from elastictrain.data.files import WALK_BYTES
 from elastictrain.errors import DataError
 
 _NUMBERS = ("cls", "index", "id")
@@ -33,7 +34,7 @@ class TarSamples(ByteBlocks):
         file = self._files.files[number]
         starts: list[int] = []
         last, end, count = None, 0, 0
-        with self._files.open(number) as handle:
+        with self._files.open(number, WALK_BYTES) as handle:
             size = int(handle.seek(0, 2))
             handle.seek(0)
             try:

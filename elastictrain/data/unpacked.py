@@ -35,15 +35,23 @@ class UnpackedFiles(FileSet):
 
     folder: Path = field(default_factory=Path)
 
-    def open(self, number: int) -> Any:
+    def open(self, number: int, read_ahead_bytes: int = 0) -> Any:
         """Open a file, or what a compressed one holds. Raises DataError if that cannot be unpacked or stored."""
         if codec_of(self.files[number].path) is None:
-            return super().open(number)
+            return super().open(number, read_ahead_bytes)
         place = self._place(number)
         if not place.exists():
             super().open(number).close()  # that it is still the file that was listed
             self._unpack(number, place)
         return place.open("rb")
+
+    def read_range(self, number: int, start: int, stop: int) -> bytes:
+        """Read bytes `[start, stop)` of a file, or of what a compressed one holds."""
+        if codec_of(self.files[number].path) is None:
+            return super().read_range(number, start, stop)
+        with self.open(number) as handle:
+            handle.seek(start)
+            return bytes(handle.read(stop - start))
 
     def _place(self, number: int) -> Path:
         file = self.files[number]
@@ -70,7 +78,7 @@ class UnpackedFiles(FileSet):
                 "XDG_CACHE_HOME to a folder with room, or unpack the file yourself"
             ) from error
         try:
-            with os.fdopen(descriptor, "wb") as target, super().open(number) as handle:
+            with os.fdopen(descriptor, "wb") as target, super().open(number, _CHUNK_BYTES) as handle:
                 stream = pa.CompressedInputStream(pa.PythonFile(handle, mode="r"), codec_of(file.path))
                 while chunk := _next(stream, file):
                     target.write(chunk)
