@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv as pac
 
 from elastictrain.data.byte_format import BOM, CHUNK_BYTES, ByteBlocks
 from elastictrain.data.columns import as_pairs, nearest, show_schema
+from elastictrain.data.files import FileSet
 from elastictrain.errors import DataError
+
+_HEADER_BYTES = 16 << 10
+"""Read at once when the first record is looked for."""
 
 
 class CsvRecords(ByteBlocks):
@@ -21,6 +26,10 @@ class CsvRecords(ByteBlocks):
     """
 
     noun = "CSV records"
+
+    def __init__(self, files: FileSet, **settings: Any) -> None:
+        super().__init__(files, **settings)
+        self._known_names: dict[int, list[str]] = {}  # by number of the file: every block of it needs them
 
     def ranges(self, number: int) -> list[tuple[int, int]]:
         """Cut a file after every `rows_per_block`-th record, the header not counted."""
@@ -78,16 +87,23 @@ class CsvRecords(ByteBlocks):
             ) from error
 
     def _header(self, number: int) -> bytes:
+        found, inside = bytearray(), False
         with self._files.open(number) as handle:
-            start: bytes = handle.read(CHUNK_BYTES)
-        inside = False
-        for place, byte in enumerate(start):
-            inside ^= byte == 34
-            if byte == 10 and not inside:
-                return start[: place + 1]
-        return start
+            while len(found) < CHUNK_BYTES and (piece := handle.read(_HEADER_BYTES)):
+                for place, byte in enumerate(piece, start=len(found) + 1):
+                    inside ^= byte == 34
+                    if byte == 10 and not inside:
+                        return bytes(found + piece)[:place]
+                found += piece
+        return bytes(found)
 
     def _names(self, number: int) -> list[str]:
+        names = self._known_names.get(number)
+        if names is None:
+            names = self._known_names[number] = self._read_names(number)
+        return names
+
+    def _read_names(self, number: int) -> list[str]:
         header = self._header(number).removeprefix(BOM)
         try:
             rows = list(csv.reader(io.StringIO(header.decode("utf-8"), newline="")))

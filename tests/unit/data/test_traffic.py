@@ -116,7 +116,7 @@ def test_a_column_of_parquet_costs_its_own_bytes(traffic: Traffic, bucket: str, 
     assert traffic.requests <= FILES * (ROWS // 1000 + 1)
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "arrow", "webdataset"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "arrow", "webdataset"])
 def test_other_formats_are_read_twice_to_open_and_once_in_an_epoch(
     kind: str, traffic: Traffic, bucket: str, options: dict[str, Any]
 ) -> None:
