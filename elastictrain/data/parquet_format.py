@@ -18,7 +18,7 @@ from elastictrain.data.columns import Schema, as_pairs, select_columns, show_sch
 from elastictrain.data.files import FileSet
 from elastictrain.data.index import BlockTable, Hole, Progress, checksum_of
 from elastictrain.data.ranges import FetchedFile, Range, coalesced
-from elastictrain.errors import DataError, StoreFailed
+from elastictrain.errors import DataError, NoSamples, StoreFailed
 
 _MAX_OPEN_FILES = 16
 _TAIL_BYTES = 64 << 10
@@ -95,7 +95,7 @@ class ParquetFiles:
             if progress:
                 progress("reading Parquet footers", number + 1, len(self._files.files))
         if expected is None:
-            raise DataError(f"data.path: no file can be read; {self.holes[0].file}: {self.holes[0].why}")
+            raise NoSamples(f"data.path: no file can be read; {self.holes[0].file}: {self.holes[0].why}")
         self._take(expected, BlockTable.of(entries))
         if self._on_corrupt == "skip":
             self._check_row_groups(progress)

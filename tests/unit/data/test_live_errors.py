@@ -104,6 +104,23 @@ def test_a_corrupt_segment_stops_or_is_left_out(place: Place) -> None:
     assert sorted(x for lanes in reading(skipping, 2) for lane in lanes for x in lane) == list(range(16))
 
 
+def test_a_corrupt_segment_of_parquet_is_left_out(tmp_path: Path) -> None:
+    writer = SegmentWriter(tmp_path / "stream")
+    for number in range(3):
+        file = tmp_path / "stream" / f"{number}.parquet"
+        if number == 1:
+            file.write_bytes(b"PAR1 nothing of the kind")
+        else:
+            pq.write_table(pa.table({"x": range(8 * number, 8 * number + 8)}), file)
+        writer.append(file)
+    writer.close()
+    data = et.data.parquet(
+        str(tmp_path / "stream"), on_corrupt="skip", live={**FAST, "record": str(tmp_path / "order")}
+    )
+    stream = et.data.stream(data, batch_size=4, lanes=4, seed=5)
+    assert sorted(flat(taken(stream))) == [*range(8), *range(16, 24)]
+
+
 def test_text_is_packed_segment_by_segment_and_nothing_is_lost(tmp_path: Path) -> None:
     texts = [[f"document {s} {n} " + "y" * (n % 23) for n in range(40)] for s in range(3)]
     writer = SegmentWriter(tmp_path / "stream")
