@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from elastictrain.errors import CorruptWorker as CorruptWorker
     from elastictrain.errors import DataEnded as DataEnded
     from elastictrain.errors import DataError as DataError
+    from elastictrain.errors import DataMismatch as DataMismatch
     from elastictrain.errors import ElasticTrainError as ElasticTrainError
     from elastictrain.errors import InternalError as InternalError
     from elastictrain.errors import NoSamples as NoSamples
@@ -47,8 +48,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "elastictrain.errors": (
         "CapacityError", "CheckpointMismatch", "ClusterError", "ConfigError", "CorruptCheckpoint", "CorruptWorker",
-        "DataEnded", "DataError", "ElasticTrainError", "InternalError", "NoSamples", "PeerLost", "RecipeError",
-        "StoreFailed", "UserError", "WorkerStartError",
+        "DataEnded", "DataError", "DataMismatch", "ElasticTrainError", "InternalError", "NoSamples", "PeerLost",
+        "RecipeError", "StoreFailed", "UserError", "WorkerStartError",
     ),
     "elastictrain.job": ("Checkpoint", "Data", "Integrity", "Job", "Numerics", "Workers", "dump_job", "load_job"),
     "elastictrain.observe.summary": ("Summary",),
@@ -70,6 +71,7 @@ __all__ = [
     "Data",
     "DataEnded",
     "DataError",
+    "DataMismatch",
     "ElasticTrainError",
     "Integrity",
     "InternalError",

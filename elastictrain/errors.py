@@ -7,6 +7,7 @@ ElasticTrainError
 │   ├── RecipeError        the recipe's code (import, model, optimizer, loss)
 │   ├── DataError          the data set (missing, empty, wrong schema, changed)
 │   │   ├── NoSamples        nothing in it to train on
+│   │   ├── DataMismatch     it can be read, and is not what the settings say
 │   │   ├── StoreFailed      the store of the data does not give what it had listed
 │   │   └── DataEnded        a live source has no further step
 │   └── CheckpointMismatch the checkpoint does not belong to this job
@@ -47,6 +48,12 @@ class DataError(UserError):
 
 class NoSamples(DataError):
     """The data set is readable, and holds nothing to train on."""
+
+
+class DataMismatch(DataError):
+    """Data that can be read and are not what the settings or the other files say: a column is missing or of another
+    type, a document is too long. Never left out as corrupt (`data.on_corrupt: skip`).
+    """
 
 
 class StoreFailed(DataError):

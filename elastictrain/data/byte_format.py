@@ -20,7 +20,7 @@ from elastictrain.data.columns import as_pairs, select_columns, show_schema
 from elastictrain.data.files import FileSet
 from elastictrain.data.index import BlockTable, Hole, Progress, checksum_of
 from elastictrain.data.ranges import coalesced
-from elastictrain.errors import DataError, StoreFailed
+from elastictrain.errors import DataError, DataMismatch, StoreFailed
 
 CHUNK_BYTES = 16 << 20
 MAX_BLOCK_BYTES = (1 << 31) - 2  # Arrow's readers of text count in 32 bits
@@ -68,7 +68,7 @@ class ByteBlocks(ABC):
     def merge(self, schema: pa.Schema, other: pa.Schema, path: str) -> pa.Schema:
         """Return the schema of both; by default they must be equal."""
         if as_pairs(schema) != as_pairs(other):
-            raise DataError(
+            raise DataMismatch(
                 f"{path}: its columns differ from those of the files before. Got {show_schema(as_pairs(other))}; "
                 f"expected {show_schema(as_pairs(schema))}. Write the file again with that schema, or set data.columns "
                 "or data.path so that all files agree"
@@ -151,7 +151,7 @@ class ByteBlocks(ABC):
     def _contents(self, number: int, holes: list[Hole]) -> Iterable[tuple[int, int, bytes]]:
         try:
             found = list(self.ranges(number))
-        except StoreFailed:  # nothing is known of its content
+        except (StoreFailed, DataMismatch):  # nothing is known of its content, or nothing is wrong with it
             raise
         except DataError as error:
             if self._on_corrupt != "skip":
@@ -177,7 +177,7 @@ class ByteBlocks(ABC):
     def _parsed(self, content: bytes, number: int, block: int, start: int, holes: list[Hole]) -> pa.Table | None:
         try:
             return self.parse(content, number, start, self._arrow_schema)
-        except StoreFailed:  # nothing is known of its content
+        except (StoreFailed, DataMismatch):  # nothing is known of its content, or nothing is wrong with it
             raise
         except DataError as error:
             if self._on_corrupt != "skip":

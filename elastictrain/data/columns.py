@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from elastictrain.errors import DataError
+from elastictrain.errors import DataError, DataMismatch
 
 Schema = tuple[tuple[str, str], ...]
 
@@ -94,18 +94,18 @@ def select_columns(
     setting = "data.text_column" if text_column else "data.columns"
     for name in names:
         if name not in schema.names:
-            raise DataError(
+            raise DataMismatch(
                 f"{file}: {setting} names {name!r}{nearest(name, schema.names)}, which is not there. "
                 f"The columns are: {show_schema(there)}"
             )
         kind = schema.field(name).type
         if text_column and not (is_text(kind) or is_documents(kind)):
-            raise DataError(
+            raise DataMismatch(
                 f"{file}: data.text_column {name!r} has type {kind}; expected a string. "
                 f"The columns are: {show_schema(there)}"
             )
         if not text_column and not is_tensor(kind):
-            raise DataError(
+            raise DataMismatch(
                 f"{file}: column {name!r} has type {kind}; expected numbers, booleans or lists of them. "
                 f"Name the columns to use in data.columns, or set data.text_column to train on text. "
                 f"The columns are: {show_schema(there)}"

@@ -12,7 +12,7 @@ import pyarrow.csv as pac
 from elastictrain.data.byte_format import BOM, CHUNK_BYTES, ByteBlocks
 from elastictrain.data.columns import as_pairs, nearest, show_schema
 from elastictrain.data.files import FileSet
-from elastictrain.errors import DataError
+from elastictrain.errors import DataError, DataMismatch
 
 _HEADER_BYTES = 16 << 10
 """Read at once when the first record is looked for."""
@@ -43,7 +43,7 @@ class CsvRecords(ByteBlocks):
         for name in [self._text_column] if self._text_column else list(self._columns or ()):
             if name not in names:
                 setting = "data.text_column" if self._text_column else "data.columns"
-                raise DataError(
+                raise DataMismatch(
                     f"{self._files.files[number].path}: {setting} names {name!r}{nearest(str(name), names)}, which is "
                     f"not there. The columns are: {', '.join(names)}"
                 )
@@ -80,7 +80,7 @@ class CsvRecords(ByteBlocks):
         try:
             return pa.unify_schemas([schema, other], promote_options="permissive")
         except pa.ArrowException as error:
-            raise DataError(
+            raise DataMismatch(
                 f"{path}: its columns do not fit those of the records before ({error}). Got "
                 f"{show_schema(as_pairs(other))}; expected {show_schema(as_pairs(schema))}. "
                 "Every column must have one type in all files"

@@ -30,7 +30,7 @@ from elastictrain.data.columns import Schema, is_documents
 from elastictrain.data.meter import timed
 from elastictrain.data.packing import TokenArray, tail_of_block
 from elastictrain.data.tokenizers import StoredTokens, Tokenizer
-from elastictrain.errors import DataError
+from elastictrain.errors import DataError, DataMismatch
 
 INDEX_VERSION = 2
 
@@ -122,7 +122,7 @@ def encode_documents(
     longest = pc.max(lengths).as_py() or 0
     if max_document_bytes is not None and longest > max_document_bytes:
         row = pc.index(lengths, longest).as_py()
-        raise DataError(
+        raise DataMismatch(
             f"{source.where(block)}: the text in row {row} has {longest} bytes, more than data.max_document_bytes="
             f"{max_document_bytes}. Cut or remove it, or raise the limit if there is memory for it"
         )

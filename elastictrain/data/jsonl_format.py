@@ -10,7 +10,7 @@ import pyarrow.json as paj
 
 from elastictrain.data.byte_format import BOM, CHUNK_BYTES, ByteBlocks
 from elastictrain.data.columns import as_pairs, nearest, show_schema
-from elastictrain.errors import DataError
+from elastictrain.errors import DataError, DataMismatch
 
 
 class JsonLines(ByteBlocks):
@@ -64,11 +64,11 @@ class JsonLines(ByteBlocks):
                 )
             text = value.get(self._text_column) if self._text_column else None
             if text is not None and not isinstance(text, str):
-                raise DataError(
+                raise DataMismatch(
                     f"{path}, line {line_number}: {self._text_column!r} is a {type(text).__name__}, "
                     "expected a string (data.text_column)"
                 )
-        raise DataError(
+        raise DataMismatch(
             f"{path}, lines {first} to {first + body.count(10)}: the lines cannot be read as one table ({reason}). "
             "Every key must have one type in all lines; name the columns to use in data.columns"
         )
@@ -78,7 +78,7 @@ class JsonLines(ByteBlocks):
         try:
             return pa.unify_schemas([schema, other], promote_options="permissive")
         except pa.ArrowException as error:
-            raise DataError(
+            raise DataMismatch(
                 f"{path}: its columns do not fit those of the lines before ({error}). Got "
                 f"{show_schema(as_pairs(other))}; expected {show_schema(as_pairs(schema))}. "
                 "Every key must have one type in all files"
@@ -93,7 +93,7 @@ class JsonLines(ByteBlocks):
         keys = list(json.loads(lines[0])) if lines else []
         if lines and self._text_column not in keys:
             name = str(self._text_column)
-            raise DataError(
+            raise DataMismatch(
                 f"{self._files.files[number].path}: data.text_column names {name!r}{nearest(name, keys)}, which no "
                 f"line has. The keys of its first line are: {', '.join(keys) or 'none'}"
             )

@@ -18,7 +18,7 @@ from elastictrain.data.columns import Schema, as_pairs, select_columns, show_sch
 from elastictrain.data.files import FileSet
 from elastictrain.data.index import BlockTable, Hole, Progress, checksum_of
 from elastictrain.data.ranges import FetchedFile, Range, coalesced
-from elastictrain.errors import DataError, NoSamples, StoreFailed
+from elastictrain.errors import DataError, DataMismatch, NoSamples, StoreFailed
 
 _MAX_OPEN_FILES = 16
 _TAIL_BYTES = 64 << 10
@@ -238,7 +238,7 @@ def _selected(
 
 
 def _schema_differs(path: str, got: pa.Schema, expected: pa.Schema, first: str) -> DataError:
-    return DataError(
+    return DataMismatch(
         f"{path}: its columns differ from those of the first file. Got {show_schema(as_pairs(got))}; expected "
         f"{show_schema(as_pairs(expected))}, as in {first}. Write the file again with that schema, or set "
         "data.columns or data.path so that all files agree"

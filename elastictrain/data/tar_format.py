@@ -18,7 +18,7 @@ import pyarrow as pa
 from elastictrain.data.byte_format import CHUNK_BYTES, ByteBlocks
 from elastictrain.data.columns import nearest
 from elastictrain.data.files import WALK_BYTES
-from elastictrain.errors import DataError
+from elastictrain.errors import DataError, DataMismatch
 
 _NUMBERS = ("cls", "index", "id")
 _STRINGS = ("txt", "text", "json", "jsonl")
@@ -111,7 +111,7 @@ def _column(path: str, samples: list[tuple[str, dict[str, bytes]]], name: str) -
     values = []
     for key, columns in samples:
         if name not in columns:
-            raise DataError(
+            raise DataMismatch(
                 f"{path}: sample {key!r} has no file {key}.{name}{nearest(name, columns)}; it has "
                 f"{', '.join(columns)}. Every sample needs each column of data.columns or data.text_column"
             )
@@ -119,7 +119,15 @@ def _column(path: str, samples: list[tuple[str, dict[str, bytes]]], name: str) -
     kind = name.rpartition(".")[2]
     try:
         if kind == "npy":
-            return _arrays([np.load(io.BytesIO(value), allow_pickle=False) for value in values])
+            arrays = [np.load(io.BytesIO(value), allow_pickle=False) for value in values]
+            shapes = sorted({array.shape for array in arrays})
+            if len(shapes) > 1:
+                raise DataMismatch(
+                    f"{path}: the arrays .{name} of samples {samples[0][0]!r} to {samples[-1][0]!r} have different "
+                    f"shapes ({', '.join(map(str, shapes[:5]))}). Expected one, so that rows can be stacked: pad them "
+                    "before, or leave the column out of data.columns"
+                )
+            return _arrays(arrays)
         if kind in _NUMBERS:
             return pa.array([int(value) for value in values], pa.int64())
         if kind in _STRINGS:
@@ -129,13 +137,13 @@ def _column(path: str, samples: list[tuple[str, dict[str, bytes]]], name: str) -
         first, last = samples[0][0], samples[-1][0]
         raise DataError(
             f"{path}: the files .{name} of samples {first!r} to {last!r} cannot be read ({error}). Expected "
-            f"{'arrays of one shape' if kind == 'npy' else 'whole numbers' if kind in _NUMBERS else 'UTF-8'}; mend the "
+            f"{'an array' if kind == 'npy' else 'whole numbers' if kind in _NUMBERS else 'UTF-8'}; mend the "
             "shard, leave the column out of data.columns, or set data.on_corrupt: skip"
         ) from error
 
 
 def _arrays(values: list[Any]) -> pa.Array:
-    stacked = np.stack(values)  # a ValueError for different shapes
+    stacked = np.stack(values)
     flat = pa.array(np.ascontiguousarray(stacked).reshape(-1))
     for size in reversed(stacked.shape[1:]):
         flat = pa.FixedSizeListArray.from_arrays(flat, size)

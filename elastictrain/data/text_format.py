@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 
 from elastictrain.data.byte_format import BOM, ByteBlocks
-from elastictrain.errors import DataError
+from elastictrain.errors import DataError, DataMismatch
 
 COLUMN = "text"
 
@@ -49,7 +49,7 @@ class TextFiles(TextLines):
         with self._files.open(number) as handle:
             size = int(handle.seek(0, 2))
         if size > self._max_document_bytes:
-            raise DataError(
+            raise DataMismatch(
                 f"{self._files.files[number].path}: has {size} bytes, more than data.max_document_bytes="
                 f"{self._max_document_bytes}. Cut the file, raise the limit if there is memory for it, or set "
                 "data.document: line"

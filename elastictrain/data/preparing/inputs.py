@@ -22,7 +22,7 @@ from elastictrain.data.formats import byte_blocks
 from elastictrain.data.index import BlockTable, Hole, Progress
 from elastictrain.data.parquet_format import ParquetFiles
 from elastictrain.data_settings import Data
-from elastictrain.errors import ConfigError, DataError, StoreFailed
+from elastictrain.errors import ConfigError, DataError, DataMismatch, StoreFailed
 from elastictrain.prepare_settings import Preparation
 
 
@@ -197,7 +197,7 @@ def _find_blocks(
             found = list(blocks.ranges(number))
             if settings.kind == "csv":
                 blocks.check_columns(number)
-        except StoreFailed:  # nothing is known of its content
+        except (StoreFailed, DataMismatch):  # nothing is known of its content, or nothing is wrong with it
             raise
         except DataError as error:
             if settings.on_corrupt != "skip":
@@ -217,7 +217,7 @@ def _first_schema(
     for number, start, stop in zip(table.file.tolist(), table.start.tolist(), table.stop.tolist(), strict=True):
         try:
             found = _parse(blocks, files.files[number].path, (number, start, stop), None)
-        except StoreFailed:  # nothing is known of its content
+        except (StoreFailed, DataMismatch):  # nothing is known of its content, or nothing is wrong with it
             raise
         except DataError:
             if settings.on_corrupt != "skip":
