@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from elastictrain.data.columns import as_pairs, select_columns, show_schema
+from elastictrain.data.columns import as_pairs, is_text, select_columns, show_schema
 from elastictrain.data.files import FileSet
-from elastictrain.data.index import BlockTable, Hole, Progress, checksum_of
+from elastictrain.data.index import BlockTable, Hole, Progress, check_utf8, checksum_of
 from elastictrain.data.ranges import coalesced
 from elastictrain.errors import DataError, DataMismatch, StoreFailed
 
@@ -176,7 +176,11 @@ class ByteBlocks(ABC):
 
     def _parsed(self, content: bytes, number: int, block: int, start: int, holes: list[Hole]) -> pa.Table | None:
         try:
-            return self.parse(content, number, start, self._arrow_schema)
+            table = self.parse(content, number, start, self._arrow_schema)
+            if self._text_column and table.num_rows and is_text(table.column(0).type):
+                path = self._files.files[number].path
+                check_utf8(table.column(0), f"{path}, bytes {start} to {start + len(content)}")
+            return table
         except (StoreFailed, DataMismatch):  # nothing is known of its content, or nothing is wrong with it
             raise
         except DataError as error:

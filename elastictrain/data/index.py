@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 import xxhash
 
 from elastictrain.data.best_fit import cut_documents, gather, lay_out
-from elastictrain.data.columns import Schema, is_documents
+from elastictrain.data.columns import Schema, is_documents, is_text
 from elastictrain.data.meter import timed
 from elastictrain.data.packing import TokenArray, tail_of_block
 from elastictrain.data.tokenizers import StoredTokens, Tokenizer
@@ -115,11 +115,14 @@ def encode_documents(
 ) -> tuple[TokenArray, npt.NDArray[np.int64], int]:
     """Return a block's tokens, where its documents begin (and the last one ends), and its number of null documents.
 
-    Raises DataError for a document of more than `max_document_bytes`, and for one that is no UTF-8 where it must be.
+    `max_document_bytes`: given where the index is made, and texts are checked: later their tokens' checksum tells.
+    Raises DataError for a document of more bytes than that, and for one that is no UTF-8 where it must be.
     """
     column = read_texts(source, block, text_column)
     lengths = _document_bytes(column, tokenizer, source.where(block))
     longest = pc.max(lengths).as_py() or 0
+    if max_document_bytes is not None and is_text(column.type):
+        check_utf8(column, source.where(block))
     if max_document_bytes is not None and longest > max_document_bytes:
         row = pc.index(lengths, longest).as_py()
         raise DataMismatch(
@@ -132,10 +135,37 @@ def encode_documents(
     except UnicodeDecodeError as error:
         raise DataError(
             f"{source.where(block)}: a text is not valid UTF-8 ({error.reason}, byte "
-            f"0x{error.object[error.start]:02x}), which the tokenizer {tokenizer.name} needs. Write the file again, "
-            "set data.tokenizer: bytes, or set data.on_corrupt: skip"
+            f"0x{error.object[error.start]:02x}), which the tokenizer {tokenizer.name} needs. Write the file again, or "
+            "set data.tokenizer: bytes"
         ) from error
+    except DataMismatch:
+        raise
+    except DataError as error:  # of tokens that are stored
+        raise DataError(f"{source.where(block)}: {error}") from error
     return tokens, starts, column.null_count
+
+
+def check_utf8(column: pa.ChunkedArray, where: str) -> None:
+    """Raise DataError, beginning with `where`, for a column of strings that is not valid UTF-8; one of bytes may hold
+    anything.
+    """
+    try:
+        column.validate(full=True)
+    except pa.ArrowException as error:
+        raise DataError(
+            f"{where}: a text is not valid UTF-8 ({_first_bad(column) or error}), as a column of strings must be, "
+            "whatever the tokenizer. Write the file again (a column of bytes may hold anything, with data.tokenizer: "
+            "bytes), or set data.on_corrupt: skip"
+        ) from error
+
+
+def _first_bad(column: pa.ChunkedArray) -> str:
+    for row, value in enumerate(column.cast(pa.large_binary()).to_pylist()):
+        try:
+            (value or b"").decode("utf-8")
+        except UnicodeDecodeError as error:
+            return f"row {row}: {error.reason}, byte 0x{value[error.start]:02x}"
+    return ""
 
 
 def _document_bytes(column: pa.ChunkedArray, tokenizer: Tokenizer, where: str) -> pa.ChunkedArray:

@@ -178,7 +178,8 @@ class HuggingFaceTokenizer:
 
     def encode_with_offsets(self, documents: pa.ChunkedArray) -> tuple[TokenArray, npt.NDArray[np.int64]]:
         """See `Tokenizer`."""
-        texts = [text or "" for text in documents.to_pylist()]
+        found = documents.to_pylist()
+        texts = [text.decode("utf-8") if isinstance(text, bytes) else text or "" for text in found]
         encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         end = np.asarray([self.end_of_document], dtype=np.int32)
         parts = [part for e in encodings for part in (np.asarray(e.ids, dtype=np.int32), end)]
@@ -213,6 +214,8 @@ class StoredTokens:
         if documents.null_count:
             raise DataError(f"{documents.null_count} null(s) among documents that are tokenised already")
         parts = [chunk.flatten() for chunk in documents.chunks]
+        if nulls := sum(part.null_count for part in parts):
+            raise DataError(f"{nulls} null(s) among the tokens of documents that are tokenised already")
         tokens = np.zeros(0, dtype=np.int32)
         if parts:  # one part, as a row group has, is not copied
             tokens = np.concatenate([np.asarray(part) for part in parts]) if len(parts) > 1 else np.asarray(parts[0])

@@ -11,10 +11,10 @@ import elastictrain as et
 
 PUBLIC = [
     "CapacityError", "Checkpoint", "CheckpointMismatch", "ClusterError", "ConfigError", "CorruptCheckpoint",
-    "CorruptWorker", "Data", "DataEnded", "DataError", "DataMismatch", "ElasticTrainError", "Integrity", "InternalError", "Job",
-    "NoSamples", "Numerics", "PeerLost", "Recipe", "RecipeError", "StoreFailed", "Summary", "UserError",
-    "WorkerStartError", "Workers", "__version__", "data", "dump_job", "faults", "load_job", "run", "submit",
-    "warmup_cosine",
+    "CorruptWorker", "Data", "DataEnded", "DataError", "DataMismatch", "ElasticTrainError", "Integrity",
+    "InternalError", "Job", "NoSamples", "Numerics", "PeerLost", "Recipe", "RecipeError", "StoreFailed", "Summary",
+    "UserError", "WorkerStartError", "Workers", "__version__", "data", "dump_job", "faults", "load_job", "run",
+    "submit", "warmup_cosine",
 ]  # fmt: skip
 
 
