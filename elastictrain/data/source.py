@@ -228,8 +228,9 @@ class Source:
     def _make_fingerprint(self) -> dict[str, Any]:
         blocks, tokens, spec = self._blocks.blocks, self._token_index, self.spec
         files = []
+        first = np.searchsorted(blocks.file, np.arange(len(self._files.files) + 1))  # blocks lie in the files' order
         for number, file in enumerate(self._files.files):
-            mine = blocks.file == number
+            mine = slice(int(first[number]), int(first[number + 1]))
             content = [blocks.rows[mine], blocks.stop[mine] - blocks.start[mine], blocks.checksum[mine]]
             if tokens is not None:  # what is trained on, and not how the file is compressed
                 content += [tokens.tokens[mine], tokens.checksum[mine]]
@@ -238,7 +239,7 @@ class Source:
                     "name": file.name,
                     "bytes": file.size_bytes,
                     "rows": int(blocks.rows[mine].sum()),
-                    "blocks": int(mine.sum()),
+                    "blocks": mine.stop - mine.start,
                     "hash": f"{checksum_of(b''.join(part.astype('<u8').tobytes() for part in content)):016x}",
                 }
             )
