@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -157,12 +158,27 @@ def find_files(
     for one, other in itertools.pairwise(found):
         if one == other:
             raise DataError(f"data.path names {one} twice: its samples would be used twice. Name it once")
+    if isinstance(filesystem, LocalFileSystem):
+        _check_real_paths(found)
     root = posixpath.commonpath([posixpath.dirname(name) for name in found]) if found else ""
     asked = patient(filesystem, retry)
     try:
         return FileSet(filesystem, tuple(_describe(asked, name, root) for name in found), retry_s)
     except OSError as error:
         raise _not_listed(patterns[0], error) from error
+
+
+def _check_real_paths(paths: Sequence[str]) -> None:
+    """Raise DataError for two paths of one file: through a link, or written in another way."""
+    seen: dict[str, str] = {}
+    for path in paths:
+        real = os.path.realpath(path)
+        if real in seen:
+            raise DataError(
+                f"data.path names {real} twice, as {seen[real]} and as {path}: its samples would be used twice. Name "
+                "it once"
+            )
+        seen[real] = path
 
 
 def _expand(pattern: str, kind: str, storage_options: dict[str, Any], retry: Retry) -> tuple[Any, list[str]]:

@@ -52,6 +52,7 @@ class Source:
         self._packed = (
             PackedText(spec, blocks, tokenizer, token_index, tails) if tokenizer and token_index and tails else None
         )
+        self._shapes: dict[str, tuple[tuple[int, ...], str]] = {}  # of a row of each column, and where it was seen
         self.fingerprint: dict[str, Any] = self._make_fingerprint()
         self._batch_types = batch_types(spec, self.vocabulary_size)
 
@@ -136,7 +137,20 @@ class Source:
             return self._packed.read_block(block)
         table = self._blocks.read(block)
         where = self._blocks.where(block)
-        return {name: stack(table.column(name), f"{where}, column {name!r}") for name in table.column_names}
+        arrays = {name: stack(table.column(name), f"{where}, column {name!r}") for name in table.column_names}
+        for name, array in arrays.items():
+            self._check_shape(name, array, where)
+        return arrays
+
+    def _check_shape(self, name: str, array: npt.NDArray[Any], where: str) -> None:
+        """Raise DataError for rows that cannot be stacked with those that were read first; it names both places."""
+        shape, first = self._shapes.setdefault(name, (array.shape[1:], where)) if len(array) else ((), "")
+        if first and shape != array.shape[1:]:
+            raise DataError(
+                f"{where}, column {name!r}: rows of different shapes {sorted([shape, array.shape[1:]])}; {shape} is "
+                f"that of {first}. Expected lists of equal length in all files. Pad them before, or leave the column "
+                "out of data.columns"
+            )
 
     def rows_in(self, block: int) -> int:
         """Return how many samples a block has."""

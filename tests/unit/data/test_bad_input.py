@@ -87,6 +87,11 @@ def test_empty_files_among_others_are_fine(tmp_path: Path) -> None:
 def test_a_file_named_twice(tmp_path: Path) -> None:
     file = str(write(tmp_path / "a.parquet"))
     refused(lambda: opened((file, str(tmp_path))), "a.parquet twice")
+    (tmp_path / "sub").mkdir()
+    other_way = f"{tmp_path}/sub/../a.parquet"
+    refused(lambda: opened((file, other_way)), "a.parquet twice")
+    (tmp_path / "b.parquet").symlink_to(file)
+    refused(lambda: opened(tmp_path), f"{file} twice, as {file} and as {tmp_path}/b.parquet")
 
 
 def test_wrong_schema_in_one_of_many_files(tmp_path: Path) -> None:
@@ -130,7 +135,12 @@ def test_a_column_that_cannot_be_stacked(tmp_path: Path) -> None:
     refused(lambda: source.read_block(0), "a.parquet, row group 0, column 'x': lists of 1 to 2 elements")
     write(tmp_path / "a.parquet", x=[[1]] * 10 + [[1, 2]] * 10)
     reader = LaneReader(opened(tmp_path, lanes=1, lane_batch_size=20, **table))
-    refused(lambda: reader.batch(0, 0), "column 'x': rows of different shapes [(1,), (2,)]")
+    refused(
+        lambda: reader.batch(0, 0),
+        "column 'x': rows of different shapes [(1,), (2,)]",
+        "a.parquet, row group 0",
+        "a.parquet, row group 1",
+    )
 
 
 def test_nulls_in_a_table(tmp_path: Path) -> None:
