@@ -58,6 +58,7 @@ def inspect(
             storage_options=data.storage_options if data else None,
             everything=everything,
             progress=telling(shown),
+            settings=data,
         )
     told = estimate(found, job, tokens_per_s) if job and whole else None  # of a mixture it depends on the shares
     picture = None

@@ -20,6 +20,7 @@ from elastictrain.data.files import SUFFIXES, find_files
 from elastictrain.data.formats import first_schema, open_blocks
 from elastictrain.data.index import BlockFormat, Progress, read_texts
 from elastictrain.data.order import derive_key, permutation
+from elastictrain.data.retry import RETRY_LIMIT_S
 from elastictrain.data.tokenizers import Tokenizer, load_tokenizer
 from elastictrain.data_settings import Data, Mixture
 from elastictrain.errors import DataError
@@ -122,14 +123,16 @@ def inspect_data(
     storage_options: dict[str, Any] | None = None,
     everything: bool = False,
     progress: Progress | None = None,
+    settings: Data | None = None,
 ) -> Inspection:
     """Look at data. `text_column` None: the first of `TEXT_NAMES` that is there, if any; `everything`: read it all.
+    `settings`: a job's, for what is not said here, such as the rows of a block and what to do with corrupt files.
 
     Raises DataError as `open_source` does.
     """
     kind = kind or guess_kind(path)
-    files = find_files(path, kind, storage_options)
-    spec = Data.model_validate(
+    files = find_files(path, kind, storage_options, settings.retry_s if settings else RETRY_LIMIT_S)
+    spec = settings.settled() if settings else Data.model_validate(
         {"kind": kind, "path": path if isinstance(path, str) else tuple(path), "tokenizer": tokenizer,
          "storage_options": storage_options or {}}
         | ({"text_column": "text", "sequence_length": 1} if kind == "text" else {})
@@ -139,7 +142,9 @@ def inspect_data(
     if column is not None and column not in schema.names:
         raise DataError(f"no column {column!r}{nearest(column, schema.names)}: {show_schema(_pairs(schema))}")
     names = tuple(f.name for f in schema if not is_text(f.type))
-    read = {"text_column": column, "sequence_length": 1} if column else {"columns": names}
+    # Packed rows are not looked at, so their length and what goes with it say nothing here.
+    plain = {"text_column": None, "sequence_length": None, "packing": "concatenate", "document_ids": False}
+    read = plain | ({"text_column": column, "sequence_length": 1} if column else {"columns": names})
     blocks, _ = open_blocks(spec.model_copy(update=read), files, None, progress)
     try:
         texts: Texts | None = None

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+import elastictrain as et
 from elastictrain.cli import app
 from elastictrain.data.inspection import (
     BLOCKS_READ,
@@ -84,6 +85,26 @@ def test_json_lines_and_tables_and_the_column_that_is_named(tmp_path: Path) -> N
     assert other.texts.lengths.tolist() == [4, 1]
     table = inspect_data(write(tmp_path / "t", x=[1.0, 2.0], y=[1, 2]))
     assert (table.texts, table.samples, table.rows) == (None, (), 2)
+
+
+def test_a_job_says_how_its_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lines").mkdir()
+    (tmp_path / "lines" / "a.jsonl").write_text('{"text": "words"}\n' * 20 + "broken\n" + '{"text": "words"}\n' * 4)
+    spec = et.data.jsonl(
+        str(tmp_path / "lines"), text_column="text", sequence_length=8, rows_per_block=5, on_corrupt="skip"
+    )
+    found = inspect_data(spec.path, kind="jsonl", text_column="text", settings=spec)
+    assert (found.rows, found.blocks, found.block_rows.most) == (20, 5, 5)
+    (tmp_path / "files").mkdir()
+    for number in range(3):
+        (tmp_path / "files" / f"{number}.txt").write_text("a line\n" * 7)
+    whole = et.data.text(str(tmp_path / "files"), sequence_length=8, document="file")
+    assert inspect_data(whole.path, kind="text", text_column="text", settings=whole).rows == 3
+    monkeypatch.chdir(tmp_path)
+    job = job_of(str(tmp_path / "lines"), lanes=1, steps=4).model_copy(update={"data": spec})
+    (tmp_path / "job.yaml").write_text(dump_job(job))
+    record = json.loads(CliRunner().invoke(app, ["data", "inspect", "job.yaml", "--json"]).output)
+    assert (record["rows"], record["blocks"]) == (20, 5)
 
 
 def test_what_cannot_be_inspected_says_why(tmp_path: Path) -> None:
