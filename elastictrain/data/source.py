@@ -239,8 +239,13 @@ class Source:
         """Close all files."""
         self._blocks.close()
 
-    def _make_fingerprint(self) -> dict[str, Any]:
-        blocks, tokens, spec = self._blocks.blocks, self._token_index, self.spec
+    @property
+    def whole_fingerprint(self) -> dict[str, Any]:
+        """The fingerprint with a list of all files, however many there are."""
+        return {**self.fingerprint, "files": self._files_of_fingerprint()}
+
+    def _files_of_fingerprint(self) -> list[dict[str, Any]]:
+        blocks, tokens = self._blocks.blocks, self._token_index
         files = []
         first = np.searchsorted(blocks.file, np.arange(len(self._files.files) + 1))  # blocks lie in the files' order
         for number, file in enumerate(self._files.files):
@@ -257,6 +262,10 @@ class Source:
                     "hash": f"{checksum_of(b''.join(part.astype('<u8').tobytes() for part in content)):016x}",
                 }
             )
+        return files
+
+    def _make_fingerprint(self) -> dict[str, Any]:
+        spec = self.spec
         content_of_source = {
             "version": 1,
             "kind": spec.kind,
@@ -278,7 +287,7 @@ class Source:
             content_of_source["document"] = spec.document
         if self._blocks.holes:
             content_of_source["holes"] = len(self._blocks.holes)
-        return seal_fingerprint(content_of_source, files)
+        return seal_fingerprint(content_of_source, self._files_of_fingerprint())
 
     def _packing_of_fingerprint(self) -> dict[str, Any]:
         packing: dict[str, Any] = {"version": PACKING_VERSION, "sequence_length": self.spec.sequence_length}

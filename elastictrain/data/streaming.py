@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from elastictrain.data.live import open_live
+from elastictrain.data.fingerprint import fingerprint_difference
+from elastictrain.data.live import LiveSource, open_live
 from elastictrain.data.live_feeder import open_feeder
 from elastictrain.data.mixed import MixedSource, open_mixture
 from elastictrain.data.mixture import Segment, join_plans
+from elastictrain.data.remembered import recall, remember, short_hash
 from elastictrain.data.source import Source, open_source
 from elastictrain.data.sources import AnySource
 from elastictrain.data_settings import Mixture
@@ -63,7 +65,7 @@ class Stream(IterableDataset[dict[str, torch.Tensor]]):
         self._mine = range(rank * self._lanes // world, (rank + 1) * self._lanes // world)
         self._epochs, self._device = epochs, device
         self._plans: list[tuple[int, list[Segment]]] = []
-        self._step = 0
+        self._step, self._is_remembered = 0, False
         self.source: AnySource = self._open()
         if isinstance(self.source, MixedSource):
             self._plans = [(0, self.source.plan)]
@@ -108,6 +110,10 @@ class Stream(IterableDataset[dict[str, torch.Tensor]]):
             "size": self._size,
             "data": self._hashes(),
         }
+        if not self._is_remembered:
+            for source in self._sources().values():
+                remember(_whole(source))
+            self._is_remembered = True
         if self.source.growth is not None and self._step:
             content["live"] = self.source.growth.mark_of(self._step - 1)
         if self._plans:
@@ -125,7 +131,7 @@ class Stream(IterableDataset[dict[str, torch.Tensor]]):
         differing = [f"{name} was {stored[name]} and is now {new}" for name, new in now.items() if stored[name] != new]
         hashes = self._hashes()  # a source of a mixture may come or go
         changed = [name for name, old in stored["data"].items() if hashes.get(name, old) != old]
-        differing += [f"the data of source {name!r} changed" if name else "the data changed" for name in changed]
+        differing += [sentence for name in changed for sentence in self._changes(name, stored["data"][name])]
         if differing or ("plans" in stored) != bool(self._plans):
             what = "; ".join(differing) or "one source was a mixture, or the other way round"
             raise DataError(f"this state belongs to another stream: {what}. Open the stream as it was, or start anew")
@@ -150,9 +156,21 @@ class Stream(IterableDataset[dict[str, torch.Tensor]]):
 
     def _hashes(self) -> dict[str, str]:
         """The first half of each source's fingerprint; by name in a mixture."""
-        if isinstance(self.source, MixedSource):
-            return {name: one.fingerprint["hash"][:16] for name, one in self.source.sources.items()}
-        return {"": self.source.fingerprint["hash"][:16]}
+        return {name: short_hash(one.fingerprint) for name, one in self._sources().items()}
+
+    def _sources(self) -> Mapping[str, Source | LiveSource]:
+        return self.source.sources if isinstance(self.source, MixedSource) else {"": self.source}
+
+    def _changes(self, name: str, old: str) -> list[str]:
+        """Say that a source has changed, and how, if this machine has seen what it was."""
+        said = f"the data of source {name!r} changed" if name else "the data changed"
+        known = recall(old)
+        how = [] if known is None else fingerprint_difference(known, _whole(self._sources()[name]))
+        return [f"{said}: {sentence}" for sentence in how] or [said]
+
+
+def _whole(source: Source | LiveSource) -> dict[str, Any]:
+    return source.whole_fingerprint if isinstance(source, Source) else source.fingerprint
 
 
 def _default_lanes(batch_size: int, world: int) -> int:
