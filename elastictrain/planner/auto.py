@@ -1,26 +1,27 @@
 """How many workers a job should run on, of those that its settings allow: for `plan: auto`. Pure.
 
 What can be run today is planned, nothing else: every worker holds the whole model, lanes are dealt out by speed. More
-workers are not always quicker: each takes part in the exchange, and with L lanes n workers need as long as the fewest
-that have no more than `ceil(L / n)` lanes each. So the numbers worth trying are those, and the most there can be; for
-each, workers are taken from the quickest groups first, for every subset of the groups.
+workers are not always quicker: each takes part in the exchange. So every number is tried, over every subset of the
+groups.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from elastictrain.planner.compute import DEFAULTS, Constants
-from elastictrain.planner.lanes import LanePlan, plan_lanes
+from elastictrain.planner.lanes import LanePlan
 from elastictrain.planner.profiles import Cluster
-from elastictrain.planner.search import subsets
-from elastictrain.planner.workload import STATE_BYTES, Workload, teams_of
+from elastictrain.planner.workload import Workload, plan_counts, workers_of
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """`workers` and where they are (`counts`, by group). `others`: for each number that was tried, its best seconds."""
+    """`workers` and where they are (`counts`, by group). `others`: the best seconds of some numbers,
+    of `worker_counts` always.
+    """
 
     workers: int
     counts: Mapping[int, int]
@@ -34,7 +35,7 @@ class Choice:
 
 
 def worker_counts(lanes: int, least: int, most: int) -> list[int]:
-    """The numbers of workers worth trying, from `least` to `most`: the fewest for every largest number of lanes."""
+    """The numbers of workers worth telling of, from `least` to `most`: the fewest for every largest number of lanes."""
     fewest = {-(-lanes // each) for each in range(1, lanes + 1)}
     return sorted({least, most} | {count for count in fewest if least <= count <= most})
 
@@ -47,21 +48,18 @@ def choose_workers(
     """
     best: Choice | None = None
     others: dict[int, float] = {}
-    for chosen in subsets(len(cluster.groups)):
-        there = sum(cluster.groups[number].devices for number in chosen)
-        for count in worker_counts(work.lanes, least, min(most, there, work.lanes)) if there >= least else ():
-            counts = quickest_first(work, cluster, chosen, count, constants)
-            if counts is None:
-                continue
-            teams = teams_of(work, cluster, chosen, constants, counts)
-            copies = 2 if work.mirrors and count > 1 else 1
-            # every worker of a run has a lane
-            split = plan_lanes(teams, work.lanes, STATE_BYTES * copies * work.params, least=1)
-            if split is None:
-                continue
-            others[count] = min(split.step_s, others.get(count, split.step_s))
-            if best is None or _better(split.step_s, count, best):
-                best = Choice(count, counts, split, others)
+    told_of = set(worker_counts(work.lanes, least, min(most, work.lanes, cluster.size)))
+    for counts in workers_of(cluster, least, min(most, work.lanes)):
+        count = sum(counts.values())
+        limit = others.get(count, math.inf)
+        if count not in told_of and best is not None:
+            limit = min(limit, best.split.step_s)
+        split = plan_counts(work, cluster, counts, constants, better_than_s=limit)
+        if split is None:
+            continue
+        others[count] = split.step_s
+        if best is None or _better(split.step_s, count, best):
+            best = Choice(count, counts, split, others)
     return best
 
 
@@ -69,21 +67,6 @@ def _better(step_s: float, count: int, than: Choice) -> bool:
     if step_s < than.split.step_s * (1 - 1e-9):
         return True
     return count < than.workers and step_s <= than.split.step_s * (1 + 1e-9)
-
-
-def quickest_first(
-    work: Workload, cluster: Cluster, chosen: tuple[int, ...], count: int, constants: Constants
-) -> dict[int, int] | None:
-    """Workers of each group when `count` are taken from the quickest first; None when some group then gets none."""
-    lane_s = {
-        number: team.ways[0].lane_s
-        for number, team in zip(chosen, teams_of(work, cluster, chosen, constants), strict=True)
-    }
-    left, counts = count, {}
-    for number in sorted(chosen, key=lambda n: (lane_s[n], n)):
-        counts[number] = min(left, cluster.groups[number].devices)
-        left -= counts[number]
-    return counts if left == 0 and min(counts.values()) > 0 else None
 
 
 def told(choice: Choice, cluster: Cluster, most: int) -> list[str]:

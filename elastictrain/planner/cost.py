@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from elastictrain.planner.collectives import across_nodes, all_gather_s, send_s
-from elastictrain.planner.compute import DEFAULTS, Constants, head_time, layer_time
+from elastictrain.planner.compute import DEFAULTS, Constants, LayerTime, head_time, layer_time
 from elastictrain.planner.memory import even_layers
 from elastictrain.planner.model import Cut, Transformer
 from elastictrain.planner.profiles import Device, Link
@@ -100,14 +100,16 @@ def step_time(
     )
 
 
-def layer_s(model: Transformer, cut: Cut, place: Place, constants: Constants) -> float:
+def layer_s(
+    model: Transformer, cut: Cut, place: Place, constants: Constants, *, known: LayerTime | None = None
+) -> float:
     """One layer for one micro-batch, forward and backward, with what ZeRO exchanges beside it.
 
     Stage 2 scatters a layer's gradients after every backward, stage 3 gathers its parameters before every forward and
     backward too. Either runs beside the computation of the layer before, so that the longer of the two counts (as
-    Cephalo counts FSDP; Guo et al. 2025).
+    Cephalo counts FSDP; Guo et al. 2025). `known`: the layer's own time, where it was worked out before.
     """
-    time = layer_time(model, cut, place.device, place.inside, constants)
+    time = known or layer_time(model, cut, place.device, place.inside, constants)
     if cut.zero_stage < 2 or cut.workers == 1:
         return place.slowdown * time.total_s
     around = round_s(model.layer_params / cut.tensor, cut, place, constants)

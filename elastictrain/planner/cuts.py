@@ -13,13 +13,12 @@ All of this is exact under the cost model. A shape is opened only when even the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import product
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import product, starmap
 
-from elastictrain.planner.compute import Constants, layer_time
+from elastictrain.planner.compute import Constants, LayerTime, layer_time
 from elastictrain.planner.cost import (
-    Place,
     border_s,
     ends_s,
     gradients_s,
@@ -39,48 +38,19 @@ from elastictrain.planner.memory import (
 )
 from elastictrain.planner.model import Checkpointing, Cut, Schedule
 from elastictrain.planner.plan import SPREAD_BYTES, Plan, Task
-from elastictrain.planner.profiles import Cluster, Group
+from elastictrain.planner.profiles import Cluster
 from elastictrain.planner.schedule import bubble_share, in_flight, replayed_s
+from elastictrain.planner.shapes import Branch, Candidate, Shape, divisors, memory_bytes, place_of
 from elastictrain.planner.stages import Kind, Pipeline, place_stages
 
-WorkOut = Callable[[float], Plan | None]
 EXCHANGE = "the links between workers (gradients and parameters)"
 _TENSORS = (1, 2, 4, 8, 16)
 _PIPELINES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 _CHUNKS = (2, 4)
 _LEAST_BUBBLE = 1 / max(_CHUNKS)
+_LEAST_MIXED_BUBBLE = 1 / 3
+"""ZB-H1's."""
 MOST_MIXED_STAGES = 24
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """`work_out(worst)` gives the plan, or None when it takes `worst` seconds or more, or fits nowhere."""
-
-    bound_s: float
-    work_out: WorkOut
-
-
-@dataclass(frozen=True, slots=True)
-class Branch:
-    """Candidates of which none takes less than `bound_s`."""
-
-    bound_s: float
-    open: Callable[[], list[Candidate]]
-    size: int
-
-
-def place_of(cluster: Cluster, group: Group) -> Place:
-    """A group as the cost model sees it."""
-    return Place(
-        device=cluster.device(group), per_node=group.per_node, inside=cluster.link(group.intra),
-        across=cluster.link(group.inter), slowdown=group.slowdown,
-    )  # fmt: skip
-
-
-def memory_bytes(cluster: Cluster, number: int) -> float:
-    """What a device of a group may use."""
-    group = cluster.groups[number]
-    return group.memory_limit_bytes or cluster.device(group).memory_bytes
 
 
 class Cuts:
@@ -89,40 +59,50 @@ class Cuts:
     def __init__(self, task: Task, cluster: Cluster, constants: Constants) -> None:
         self.task, self.cluster, self.constants = task, cluster, constants
         self.places = [place_of(cluster, group) for group in cluster.groups]
-        self._layers: dict[tuple[int, int, int, Checkpointing], float] = {}
+        self._times: dict[tuple[int, int, int, Checkpointing], LayerTime] = {}
+        self._sizes: dict[tuple[bool, int, bool, bool, bool], int] = {}
 
     # --- what is tried ---
 
     def grid(self) -> Iterator[Branch]:
         """One group of nodes, cut up alike."""
         for number, group in enumerate(self.cluster.groups):
-            for tensor, pipeline, micro_batch in self._shapes(group.per_node):
-                workers = min(group.devices // (tensor * pipeline), self.task.lanes)
-                if workers >= 1 and tensor * pipeline > 1:
-                    yield self._branch((number,), (pipeline,), self._cut(tensor, pipeline, workers, micro_batch))
+            for shape in self._shapes(group.per_node):
+                most = min(group.devices // (shape.tensor * shape.pipeline), self.task.lanes)
+                if most >= 1 and shape.tensor * shape.pipeline > 1:
+                    yield self._branch((number,), shape, range(1, most + 1))
 
     def mixed(self, subsets: Sequence[tuple[int, ...]]) -> Iterator[Branch]:
         """One pipeline over several groups: which group has which stages, in which order, with how many layers."""
         groups = self.cluster.groups
         for chosen in subsets:
-            for tensor, pipeline, micro_batch in self._shapes(min(groups[n].per_node for n in chosen)):
-                most = sum(groups[n].devices // tensor for n in chosen) // pipeline
-                for workers in _halvings(min(most, self.task.lanes)):
-                    places = tuple(groups[n].devices // (tensor * workers) for n in chosen)
-                    if 2 <= pipeline <= min(sum(places), MOST_MIXED_STAGES) and 0 not in places:
-                        yield self._branch(chosen, places, self._cut(tensor, pipeline, workers, micro_batch))
+            for shape in self._shapes(min(groups[n].per_node for n in chosen)):
+                counts = self._counts(chosen, shape)
+                if counts and 2 <= shape.pipeline <= MOST_MIXED_STAGES:
+                    yield self._branch(chosen, shape, counts)
 
-    def _shapes(self, per_node: int) -> Iterator[tuple[int, int, int]]:
+    def _counts(self, chosen: tuple[int, ...], shape: Shape) -> list[int]:
+        """Numbers of workers for a pipeline over all of these groups: of all that have the same largest number of
+        lanes the smallest, which leaves most places for stages; and the powers of two. More devices only add to them.
+        """
+        lanes = self.task.lanes
+        devices = [self.cluster.groups[n].devices // shape.tensor for n in chosen]
+        most = min(*devices, lanes)
+        fewest = {-(-lanes // each) for each in range(1, lanes + 1)} | {1 << n for n in range(most.bit_length())}
+        return [n for n in sorted(fewest) if n <= most and sum(d // n for d in devices) >= shape.pipeline]
+
+    def _shapes(self, per_node: int) -> Iterator[Shape]:
         model = self.task.model
         tensors = [t for t in _TENSORS if t <= per_node and model.heads % t == 0 and model.ffn % t == 0]
-        yield from product(tensors, [p for p in _PIPELINES if p <= model.layers], divisors(self.task.lane_batch))
+        pipelines = [p for p in _PIPELINES if p <= model.layers]
+        yield from starmap(Shape, product(tensors, pipelines, divisors(self.task.lane_batch)))
 
-    def _cut(self, tensor: int, pipeline: int, workers: int, micro_batch: int) -> Cut:
-        count = -(-self.task.lanes // workers) * (self.task.lane_batch // micro_batch)
+    def _cut(self, shape: Shape, workers: int) -> Cut:
+        count = -(-self.task.lanes // workers) * (self.task.lane_batch // shape.micro_batch)
         return Cut(
-            tensor=tensor, pipeline=pipeline, workers=workers, micro_batch=micro_batch, micro_batches=count,
-            zero_stage=1, mirrors=self.task.mirrors and workers > 1, dtype=self.task.dtype,
-            sequence_parallel=tensor > 1,
+            tensor=shape.tensor, pipeline=shape.pipeline, workers=workers, micro_batch=shape.micro_batch,
+            micro_batches=count, zero_stage=1, mirrors=self.task.mirrors and workers > 1, dtype=self.task.dtype,
+            sequence_parallel=shape.tensor > 1,
         )  # fmt: skip
 
     def variants(self, cut: Cut, *, one_group: bool) -> list[Cut]:
@@ -143,39 +123,87 @@ class Cuts:
 
     # --- bounds ---
 
-    def _branch(self, chosen: tuple[int, ...], places: tuple[int, ...], cut: Cut) -> Branch:
-        cuts = self.variants(cut, one_group=len(chosen) == 1)
-        bubble = min(bubble_share(variant) for variant in cuts)
-        layers = self.task.model.layers
-        whole = [layers * self._layer(n, cut) + self._ends(n, cut) for n in chosen]
-        # Whatever a variant exchanges, its update takes as long.
-        rest = min(optimizer_s(self._even_params(cut), cut, self.places[n], self.constants) for n in chosen)
-        bound = self._working(whole, places, cut, bubble) + rest
-        return Branch(bound, lambda: [self._candidate(chosen, places, variant) for variant in cuts], len(cuts))
+    def _branch(self, chosen: tuple[int, ...], shape: Shape, counts: Sequence[int]) -> Branch:
+        """All the numbers of workers, halved until one is left: nothing is worked out of a half that cannot win."""
+        few, many = counts[0], counts[-1]
+        bound = self._range_bound(chosen, shape, few, many)
+        if few == many:
+            cut = self._cut(shape, few)
+            cuts = self.variants(cut, one_group=len(chosen) == 1)
+            places = self._places(chosen, cut)
+            return Branch(bound, lambda: [self._candidate(chosen, places, variant) for variant in cuts], len(cuts))
+        middle = len(counts) // 2
+        halves = counts[:middle], counts[middle:]
+        size = sum(self._variants_of(chosen, shape, count) for count in counts)
+        return Branch(bound, lambda: [self._branch(chosen, shape, half) for half in halves], size)
+
+    def _variants_of(self, chosen: tuple[int, ...], shape: Shape, workers: int) -> int:
+        """How many `variants` there are."""
+        batches = -(-self.task.lanes // workers) * (self.task.lane_batch // shape.micro_batch)
+        one_group = len(chosen) == 1
+        key = (
+            one_group, shape.pipeline, workers > 1, batches >= shape.pipeline, batches % shape.pipeline == 0
+        )  # fmt: skip
+        if key not in self._sizes:
+            self._sizes[key] = len(self.variants(self._cut(shape, workers), one_group=one_group))
+        return self._sizes[key]
+
+    def _places(self, chosen: tuple[int, ...], cut: Cut) -> tuple[int, ...]:
+        """Stages that each group has devices for."""
+        if len(chosen) == 1:
+            return (cut.pipeline,)
+        return tuple(self.cluster.groups[n].devices // (cut.tensor * cut.workers) for n in chosen)
+
+    def _range_bound(self, chosen: tuple[int, ...], shape: Shape, few: int, many: int) -> float:
+        """No plan of this shape with `few` to `many` workers takes less, whatever its variant: micro-batches and the
+        update of the most workers, exchange and places of the fewest.
+        """
+        most = self._cut(shape, many)
+        places = self._places(chosen, self._cut(shape, few))
+        bubble = _LEAST_BUBBLE if len(chosen) == 1 else _LEAST_MIXED_BUBBLE
+        update = min(optimizer_s(self._even_params(most), most, self.places[n], self.constants) for n in chosen)
+        bound = math.inf
+        for zero in (1, 2, 3) if many > 1 else (1,):
+            # With fewer workers than a node has room for, or on one node, more of them may exchange in less time.
+            least = [replace(most, workers=self._across(n, shape, few), zero_stage=zero) for n in chosen]
+            whole = [
+                self.task.model.layers * self._layer_s(n, cut) + self._ends(n, cut)
+                for n, cut in zip(chosen, least, strict=True)
+            ]
+            exchange = min(
+                gradients_s(self._even_params(cut), self.task.model, cut, self.places[n], self.constants)
+                for n, cut in zip(chosen, least, strict=True)
+            )
+            bound = min(bound, self._working(whole, places, most, bubble) + exchange)
+        return bound + update
+
+    def _across(self, number: int, shape: Shape, workers: int) -> int:
+        """So many workers as exchange in no more time than `workers` or any more of them."""
+        node = self.places[number].per_node
+        beyond = workers * shape.tensor * shape.pipeline > node and workers * shape.tensor >= node
+        return workers if beyond else 1
 
     def _candidate(self, chosen: tuple[int, ...], places: tuple[int, ...], cut: Cut) -> Candidate:
-        layers = self.task.model.layers
-        whole = [
-            layers * layer_s(self.task.model, cut, self.places[n], self.constants)
-            + sum(ends_s(self.task.model, cut, self.places[n], self.constants))
-            for n in chosen
-        ]
+        whole = [self.task.model.layers * self._layer_s(n, cut) + self._ends(n, cut) for n in chosen]
         bound = self._working(whole, places, cut, bubble_share(cut)) + self._least_rest(chosen, cut)
         return Candidate(bound, lambda worst: self._work_out(chosen, places, cut, worst))
 
     def _working(self, whole: Sequence[float], places: Sequence[int], cut: Cut, bubble: float) -> float:
         """No cut of the layers is quicker than one in which all stages take the same time, on the quickest places."""
         least = min(whole)
-        quick = sorted((least / t for t, n in zip(whole, places, strict=True) for _ in range(n)), reverse=True)
+        shares = [least / t for t, n in zip(whole, places, strict=True) for _ in range(min(n, cut.pipeline))]
+        quick = sorted(shares, reverse=True)
         return bubble * least + (cut.micro_batches - bubble) * least / sum(quick[: cut.pipeline])
 
-    def _layer(self, number: int, cut: Cut) -> float:
+    def _time(self, number: int, cut: Cut) -> LayerTime:
         key = number, cut.tensor, cut.micro_batch, cut.checkpointing
-        if key not in self._layers:
+        if key not in self._times:
             place = self.places[number]
-            time = layer_time(self.task.model, cut, place.device, place.inside, self.constants)
-            self._layers[key] = place.slowdown * time.total_s
-        return self._layers[key]
+            self._times[key] = layer_time(self.task.model, cut, place.device, place.inside, self.constants)
+        return self._times[key]
+
+    def _layer_s(self, number: int, cut: Cut) -> float:
+        return layer_s(self.task.model, cut, self.places[number], self.constants, known=self._time(number, cut))
 
     def _ends(self, number: int, cut: Cut) -> float:
         return sum(ends_s(self.task.model, cut, self.places[number], self.constants))
@@ -332,13 +360,3 @@ class Cuts:
             ).fits
             for stage, (number, count, more) in enumerate(zip(groups, layers, again, strict=True))
         )
-
-
-def divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def _halvings(number: int) -> list[int]:
-    """Worker counts that are tried: powers of two, and the most there can be."""
-    powers = [1 << n for n in range(number.bit_length()) if 1 << n <= number]
-    return sorted({*powers, number} - {0})

@@ -10,19 +10,29 @@ there is under the model; when the search ends early, the smallest bound that is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from heapq import heapify, heappop, heappush
-from itertools import combinations, count, product
+from itertools import count, product
 
 from elastictrain.planner.compute import DEFAULTS, Constants, head_time, layer_time
-from elastictrain.planner.cost import gradients_s, optimizer_s
-from elastictrain.planner.cuts import EXCHANGE, Branch, Candidate, Cuts, divisors, memory_bytes, place_of
+from elastictrain.planner.cost import optimizer_s
+from elastictrain.planner.cuts import EXCHANGE, Cuts
 from elastictrain.planner.lanes import Team, Way, plan_lanes
 from elastictrain.planner.memory import probability, stage_memory
 from elastictrain.planner.model import Checkpointing, Cut
 from elastictrain.planner.plan import SPREAD_BYTES, Family, Found, Plan, Task
 from elastictrain.planner.profiles import Cluster
+from elastictrain.planner.shapes import (
+    Branch,
+    Candidate,
+    deals,
+    divisors,
+    memory_bytes,
+    place_of,
+    slowest_ring_s,
+    subsets,
+)
 
 NEAR = 1.1
 """Plans that take more than this many times as long as the best one are not worth showing."""
@@ -61,8 +71,9 @@ def search(
         if plan is None:
             continue
         bound = min(bound, plan.bound_s)
-        if not any(_same(plan, other) for other in plans):
-            plans = sorted([*plans, plan], key=lambda plan: plan.step_s)[:keep]
+        alike = next((other for other in plans if _alike(plan, other)), None)
+        if alike is None or plan.step_s < alike.step_s:
+            plans = sorted([*(p for p in plans if p is not alike), plan], key=lambda plan: plan.step_s)[:keep]
     best = plans[0].step_s if plans else math.inf
     return Found(tuple(plans), min(bound, best), examined, total)
 
@@ -70,16 +81,22 @@ def search(
 def nodes(task: Task, cluster: Cluster, constants: Constants, family: Family) -> Iterator[Branch | Candidate]:
     """The candidates of one family, and branches of candidates."""
     if family == "lanes":
-        return _Lanes(task, cluster, constants).candidates()
+        return _Lanes(task, cluster, constants).branches()
     cuts = Cuts(task, cluster, constants)
     if family == "grid":
         return cuts.grid()
     return cuts.mixed([chosen for chosen in subsets(len(cluster.groups)) if len(chosen) > 1])
 
 
-def _same(one: Plan, other: Plan) -> bool:
-    key = (one.cut, one.layers, one.again, one.stage_groups, one.ways, one.groups)
-    return key == (other.cut, other.layers, other.again, other.stage_groups, other.ways, other.groups)
+def _alike(one: Plan, other: Plan) -> bool:
+    """Nothing but the number of workers differs, and as many lanes remain for the one that has most."""
+    return _key(one) == _key(other)
+
+
+def _key(plan: Plan) -> tuple[object, ...]:
+    cut = None if plan.cut is None else replace(plan.cut, workers=1, mirrors=False)
+    most = 0 if plan.lane_plan is None else max(plan.lane_plan.lanes)
+    return (cut, plan.layers, plan.again, plan.stage_groups, plan.ways, plan.groups, most)
 
 
 class _Lanes:
@@ -89,19 +106,53 @@ class _Lanes:
         self.task, self.cluster, self.constants = task, cluster, constants
         self.places = [place_of(cluster, group) for group in cluster.groups]
 
-    def candidates(self) -> Iterator[Candidate]:
-        for chosen in subsets(len(self.cluster.groups)):
-            teams = tuple(self._team(number, chosen) for number in chosen)
-            if not all(team.ways for team in teams):
-                continue
-            speed = sum(team.count / min(way.lane_s for way in team.ways) for team in teams)
-            least = min(way.fixed_s for team in teams for way in team.ways)
-            yield Candidate(self.task.lanes / speed + least, self._worker(teams, chosen))
+    def branches(self) -> Iterator[Branch]:
+        """Every number of workers over every subset of the groups: more of them may cost more than they bring."""
+        teams = [self._team(number) for number in range(len(self.places))]
+        for chosen in subsets(len(teams)):
+            if all(teams[number].ways for number in chosen):
+                there = sum(teams[number].count for number in chosen)
+                for workers in range(len(chosen), min(there, self.task.lanes) + 1):
+                    yield self._branch([teams[number] for number in chosen], chosen, workers)
+
+    def _branch(self, teams: Sequence[Team], chosen: tuple[int, ...], workers: int) -> Branch:
+        quick = sorted((min(way.lane_s for way in team.ways), team.count) for team in teams)
+        speed, left = 0.0, workers
+        for lane_s, there in quick:
+            speed += min(left, there) / lane_s
+            left -= min(left, there)
+        update = min(self._update(number, workers) for number in chosen)
+        sizes = [team.count for team in teams]
+        least = self.task.lanes / speed + update
+
+        def opened() -> list[Candidate]:
+            return [self._candidate(teams, dict(zip(chosen, taken, strict=True)), least - update)
+                    for taken in deals(sizes, workers)]  # fmt: skip
+
+        return Branch(least, opened, 1)
+
+    def _candidate(self, teams: Sequence[Team], counts: Mapping[int, int], lanes_s: float) -> Candidate:
+        """`lanes_s`: of the lanes alone, at least."""
+        task, workers = self.task, sum(counts.values())
+        size = 2.0 if task.dtype == "bf16" else 4.0
+        # Gradients reduced, parameters gathered.
+        exchange = 2 * slowest_ring_s(size * task.model.params, self.cluster, self.constants, counts)
+        fixed = [exchange + self._update(number, workers) for number in counts]
+        used = tuple(
+            replace(team, count=count, ways=tuple(replace(way, fixed_s=seconds) for way in team.ways))
+            for team, count, seconds in zip(teams, counts.values(), fixed, strict=True)
+        )
+        return Candidate(lanes_s + min(fixed), self._worker(used, tuple(counts)))
+
+    def _update(self, number: int, workers: int) -> float:
+        return optimizer_s(self.task.model.params, Cut(workers=workers), self.places[number], self.constants)
 
     def _worker(self, teams: tuple[Team, ...], chosen: tuple[int, ...]) -> Callable[[float], Plan | None]:
         def work_out(worst: float) -> Plan | None:
-            copies = 2 if self.task.mirrors and sum(team.count for team in teams) > 1 else 1
-            found = plan_lanes(teams, self.task.lanes, 12.0 * self.task.model.params * copies, better_than_s=worst)
+            workers = sum(team.count for team in teams)
+            copies = 2 if self.task.mirrors and workers > 1 else 1
+            state = 12.0 * self.task.model.params * copies
+            found = plan_lanes(teams, self.task.lanes, state, better_than_s=worst, least=1)
             if found is None:
                 return None
             slowest = max(way.fixed_s / found.step_s for way in found.ways)
@@ -109,21 +160,21 @@ class _Lanes:
                 probability(found.fullest * team.memory_bytes - SPREAD_BYTES, team.memory_bytes) for team in teams
             )
             return Plan(
-                "lanes", found.step_s, found.step_s, chosen, sum(n > 0 for n in found.lanes), fits,
+                "lanes", found.step_s, found.step_s, chosen, workers, fits,
                 EXCHANGE if slowest > 0.5 else "compute", lane_plan=found, ways=tuple(way.name for way in found.ways),
             )  # fmt: skip
 
         return work_out
 
-    def _team(self, number: int, chosen: tuple[int, ...]) -> Team:
+    def _team(self, number: int) -> Team:
+        """All the devices of a group, with the ways that fit; exchange and update are not counted yet."""
         place, group, task = self.places[number], self.cluster.groups[number], self.task
-        workers = sum(self.cluster.groups[n].devices for n in chosen)
         ways = []
         memory = memory_bytes(self.cluster, number)
         for micro_batch, checkpointing in product(divisors(task.lane_batch), _CHECKPOINTING):
             cut = Cut(
-                workers=workers, micro_batch=micro_batch, micro_batches=task.lane_batch // micro_batch,
-                checkpointing=checkpointing, mirrors=task.mirrors and workers > 1, dtype=task.dtype,
+                micro_batch=micro_batch, micro_batches=task.lane_batch // micro_batch, checkpointing=checkpointing,
+                dtype=task.dtype,
             )  # fmt: skip
             layer = layer_time(task.model, cut, place.device, place.inside, self.constants).total_s
             head = head_time(task.model, cut, place.device, self.constants)
@@ -133,27 +184,14 @@ class _Lanes:
             )
             # The gradient tree is f32 and whole on every worker; masters, moments and mirrors are the blocks.
             kept = need.total + 4.0 * task.model.params + SPREAD_BYTES
-            if kept > memory:
-                continue
-            fixed = self.exchange(cut, chosen) + optimizer_s(task.model.params, cut, place, self.constants)
-            ways.append(Way(_way(micro_batch, checkpointing), fixed, lane, kept))
+            if kept <= memory:
+                ways.append(Way(_way(micro_batch, checkpointing), 0.0, lane, kept))
         ways.sort(key=lambda way: (way.lane_s, way.kept_bytes))
         useful: list[Way] = []
         for way in ways:  # a way that takes longer must need less memory
             if all(way.kept_bytes < other.kept_bytes for other in useful):
                 useful.append(way)
         return Team(f"{group.device} ({number})", group.devices, memory, tuple(useful))
-
-    def exchange(self, cut: Cut, chosen: tuple[int, ...]) -> float:
-        """Of gradients and parameters over all groups: as slow as over the slowest of their links."""
-        model = self.task.model
-        slow = max(gradients_s(model.params, model, cut, self.places[number], self.constants) for number in chosen)
-        if len({self.cluster.groups[number].island for number in chosen}) > 1:
-            between = self.cluster.link(self.cluster.between)
-            for number in chosen:
-                over = replace(self.places[number], across=between)
-                slow = max(slow, gradients_s(model.params, model, cut, over, self.constants))
-        return slow
 
 
 _CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "every_layer")
@@ -162,9 +200,3 @@ _CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "every_layer")
 def _way(micro_batch: int, checkpointing: Checkpointing) -> str:
     kept = "keeps activations" if checkpointing == "none" else "computes activations again"
     return f"{micro_batch} sequence{'s' if micro_batch > 1 else ''} at a time, {kept}"
-
-
-def subsets(count: int) -> Iterator[tuple[int, ...]]:
-    """Every choice of groups, the small ones first."""
-    for size in range(1, count + 1):
-        yield from combinations(range(count), size)

@@ -11,8 +11,19 @@ from collections.abc import Iterator
 from itertools import product
 from random import Random
 
+from elastictrain.planner.shapes import Branch, Candidate
 from elastictrain.planner.split import fill_whole, split_affine, split_tables
 from elastictrain.planner.stages import Kind, place_stages
+
+
+def leaves(node: Branch | Candidate, bound_s: float = 0.0) -> Iterator[tuple[float, Candidate]]:
+    """Every candidate under a branch, with the largest bound on the way to it."""
+    bound_s = max(bound_s, node.bound_s)
+    if isinstance(node, Candidate):
+        yield bound_s, node
+        return
+    for child in node.open():
+        yield from leaves(child, bound_s)
 
 
 def divisions(total: int, parts: int) -> Iterator[tuple[int, ...]]:

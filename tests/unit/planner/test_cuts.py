@@ -10,13 +10,15 @@ import pytest
 
 from elastictrain.planner.compute import DEFAULTS
 from elastictrain.planner.cost import layer_s, round_s, step_time
-from elastictrain.planner.cuts import Branch, Cuts, place_of
+from elastictrain.planner.cuts import Cuts
 from elastictrain.planner.memory import memory_of, param_bytes, stage_memory
 from elastictrain.planner.model import Cut, Transformer
 from elastictrain.planner.plan import SURE, Plan, Task
 from elastictrain.planner.profiles import LINKS, Cluster, parse_cluster
 from elastictrain.planner.search import search
+from elastictrain.planner.shapes import place_of
 from tests.support.planner_cases import A100
+from tests.support.planner_instances import leaves
 
 MODEL = Transformer(layers=16, hidden=4096, heads=32, sequence=2048, vocab=32000, ffn=11008, gated=True)
 UNFUSED = replace(MODEL, attention="fused")
@@ -25,8 +27,7 @@ UNFUSED = replace(MODEL, attention="fused")
 def plans_of(model: Transformer, cluster: Cluster) -> list[Plan]:
     """Every plan of the grid, without any pruning."""
     cuts = Cuts(Task(model=model, lanes=32, lane_batch=1, mirrors=False), cluster, DEFAULTS)
-    branches: list[Branch] = list(cuts.grid())
-    found = (candidate.work_out(math.inf) for branch in branches for candidate in branch.open())
+    found = (candidate.work_out(math.inf) for branch in cuts.grid() for _, candidate in leaves(branch))
     return [plan for plan in found if plan is not None]
 
 

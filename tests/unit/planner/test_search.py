@@ -10,14 +10,14 @@ import pytest
 
 from elastictrain.planner.advice import smallest_help
 from elastictrain.planner.compute import DEFAULTS
-from elastictrain.planner.cuts import Branch, Cuts
+from elastictrain.planner.cuts import Cuts
 from elastictrain.planner.model import Cut, Transformer
 from elastictrain.planner.plan import SURE, Task
 from elastictrain.planner.profiles import Cluster, parse_cluster
 from elastictrain.planner.schedule import bubble_share, in_flight
 from elastictrain.planner.search import nodes, search
 from elastictrain.planner.workload import Workload, found_of, plan_workload
-from tests.support.planner_instances import stage_least_s
+from tests.support.planner_instances import leaves, stage_least_s
 
 SMALL = Transformer(layers=6, hidden=1024, heads=8, sequence=512, vocab=8000, ffn=4096)
 LARGE = Transformer(layers=32, hidden=4096, heads=32, sequence=2048, vocab=32000, ffn=11008, gated=True)
@@ -57,9 +57,7 @@ def test_pruning_loses_nothing(seed: int) -> None:
     worked = []
     for family in ("lanes", "grid", "mixed"):
         for node in nodes(task, cluster, DEFAULTS, family):
-            for candidate in node.open() if isinstance(node, Branch) else [node]:
-                plan = candidate.work_out(math.inf)
-                worked.append((max(node.bound_s, candidate.bound_s), plan))
+            worked += [(bound, candidate.work_out(math.inf)) for bound, candidate in leaves(node)]
     for bound, plan in worked:
         assert plan is None or bound <= plan.step_s * (1 + 1e-9)
     least = min((plan.step_s for _, plan in worked if plan is not None), default=math.inf)
