@@ -79,13 +79,13 @@ def at_least(results: common.Results, name: str, value: float, target: float) ->
 
 
 def brute_force(results: common.Results, instances: int) -> None:
-    equal = 0
+    equal = tried = 0
     for kind in CHECKS:
-        count = instances // len(CHECKS)
+        count = -(-instances // len(CHECKS))
         taken, found = processor_s(lambda kind=kind, count=count: sum(check(kind, seed) for seed in range(count)))  # type: ignore[misc]
         results.row(what=f"brute force: {kind}", cases=count, value=f"{found} equal", processor_s=taken)
-        equal += found
-    at_least(results, f"random instances equal to brute force, of {instances:,}", equal, instances)
+        equal, tried = equal + found, tried + count
+    at_least(results, f"random instances equal to brute force, of {tried:,}", equal, tried)
 
 
 def cephalo(results: common.Results) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from itertools import product
 from random import Random
 
+from elastictrain.planner.lanes import Team, Way, plan_lanes
 from elastictrain.planner.shapes import Branch, Candidate
 from elastictrain.planner.split import fill_whole, split_affine, split_tables
 from elastictrain.planner.stages import Kind, place_stages
@@ -229,8 +230,37 @@ def _as_good_as_brute_force(random: Random, kinds: list[Kind], stages: int, micr
     )  # fmt: skip
 
 
+def check_room(random: Random) -> bool:
+    """Lanes by speed where the devices that have some must also hold the state: at most five devices, eight lanes."""
+    teams = []
+    for number in range(random.randint(1, 3)):
+        ways = [
+            Way(str(n), random.choice([0.0, random.uniform(0, 3)]), random.choice([0.1, 1.0, random.uniform(0.1, 6)]),
+                random.choice([2.0, 8.0, random.uniform(0, 12)]))
+            for n in range(random.choice([1, 1, 2]))
+        ]  # fmt: skip
+        teams.append(
+            Team(str(number), random.randint(1, 2), random.choice([10.0, 24.0, random.uniform(8, 40)]), tuple(ways))
+        )
+    lanes, least = random.randint(1, 8), random.choice([0, 0, 1])
+    state = random.uniform(0.1, 1.0) * sum(team.count * team.memory_bytes for team in teams)
+    truth = math.inf
+    for ways_of in product(*(team.ways for team in teams)):
+        each = [(team, way) for team, way in zip(teams, ways_of, strict=True) for _ in range(team.count)]
+        if any(way.kept_bytes > team.memory_bytes for team, way in each):
+            continue
+        for parts in divisions(lanes, len(each)):
+            room = sum(team.memory_bytes - way.kept_bytes for n, (team, way) in zip(parts, each, strict=True) if n)
+            if min(parts) >= least and room >= state:
+                taken = max(way.fixed_s + n * way.lane_s for n, (_, way) in zip(parts, each, strict=True) if n)
+                truth = min(truth, taken)
+    found = plan_lanes(teams, lanes, state, least=least)
+    return math.isinf(truth) if found is None else _close(found.step_s, truth)
+
+
 CHECKS = {
     "lanes": check_lanes, "tables": check_tables, "blocks": check_blocks, "stages": check_stages, "again": check_again,
+    "room": check_room,
 }  # fmt: skip
 
 

@@ -110,6 +110,17 @@ def test_a_worker_that_takes_more_time_gets_fewer_lanes_and_full_ones_fewer_bloc
     assert plan_lanes([quick, slow], 10, 20.0, better_than_s=4.0) is None
 
 
+def test_a_slow_device_whose_memory_is_needed_gets_a_lane() -> None:
+    quick = Team("q", 2, 24.0, (Way("w", 0.0, 0.1, 10.0),))
+    slow = Team("s", 1, 80.0, (Way("w", 0.0, 5.0, 10.0),))
+    found = plan_lanes((quick, slow), 4, 60.0)
+    assert found is not None
+    assert found.lanes == (2, 1, 1)
+    alone = plan_lanes((quick, slow), 4, 28.0)
+    assert alone is not None
+    assert alone.lanes == (2, 2, 0)
+
+
 def test_a_way_that_needs_less_memory_is_taken_where_it_must() -> None:
     ways = (Way("keeps", 0.0, 1.0, 9.0), Way("again", 0.0, 1.5, 5.0))
     assert plan_lanes([Team("a", 2, 10.0, ways)], 8, 2.0).ways[0].name == "keeps"  # type: ignore[union-attr]
