@@ -89,13 +89,13 @@ def _by_model(job: Job, model: Transformer, cluster: Cluster) -> tuple[Found, Fo
     from elastictrain.errors import CapacityError
     from elastictrain.planner.advice import smallest_help
     from elastictrain.planner.plan import Task
-    from elastictrain.planner.search import search
+    from elastictrain.planner.search import search, search_and_replay
 
     task = Task(
         model=model, lanes=job.lanes, lane_batch=job.lane_batch_size, dtype=job.numerics.compute_dtype,
         mirrors=job.mirrors,
     )  # fmt: skip
-    found = search(task, cluster)
+    found = search_and_replay(task, cluster)
     if not found.plans:
         helps = smallest_help(lambda other: bool(search(task, other, keep=1).plans), cluster)
         raise CapacityError(
@@ -142,8 +142,9 @@ def _plain(plan: Plan) -> dict[str, Any]:
     from dataclasses import asdict
 
     return {
-        "family": plan.family, "step_s": plan.step_s, "groups": plan.groups, "devices": plan.devices,
-        "fits": plan.fits, "limit": plan.limit, "cut": None if plan.cut is None else asdict(plan.cut),
+        "family": plan.family, "step_s": plan.step_s, "replayed_s": plan.replayed_s, "groups": plan.groups,
+        "devices": plan.devices, "fits": plan.fits, "limit": plan.limit,
+        "cut": None if plan.cut is None else asdict(plan.cut),
         "layers": plan.layers, "stage_groups": plan.stage_groups, "usable_now": plan.usable_now,
         "lanes": None if plan.lane_plan is None else plan.lane_plan.lanes,
         "blocks_share": None if plan.lane_plan is None else plan.lane_plan.blocks_share,

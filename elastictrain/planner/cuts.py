@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product, starmap
 
 from elastictrain.planner.compute import Constants, LayerTime, layer_time
@@ -51,6 +51,15 @@ _LEAST_BUBBLE = 1 / max(_CHUNKS)
 _LEAST_MIXED_BUBBLE = 1 / 3
 """ZB-H1's."""
 MOST_MIXED_STAGES = 24
+
+
+@dataclass(frozen=True, slots=True)
+class StageWork:
+    """Seconds of each stage for one micro-batch; `send_s[j]` lies between stages j and j + 1, either way."""
+
+    forward_s: tuple[float, ...]
+    backward_s: tuple[float, ...]
+    send_s: tuple[float, ...]
 
 
 class Cuts:
@@ -244,27 +253,35 @@ class Cuts:
             cut.devices, self._fits(groups, cut, layers, again), limit,
             cut=replace(cut, checkpointing="every_layer") if again == layers else cut, layers=layers, again=again,
             stage_groups=groups, stage_s=tuple(stage.time_s for stage in pipeline.stages),
-            replayed_s=self._replayed(groups, cut, pipeline) + rest,
         )  # fmt: skip
 
-    def _replayed(self, groups: Sequence[int], cut: Cut, pipeline: Pipeline) -> float:
-        """Seconds of the stages' work when the schedule is replayed, operation by operation."""
+    def replayed_s(self, plan: Plan) -> float:
+        """Seconds of a plan's step when its schedule is replayed, operation by operation."""
+        cut, groups = plan.cut, plan.stage_groups
+        assert cut is not None
+        work = self.stage_work(plan)
+        wrap = self.between(groups[-1], groups[0], cut) / 2
+        held = stage_params(self.task.model, cut, plan.layers)
+        rest = max(self.rest(number, cut, params) for number, params in zip(groups, held, strict=True))
+        return replayed_s(work.forward_s, work.backward_s, cut, send_s=work.send_s, wrap_s=wrap) + rest
+
+    def stage_work(self, plan: Plan) -> StageWork:
+        """What the stages of a plan do for one micro-batch."""
+        cut, groups = plan.cut, plan.stage_groups
+        assert cut is not None
         forward, backward, sends = [], [], []
         last = cut.pipeline - 1
-        for j, (number, stage) in enumerate(zip(groups, pipeline.stages, strict=True)):
-            place = self.places[number]
+        for j, (number, layers, seconds) in enumerate(zip(groups, plan.layers, plan.stage_s, strict=True)):
             received = self.between(groups[j - 1], number, cut) * (cut.chunks if j else cut.chunks - 1)
-            time = layer_time(self.task.model, cut, place.device, place.inside, self.constants)
-            ends = ends_s(self.task.model, cut, place, self.constants)
-            work = stage.time_s - received
+            ends = ends_s(self.task.model, cut, self.places[number], self.constants)
+            work = seconds - received
             head = ends[1] if j == last else 0.0
-            first = place.slowdown * time.forward_s * (stage.hi - stage.lo) * cut.chunks + head / 3
+            first = self.places[number].slowdown * self._time(number, cut).forward_s * layers + head / 3
             forward.append(min(first, work))
             backward.append(work - forward[-1])
             if j:
                 sends.append(self.between(groups[j - 1], number, cut) / 2)
-        wrap = self.between(groups[-1], groups[0], cut) / 2
-        return replayed_s(forward, backward, cut, send_s=sends, wrap_s=wrap)
+        return StageWork(tuple(forward), tuple(backward), tuple(sends))
 
     def staged(
         self, chosen: tuple[int, ...], places: tuple[int, ...], cut: Cut, worst: float

@@ -53,20 +53,28 @@ class Plan:
     ways: tuple[str, ...] = ()
 
     @property
+    def seconds(self) -> float:
+        """Of a step: replayed where the schedule was, else counted in closed form."""
+        return self.step_s if self.replayed_s is None else self.replayed_s
+
+    @property
     def usable_now(self) -> bool:
         return self.family == "lanes"
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """`plans`, best first. `bound_s`: no plan of the three families takes less. `examined` of `candidates`."""
+    """`plans`, best first. `bound_s`: no plan of the three families takes less, counted in closed form. `examined` of
+    `candidates`. `ended_early`: the search stopped at its limit.
+    """
 
     plans: tuple[Plan, ...]
     bound_s: float
     examined: int
     candidates: int
+    ended_early: bool = False
 
     @property
     def gap(self) -> float:
-        """How much of its time the best plan could be away from the best there is."""
-        return self.plans[0].step_s / self.bound_s - 1 if self.plans else math.inf
+        """How far the best plan could be away from the best there is, both counted in closed form."""
+        return min(plan.step_s for plan in self.plans) / self.bound_s - 1 if self.plans else math.inf

@@ -38,6 +38,10 @@ NEAR = 1.1
 """Plans that take more than this many times as long as the best one are not worth showing."""
 
 
+FINALISTS = 12
+"""So many of the best plans are replayed."""
+
+
 def search(
     task: Task,
     cluster: Cluster,
@@ -54,12 +58,13 @@ def search(
     waiting = [(node.bound_s, next(numbers), node) for node in made]
     heapify(waiting)
     plans: list[Plan] = []
-    bound, examined = math.inf, 0
+    bound, examined, ended_early = math.inf, 0, False
     while waiting:
         promise, _, node = heappop(waiting)
         best = plans[0].step_s if plans else math.inf
         if promise >= best or examined == limit:
             bound = min(bound, promise)
+            ended_early = promise < best
             break
         if isinstance(node, Branch):
             for child in node.open():
@@ -75,7 +80,19 @@ def search(
         if alike is None or plan.step_s < alike.step_s:
             plans = sorted([*(p for p in plans if p is not alike), plan], key=lambda plan: plan.step_s)[:keep]
     best = plans[0].step_s if plans else math.inf
-    return Found(tuple(plans), min(bound, best), examined, total)
+    return Found(tuple(plans), min(bound, best), examined, total, ended_early)
+
+
+def search_and_replay(task: Task, cluster: Cluster, *, constants: Constants = DEFAULTS, keep: int = 5) -> Found:
+    """`search`, with its best `FINALISTS` replayed operation by operation, and ranked by that."""
+    found = search(task, cluster, constants=constants, keep=max(keep, FINALISTS))
+    cuts = Cuts(task, cluster, constants)
+    plans = [plan if plan.cut is None else replace(plan, replayed_s=cuts.replayed_s(plan)) for plan in found.plans]
+    # The one that is best in closed form stays, for the gap.
+    plans = sorted(plans, key=lambda plan: (plan.seconds, plan.step_s))
+    best = min(plans, key=lambda plan: plan.step_s, default=None)
+    kept = plans[:keep] if best is None or best in plans[:keep] else [*plans[: keep - 1], best]
+    return replace(found, plans=tuple(kept))
 
 
 def nodes(task: Task, cluster: Cluster, constants: Constants, family: Family) -> Iterator[Branch | Candidate]:

@@ -8,6 +8,7 @@ from random import Random
 
 import pytest
 
+from elastictrain.observe.plan_view import reasons
 from elastictrain.planner.advice import smallest_help
 from elastictrain.planner.compute import DEFAULTS
 from elastictrain.planner.cuts import Cuts
@@ -15,7 +16,7 @@ from elastictrain.planner.model import Cut, Transformer
 from elastictrain.planner.plan import SURE, Task
 from elastictrain.planner.profiles import Cluster, parse_cluster
 from elastictrain.planner.schedule import bubble_share, in_flight
-from elastictrain.planner.search import nodes, search
+from elastictrain.planner.search import nodes, search, search_and_replay
 from elastictrain.planner.workload import Workload, found_of, plan_workload
 from tests.support.planner_instances import leaves, stage_least_s
 
@@ -191,3 +192,22 @@ def test_a_slow_link_leaves_a_group_out() -> None:
     assert plan.usable_now
     assert plan.devices == 2
     assert plan.fits >= SURE
+
+
+def test_plans_are_ranked_by_their_replay_and_the_bound_is_of_the_closed_form() -> None:
+    """Here the closed form likes a pipeline best whose replay takes longer than the second one's."""
+    model = Transformer(layers=24, hidden=2048, heads=16, sequence=1024, vocab=50000, ffn=8192)
+    differs = 0
+    for lanes, batch in ((8, 2), (16, 1), (32, 2)):
+        group = {"device": "a100-80", "nodes": 2, "per_node": 8, "intra": "nvlink3", "inter": "ib-hdr"}
+        task, cluster = Task(model=model, lanes=lanes, lane_batch=batch), parse_cluster({"groups": [group]})
+        counted, found = search(task, cluster), search_and_replay(task, cluster)
+        assert [plan.seconds for plan in found.plans] == sorted(plan.seconds for plan in found.plans)
+        assert all((plan.replayed_s is None) == (plan.cut is None) for plan in found.plans)
+        assert found.bound_s <= min(plan.step_s for plan in found.plans) * (1 + 1e-9)
+        assert min(plan.step_s for plan in found.plans) == counted.plans[0].step_s
+        differs += found.plans[0].step_s > counted.plans[0].step_s * (1 + 1e-9)
+        said = " ".join(reasons(found))
+        assert f"{found.plans[0].seconds:.3g} s a step, limited by" in said
+        assert ("Counted in closed form, no plan" in said) == any(plan.cut for plan in found.plans)
+    assert differs
