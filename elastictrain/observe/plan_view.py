@@ -122,7 +122,7 @@ def _bound(found: Found) -> str:
         )
     counted = min(plan.step_s for plan in found.plans)
     return (
-        f"Counted in closed form, no plan of the kinds searched takes less than {found.bound_s:.3g} s, and the best of "
+        f"No plan of the kinds searched takes less than {found.bound_s:.3g} s counted in closed form, and the best of "
         f"these takes {counted:.3g} s: within {max(found.gap, 0.0):.1%} {searched} The seconds above, and the order, "
         f"are those of schedules replayed operation by operation, for which there is no such bound; the first takes "
         f"{found.plans[0].step_s:.3g} s in closed form."

@@ -102,6 +102,8 @@ class _Search:
     quickness: list[float] = field(default_factory=list)
     quickest: float = 0.0
     powers: dict[tuple[int, ...], float] = field(default_factory=dict)
+    rooms: dict[tuple[int, ...], float] = field(default_factory=dict)
+    needs: list[float] = field(default_factory=list)
 
     layers: int = 0
 
@@ -116,6 +118,16 @@ class _Search:
             self.held.append([0.0, *accumulate(kind.params or (0.0,) * self.layers)])
         least = [min(kind.layer_s[i] for kind in self.kinds) for i in range(self.layers)]
         self.rest = [*reversed(list(accumulate(reversed(least)))), 0.0]
+        # What the layers from here on take at least, whatever kinds they are on and whatever is computed again.
+        flight = min(self.flights, default=0.0)
+        need = [
+            min(
+                kind.keep_bytes[i] + flight * min(kind.live_bytes[i], *kind.again_bytes[i : i + 1] or (math.inf,))
+                for kind in self.kinds
+            )
+            for i in range(self.layers)
+        ]
+        self.needs = [*reversed(list(accumulate(reversed(need)))), 0.0]
         # The share of the least possible work that a kind does in its time, on the layer that suits it best.
         for kind in self.kinds:
             self.quickness.append(max((a / b for a, b in zip(least, kind.layer_s, strict=True) if b > 0), default=1.0))
@@ -134,6 +146,17 @@ class _Search:
             )
             self.powers[used] = sum(free[:left])
         return self.powers[used]
+
+    def room(self, used: tuple[int, ...]) -> float:
+        """Bytes that the places left have together, the roomiest of them; a little more, for what rounding takes."""
+        if used not in self.rooms:
+            left = self.stages - sum(used)
+            free = sorted(
+                (kind.memory_bytes for kind, n in zip(self.kinds, used, strict=True) for _ in range(kind.count - n)),
+                reverse=True,
+            )
+            self.rooms[used] = sum(free[:left]) * (1 + 1e-9)
+        return self.rooms[used]
 
     def bound(self, total: float, worst: float, used: tuple[int, ...], place: int, layers: int) -> float:
         """No pipeline that goes on from here takes less: at best the places left share the layers left evenly."""
@@ -253,6 +276,8 @@ class _Search:
             left_power = 0.0 if final else self.power(taken)
             while not final and first < self.layers and self.rest[first] / left_power + self.quickest > most:
                 first += 1
+            while not final and first < self.layers and self.needs[first] > self.room(taken):
+                first += 1
             for hi in range(first, self.layers - (self.stages - place - 1) + 1):
                 stage = self.stage(last, kind, at, hi, place)
                 if stage is None or stage.time_s > most:
@@ -324,6 +349,8 @@ def place_stages(
         return None
     flights = in_flight or [min(stages - place, micro_batches) for place in range(stages)]
     search = _Search(kinds, borders or {}, stages, micro_batches, limit, bubble, flights, best=better_than_s)
+    if search.needs[0] > search.room((0,) * len(kinds)):
+        return None
     guess = search.guess()
     # On one kind the guess has the least maximum; when it computes nothing again, no cut has a smaller sum either.
     settled = len(kinds) == 1 and (guess is None or not any(stage.again for stage in guess))

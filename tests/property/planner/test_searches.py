@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -96,6 +98,19 @@ def test_stages_that_cannot_be_placed() -> None:
     found = place_stages([kind], 2, 4)
     assert found is not None
     assert place_stages([kind], 2, 4, better_than_s=found.time_s) is None
+
+
+def test_what_cannot_hold_the_layers_is_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All places together are too small, though every layer fits on each: known before anything is tried."""
+    kinds = [Kind(4, (1.0,) * 12, (1.0,) * 12, (0.5,) * 12, memory) for memory in (3.0, 2.9)]
+    assert place_stages([replace(kind, memory_bytes=9.0) for kind in kinds], 4, 8) is not None
+
+    def never(*_: object) -> None:
+        raise AssertionError("searched")
+
+    monkeypatch.setattr("elastictrain.planner.stages._Search.extend", never)
+    monkeypatch.setattr("elastictrain.planner.stages._Search.guess", never)
+    assert place_stages(kinds, 4, 8) is None
 
 
 def test_a_worker_that_takes_more_time_gets_fewer_lanes_and_full_ones_fewer_blocks() -> None:
