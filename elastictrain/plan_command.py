@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +31,9 @@ def plan(
         Path | None, typer.Option(help="YAML: a decoder's layers, hidden, heads, … Plans with pipeline and tensor too.")
     ] = None,
     picture: Annotated[Path | None, typer.Option(help="PNG to write: the best plan's timeline.")] = None,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, help="End the search after this long, and say how far it came.")
+    ] = 60,
     as_json: AsJson = False,
 ) -> None:
     """Say how a job would run best on a cluster, why, and which of it can be used today."""
@@ -39,7 +44,7 @@ def plan(
     if model is None:
         found = now = _by_recipe(job, there)
     else:
-        found, now = _by_model(job, load_model(model), there)
+        found, now = _searched(job, load_model(model), there, seconds)
     if picture is not None:
         from elastictrain.observe.plan_view import draw_plan
 
@@ -85,24 +90,43 @@ def load_model(path: Path) -> Transformer:
         raise ConfigError("\n".join(lines)) from None
 
 
-def _by_model(job: Job, model: Transformer, cluster: Cluster) -> tuple[Found, Found]:
+def _by_model(job: Job, model: Transformer, cluster: Cluster, seconds: float) -> tuple[Found, Found]:
     from elastictrain.errors import CapacityError
     from elastictrain.planner.advice import smallest_help
     from elastictrain.planner.plan import Task
-    from elastictrain.planner.search import search, search_and_replay
+    from elastictrain.planner.search import fits, search, search_and_replay
 
     task = Task(
         model=model, lanes=job.lanes, lane_batch=job.lane_batch_size, dtype=job.numerics.compute_dtype,
         mirrors=job.mirrors,
     )  # fmt: skip
-    found = search_and_replay(task, cluster)
+    found = search_and_replay(task, cluster, enough=_after(seconds))
     if not found.plans:
-        helps = smallest_help(lambda other: bool(search(task, other, keep=1).plans), cluster)
-        raise CapacityError(
-            f"a model of {model.params:,} parameters with sequences of {model.sequence} does not fit on the "
-            f"{cluster.size} devices of this cluster, however it is cut up; {helps}"
-        )
-    return found, search(task, cluster, families=("lanes",))
+        what = f"a model of {model.params:,} parameters with sequences of {model.sequence}"
+        where = f"the {cluster.size} devices of this cluster"
+        late = _after(seconds)
+        helps = smallest_help(lambda other: fits(task, other, enough=late), cluster)
+        if found.ended_early:
+            raise CapacityError(
+                f"no way to cut up {what} for {where} was found: {found.examined:,} of {found.candidates:,} were tried "
+                f"until the search ended (--seconds {seconds:g}); {helps}"
+            )
+        raise CapacityError(f"{what} does not fit on {where}, however it is cut up; {helps}")
+    return found, search(task, cluster, families=("lanes",), enough=_after(seconds))
+
+
+def _searched(job: Job, model: Transformer, cluster: Cluster, seconds: float) -> tuple[Found, Found]:
+    """The same, with a sign of life on a terminal's standard error."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"Searching plans, for {seconds:g} s at most …"):
+        return _by_model(job, model, cluster, seconds)
+
+
+def _after(seconds: float) -> Callable[[], bool]:
+    """Whether so many seconds have passed since now."""
+    end = time.monotonic() + seconds
+    return lambda: time.monotonic() > end
 
 
 def _by_recipe(job: Job, cluster: Cluster) -> Found:

@@ -38,6 +38,7 @@ NEAR = 1.1
 """Plans that take more than this many times as long as the best one are not worth showing."""
 
 
+NO_LIMIT = 2**62
 FINALISTS = 12
 """So many of the best plans are replayed."""
 
@@ -50,8 +51,12 @@ def search(
     keep: int = 5,
     limit: int = 4_000,
     families: Sequence[Family] = ("lanes", "grid", "mixed"),
+    any_plan: bool = False,
+    enough: Callable[[], bool] = lambda: False,
 ) -> Found:
-    """The best plans. `limit`: candidates worked out at most."""
+    """The best plans. `limit`: candidates worked out at most. `any_plan`: the first one that fits is good enough.
+    `enough`: asked before each candidate whether to end early.
+    """
     made = [node for family in families for node in nodes(task, cluster, constants, family)]
     total = sum(node.size if isinstance(node, Branch) else 1 for node in made)
     numbers = count()
@@ -62,7 +67,7 @@ def search(
     while waiting:
         promise, _, node = heappop(waiting)
         best = plans[0].step_s if plans else math.inf
-        if promise >= best or examined == limit:
+        if promise >= best or examined == limit or (any_plan and plans) or enough():
             bound = min(bound, promise)
             ended_early = promise < best
             break
@@ -83,9 +88,17 @@ def search(
     return Found(tuple(plans), min(bound, best), examined, total, ended_early)
 
 
-def search_and_replay(task: Task, cluster: Cluster, *, constants: Constants = DEFAULTS, keep: int = 5) -> Found:
+def search_and_replay(
+    task: Task,
+    cluster: Cluster,
+    *,
+    constants: Constants = DEFAULTS,
+    keep: int = 5,
+    limit: int = NO_LIMIT,
+    enough: Callable[[], bool] = lambda: False,
+) -> Found:
     """`search`, with its best `FINALISTS` replayed operation by operation, and ranked by that."""
-    found = search(task, cluster, constants=constants, keep=max(keep, FINALISTS))
+    found = search(task, cluster, constants=constants, keep=max(keep, FINALISTS), limit=limit, enough=enough)
     cuts = Cuts(task, cluster, constants)
     plans = [plan if plan.cut is None else replace(plan, replayed_s=cuts.replayed_s(plan)) for plan in found.plans]
     # The one that is best in closed form stays, for the gap.
@@ -93,6 +106,12 @@ def search_and_replay(task: Task, cluster: Cluster, *, constants: Constants = DE
     best = min(plans, key=lambda plan: plan.step_s, default=None)
     kept = plans[:keep] if best is None or best in plans[:keep] else [*plans[: keep - 1], best]
     return replace(found, plans=tuple(kept))
+
+
+def fits(task: Task, cluster: Cluster, *, enough: Callable[[], bool] = lambda: False) -> bool | None:
+    """Whether there is any plan; None when the search ended before it knew."""
+    found = search(task, cluster, keep=1, limit=NO_LIMIT, any_plan=True, enough=enough)
+    return True if found.plans else None if found.ended_early else False
 
 
 def nodes(task: Task, cluster: Cluster, constants: Constants, family: Family) -> Iterator[Branch | Candidate]:

@@ -89,6 +89,20 @@ def test_what_fits_nowhere_says_what_would_help(folder: Path) -> None:
     assert "groups." in done.output
 
 
+def test_a_search_that_ends_early_does_not_say_that_nothing_fits(folder: Path) -> None:
+    (folder / "model.yaml").write_text(yaml.safe_dump(MODEL | {"layers": 96, "hidden": 12288, "heads": 96}))
+    done = CliRunner().invoke(app, [*PLAN, "--model", "model.yaml", "--seconds", "1e-9"])
+    assert done.exit_code == 2
+    assert "--seconds" in done.output
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patched:
+        patched.setattr("elastictrain.plan_command._after", lambda _: lambda: True)
+        done = CliRunner().invoke(app, [*PLAN, "--model", "model.yaml"])
+    assert done.exit_code == 3
+    assert "was found: 0 of " in done.output
+    assert "were tried until the search ended (--seconds 60); what would help was not found" in done.output
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -14,9 +14,10 @@ from elastictrain.planner.compute import DEFAULTS
 from elastictrain.planner.cuts import Cuts
 from elastictrain.planner.model import Cut, Transformer
 from elastictrain.planner.plan import SURE, Task
-from elastictrain.planner.profiles import Cluster, parse_cluster
+from elastictrain.planner.profiles import GIB, Cluster, parse_cluster
 from elastictrain.planner.schedule import bubble_share, in_flight
-from elastictrain.planner.search import nodes, search, search_and_replay
+from elastictrain.planner.search import fits, nodes, search, search_and_replay
+from elastictrain.planner.shapes import memory_bytes
 from elastictrain.planner.workload import Workload, found_of, plan_workload
 from tests.support.planner_instances import leaves, stage_least_s
 
@@ -157,16 +158,16 @@ def test_an_early_end_leaves_a_bound() -> None:
 def test_the_smallest_help() -> None:
     task = Task(model=LARGE, lanes=64)
 
-    def fits(cluster: Cluster) -> bool:
+    def there_is(cluster: Cluster) -> bool:
         return bool(search(task, cluster, keep=1).plans)
 
     small = parse_cluster({"groups": [{"device": "l4", "nodes": 1, "per_node": 2}]})
-    assert not fits(small)
-    words = smallest_help(fits, small)
+    assert not there_is(small)
+    words = smallest_help(there_is, small)
     nodes = int(words.rpartition("nodes: ")[2].rstrip(")"))
     assert words.startswith(f"the smallest thing that would help: {nodes - 1} more node")
     for count, enough in ((nodes, True), (nodes - 1, False)):
-        assert fits(parse_cluster({"groups": [{"device": "l4", "nodes": count, "per_node": 2}]})) is enough
+        assert there_is(parse_cluster({"groups": [{"device": "l4", "nodes": count, "per_node": 2}]})) is enough
 
 
 def test_memory_is_the_help_where_the_whole_model_must_fit() -> None:
@@ -174,9 +175,35 @@ def test_memory_is_the_help_where_the_whole_model_must_fit() -> None:
     small = parse_cluster({"groups": [{"device": "t4"}]})
     assert plan_workload(work, small) is None
     words = smallest_help(lambda other: plan_workload(work, other) is not None, small)
-    assert words.startswith("no number of nodes helps; what would: devices with ")
+    assert words.startswith("no number of nodes up to 1,024 times as many helps; what would: devices with ")
     never = smallest_help(lambda _: False, small)
-    assert never == "no more nodes and no larger devices would help: use a smaller model, or shorter sequences"
+    assert never.startswith("neither 1,024 times as many nodes nor devices with 64 times as much memory would help: ")
+
+
+def test_the_smallest_help_is_found_far_off_and_a_limit_is_raised_first() -> None:
+    small = parse_cluster({"groups": [{"device": "t4", "per_node": 8}]})
+    words = smallest_help(lambda other: other.groups[0].nodes >= 768, small)
+    assert words == "the smallest thing that would help: 767 more nodes of t4 (groups.0.nodes: 768)"
+    limited = parse_cluster({"groups": [{"device": "h100", "memory_limit_bytes": 1e9}]})
+    words = smallest_help(lambda other: memory_bytes(other, 0) >= 34.5 * GIB, limited)
+    assert words == "the smallest thing that would help: groups.0.memory_limit_bytes: 3.758e+10 instead of 1e+09"
+    words = smallest_help(lambda other: memory_bytes(other, 0) >= 100 * GIB, limited)
+    assert words.endswith("devices with 100 GiB instead of h100 with 79 GiB (group 0)")
+
+
+def test_what_was_not_found_out_is_not_called_impossible() -> None:
+    small = parse_cluster({"groups": [{"device": "t4"}]})
+    assert smallest_help(lambda _: None, small).startswith("what would help was not found in the time there is")
+    words = smallest_help(lambda other: True if other.groups[0].nodes >= 700 else None, small)
+    assert words.startswith("a thing that would help: ")
+    task = Task(model=LARGE, lanes=64)
+    assert fits(task, parse_cluster({"groups": [{"device": "a100-80", "per_node": 8}]})) is True
+    assert fits(task, small) is False
+    two = parse_cluster({"groups": [{"device": "l4", "per_node": 2}]})
+    assert fits(task, two, enough=lambda: True) is None
+    ended = search(task, two, enough=lambda: True)
+    assert ended.ended_early
+    assert not ended.plans
 
 
 def test_a_slow_link_leaves_a_group_out() -> None:
