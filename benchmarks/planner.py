@@ -60,6 +60,22 @@ CLUSTERS: dict[int, tuple[list[dict[str, Any]], float]] = {
 }
 
 
+MIXES: dict[str, list[dict[str, Any]]] = {
+    "h100, a100-40, t4": [
+        {"device": "h100", "nodes": 4, "per_node": 8},
+        {"device": "a100-40", "nodes": 6, "per_node": 8},
+        {"device": "t4", "nodes": 6, "per_node": 8, "intra": "pcie3", "inter": "eth-25", "island": "b"},
+    ],
+    "h100, a100-80, l4": [
+        {"device": "h100", "nodes": 4, "per_node": 8, "intra": "nvlink4", "inter": "ib-ndr"},
+        {"device": "a100-80", "nodes": 6, "per_node": 8},
+        {"device": "l4", "nodes": 6, "per_node": 8, "intra": "pcie4", "inter": "eth-100", "island": "b"},
+    ],
+}
+"""Of 128 devices, where memory is scarce for the larger ones of these models: layers, hidden, lanes."""
+MIXED_MODELS = ((40, 5120, 512), (64, 8192, 512), (96, 12288, 256))
+
+
 def processor_s(work: Callable[[], Any], rounds: int = 1) -> tuple[float, Any]:
     """The median of a few rounds, and the last answer."""
     taken, found = [], None
@@ -246,6 +262,7 @@ def speed(results: common.Results, rounds: int) -> None:
         results.row(what=f"plan for {size} devices of 3 kinds", cases=1, value=value, processor_s=taken)
         at_most(results, f"plan for {size:,} mixed devices, processor s", taken, target)
         at_most(results, f"... gap to the bound, {size:,} devices, percent", 100 * found.gap, 3)
+    mixes(results)
     random = np.random.default_rng(7)
     each = (random.choice([1.0, 2.0, 4.0], 1024) * random.uniform(0.9, 1.1, 1024)).tolist()
     ones, before = [1] * 1024, [8] * 1024
@@ -253,6 +270,25 @@ def speed(results: common.Results, rounds: int) -> None:
     value = f"makespan {found.makespan:.4g}, bound {found.bound:.4g}"
     results.row(what="lanes over 1,024 workers again", cases=51, value=value, processor_s=taken)
     at_most(results, "lanes over 1,024 workers again, ms", 1e3 * taken, 2)
+
+
+def mixes(results: common.Results) -> None:
+    """How much the search's own time depends on what is asked."""
+    seconds = []
+    for name, nodes in MIXES.items():
+        cluster = parse_cluster({"groups": nodes, "between": "eth-100"})
+        for layers, hidden, lanes in MIXED_MODELS:
+            model = Transformer(layers=layers, hidden=hidden, heads=hidden // 128, sequence=4096, vocab=51200,
+                                ffn=4 * hidden)  # fmt: skip
+            task = Task(model=model, lanes=lanes, lane_batch=4)
+            taken, found = processor_s(lambda task=task, cluster=cluster: search(task, cluster))  # type: ignore[misc]
+            value = (
+                f"{found.plans[0].step_s:.3g} s a step, {found.examined} of {found.candidates} candidates worked out"
+            )
+            results.row(what=f"plan for 128: {name}, {layers} x {hidden}", cases=1, value=value, processor_s=taken)
+            seconds.append(taken)
+    at_most(results, "six more mixes of 128 devices, processor s, median", common.median(seconds), 1)
+    at_most(results, "... worst", max(seconds), 1)
 
 
 def main() -> None:

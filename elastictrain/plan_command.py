@@ -134,18 +134,19 @@ def _by_recipe(job: Job, cluster: Cluster) -> Found:
     from elastictrain.errors import CapacityError
     from elastictrain.planner.advice import smallest_help
     from elastictrain.planner.plan import Found
-    from elastictrain.planner.workload import found_of, plan_workload
+    from elastictrain.planner.workload import found_of, plan_workload, workload_plans
 
     work = look_at(job)
-    best = plan_workload(work, cluster)
-    if best is None:
+    best = workload_plans(work, cluster)
+    if not best:
         helps = smallest_help(lambda other: plan_workload(work, other) is not None, cluster)
         raise CapacityError(
             f"a model of {work.params:,} parameters, whole on every worker, does not fit on the {cluster.size} devices "
             f"of this cluster; {helps}"
         )
-    plan = found_of(*best)
-    return Found((plan,), plan.bound_s, 1, 1)
+    plans = tuple(found_of(*each) for each in best)
+    tried = min(cluster.size, work.lanes)
+    return Found(plans, plans[0].step_s, tried, tried)
 
 
 def as_dict(found: Found, now: Found) -> dict[str, Any]:

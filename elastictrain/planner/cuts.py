@@ -169,6 +169,8 @@ class Cuts:
         """
         most = self._cut(shape, many)
         places = self._places(chosen, self._cut(shape, few))
+        if not self._holds(chosen, places, replace(most, zero_stage=3 if many > 1 else 1)):
+            return math.inf
         bubble = _LEAST_BUBBLE if len(chosen) == 1 else _LEAST_MIXED_BUBBLE
         update = min(optimizer_s(self._even_params(most), most, self.places[n], self.constants) for n in chosen)
         bound = math.inf
@@ -186,6 +188,15 @@ class Cuts:
             bound = min(bound, self._working(whole, places, most, bubble) + exchange)
         return bound + update
 
+    def _holds(self, chosen: tuple[int, ...], places: Sequence[int], cut: Cut) -> bool:
+        """Whether the roomiest places together hold the parameters and their state: nothing fits that does not."""
+        each = sorted(
+            (memory_bytes(self.cluster, n) - MEMORY.reserve_bytes - SPREAD_BYTES
+             for n, count in zip(chosen, places, strict=True) for _ in range(min(count, cut.pipeline))),
+            reverse=True,
+        )  # fmt: skip
+        return param_bytes(cut) * self._even_params(cut) * cut.pipeline <= sum(each[: cut.pipeline]) * (1 + 1e-9)
+
     def _across(self, number: int, shape: Shape, workers: int) -> int:
         """So many workers as exchange in no more time than `workers` or any more of them."""
         node = self.places[number].per_node
@@ -193,6 +204,8 @@ class Cuts:
         return workers if beyond else 1
 
     def _candidate(self, chosen: tuple[int, ...], places: tuple[int, ...], cut: Cut) -> Candidate:
+        if not self._holds(chosen, places, cut):
+            return Candidate(math.inf, lambda _: None)
         whole = [self.task.model.layers * self._layer_s(n, cut) + self._ends(n, cut) for n in chosen]
         bound = self._working(whole, places, cut, bubble_share(cut)) + self._least_rest(chosen, cut)
         return Candidate(bound, lambda worst: self._work_out(chosen, places, cut, worst))

@@ -6,7 +6,8 @@ Data-sheet values are in `BUILT_IN`, each with its source; measured ones are wri
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -172,6 +173,9 @@ class Cluster(_Profile):
     def _all_known(self) -> Self:
         if not self.groups:
             raise ValueError("groups is empty; expected at least one group of nodes")
+        for setting, names in (("devices", [d.name for d in self.devices]), ("links", [n.name for n in self.links])):
+            if (name := _twice(names)) is not None:
+                raise ValueError(f"{setting} has {name!r} twice; remove one of them, or give it another name")
         devices = {**DEVICES, **{device.name: device for device in self.devices}}
         links = {**LINKS, **{link.name: link for link in self.links}}
         for number, group in enumerate(self.groups):
@@ -199,8 +203,13 @@ class Cluster(_Profile):
 
 
 def _like(name: str, known: list[str]) -> str:
-    longer = [other for other in known if other.startswith(name)]
-    return f"; did you mean {' or '.join(longer)}?" if longer else nearest(name, known, "devices")
+    """Devices whose names begin so, or a name that is nearly this one: 'rtx3090' is no slip of 'b300'."""
+    near = [other for other in known if other.startswith(name)] or get_close_matches(name, known, n=1, cutoff=0.7)
+    return f"; did you mean {' or '.join(near)}?" if near else f"; known devices: {', '.join(sorted(known))}."
+
+
+def _twice(names: Sequence[str]) -> str | None:
+    return next((name for number, name in enumerate(names) if name in names[:number]), None)
 
 
 def parse_cluster(raw: Mapping[str, Any], *, where: str = "cluster") -> Cluster:

@@ -53,6 +53,17 @@ def test_every_built_in_value_names_its_source() -> None:
             {"groups": [{"device": "l4", "memory_limit_bytes": 1e12}]},
             "cluster: groups.0.memory_limit_bytes=1e+12 is more than the 2.384e+10 bytes that a l4 has; lower it",
         ),
+        ({"groups": [{"device": "b300"}]}, "cluster: groups.0.device='b300' has no profile; known devices: a100-40, "),
+        ({"groups": [{"device": "h10"}]}, "cluster: groups.0.device='h10' has no profile; did you mean h100 or h100-"),
+        ({"groups": [{"device": "rtx4080"}]}, "cluster: groups.0.device='rtx4080' has no profile; did you mean rtx4090"),
+        (
+            {"groups": [{"device": "l4"}], "devices": [DEVICES["l4"].model_dump(), DEVICES["l4"].model_dump()]},
+            "cluster: devices has 'l4' twice; remove one of them, or give it another name",
+        ),
+        (
+            {"groups": [{"device": "l4"}], "links": [LINKS["pcie4"].model_dump()] * 2},
+            "cluster: links has 'pcie4' twice; remove one of them, or give it another name",
+        ),
         ({"groups": []}, "cluster: groups is empty; expected at least one group of nodes"),
         ({"groups": [{"device": "l4"}], "between": "rope"}, "cluster: between='rope' is no known link"),
         ({"groups": [{"device": "l4", "node": 3}]}, "cluster: unknown setting 'groups.0.node'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import product
 from random import Random
 
@@ -199,9 +200,9 @@ def test_what_was_not_found_out_is_not_called_impossible() -> None:
     task = Task(model=LARGE, lanes=64)
     assert fits(task, parse_cluster({"groups": [{"device": "a100-80", "per_node": 8}]})) is True
     assert fits(task, small) is False
-    two = parse_cluster({"groups": [{"device": "l4", "per_node": 2}]})
-    assert fits(task, two, enough=lambda: True) is None
-    ended = search(task, two, enough=lambda: True)
+    large = parse_cluster({"groups": [{"device": "a100-80", "per_node": 8}]})
+    assert fits(task, large, enough=lambda: True) is None
+    ended = search(task, large, enough=lambda: True)
     assert ended.ended_early
     assert not ended.plans
 
@@ -238,3 +239,11 @@ def test_plans_are_ranked_by_their_replay_and_the_bound_is_of_the_closed_form() 
         assert f"{found.plans[0].seconds:.3g} s a step, limited by" in said
         assert ("s counted in closed form, and" in said) == any(plan.cut for plan in found.plans)
     assert differs
+
+
+def test_what_no_cut_can_hold_is_known_without_working_anything_out() -> None:
+    """Also far from it: so that many numbers of nodes can be asked about."""
+    small = parse_cluster({"groups": [{"device": "l4", "per_node": 2}, {"device": "t4", "nodes": 2, "per_node": 4}]})
+    found = search(Task(model=replace(LARGE, layers=400), lanes=64), small)
+    assert (found.plans, found.examined, found.ended_early) == ((), 0, False)
+    assert found.candidates > 100
