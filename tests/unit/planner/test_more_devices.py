@@ -10,12 +10,14 @@ import pytest
 
 from elastictrain.planner.auto import choose_workers
 from elastictrain.planner.compute import DEFAULTS
+from elastictrain.planner.cuts import Cuts
 from elastictrain.planner.lanes import plan_lanes
 from elastictrain.planner.plan import Family, Task
 from elastictrain.planner.profiles import Cluster, parse_cluster
 from elastictrain.planner.search import search
 from elastictrain.planner.shapes import MOST_DEALS, deals
 from elastictrain.planner.workload import STATE_BYTES, Workload, plan_workload, teams_of
+from tests.support.planner_instances import leaves
 from tests.unit.planner.test_search import SMALL, random_task
 
 
@@ -101,3 +103,25 @@ def test_devices_are_taken_in_every_way_or_group_by_group_where_there_are_too_ma
     assert few == sorted(t for t in product(range(1, 9), repeat=3) if sum(t) == 10)
     assert MOST_DEALS < 9 * 9
     assert sorted(deals((9, 9, 9), 12)) == [(1, 2, 9), (1, 9, 2), (2, 1, 9), (2, 9, 1), (9, 1, 2), (9, 2, 1)]
+
+
+@pytest.mark.parametrize("intra", ["loopback", "nvlink3"])
+def test_a_branch_of_worker_counts_promises_no_less_than_what_is_in_it(intra: str) -> None:
+    """Also where an exchange across nodes is quicker than one inside, so that more workers take less time for it."""
+    groups = [{"device": "h100", "nodes": 4, "per_node": 8, "intra": intra, "inter": "ib-ndr"}]
+    task = Task(model=SMALL, lanes=32, lane_batch=2)
+    for branch in Cuts(task, parse_cluster({"groups": groups}), DEFAULTS).grid():
+        for promised, candidate in leaves(branch):
+            assert promised <= candidate.bound_s * (1 + 1e-9)
+
+
+def test_more_devices_only_add_numbers_of_workers_to_a_pipeline_over_several_groups() -> None:
+    task, tried = Task(model=SMALL, lanes=24), []
+    for nodes in (3, 4, 6, 9):
+        groups = [{"device": device, "nodes": nodes, "per_node": 2} for device in ("a100-80", "l4")]
+        mixed = Cuts(task, parse_cluster({"groups": groups}), DEFAULTS).mixed([(0, 1)])
+        plans = (candidate.work_out(math.inf) for branch in mixed for _, candidate in leaves(branch))
+        cuts = [plan.cut for plan in plans if plan is not None and plan.cut is not None]
+        tried.append({(cut.tensor, cut.pipeline, cut.workers) for cut in cuts if cut.tensor * cut.pipeline <= 2})
+    assert all(fewer < more for fewer, more in pairwise(tried))
+    assert {workers for _, _, workers in tried[0]} == {1, 2, 3, 4, 5, 6}
