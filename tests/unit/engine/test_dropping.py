@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from elastictrain.engine import dropping
 from elastictrain.engine.claims import ClaimBoard
 from elastictrain.engine.dropping import AGAIN_S, Dropper, lane_key
 from elastictrain.engine.replaying import ReplayedLanes
+from elastictrain.engine.step import StepRunner
 from elastictrain.errors import ConfigError, InternalError
 from elastictrain.layout import Layout, Shard, deal_lanes
 from elastictrain.observe.dropped import recorded_drops
@@ -201,6 +203,19 @@ def test_a_run_is_repeated_without_the_same_lanes() -> None:
     assert lanes.agree() == (((0, 2), (3, 4)), {1, 5})
     assert lanes.compute(STEP + 1, Work(Tree()), closed=frozenset(), stays=False).mine == [0, 1, 2]
     assert lanes.agree() == (LANES, frozenset())
+
+
+def test_a_lane_that_does_not_count_is_checked_by_nobody() -> None:
+    layout = Layout(1, (4, 7), LANES, (Shard(0, 1, 4, 7),), 6)
+    runner: Any = StepRunner.__new__(StepRunner)
+    runner.job = SimpleNamespace(integrity=SimpleNamespace(recompute_every=1), seed=3)
+    runner.layout, runner.kinds, runner.shares = layout, None, None
+    checked = [runner.lane_check(step) for step in range(1, 7)]
+    assert sorted(check.lane for check in checked) == list(range(6))
+    dropped = {step: (checked[step - 1].lane,) for step in (2, 5)}
+    runner.shares = ReplayedLanes(dropped, layout, 0, counters=False)
+    left = [None if step in dropped else checked[step - 1] for step in range(1, 7)]
+    assert [runner.lane_check(step) for step in range(1, 7)] == left
 
 
 def test_a_worker_without_a_lane_has_no_counters_to_give() -> None:
