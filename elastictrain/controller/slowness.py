@@ -8,6 +8,7 @@ from elastictrain.controller.facts import Role, StragglerSpec
 from elastictrain.controller.machine import Machine
 from elastictrain.controller.phases import Running
 from elastictrain.controller.room import MemoryRoom
+from elastictrain.controller.speeds import splits_in_force
 from elastictrain.protocol import StepSignals
 from elastictrain.stragglers.decision import Decision, Policy, Refused
 from elastictrain.stragglers.room import PLENTY
@@ -75,7 +76,7 @@ class Slowness:
         verdict = self.watch.feed(
             plan.generation, plan.layout.workers, signals.step, signals.records,
             spares=len(core.ledger.workers.of(Role.READY)), least_workers=fewest, acts=fresh and self._spec.moves,
-            room=MemoryRoom(core) if core.ledger.memory() else PLENTY,
+            room=MemoryRoom(core) if core.ledger.memory() else PLENTY, splits=splits_in_force(core.ledger),
         )  # fmt: skip
         said = [_announce(finding) for finding in verdict.findings]
         if verdict.refused is not None:

@@ -22,6 +22,9 @@ from elastictrain.layout import Layout, deal_lanes
 MOST_OFFERS = 1000
 """In one generation: the watch holds still between two moves, so more would be an error of ours."""
 
+_HEARD = 3
+"""What is heard is of one of the last so many splits, or of the layout's own."""
+
 
 def by_speed(spec: MachineSpec, ledger: Ledger) -> MachineSpec:
     """The spec with what has been learned about speed in place of `workers.lane_shares`."""
@@ -40,6 +43,13 @@ def lanes_in_force(spec: MachineSpec, ledger: Ledger) -> Layout | None:
     if ledger.plan is None or not ledger.lane_offers:
         return None if ledger.plan is None else ledger.plan.layout
     return ledger.plan.layout.with_lanes(deal_lanes(spec.lane_count, ledger.lane_offers[-1], spec.lane_order))
+
+
+def splits_in_force(ledger: Ledger) -> tuple[tuple[int, ...], ...]:
+    """Lane counts by rank of the splits that the members may be at, the newest first."""
+    if ledger.plan is None:
+        return ()
+    return (*reversed(ledger.lane_offers[-_HEARD:]), tuple(map(len, ledger.plan.layout.lanes)))
 
 
 def offered_again(core: Core) -> list[Command]:

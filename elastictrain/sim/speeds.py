@@ -205,7 +205,7 @@ def run_speeds(scenario: SpeedScenario, policy: Policy | None = None, room: Room
         report.ours_s += taken_s
         report.none_s += taken_s if lanes == first else _take(devices, slowness, np.array(first), drawn).total_s
         report.oracle_s += taken_s if lanes == oracle else _take(devices, slowness, np.array(oracle), drawn).total_s
-        verdict = watch.feed(1, workers, step, _records(took, lanes, drawn), room=room)
+        verdict = watch.feed(1, workers, step, _records(took, lanes, drawn), room=room, splits=(lanes,))
         report.findings += verdict.findings
         report.refused += [] if verdict.refused is None else [verdict.refused]
         decision = verdict.decision

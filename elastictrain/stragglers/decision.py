@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from math import inf, sqrt
-from statistics import median, stdev
+from math import inf
+from statistics import median
 from typing import Literal
 
 from elastictrain.planner.split import split_affine
 from elastictrain.stragglers.rental import Case, pays, prior_s
+from elastictrain.stragglers.robust import median_error
 from elastictrain.stragglers.room import PLENTY, Answers, Fits, Found, Room, best_with_room, makespan_s
 
 Action = Literal["move_lanes", "move_back", "replace", "leave_out"]
@@ -157,6 +158,11 @@ class Decider:
         self._told_refused: set[frozenset[int]] = set()
         self.refused: Refused | None = None
 
+    @property
+    def judges(self) -> bool:
+        """Whether a move is being verified, or waits to be heard of."""
+        return self._trial is not None
+
     def decide(self, now: Situation) -> Decision | None:
         """What to do after this step; None: nothing. `refused` is what is to be told besides, once of the same slow
         workers: that there is no room for what would be best.
@@ -276,7 +282,7 @@ class Decider:
         if now.step >= trial.began + _TRIAL_TIMES * self.policy.verify_steps:
             self._end_trial(now, "unjudged")  # hardly a step was without an excuse
             return None
-        error_s, enough = _error_s(trial.won), len(trial.won) >= _MOST_VERIFYING * self.policy.verify_steps
+        error_s, enough = median_error(trial.won), len(trial.won) >= _MOST_VERIFYING * self.policy.verify_steps
         if len(trial.won) < self.policy.verify_steps or (error_s > abs(promised_s) / 4 and not enough):
             return None
         won_s = median(trial.won)
@@ -392,8 +398,3 @@ class Decider:
 def _about(now: Situation) -> object:
     """While this is the same, so is what there is room for."""
     return now.lanes, frozenset(now.slow), now.spares
-
-
-def _error_s(measured: Sequence[float]) -> float:
-    """How well the median of these is known (its standard error, were they normal)."""
-    return 1.25 * stdev(measured) / sqrt(len(measured)) if len(measured) > 1 else inf

@@ -36,7 +36,8 @@ from elastictrain.stragglers.alarms import (
     Together,
     Tuning,
 )
-from elastictrain.stragglers.robust import middle, spread, variance
+from elastictrain.stragglers.peers import in_common
+from elastictrain.stragglers.robust import spread, variance
 from elastictrain.stragglers.signals import EXCUSED, Flags, Floats, Records, checked, dealt, parts
 from elastictrain.stragglers.work import WorkModel
 
@@ -146,14 +147,16 @@ class Detector:
         best = float(self._best[COMPUTE, place])
         return best if math.isfinite(best) else float(self.level[COMPUTE, place])
 
-    def observe(self, step: int, records: Records) -> list[Alarm]:
-        """Take in a step; what has changed. `records` has one for every worker, in the order of their places."""
+    def observe(self, step: int, records: Records, sound: Flags | None = None) -> list[Alarm]:
+        """Take in a step; what has changed. `records` has one for every worker, in the order of their places. `sound`:
+        which of them are believed (default: what can be true of itself).
+        """
         if len(records) != self.workers:
             raise ValueError(f"{len(records)} records for {self.workers} workers")
-        sound = checked(records)
+        sound = checked(records) if sound is None else sound
         self.ignored += ~sound
         self._turn += 1
-        self._lanes_moved(records)
+        self._lanes_moved(records, sound)
         self.model.note(records, sound)
         if self._turn <= self.tuning.skip:
             return []
@@ -162,7 +165,7 @@ class Detector:
         change = np.where(usable, values - self.level, np.nan)
         learned = usable & (self._seen >= self.tuning.warm_up)
         learned[WORK] = usable[WORK]
-        self.common = self._in_common(np.where(learned & ~self._back_to_best(change), change, np.nan))
+        self.common = in_common(np.where(learned & ~self._back_to_best(change), change, np.nan), self._groups)
         rest = change - self.common
         self._learn_lengths(rest[WORK], usable[WORK])
         learned[WORK] &= self._seen[WORK] >= self.tuning.warm_up
@@ -179,12 +182,13 @@ class Detector:
 
     # --- what is taken from the records ---
 
-    def _lanes_moved(self, records: Records) -> None:
+    def _lanes_moved(self, records: Records, sound: Flags) -> None:
         """A worker with another number of lanes: what a step costs it whatever its lanes shifts its time per lane,
         which is no slowness. Its level is learned anew, in the next few steps.
         """
         lanes = dealt(records)
         if self._lanes is not None:
+            lanes = np.where(sound, lanes, self._lanes)
             moved = (lanes != self._lanes) & (self._seen[COMPUTE] >= self.tuning.warm_up)
             if moved.any():
                 self._more_lanes = np.where(moved, np.sign(lanes - self._lanes), self._more_lanes)
@@ -225,21 +229,6 @@ class Detector:
         """Who was slow and is nearer to its best now than to its level: that is its own change, and nobody else's."""
         away = np.where(np.isfinite(self._best), self.level - self._best, 0.0)
         return np.asarray((away >= self.tuning.verified) & (np.abs(change + away) < np.abs(change)))
-
-    def _in_common(self, change: Floats) -> Floats:
-        """What all peers of a worker share in this step, shape as `change`; 0 where nobody is to be compared with."""
-        common = np.zeros_like(change)
-        for group in self._groups:
-            part = change[:, group]
-            if len(group) <= 2:
-                nearest = np.nanargmin(np.where(np.isnan(part), np.inf, np.abs(part)), axis=1)
-                shared = np.nan_to_num(part[np.arange(len(part)), nearest])
-                if len(group) == 1:  # nobody to compare with: its own history alone
-                    shared = np.zeros(len(part))
-            else:
-                shared = middle(part)
-            common[:, group] = shared[:, None]
-        return common
 
     # --- levels ---
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import inf, sqrt
+from statistics import stdev
+
 import numpy as np
 import numpy.typing as npt
 
@@ -25,3 +29,8 @@ def middle(rows: Floats) -> Floats:
     each = np.arange(len(rows))
     found = (ordered[each, np.maximum(count - 1, 0) // 2] + ordered[each, np.maximum(count, 1) // 2 * (count > 1)]) / 2
     return np.asarray(np.where(count > 0, found, 0.0))
+
+
+def median_error(measured: Sequence[float]) -> float:
+    """How well the median of these is known (its standard error, were they normal); their unit."""
+    return 1.25 * stdev(measured) / sqrt(len(measured)) if len(measured) > 1 else inf

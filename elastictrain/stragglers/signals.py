@@ -136,9 +136,15 @@ def table(**columns: Any) -> Records:
     return found
 
 
+_SLACK, _SLACK_S = 1.05, 1e-3
+LEAST_LANE_S = 1e-6
+"""No lane is computed in less: whoever says so has no clock."""
+
+
 def checked(records: Records) -> Flags:
-    """Whether each record can be true: finite durations from 0 to a day, some compute for its lanes, counts that are
-    not negative. Shape [workers].
+    """Whether each record can be true: finite durations from 0 to a day, some compute for its lanes, no more waiting
+    for data and computing than there was time before the exchange (5 % and 1 ms are let pass), counts that are not
+    negative. Shape [workers].
     """
     sound = np.ones(len(records), dtype=bool)
     for name in ("data_s", "compute_s", "arrive_s", "exchange_s", "vote_s", "gather_s", "step_s", "collected_s"):
@@ -147,7 +153,18 @@ def checked(records: Records) -> Flags:
     for name in ("tokens", "squares"):
         sound &= (records[name] >= 0) & np.isfinite(records[name])
     sound &= (records["compute_s"] > 0) == (records["lanes"] > 0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        compute, data, arrive = (records[name].astype(np.float64) for name in ("compute_s", "data_s", "arrive_s"))
+        sound &= compute >= LEAST_LANE_S * records["lanes"]
+        sound &= compute + data <= _SLACK * arrive + _SLACK_S
     return np.asarray(sound)
+
+
+def counted(records: Records) -> Flags:
+    """Whether a record has room for the number of lanes that were dealt out (`dealt`). Shape [workers]."""
+    upper = records["flags"] >> 8
+    at_the_end = (upper == _MOST_MORE) | (upper == 256 - _MOST_MORE)
+    return np.asarray(~at_the_end & (records["lanes"] < 0xFFFF))
 
 
 def dealt(records: Records) -> npt.NDArray[np.int64]:

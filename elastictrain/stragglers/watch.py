@@ -14,10 +14,11 @@ from statistics import median
 import numpy as np
 
 from elastictrain.stragglers.alarms import COMPUTE, Alarm, Tuning
+from elastictrain.stragglers.belief import Arrival, believed
 from elastictrain.stragglers.decision import Decider, Decision, Policy, Refused, Situation
 from elastictrain.stragglers.detector import Detector
 from elastictrain.stragglers.room import PLENTY, Room
-from elastictrain.stragglers.signals import EXCUSED, RECORD_BYTES, Records, as_dealt, checked, decode
+from elastictrain.stragglers.signals import EXCUSED, RECORD_BYTES, Flags, Records, as_dealt, decode
 from elastictrain.stragglers.work import WorkModel
 
 _NONSENSE = 3
@@ -64,6 +65,7 @@ class StragglerWatch:
         self._evicted_s: list[float] = []
         self._last_step = 0
         self._accused: set[int] = set()
+        self._arrival = Arrival()
 
     def enter(self, generation: int, workers: Sequence[int]) -> None:
         """Another generation: other workers, or the same again."""
@@ -75,6 +77,7 @@ class StragglerWatch:
             if worker in self._best:
                 self.detector.remember_best(place, self._best[worker])
         self.decider = Decider(len(workers), self.policy, evicted_s=self._evicted_s)
+        self._arrival = Arrival()
         self._slow = {worker: since for worker, since in self._slow.items() if worker in set(workers)}
 
     def _keep(self) -> None:
@@ -114,10 +117,12 @@ class StragglerWatch:
         least_workers: int = 1,
         acts: bool = True,
         room: Room = PLENTY,
+        splits: Sequence[tuple[int, ...]] = (),
     ) -> Verdict:
         """The records of all workers for `step`, in rank order. `acts`: False for findings alone. `room`: for which
-        splits there is memory. What is older than what is known says nothing; nor do records whose number is not that
-        of the workers.
+        splits there is memory. `splits`: of the lanes, that may be in force, the newest first (none: what workers say
+        of their lanes is believed). What is older than what is known says nothing; nor do records whose number is not
+        that of the workers.
         """
         if generation < self.generation or len(raw) != RECORD_BYTES * len(workers):
             return Verdict()
@@ -128,11 +133,12 @@ class StragglerWatch:
         self._last_step = step
         assert self.detector is not None
         records = decode(raw)
-        alarms = self.detector.observe(step, records)
+        sound = believed(records, splits)
+        alarms = self.detector.observe(step, records, sound)
         findings = [*self._nonsense(step, records), *(self._finding(alarm) for alarm in alarms)]
         if not acts:
             return Verdict(tuple(findings))
-        decision, refused = self._decide(step, records, spares, least_workers, room)
+        decision, refused = self._decide(step, records, sound, spares, least_workers, room)
         return Verdict(tuple(findings), decision, refused)
 
     def _nonsense(self, step: int, records: Records) -> list[Finding]:
@@ -144,7 +150,7 @@ class StragglerWatch:
             if worker not in self._accused:
                 self._accused.add(worker)
                 shown = {name: records[name][place].item() for name in ("lanes", "compute_s", "data_s", "arrive_s")}
-                words = f"reports times that cannot be true ({shown}); they are ignored"
+                words = f"reports lanes or times that cannot be true ({shown}); they are ignored"
                 found.append(Finding("nonsense", step, worker, "signals", 1.0, step, words))
         return found
 
@@ -164,15 +170,18 @@ class StragglerWatch:
         return Finding(kind, alarm.step, worker, alarm.cause, alarm.factor, alarm.onset, words)
 
     def _decide(
-        self, step: int, records: Records, spares: int, least_workers: int, room: Room
+        self, step: int, records: Records, sound: Flags, spares: int, least_workers: int, room: Room
     ) -> tuple[Decision | None, Refused | None]:
         assert self.detector is not None
         assert self.decider is not None
-        sound = checked(records)
         units = self.detector.dealt_unit_s
         quiet = bool(sound.all() and (records["lanes"] > 0).all()) and not bool((records["flags"] & EXCUSED).any())
+        said = records
         records = as_dealt(records)  # lanes that were taken over within the step stay dealt out as they are
-        arrived = float((records["compute_s"] + records["data_s"]).max()) if quiet else None
+        arrived = None
+        if quiet:
+            computed_s = float((records["compute_s"] + records["data_s"]).max())
+            arrived = self._arrival.last_s(computed_s, said, judging=self.decider.judges)
         self._elapsed_s += arrived or 0.0
         if not np.isfinite(units).all() or not sound.all():
             return None, None

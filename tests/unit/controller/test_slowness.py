@@ -111,3 +111,23 @@ def test_who_only_watches_does_nothing(moves: bool) -> None:
     slowness = Slowness(scene.machine, StragglerSpec(moves=moves))
     proposed = hear(slowness, (said(step, (1.0, 3.0 if step > 19 else 1.0, 1.0)) for step in range(1, 40)))
     assert bool(proposed) == moves
+
+
+def test_lanes_that_no_split_has_are_not_believed() -> None:
+    """The controller knows what it has dealt out, before and after it has moved lanes."""
+    _, slowness = watched()
+    raw = Signal(40, 0.3, arrive_s=0.3, exchange_s=0.01).encode()
+    wrong = [StepSignals(1, step, raw + said(step).records[len(raw) :]) for step in range(1, 5)]
+    told = [one.data for signals in wrong for one in slowness.hear(signals)[0]]
+    assert [(one["what"], one["worker"]) for one in told] == [("nonsense", 0)]
+    assert told[0]["reason"].startswith("reports lanes or times that cannot be true ({'lanes': 40,")
+
+    scene, slowness = watched()
+    hear(slowness, (said(step) for step in range(1, 20)))
+    speeds = tuple((worker, 1.0) for worker in range(3))
+    scene.send(ev.LanesProposed(0.0, 1, 20, (2, 4, 2), speeds, "move_lanes", "", 1.0, 0.5))
+    assert scene.machine.core.ledger.lane_offers == ((2, 4, 2),)
+    for lanes in ((3, 3, 2), (2, 4, 2)):  # before and after they have heard of it
+        raw = b"".join(Signal(own, 0.1 * own, arrive_s=0.1 * own, exchange_s=0.01).encode() for own in lanes)
+        said_now = [slowness.hear(StepSignals(1, 20 + step + 10 * lanes[0], raw))[0] for step in range(9)]
+        assert said_now == [[]] * 9
