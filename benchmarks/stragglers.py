@@ -54,7 +54,7 @@ def matches(scenario: SpeedScenario, report: SpeedReport) -> tuple[int, int, int
     begun, or ended. A slow-down that lasts fewer than 10 steps before the run ends is not asked for.
     """
     right, found, delays = 0, set(), []
-    alarms = [one for one in report.findings if one.kind in ("slow", "recovered", "imbalance")]
+    alarms = [one for one in report.findings if one.kind in ("slow", "recovered", "faster", "imbalance")]
     for alarm in alarms:
         for number, slow in enumerate(scenario.slowness):
             mine = alarm.worker == slow.worker and alarm.cause == slow.cause

@@ -9,6 +9,8 @@ from elastictrain.observe.events import Data
 _SHOWN = 8
 _NOW = {
     "slow": "is slow ({cause})",
+    "still_slow": "is still slow, though less ({cause})",
+    "faster": "is faster than it was before ({cause})",
     "recovered": "is as fast again as it was ({cause})",
     "imbalance": "has more work than others",
     "nonsense": "reports nonsense",
@@ -29,7 +31,8 @@ def _reason(data: Data) -> str:
 
 def _straggler(data: Data) -> str:
     who = "the network" if data.get("worker") is None else f"worker {data['worker']}"
-    return f"{who} {_NOW[data['what']].format(cause=data.get('cause'))}{_reason(data)}"
+    what = "still_slow" if data["what"] == "slow" and data.get("factor", 1.0) < 1 else data["what"]
+    return f"{who} {_NOW[what].format(cause=data.get('cause'))}{_reason(data)}"
 
 
 def _lanes_moved(data: Data) -> str:

@@ -35,10 +35,11 @@ from elastictrain.stragglers.alarms import (
     Alarm,
     Together,
     Tuning,
+    likely_shift,
 )
-from elastictrain.stragglers.peers import in_common
+from elastictrain.stragglers.peers import Lately, back_to_best, in_common
 from elastictrain.stragglers.robust import spread, variance
-from elastictrain.stragglers.signals import EXCUSED, Flags, Floats, Records, checked, dealt, parts
+from elastictrain.stragglers.signals import EXCUSED, Flags, Floats, Records, checked, dealt, logarithms
 from elastictrain.stragglers.work import WorkModel
 
 _HICCUP = math.log(1.5)
@@ -47,6 +48,7 @@ _APART = 3.0
 _JUMP = math.log(1.2)
 _LENGTHS = 20
 """Steps with unequal lengths after which it is known how much they vary."""
+_FEW = 3
 _SURE = 5
 """Steps after which a change is believed although they do not agree."""
 
@@ -81,10 +83,10 @@ class Detector:
         self._warm = np.full((4, workers, self.tuning.warm_up), np.nan)
         self._noise = np.full((4, workers), 2 * self.tuning.noise)
         self._behind = np.full((4, workers), self.tuning.warm_up)  # so many steps are behind a level
-        pairs = [group for group in self._groups if len(group) == 2]
         self._zeros = np.ones(workers)
-        """Of two workers one always counts as unchanged, so that half of what both have left is 0."""
-        self._zeros[np.concatenate(pairs) if pairs else []] = 2.0
+        """Of two workers one always counts as unchanged, of three one is the median: so much of what is left is 0."""
+        for group in self._groups:
+            self._zeros[group] = {2: 2.0, 3: 1.5}.get(len(group), 1.0)
         self._up: Floats = np.zeros((4, workers))
         self._down: Floats = np.zeros((4, workers))
         self._up_since = np.zeros((4, workers), dtype=np.int64)
@@ -97,6 +99,7 @@ class Detector:
         self._counted = np.zeros(workers, dtype=np.int64)
         self._more_lanes = np.zeros(workers, dtype=np.int64)
         self._lanes: npt.NDArray[np.int64] | None = None
+        self._lately = Lately(4, workers, self._groups)
         self._together = Together(self.tuning)
         self._turn = 0
         self.common = np.zeros((4, workers))
@@ -165,7 +168,11 @@ class Detector:
         change = np.where(usable, values - self.level, np.nan)
         learned = usable & (self._seen >= self.tuning.warm_up)
         learned[WORK] = usable[WORK]
-        self.common = in_common(np.where(learned & ~self._back_to_best(change), change, np.nan), self._groups)
+        self._lately.add(values, learned)
+        theirs = np.where(learned & ~back_to_best(change, self.level, self._best, self.tuning.verified), change, np.nan)
+        sure = not self.model.by_length or self._lengths_seen > 3 * _LENGTHS  # else levels are not known well
+        lately = self._lately if sure else None
+        self.common = in_common(theirs, self._groups, lately=lately, level=self.level, noise=self._noise)
         rest = change - self.common
         self._learn_lengths(rest[WORK], usable[WORK])
         learned[WORK] &= self._seen[WORK] >= self.tuning.warm_up
@@ -196,6 +203,7 @@ class Detector:
                 self._warm[:3, moved] = np.nan
                 self._up[:, moved] = self._down[:, moved] = 0.0
                 self._recent[:, :, moved] = np.nan
+                self._lately.forget(moved)
         self._lanes = lanes
 
     def _not_excused(self, records: Records) -> Flags:
@@ -209,26 +217,11 @@ class Detector:
         # Of lanes of mean length: what one waits for data does not depend on the lengths of just these lanes.
         mean = np.exp(self.level[COMPUTE]) * np.maximum(records["lanes"], 1)
         ordinary = np.where(self._seen[COMPUTE] >= self.tuning.warm_up, mean, compute)
-        _, transfer = parts(records, sound)
-        longest = float(np.median(ordinary[used])) if used.any() else 1.0
-        with np.errstate(divide="ignore", invalid="ignore"):
-            values = np.stack(
-                [
-                    np.log(compute / work),
-                    np.log1p(records["data_s"] / ordinary),
-                    np.log1p(transfer / longest),
-                    np.log(work / np.maximum(records["lanes"], 1)),
-                ]
-            )
+        values = logarithms(records, sound, used, work, ordinary)
         usable = np.broadcast_to(used, values.shape).copy()
         usable[WORK] &= self.model.by_length
         usable[LINK] &= bool(((records["flags"] & EXCUSED) == 0)[sound].all())  # others would be waited for
         return values, usable & np.isfinite(values)
-
-    def _back_to_best(self, change: Floats) -> Flags:
-        """Who was slow and is nearer to its best now than to its level: that is its own change, and nobody else's."""
-        away = np.where(np.isfinite(self._best), self.level - self._best, 0.0)
-        return np.asarray((away >= self.tuning.verified) & (np.abs(change + away) < np.abs(change)))
 
     # --- levels ---
 
@@ -254,7 +247,8 @@ class Detector:
         apart = 1.4826 * np.nanmedian(np.abs(samples - np.nanmedian(samples, axis=1)[:, None]), axis=1)
         self._noise[causes, places] = np.maximum(self._noise[causes, places], 1.5 * apart)
         for cause in np.unique(causes):  # few samples each: nobody is assumed to be much steadier than the others
-            self._noise[cause] = np.maximum(self._noise[cause], np.median(self._noise[cause]))
+            likely = np.median if self.workers > _FEW else np.max  # of five samples of few workers it is hardly known
+            self._noise[cause] = np.maximum(self._noise[cause], likely(self._noise[cause]))
         noise, count = self._likely_noise()[causes, places], np.isfinite(samples).sum(axis=1)
         unknown = _APART * np.sqrt(variance(noise, count) + variance(noise, self._behind[causes, places]))
         self._behind[causes, places] = count
@@ -267,8 +261,18 @@ class Detector:
         self._best[causes, places] = np.where(known, np.where(jumped, np.minimum(best, level), best + shift), level)
         self.level[causes, places] = level
         return [
-            Alarm(step, step - 2, int(place), "compute", math.exp(change), math.exp(now - self._best[COMPUTE, place]))
-            for place, change, now in zip(places[jumped], shift[jumped], level[jumped], strict=True)
+            Alarm(
+                step,
+                step - 2,
+                int(place),
+                "compute",
+                math.exp(change),
+                math.exp(now - self._best[COMPUTE, place]),
+                math.exp(was),
+            )
+            for place, change, now, was in zip(
+                places[jumped], shift[jumped], level[jumped], (before - best)[jumped], strict=True
+            )
         ]
 
     def _learn_lengths(self, rest: Floats, there: Flags) -> None:
@@ -292,12 +296,14 @@ class Detector:
         there = ~np.isnan(rest)
         self._recent[self._turn % MEMORY] = rest
         noise = self._likely_noise()
-        pace = t.shift / (noise * noise)
+        shift = likely_shift(t, noise)
+        shift[WORK] = t.shift
+        pace = shift / (noise * noise)
         most = np.full((4, 1), STEP_SHARE * threshold)
         most[WORK] /= 4  # many steps: lengths are drawn anew in each
-        value = np.where(there, rest, t.shift / 2)  # what is not there moves nothing
-        up = np.maximum(0.0, self._up + np.minimum(pace * (value - t.shift / 2), most))
-        down = np.maximum(0.0, self._down + np.where(there, np.minimum(pace * (-value - t.shift / 2), most), 0.0))
+        value = np.where(there, rest, shift / 2)  # what is not there moves nothing
+        up = np.maximum(0.0, self._up + np.minimum(pace * (value - shift / 2), most))
+        down = np.maximum(0.0, self._down + np.where(there, np.minimum(pace * (-value - shift / 2), most), 0.0))
         self._up_since = np.where((self._up == 0) & (up > 0), self._turn, self._up_since)
         self._down_since = np.where((self._down == 0) & (down > 0), self._turn, self._down_since)
         self._up, self._down = up, down
@@ -353,13 +359,13 @@ class Detector:
             if (disagree and len(samples) < _SURE) or (not told and len(samples) < 2 * _SURE):
                 self._wait(cause, place, 1 - STEP_SHARE / 2)
                 continue
-            self._change_level(cause, place, samples, told)
+            before = self._change_level(cause, place, samples, told)
             slowness = math.exp(self.level[cause, place] - self._best[cause, place])
             onset = step - (self._turn - int(since))
             if cause == WORK and not (up and slowness >= math.exp(self.tuning.verified)):
                 continue  # less work than before is nothing to be told
             if told:
-                alarms.append(Alarm(step, onset, int(place), CAUSES[cause], math.exp(change), slowness))
+                alarms.append(Alarm(step, onset, int(place), CAUSES[cause], math.exp(change), slowness, before))
         return alarms
 
     def _wait(self, cause: int, place: int, share: float) -> None:
@@ -367,8 +373,10 @@ class Detector:
         self._up[cause, place] = min(self._up[cause, place], self.threshold * share)
         self._down[cause, place] = min(self._down[cause, place], self.threshold * share)
 
-    def _change_level(self, cause: int, place: int, samples: Floats, told: bool) -> None:
-        """Take the new level from the samples since the onset. If not `told`, the old one was not known well."""
+    def _change_level(self, cause: int, place: int, samples: Floats, told: bool) -> float:
+        """Take the new level from the samples since the onset. If not `told`, the old one was not known well. Returns
+        how many times as long as at its best it took before.
+        """
         change, count = float(np.median(samples)), len(samples)
         best = self._best[cause, place]
         best = self.level[cause, place] if not np.isfinite(best) else best
@@ -386,3 +394,4 @@ class Detector:
         if cause == COMPUTE:
             self._counted[place] = count
         self._seen[cause, place] = max(self.tuning.warm_up, count)
+        return math.exp(before)

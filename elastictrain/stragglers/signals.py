@@ -196,3 +196,21 @@ def parts(records: Records, sound: Flags) -> tuple[Floats, Floats]:
     exchange = np.where(sound, records["exchange_s"], 0.0).astype(np.float64)
     wait = np.where(sound, np.minimum(exchange, arrive.max(initial=0.0) - arrive), 0.0)
     return wait, exchange - wait
+
+
+def logarithms(records: Records, sound: Flags, used: Flags, work: Floats, ordinary_s: Floats) -> Floats:
+    """What a step says of every worker, as logarithms: seconds per unit of `work`, the stretch by waiting for data and
+    by its transfer, work beyond the number of lanes. Shape [4, workers]. `ordinary_s`: of its computation, usually.
+    """
+    compute = np.maximum(records["compute_s"].astype(np.float64), 1e-9)
+    _, transfer = parts(records, sound)
+    longest = float(np.median(ordinary_s[used])) if used.any() else 1.0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.stack(
+            [
+                np.log(compute / work),
+                np.log1p(records["data_s"] / ordinary_s),
+                np.log1p(transfer / longest),
+                np.log(work / np.maximum(records["lanes"], 1)),
+            ]
+        )

@@ -27,7 +27,7 @@ _NONSENSE = 3
 @dataclass(frozen=True, slots=True)
 class Finding:
     """Something to be told: `alarm` of `worker` (its number; None: all), in words. `kind`: "slow", "recovered",
-    "imbalance" or "nonsense".
+    "faster" (than ever, and it was not slow), "imbalance" or "nonsense".
     """
 
     kind: str
@@ -161,12 +161,16 @@ class StragglerWatch:
                 self._slow.setdefault(worker, alarm.onset)
             else:
                 self._slow.pop(worker, None)
-        kind = "imbalance" if alarm.cause == "work" else "slow" if alarm.is_slow else "recovered"
+        kind = "imbalance" if alarm.cause == "work" else alarm.kind
         what = {
             "compute": "its lanes take", "data": "with the wait for its data a step takes",
             "link": "with its transfer a step takes", "work": "its lanes are",
         }[alarm.cause]  # fmt: skip
+        if worker is None:
+            what = "with all workers' transfers a step takes"
         words = f"since step {alarm.onset} {what} {alarm.factor:.2f} x what was usual"
+        if kind == "slow" and alarm.factor < 1:
+            words += f", and still {alarm.slowness:.2f} x what is known of it at best"
         return Finding(kind, alarm.step, worker, alarm.cause, alarm.factor, alarm.onset, words)
 
     def _decide(

@@ -279,6 +279,16 @@ SAID: list[tuple[str, dict[str, Any], str]] = [
         "worker 3 is as fast again as it was (data)",
     ),
     ("straggler", {"what": "nonsense", "worker": 3, "reason": "ignored"}, "worker 3 reports nonsense: ignored"),
+    (
+        "straggler",
+        {"what": "slow", "worker": 3, "cause": "compute", "factor": 0.7},
+        "worker 3 is still slow, though less (compute)",
+    ),
+    (
+        "straggler",
+        {"what": "faster", "worker": 0, "cause": "compute", "factor": 0.5},
+        "worker 0 is faster than it was before (compute)",
+    ),
     ("straggler", {"what": "imbalance", "worker": 3, "cause": "work"}, "worker 3 has more work than others"),
     (
         "lanes_moved",
