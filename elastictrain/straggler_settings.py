@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from elastictrain.settings import Settings, a_number, not_a_switch
+
+
+def off_is_no_switch(value: object) -> object:
+    """YAML reads `off` and `no` as False: where "off" is one of the words, that is meant. `on` says not which."""
+    if value is True:
+        raise ValueError("YAML reads `on` and `yes` as a switch (got True); say which: watch, lanes or evict")
+    return "off" if value is False else value
 
 
 class Stragglers(Settings):
     """What is done about workers that are slow, or slower than others from the start (docs/stragglers.md)."""
 
-    action: Literal["off", "watch", "lanes", "evict"] = "watch"
+    action: Annotated[Literal["off", "watch", "lanes", "evict"], BeforeValidator(off_is_no_switch)] = "watch"
     """"watch": say who is slow, and why. "lanes": also deal the lanes out by speed, between two steps; no bit changes.
     "evict": also replace a worker by a spare that waits, or leave it out, where moving lanes is not enough.
     """
     min_gain: Annotated[float, BeforeValidator(a_number), Field(gt=0, lt=1)] = 0.03
     """Share of a step's computation that a change must win."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        """`stragglers: lanes` is `stragglers: {action: lanes}`."""
+        return {"action": value} if isinstance(value, str | bool) else value
 
 
 Dropped = dict[Annotated[int, Field(ge=1)], tuple[Annotated[int, Field(ge=0)], ...]]

@@ -15,6 +15,7 @@ from elastictrain.controller.budgets import FailureBudget
 from elastictrain.controller.facts import StragglerSpec
 from elastictrain.errors import ConfigError
 from elastictrain.settings import PositiveInt, explain, not_a_switch
+from elastictrain.straggler_settings import off_is_no_switch
 
 Hours = Annotated[float, BeforeValidator(not_a_switch), Field(gt=0)]
 Seconds = Annotated[float, BeforeValidator(not_a_switch), Field(ge=0)]
@@ -128,7 +129,7 @@ class Scenario(_Part):
     blocks_per_worker: PositiveInt = 4
     mirrors: bool = True
     steps: PositiveInt | None = None
-    stragglers: Literal["off", "watch", "lanes", "evict"] = "off"
+    stragglers: Annotated[Literal["off", "watch", "lanes", "evict"], BeforeValidator(off_is_no_switch)] = "off"
     speeds: tuple[Annotated[float, BeforeValidator(not_a_switch), Field(gt=0)], ...] = (1.0,)
     noise: Share = 0.02
     hiccups: Share = 0.0
