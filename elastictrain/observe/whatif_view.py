@@ -48,11 +48,12 @@ class Replan:
 def replan(timings: Timings, recent: int = RECENT_STEPS) -> Replan:
     """What the planner would do now: the exact split of the lanes at the speeds of the last steps.
 
-    Taken are the last steps with the workers and the lanes of the very last one.
+    Taken are the last steps with the workers and the lanes of the very last one: as they were dealt out, whoever has
+    computed them.
     """
-    there = ~np.isnan(timings.lanes[-1])
-    now = timings.lanes[-1, there]
-    alike = np.array([bool(np.array_equal(row[there], now)) for row in timings.lanes[-recent:]])
+    there = ~np.isnan(timings.dealt[-1])
+    now = timings.dealt[-1, there]
+    alike = np.array([bool(np.array_equal(row[there], now)) for row in timings.dealt[-recent:]])
     part = np.nonzero(alike)[0] + len(timings.steps) - len(alike)
     work = work_of(timings)[np.ix_(part, np.nonzero(there)[0])]
     compute = timings.compute_s[np.ix_(part, np.nonzero(there)[0])]
@@ -122,12 +123,8 @@ def cost_table(answer: Answer, rows: int = 10) -> Table:
     return table
 
 
-def draw_whatif(answer: Answer, out: Path, *, title: str) -> Path:
-    """Write the heat map, as SVG for a name that ends so, else as PNG: for every worker and step, how many times as
-    long as when healthy it took; below it the steps as they were and as they would have been.
-
-    Raises ConfigError when matplotlib is missing, ClusterError when the file cannot be written.
-    """
+def picture_of(answer: Answer, *, title: str) -> Any:
+    """The heat map as a matplotlib Figure. Raises ConfigError when matplotlib is missing."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.colors import LinearSegmentedColormap
@@ -150,7 +147,7 @@ def draw_whatif(answer: Answer, out: Path, *, title: str) -> Path:
     heat.invert_yaxis()
     _name_rows(heat, answer, row_group, len(cells))
     bar = figure.colorbar(drawn, ax=heat, pad=0.01, aspect=12, extend="max")
-    bar.set_label("times as long as healthy (grey: not there)", fontsize=8)
+    heat.set_title("times as long as when healthy (grey: not there)", fontsize=8, loc="right")  # a bar may be too short
     bar.ax.tick_params(labelsize=8)
     line.plot(answer.steps, answer.step_s, color="#d6604d", lw=1.0, label="as it was")
     line.plot(answer.steps, answer.healthy_step_s, color="#0072b2", lw=1.0, label="without slowness")
@@ -158,12 +155,22 @@ def draw_whatif(answer: Answer, out: Path, *, title: str) -> Path:
     line.set_ylabel("seconds a step", fontsize=8)
     line.set_xlabel("step")
     line.tick_params(labelsize=8)
-    line.legend(fontsize=8, frameon=False, ncols=2, loc="lower right")
+    line.legend(fontsize=8, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.1)
     line.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
         f"{title}: {answer.actual_s:.4g} s as it was, {answer.healthy_s:.4g} s without slowness", fontsize=10, x=0.01,
         ha="left",
     )  # fmt: skip
+    return figure
+
+
+def draw_whatif(answer: Answer, out: Path, *, title: str) -> Path:
+    """Write the heat map, as SVG for a name that ends so, else as PNG: for every worker and step, how many times as
+    long as when healthy it took; below it the steps as they were and as they would have been.
+
+    Raises ConfigError when matplotlib is missing, ClusterError when the file cannot be written.
+    """
+    figure = picture_of(answer, title=title)
     buffer = io.BytesIO()
     kind = "svg" if out.suffix.lower() == ".svg" else "png"
     figure.savefig(buffer, format=kind, dpi=130)

@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elastictrain.errors import ConfigError
+from elastictrain.stragglers.signals import dealt
 
 Floats = npt.NDArray[np.float64]
 Cause = Literal["compute", "hiccup", "collector", "data", "host"]
@@ -50,6 +51,7 @@ class Timings:
 
     `before_s`: from the last vote to the exchange, of which `data_s` waiting for batches, `compute_s` computing and
     `collected_s` of that in Python's garbage collector. `exchange_s`: waiting for others included. `vote_s`.
+    `lanes`: that each has computed, `dealt` those that were dealt out to it (not the same where lanes are shared).
     """
 
     steps: tuple[int, ...]
@@ -63,6 +65,7 @@ class Timings:
     collected_s: Floats
     tokens: Floats
     squares: Floats
+    dealt: Floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +123,12 @@ def timings_of(steps: Sequence[tuple[int, Sequence[int], Any]], excused: int) ->
     workers = tuple(sorted({worker for _, there, _ in counted for worker in there}))
     column = {worker: n for n, worker in enumerate(workers)}
     names = ("lanes", "compute_s", "data_s", "arrive_s", "exchange_s", "vote_s", "collected_s", "tokens", "squares")
-    made = {name: np.full((len(counted), len(workers)), np.nan) for name in names}
+    made = {name: np.full((len(counted), len(workers)), np.nan) for name in (*names, "dealt")}
     for row, (_, there, records) in enumerate(counted):
         places = [column[worker] for worker in there]
         for name in names:
             made[name][row, places] = records[name]
+        made["dealt"][row, places] = dealt(records)
     made["before_s"] = made.pop("arrive_s")
     return Timings(tuple(number for number, _, _ in counted), workers, **made), len(steps) - len(counted)
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from elastictrain.cli import app
 from elastictrain.observe.signal_log import SignalLog
-from elastictrain.observe.whatif_view import MOST_ROWS, replan, shrunk
+from elastictrain.observe.whatif_view import MOST_ROWS, picture_of, replan, shrunk
 from elastictrain.stragglers.whatif import timings_of, what_if
 from tests.support.signals import LAYOUT, records
 
@@ -106,3 +106,36 @@ def test_the_planner_takes_the_speeds_of_the_lanes_that_are_dealt_out_now() -> N
     assert plan.lanes == (5, 3)
     assert plan.lane_s == pytest.approx((0.1, 0.18))
     assert plan.split.parts == (5, 3)
+
+
+def test_lanes_that_others_have_computed_are_dealt_out_to_whom_they_were() -> None:
+    """Worker 0 is three times as slow, and worker 1 has taken over two of its four lanes."""
+    shared = records([0.6, 0.6], lanes=[2, 6], flags=[(256 - 2) << 8, 2 << 8], host_s=0.0)
+    alone = records([1.2, 0.4], host_s=0.0)
+    for steps in ([shared] * 8, [alone] * 4 + [shared] * 4):
+        timings, _ = timings_of([(n, (0, 1), record) for n, record in enumerate(steps)], excused=11)
+        plan = replan(timings)
+        assert plan.lanes == (4, 4)
+        assert plan.split.parts == (2, 6)
+        assert plan.lane_s == pytest.approx((0.3, 0.1))
+        assert (plan.before_s, plan.after_s) == pytest.approx((1.2, 0.6))
+
+
+@pytest.mark.parametrize("workers", [2, 5, 40])
+def test_all_words_of_the_picture_can_be_read(workers: int) -> None:
+    """None is cut, and the legend does not lie over the lines."""
+    steps = [records([0.4 + 0.1 * (n % 7 == 0)] * (workers - 1) + [0.9]) for n in range(30)]
+    timings, _ = timings_of([(n, tuple(range(workers)), record) for n, record in enumerate(steps)], excused=11)
+    figure = picture_of(what_if(timings), title="a-run")
+    figure.canvas.draw()
+    heat, line, bar = figure.axes
+    for axes in (heat, line, bar):
+        inside = axes.get_tightbbox()
+        assert figure.bbox.x0 <= inside.x0
+        assert inside.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= inside.y0
+        assert inside.y1 <= figure.bbox.y1
+    assert not line.get_legend().get_window_extent().overlaps(line.bbox.shrunk(0.999, 0.999))
+    assert not line.get_legend().get_window_extent().overlaps(heat.get_tightbbox())
+    said = [text for axes in (heat, bar) for text in (axes.get_title(loc="right"), axes.get_ylabel()) if text]
+    assert any("grey: not there" in text for text in said)
