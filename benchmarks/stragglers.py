@@ -64,7 +64,7 @@ def matches(scenario: SpeedScenario, report: SpeedReport) -> tuple[int, int, int
                     found.add(number)
                     delays.append(alarm.step - slow.begin + 1)
                 break
-            if mine and alarm.kind == "recovered" and slow.end - LATE <= alarm.since:
+            if mine and alarm.kind in ("recovered", "faster") and slow.end - LATE <= alarm.since:
                 right += 1
                 break
     return len(alarms), right, len(found), delays
