@@ -55,6 +55,7 @@ class StragglerWatch:
         self.steps, self.policy, self.tuning = steps, policy or Policy(), tuning or Tuning()
         self.generation = 0
         self.workers: tuple[int, ...] = ()
+        self._roles: tuple[int, ...] = ()
         self.detector: Detector | None = None
         self.decider: Decider | None = None
         self._model = WorkModel()
@@ -67,12 +68,16 @@ class StragglerWatch:
         self._accused: set[int] = set()
         self._arrival = Arrival()
 
-    def enter(self, generation: int, workers: Sequence[int]) -> None:
-        """Another generation: other workers, or the same again."""
+    def enter(self, generation: int, workers: Sequence[int], roles: Sequence[int] = ()) -> None:
+        """Another generation: other workers, or the same again. `roles`: of each, by any numbers; peers are those of
+        the same one (none: all are peers). Raises ValueError when there are not as many as workers.
+        """
+        if roles and len(roles) != len(workers):
+            raise ValueError(f"{len(roles)} roles for {len(workers)} workers")
         self._keep()
-        self.generation, self.workers = generation, tuple(workers)
+        self.generation, self.workers, self._roles = generation, tuple(workers), tuple(roles)
         known = [self._levels.get(worker, math.nan) for worker in workers]
-        self.detector = Detector(len(workers), tuning=self.tuning, known=known, model=self._model)
+        self.detector = Detector(len(workers), tuning=self.tuning, roles=roles or None, known=known, model=self._model)
         for place, worker in enumerate(workers):
             if worker in self._best:
                 self.detector.remember_best(place, self._best[worker])
@@ -118,16 +123,17 @@ class StragglerWatch:
         acts: bool = True,
         room: Room = PLENTY,
         splits: Sequence[tuple[int, ...]] = (),
+        roles: Sequence[int] = (),
     ) -> Verdict:
         """The records of all workers for `step`, in rank order. `acts`: False for findings alone. `room`: for which
         splits there is memory. `splits`: of the lanes, that may be in force, the newest first (none: what workers say
-        of their lanes is believed). What is older than what is known says nothing; nor do records whose number is not
-        that of the workers.
+        of their lanes is believed). `roles`: as for `enter`; all members of a job have the same. What is older than
+        what is known says nothing; nor do records whose number is not that of the workers.
         """
         if generation < self.generation or len(raw) != RECORD_BYTES * len(workers):
             return Verdict()
-        if generation != self.generation or tuple(workers) != self.workers:
-            self.enter(generation, workers)
+        if generation != self.generation or tuple(workers) != self.workers or tuple(roles) != self._roles:
+            self.enter(generation, workers, roles)
         elif step <= self._last_step:
             return Verdict()
         self._last_step = step

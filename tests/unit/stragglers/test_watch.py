@@ -178,3 +178,22 @@ def test_who_is_measured_now_and_then_gives_its_place_away():
         decisions += [verdict.decision] if verdict.decision else []
     assert [(one.worker, one.cause, round(one.factor)) for one in findings] == [(8, "compute", 4)]
     assert [(one.action, one.worker) for one in decisions[:1]] == [("replace", 2)]
+
+
+def test_peers_are_those_of_the_same_role():
+    """All of one role are slow: among all workers they are half, and what half of them share is nobody's own change;
+    against their own role only the one that is slower still is named."""
+    roles = (0, 0, 0, 0, 1, 1, 1, 1, 1)
+    names, calm = tuple(range(9)), (1.0,) * 9
+    slow = (1.0, 1.0, 1.0, 1.0, 1.5, 1.5, 1.5, 1.5, 3.0)
+    told = {}
+    for given in ((), roles):
+        watch, found = StragglerWatch(1000), []
+        for step in range(1, 40):
+            raw = records(slow if step >= 20 else calm, step, (4,) * 9)
+            found += watch.feed(1, names, step, raw, roles=given, acts=False).findings
+        told[given] = {(one.kind, one.worker) for one in found}
+    assert told[roles] == {("slow", 8)}
+    assert told[()] == {("faster", 0), ("faster", 1), ("faster", 2), ("faster", 3), ("slow", 8)}
+    with pytest.raises(ValueError, match="2 roles for 3 workers"):
+        StragglerWatch(10).enter(1, (0, 1, 2), (0, 1))
