@@ -192,6 +192,11 @@ def validate(job_file: JobFile) -> None:
         for segment in source.describe()["segments"]:
             shares = ", ".join(f"{share:.1%} {name}" for name, share in segment["shares"].items())
             typer.echo(f"data      {source.samples} samples; from step {segment['from_step']} on: {shares}")
+    if job.plan is not None:
+        from elastictrain.engine.planned import plan_job
+
+        for sentence in plan_job(job)[1]["said"]:
+            typer.echo(f"plan      {sentence}")
     if job.start_from is not None:
         from elastictrain.engine.origins import pin
 

@@ -13,6 +13,7 @@ import ray
 
 from elastictrain.errors import CapacityError, ClusterError, ConfigError
 from elastictrain.job import Job
+from elastictrain_actors.head import join_cluster
 from elastictrain_actors.runtime_env import needs_shipping, prepare
 
 OBJECT_STORE_BYTES = 100 * 2**20
@@ -67,13 +68,13 @@ def _start(job: Job, address: str | None, environment: dict[str, Any]) -> None:
     shared: dict[str, Any] = {"runtime_env": environment, "log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if needs_shipping(address):
-            ray.init(address=address or os.environ.get("RAY_ADDRESS") or "auto", **shared)
+            join_cluster(address or os.environ.get("RAY_ADDRESS") or "auto", **shared)
         else:
             for name, value in EMBEDDED.items():
                 os.environ.setdefault(name, value)
             ray.init(address="local", include_dashboard=False, **_embedded(job), **shared)
             _end_log_monitor()
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         where = address or os.environ.get("RAY_ADDRESS") or "this machine"
         raise ClusterError(f"cannot connect to Ray at {where}: {error}; start it with `ray start --head`") from error
 

@@ -24,6 +24,7 @@ from elastictrain.data.preparing.functions import find_function
 from elastictrain.errors import ClusterError, ConfigError, ElasticTrainError
 from elastictrain.prepare_settings import Preparation
 from elastictrain_actors.cluster import EMBEDDED, OBJECT_STORE_BYTES
+from elastictrain_actors.head import join_cluster
 from elastictrain_actors.runtime_env import beside_job, needs_shipping, own_modules, package_folders, surrounding_job
 from elastictrain_actors.travel import absolute, register_code
 
@@ -102,12 +103,13 @@ class _Pool:
             if needs_shipping(address):
                 parent = surrounding_job().get("runtime_env") or {}
                 environment, _ = beside_job(parent, {"py_modules": own_modules(parent)})
-                ray.init(address=address or os.environ.get("RAY_ADDRESS") or "auto", runtime_env=environment, **shared)
+                where = address or os.environ.get("RAY_ADDRESS") or "auto"
+                join_cluster(where, runtime_env=environment, **shared)
             else:
                 for name, value in EMBEDDED.items():
                     os.environ.setdefault(name, value)
                 ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **shared)
-        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             where = address or os.environ.get("RAY_ADDRESS") or "this machine"
             raise ClusterError(
                 f"cannot connect to Ray at {where}: {error}; start it with `ray start --head`"

@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastictrain.errors import CapacityError, ClusterError
 from elastictrain.planner.measured import NodeReading, PairReading, Times, pairs_to_measure
+from elastictrain_actors.head import join_cluster
 from elastictrain_actors.runtime_env import package_folders
 
 START_S = 120.0
@@ -53,9 +54,9 @@ def nodes_of(address: str) -> Iterator[list[dict[str, Any]]]:
     if not here_before:
         modules = [str(folder) for folder in package_folders()]
         try:
-            ray.init(address=address, runtime_env={"py_modules": modules, "excludes": ["**/__pycache__"]},
-                     log_to_driver=False, logging_level=logging.ERROR)  # fmt: skip
-        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+            join_cluster(address, runtime_env={"py_modules": modules, "excludes": ["**/__pycache__"]},
+                         log_to_driver=False, logging_level=logging.ERROR)  # fmt: skip
+        except (OSError, ValueError, RuntimeError) as error:
             raise ClusterError(
                 f"cannot connect to Ray at {address}: {error}; start it with `ray start --head`, or measure this "
                 "machine with --local"

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,8 +23,8 @@ from elastictrain.observe.events import parse_events
 from elastictrain.observe.follow import Tail
 from elastictrain.observe.standing import is_gone
 from elastictrain_actors.controller_actor import CONTROLLER
+from elastictrain_actors.head import join_cluster
 
-CONNECT_S = 5.0
 CALL_S = 10.0
 POLL_S = 0.25
 GO_ON = "go on from the newest checkpoint with --resume"
@@ -48,8 +47,7 @@ def controller_of(folder: Path) -> Iterator[Any]:
     here_before = ray.is_initialized()
     if not here_before:
         try:
-            _knock(where.address)
-            ray.init(address=where.address, log_to_driver=False, logging_level=logging.ERROR)
+            join_cluster(where.address, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, RuntimeError, ValueError) as error:
             raise ClusterError(
                 f"RUN {str(folder)!r}: no Ray at {where.address}, where it was started ({str(error).splitlines()[0]}); "
@@ -64,12 +62,6 @@ def controller_of(folder: Path) -> Iterator[Any]:
     finally:
         if not here_before:
             ray.shutdown()
-
-
-def _knock(address: str) -> None:
-    """Raises OSError when nobody listens: Ray itself would try for a minute."""
-    host, _, port = address.rpartition(":")
-    socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
 
 
 def ask(

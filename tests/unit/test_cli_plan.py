@@ -127,3 +127,16 @@ def test_a_missing_model_or_cluster(folder: Path) -> None:
     done = CliRunner().invoke(app, ["plan", "job.yaml", "--cluster", "none.yaml"])
     assert done.exit_code == 2
     assert done.output.startswith("cluster file none.yaml: no such file")
+
+
+def test_validate_says_what_plan_auto_would_choose_and_looks_at_the_cluster_file(folder: Path) -> None:
+    job = yaml.safe_load((folder / "job.yaml").read_text()) | {"plan": "auto", "cluster": "cluster.yaml"}
+    (folder / "job.yaml").write_text(yaml.safe_dump(job))
+    result = CliRunner().invoke(app, ["validate", "job.yaml"])
+    assert result.exit_code == 0, result.output
+    said = [line for line in result.stdout.splitlines() if line.startswith("plan      ")]
+    assert said
+    assert "worker" in said[0]
+    (folder / "cluster.yaml").write_text("groups: [{device: nonsuch}]")
+    result = CliRunner().invoke(app, ["validate", "job.yaml"])
+    assert (result.exit_code, "nonsuch" in result.stderr) == (2, True), result.output
