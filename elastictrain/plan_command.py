@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from elastictrain.planner.profiles import Cluster
 
 
+NARROW_COLUMNS = 110
+"""A terminal below this is shown a smaller table."""
+
+
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
     app.command()(plan)
@@ -183,7 +187,7 @@ def _print(found: Found, now: Found) -> None:
     from elastictrain.observe.plan_view import dealt, plan_table, reasons, settings_of
 
     console = Console()
-    console.print(plan_table(found))
+    console.print(plan_table(found, narrow=console.width < NARROW_COLUMNS))
     for sentence in reasons(found):
         console.print(sentence, highlight=False)
     console.print()

@@ -19,31 +19,32 @@ FORWARD, BACKWARD, WEIGHTS, EXCHANGE = "#56b4e9", "#0072b2", "#009e73", "#e69f00
 SHOWN_MICRO_BATCHES = 12
 
 
-def plan_table(found: Found) -> Table:
-    """The best plans, a line each."""
+def plan_table(found: Found, *, narrow: bool = False) -> Table:
+    """The best plans, a line each. `narrow`: without what the sentences below it say of the first ones."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     table = Table(
         title="Plans, best first", title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
     )
-    for name in ("", "step s", "devices", "t x p x w"):
+    for name in ("", "step s", *(() if narrow else ("devices",)), "t x p x w"):
         table.add_column(name, no_wrap=True)
     for name in ("batches", "layers"):
         table.add_column(name, min_width=10, overflow="fold")
-    for name in ("fits", "limit", "today"):
+    for name in ("today",) if narrow else ("fits", "limit", "today"):
         table.add_column(name, no_wrap=True)
     for rank, plan in enumerate(found.plans, 1):
         cut = plan.cut
         size = f"1 x 1 x {plan.devices}" if cut is None else f"{cut.tensor} x {cut.pipeline} x {cut.workers}"
-        micro = "; ".join(plan.ways) if cut is None else f"{cut.micro_batches} of {cut.micro_batch}{again(plan)}"
+        micro = "; ".join(dict.fromkeys(plan.ways)) if cut is None else f"{cut.micro_batches} of {cut.micro_batch}{again(plan)}"
         fits = "> 99.9%" if plan.fits > 0.999 else f"{plan.fits:.1%}"
         limit = plan.limit.removeprefix("the slowest stage's ")
         now = "yes" if plan.usable_now else "no"
         if cut is not None:
             zero = "" if cut.workers == 1 else f"ZeRO {cut.zero_stage}"
             micro = ", ".join(filter(None, [micro, schedule(plan), zero]))
-        table.add_row(str(rank), f"{plan.seconds:.3g}", str(plan.devices), size, micro, layers(plan), fits, limit, now)
+        more, last = ((), ()) if narrow else ((str(plan.devices),), (fits, limit))
+        table.add_row(str(rank), f"{plan.seconds:.3g}", *more, size, micro, layers(plan), *last, now)
     table.caption = "t x p x w: tensor x pipeline x workers; batches: micro-batches of a worker"
     return table
 
@@ -51,7 +52,7 @@ def plan_table(found: Found) -> Table:
 def how(plan: Plan) -> str:
     """A plan in a few words."""
     if plan.cut is None:
-        return f"lanes x {plan.devices} workers, blocks by memory; " + "; ".join(plan.ways)
+        return f"lanes x {plan.devices} workers, blocks by memory; " + "; ".join(dict.fromkeys(plan.ways))
     cut = plan.cut
     parts = [f"tensor {cut.tensor} x pipeline {cut.pipeline} x {cut.workers} workers"]
     parts.append(f"{cut.micro_batches} micro-batches of {cut.micro_batch}{again(plan)}")
@@ -216,8 +217,8 @@ def _draw_pipeline(panel: Any, plan: Plan) -> None:
         for j, (n, g) in enumerate(zip(plan.layers, plan.stage_groups, strict=True))
     ]
     panel.set_yticks(range(len(names)), names, fontsize=8)
-    if count < cut.micro_batches:
-        panel.set_title(f"the first {count} of {cut.micro_batches} micro-batches", fontsize=9, loc="left")
+    some = f"the first {count} of {cut.micro_batches} micro-batches; " if count < cut.micro_batches else ""
+    panel.set_title(f"{some}computation: sends and the exchange of gradients are not drawn", fontsize=9, loc="left")
 
 
 def _draw_lanes(panel: Any, plan: Plan) -> None:

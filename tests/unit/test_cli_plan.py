@@ -73,6 +73,24 @@ def test_words_for_people_and_a_picture(folder: Path) -> None:
     assert (folder / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("options", [[], ["--model", "model.yaml"]])
+def test_in_a_narrow_terminal_times_and_shapes_stay_readable(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    found = json.loads(CliRunner().invoke(app, [*PLAN, *options, "--json"]).stdout)["plans"]
+    done = CliRunner().invoke(app, [*PLAN, *options])
+    assert done.exit_code == 0, done.output
+    table = done.stdout.partition("t x p x w: ")[0]
+    assert "…" not in table
+    assert max(map(len, table.splitlines())) <= 80
+    for place, plan in enumerate(found, 1):
+        seconds = plan["replayed_s"] if plan["replayed_s"] is not None else plan["step_s"]
+        [line] = [line for line in table.splitlines() if line.split()[:1] == [str(place)]]
+        assert line.split()[1] == f"{seconds:.3g}"
+        assert line.split()[-1] in ("yes", "no")
+
+
 def test_without_a_model_file_the_recipe_is_looked_at(folder: Path) -> None:
     done = CliRunner().invoke(app, [*PLAN, "--json", "--picture", "out.png"])
     assert done.exit_code == 0, done.output
