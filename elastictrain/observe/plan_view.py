@@ -36,7 +36,8 @@ def plan_table(found: Found, *, narrow: bool = False) -> Table:
     for rank, plan in enumerate(found.plans, 1):
         cut = plan.cut
         size = f"1 x 1 x {plan.devices}" if cut is None else f"{cut.tensor} x {cut.pipeline} x {cut.workers}"
-        micro = "; ".join(dict.fromkeys(plan.ways)) if cut is None else f"{cut.micro_batches} of {cut.micro_batch}{again(plan)}"
+        ways = "; ".join(dict.fromkeys(plan.ways))
+        micro = ways if cut is None else f"{cut.micro_batches} of {cut.micro_batch}{again(plan)}"
         fits = "> 99.9%" if plan.fits > 0.999 else f"{plan.fits:.1%}"
         limit = plan.limit.removeprefix("the slowest stage's ")
         now = "yes" if plan.usable_now else "no"
