@@ -44,7 +44,7 @@ SCENARIOS: dict[str, tuple[dict[str, Any], list[Any], Plant, Plant]] = {
     "R6 drop, do not abort": (
         {"workers": {"max": 4, "replace": False}},
         [kill(1, 4, "mirror")],
-        None,
+        plants.wait_for_waiting(4),
         plants.never_drop,
     ),
     "R7 a torn apply is a death": ({}, [fail(1, 4, "apply")], None, plants.torn_is_harmless),

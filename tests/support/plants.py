@@ -25,6 +25,7 @@ from elastictrain.engine import (
 )
 from elastictrain.engine.probes import Probes
 from elastictrain.engine.verdict import Verdict
+from elastictrain.errors import PeerLost
 from elastictrain.protocol import Row
 
 
@@ -88,6 +89,47 @@ def _hold_vote(workers: tuple[int, ...], at: int, worker: int) -> None:
 
     session.Session.__init__ = remember  # type: ignore[method-assign]
     Probes.at = wait  # type: ignore[method-assign]
+
+
+def wait_for_waiting(at: int) -> Callable[[int], None]:
+    """Nobody heeds the order to park after the fault in the mirror phase of step `at` before it waits for others in the
+    vote, or has seen the fault itself: an order that is quicker would find nobody waiting.
+    """
+    return partial(_wait_for_waiting, at)
+
+
+def _wait_for_waiting(at: int, worker: int) -> None:
+    del worker
+    mirrored, waits = threading.Event(), threading.Event()
+    live, guard = collective.GroupSet._live_gloo, collective.GroupSet._guard
+    park, original = session.Session.park, Probes.at
+
+    def mark(self: Probes, number: int, phase: str) -> None:
+        if (number, phase) == (at, "mirror"):
+            mirrored.set()
+        original(self, number, phase)
+
+    def look(self: Any) -> Any:
+        group = live(self)
+        if mirrored.is_set():
+            waits.set()
+        return group
+
+    def watched(self: Any, operation: Callable[[], None]) -> None:
+        try:
+            guard(self, operation)
+        except PeerLost:
+            waits.set()
+            raise
+
+    def late(self: session.Session, generation: int) -> Any:
+        waits.wait(30)
+        return park(self, generation)
+
+    Probes.at = mark  # type: ignore[method-assign]
+    collective.GroupSet._live_gloo = look  # type: ignore[method-assign]
+    collective.GroupSet._guard = watched  # type: ignore[method-assign]
+    session.Session.park = late  # type: ignore[method-assign]
 
 
 def wait_for_company(size: int, generations: int = 1 << 30) -> Callable[[int], None]:
