@@ -53,7 +53,9 @@ def _late(steps: tuple[int, ...], when: str, first: int | None, worker: int) -> 
         return worker == SLOW and self.doing.step in steps
 
     def claim(self: SharedLanes, lane: int) -> Claim:
-        if is_held(self) and when == "before":
+        # Of two that are dropped the second word may follow when this worker has come on: then it would begin that too.
+        is_second = lane == self.own[-1] and len(self.sharing.droppable.intersection(self.own)) > 1
+        if is_held(self) and (when == "before" or is_second):
             until_claimed(self, lane)
         return real_claim(self, lane)
 
