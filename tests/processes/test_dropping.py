@@ -19,7 +19,7 @@ from elastictrain.stragglers.signals import decode
 from tests.support.plants import both
 from tests.support.plants_dropping import late, never
 from tests.support.plants_sharing import SLOW
-from tests.support.plants_storing import commits_are_fast
+from tests.support.plants_storing import all_is_known_before, commits_are_fast
 from tests.support.process_cluster import RECIPES, Run, byte_job, run_job
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
@@ -119,7 +119,7 @@ def test_whoever_drops_dies_in_the_middle_of_it(folder):
 def test_what_is_computed_again_after_going_back_is_decided_anew(folder, tmp_path):
     """Both holders of some blocks die in step 8. Rows of the steps that are computed again replace those before."""
     job = dropping_job(folder, checkpoint={"path": str(tmp_path / "ckpt"), "every_steps": 4})
-    patch = both(late(STEPS), commits_are_fast)
+    patch = both(both(late(STEPS), commits_are_fast), all_is_known_before(8))
     run = run_job(job, [kill(0, 8, "exchange")], die_together=(0, 1), patch=patch)
     (back,) = run.record.of("went_back")
     assert back["to_step"] == 4

@@ -50,6 +50,23 @@ def commits_are_known(worker: int) -> None:
     keeping.Keeper.heed = after_the_commit  # type: ignore[method-assign]
 
 
+def all_is_known_before(step: int) -> Callable[[int], None]:
+    """Nobody begins `step` before all that it had to say has been sent, rows of metrics too."""
+    return partial(_all_is_known_before, step)
+
+
+def _all_is_known_before(step: int, worker: int) -> None:
+    del worker
+    heed, sent = keeping.Keeper.heed, Deliveries()
+
+    def after_all(self: keeping.Keeper) -> None:
+        if self._session.computing == step:
+            sent.wait_for_all()
+        heed(self)
+
+    keeping.Keeper.heed = after_all  # type: ignore[method-assign]
+
+
 def storage_waits(step: int, until: int) -> Callable[[int], None]:
     """The packs of checkpoint `step` are not taken by the storage before the worker has applied step `until`."""
     return partial(_storage_waits, step, until)
