@@ -242,7 +242,8 @@ def verify(
         console.print(f"step {entry['step']}: " + ("[green]sound" if entry["sound"] else "[red]damaged"))
         for problem in entry["problems"]:
             console.print(f"  {problem['message']}", markup=False)
-        if not entry["sound"] and (offer := older_step(place, entry["step"])):
+        damaged = {problem["file"] for problem in entry["problems"]}
+        if damaged and (offer := older_step(place, entry["step"], damaged)):
             console.print(offer, markup=False)
     raise typer.Exit(0 if all(entry["sound"] for entry in found) else 1)
 

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
 
@@ -19,7 +19,7 @@ from elastictrain_checkpoint.errors import CheckpointError, CorruptData, Invalid
 from elastictrain_checkpoint.manifest import Manifest
 from elastictrain_checkpoint.mapping import Rule, parse_rules
 from elastictrain_checkpoint.store import Store
-from elastictrain_checkpoint.tiers import newest_in
+from elastictrain_checkpoint.tiers import newest_older
 
 EXIT_CODES = (
     "Exit codes: 0 all well; 1 damaged, or different; 2 wrong use, or a place that cannot be reached or written."
@@ -171,16 +171,15 @@ def offering_older(store: Store, manifest: Manifest) -> Iterator[None]:
     try:
         yield
     except CorruptData as error:
-        offer = older_step(store, manifest.step)
+        offer = older_step(store, manifest.step, [error.file])
         fail(f"{error}\n{offer}" if offer else str(error), 1)
 
 
-def older_step(store: Store, step: int) -> str:
-    """What to take instead of a damaged step, in a sentence; empty if there is nothing."""
-    found = newest_in([store], before=step)
-    if found is None:
+def older_step(store: Store, step: int, files: Collection[str]) -> str:
+    """What to take instead of a step of which `files` are damaged, in a sentence; empty if there is nothing."""
+    older = newest_older([store], step, files)
+    if older is None:
         return ""
-    older = found.manifest.step
     return f"the newest older step that is whole is {older}: give --step {older} (ckpt verify reads every byte of it)"
 
 

@@ -7,14 +7,15 @@ block comes from the first store that has it undamaged.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
 from elastictrain_checkpoint.asking import Asked
 from elastictrain_checkpoint.check import Problem, verify
 from elastictrain_checkpoint.commit import Skipped, list_steps, wrong_sizes
-from elastictrain_checkpoint.errors import CorruptData, InvalidManifest, NoCheckpoint
+from elastictrain_checkpoint.errors import CheckpointError, CorruptData, InvalidManifest, NoCheckpoint
 from elastictrain_checkpoint.healing import Healed, good_block
 from elastictrain_checkpoint.manifest import Manifest, parse_manifest
 from elastictrain_checkpoint.paths import manifest_path
@@ -56,6 +57,18 @@ def newest_in(stores: Sequence[Store], skipped: list[Skipped] | None = None, bef
             return found
         if skipped is not None:
             skipped.append(Skipped(step, found))
+    return None
+
+
+def newest_older(stores: Sequence[Store], step: int, files: Collection[str]) -> int | None:
+    """What to offer where `files` of a step are damaged: the newest older step that is whole and refers to none of
+    them. None if there is none, or the stores do not say.
+    """
+    with suppress(CheckpointError, OSError):
+        while (found := newest_in(stores, before=step)) is not None:
+            step = found.manifest.step
+            if not set(files).intersection(found.manifest.paths):
+                return step
     return None
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from elastictrain_checkpoint.commit import Skipped, newest
 from elastictrain_checkpoint.commit import load as load_manifest
-from elastictrain_checkpoint.errors import CheckpointError, CorruptData, NoCheckpoint
+from elastictrain_checkpoint.errors import CorruptData, NoCheckpoint
 from elastictrain_checkpoint.manifest import Manifest
 from elastictrain_checkpoint.store import Store
-from elastictrain_checkpoint.tiers import Found, find, newest_in
+from elastictrain_checkpoint.tiers import Found, find, newest_in, newest_older
 
 
 def place_of(path: str | Path | Store | None, checkpoint_id: str | Path | Store | None) -> str | Path | Store:
@@ -56,21 +56,9 @@ def choose(stores: Sequence[Store], step: int | None, passed_over: dict[int, str
 
 def with_older(error: CorruptData, stores: Sequence[Store], manifest: Manifest) -> CorruptData:
     """The same error, naming the newest older step that is whole and does not refer to what is damaged."""
-    older = _older(stores, manifest, error.file)
+    older = newest_older(stores, manifest.step, [error.file])
     offer = "no older step is whole"
     if older is not None:
         offer = f"the newest older step that is whole is {older} (pass step={older})"
     told = f"{error}. Tensors of the state dict may be partly filled; {offer}"
     return type(error)(told, file=error.file, block=error.block, tensors=error.tensors)
-
-
-def _older(stores: Sequence[Store], manifest: Manifest, file: str) -> int | None:
-    before = manifest.step
-    while True:
-        try:
-            found = newest_in(stores, before=before)
-        except (CheckpointError, OSError):
-            return None
-        if found is None or file not in found.manifest.paths:
-            return None if found is None else found.manifest.step
-        before = found.manifest.step

@@ -157,3 +157,18 @@ def test_damage_names_the_newest_older_step_that_is_whole(store: Store, tmp_path
     result = CliRunner().invoke(app, [command, store.url, "--step", "30", *further])
     assert result.exit_code == 1, result.output
     assert "older" not in result.output
+
+
+@pytest.mark.parametrize("command", ["verify", "digest"])
+def test_a_step_that_refers_to_what_is_damaged_is_not_offered(tmp_path: Path, command: str) -> None:
+    state = make_state({"frozen": ("F32", (400_000,)), "hot": ("F32", (100,))})
+    place = Store(tmp_path / "ckpt")
+    save(place, make_state(seed=5), step=5)
+    full = save(place, state, (), step=10, cells=True)
+    changed = {**state, "hot": make_state({"hot": ("F32", (100,))}, seed=1)["hot"]}
+    for step in (20, 30):
+        assert save(place, changed, (), step=step, base=full).base == (10,)
+    flip(place, "step-00000010/a1/w0000-00.safetensors", 500_000)
+    result = CliRunner().invoke(app, [command, place.url])
+    assert result.exit_code == 1, result.output
+    assert "the newest older step that is whole is 5: give --step 5" in result.output

@@ -10,7 +10,7 @@ import torch
 
 import elastictrain_checkpoint.torch as checkpoint
 from elastictrain_checkpoint import CorruptData, NoCheckpoint, Store, load
-from elastictrain_checkpoint.torch import places
+from elastictrain_checkpoint.tiers import newest_older
 
 
 def pack(folder: Path, step: int) -> Path:
@@ -69,7 +69,7 @@ def test_a_flipped_bit_names_the_newest_older_step_that_is_whole(folder: Path) -
 def test_an_older_step_that_refers_to_the_damaged_file_is_not_named(folder: Path) -> None:
     flip(pack(folder, 3))
     manifests = {step: load(Store(folder), step) for step in (2, 3)}
-    assert places._older([Store(folder)], manifests[3], manifests[2].paths[0]) == 1
+    assert newest_older([Store(folder)], manifests[3].step, [manifests[2].paths[0]]) == 1
 
 
 def test_what_is_damaged_comes_from_a_copy(folder: Path) -> None:
