@@ -100,11 +100,8 @@ class LaneReader:
         Its ids, one for each sample, have come the same way as the rows. Raises DataError (see `Source.read_block`),
         IndexError for a lane or step that does not exist.
         """
-        with self._lock:
-            run = self._runs.get(lane)
-            if run is None or run.next != step:
-                run = self._make(step, lane)
-            return run.batch(self._hand_out(run))
+        run, number = self.take(step, lane)
+        return run.batch(number)
 
     def take(self, step: int, lane: int) -> tuple[Run, int]:
         """As `batch`; what it returns is the run that the batch lies in, and which of it the batch is."""

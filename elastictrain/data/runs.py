@@ -47,9 +47,11 @@ class Run:
     def batch(self, number: int) -> Batch:
         """Return the batch of step `step + number`; its arrays are views."""
         if not self._batches:  # all at once: a batch costs a third of what it costs by itself
+            made = []
             for ids, *views in zip(self.ids, *self.arrays.values(), strict=True):
                 batch = Batch.__new__(Batch)  # `__init__` takes as long as all the rest
                 batch.update(zip(self.arrays, views, strict=True))
                 batch.ids = ids
-                self._batches.append(batch)
+                made.append(batch)
+            self._batches = made  # whole at once: several threads may come for batches of one run
         return self._batches[number]

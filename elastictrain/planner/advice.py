@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from elastictrain.planner.profiles import GIB, Cluster
 
@@ -130,8 +130,3 @@ def _with_memory(cluster: Cluster, number: int, size_bytes: float) -> Cluster:
     larger = cluster.device(group).model_copy(update={"name": f"{group.device}-larger", "memory_bytes": size_bytes})
     changed = _changed(cluster, number, device=larger.name, memory_limit_bytes=None)
     return changed.model_copy(update={"devices": (*cluster.devices, larger)})
-
-
-def shares(values: Sequence[float]) -> dict[int, float]:
-    """Values of workers 0, 1, … as the settings `workers.lane_shares` and `workers.block_shares` take them."""
-    return {number: round(value, 4) for number, value in enumerate(values)}
