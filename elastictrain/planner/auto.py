@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from elastictrain.planner.compute import DEFAULTS, Constants
 from elastictrain.planner.lanes import LanePlan
 from elastictrain.planner.profiles import Cluster
+from elastictrain.planner.shapes import fewest_workers
 from elastictrain.planner.workload import Workload, plan_counts, workers_of
 
 
@@ -36,8 +37,7 @@ class Choice:
 
 def worker_counts(lanes: int, least: int, most: int) -> list[int]:
     """The numbers of workers worth telling of, from `least` to `most`: the fewest for every largest number of lanes."""
-    fewest = {-(-lanes // each) for each in range(1, lanes + 1)}
-    return sorted({least, most} | {count for count in fewest if least <= count <= most})
+    return sorted({least, most} | {count for count in fewest_workers(lanes) if least <= count <= most})
 
 
 def choose_workers(

@@ -40,7 +40,7 @@ from elastictrain.planner.model import Checkpointing, Cut, Schedule
 from elastictrain.planner.plan import SPREAD_BYTES, Plan, Task
 from elastictrain.planner.profiles import Cluster
 from elastictrain.planner.schedule import bubble_share, in_flight, replayed_s
-from elastictrain.planner.shapes import Branch, Candidate, Shape, divisors, memory_bytes, place_of
+from elastictrain.planner.shapes import Branch, Candidate, Shape, divisors, fewest_workers, memory_bytes, place_of
 from elastictrain.planner.stages import Kind, Pipeline, place_stages
 
 EXCHANGE = "the links between workers (gradients and parameters)"
@@ -97,7 +97,7 @@ class Cuts:
         lanes = self.task.lanes
         devices = [self.cluster.groups[n].devices // shape.tensor for n in chosen]
         most = min(*devices, lanes)
-        fewest = {-(-lanes // each) for each in range(1, lanes + 1)} | {1 << n for n in range(most.bit_length())}
+        fewest = fewest_workers(lanes) | {1 << n for n in range(most.bit_length())}
         return [n for n in sorted(fewest) if n <= most and sum(d // n for d in devices) >= shape.pipeline]
 
     def _shapes(self, per_node: int) -> Iterator[Shape]:

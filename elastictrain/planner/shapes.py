@@ -61,6 +61,11 @@ def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
+def fewest_workers(lanes: int) -> set[int]:
+    """Of all numbers of workers that have the same largest number of lanes the smallest."""
+    return {-(-lanes // each) for each in range(1, lanes + 1)}
+
+
 def subsets(count: int) -> Iterator[tuple[int, ...]]:
     """Every choice of groups, the small ones first."""
     for size in range(1, count + 1):
