@@ -18,9 +18,9 @@ import pyarrow as pa
 
 from elastictrain.data.columns import as_pairs, is_text, select_columns, show_schema
 from elastictrain.data.files import FileSet
-from elastictrain.data.index import BlockTable, Hole, Progress, check_utf8, checksum_of
+from elastictrain.data.index import NEVER_A_HOLE, BlockTable, Hole, Progress, check_utf8, checksum_of
 from elastictrain.data.ranges import coalesced
-from elastictrain.errors import DataError, DataMismatch, StoreFailed
+from elastictrain.errors import DataError, DataMismatch
 
 CHUNK_BYTES = 16 << 20
 MAX_BLOCK_BYTES = (1 << 31) - 2  # Arrow's readers of text count in 32 bits
@@ -151,7 +151,7 @@ class ByteBlocks(ABC):
     def _contents(self, number: int, holes: list[Hole]) -> Iterable[tuple[int, int, bytes]]:
         try:
             found = list(self.ranges(number))
-        except (StoreFailed, DataMismatch):  # nothing is known of its content, or nothing is wrong with it
+        except NEVER_A_HOLE:
             raise
         except DataError as error:
             if self._on_corrupt != "skip":
@@ -181,7 +181,7 @@ class ByteBlocks(ABC):
                 path = self._files.files[number].path
                 check_utf8(table.column(0), f"{path}, bytes {start} to {start + len(content)}")
             return table
-        except (StoreFailed, DataMismatch):  # nothing is known of its content, or nothing is wrong with it
+        except NEVER_A_HOLE:
             raise
         except DataError as error:
             if self._on_corrupt != "skip":

@@ -30,7 +30,7 @@ from elastictrain.data.columns import Schema, is_documents, is_text
 from elastictrain.data.meter import timed
 from elastictrain.data.packing import TokenArray, tail_of_block
 from elastictrain.data.tokenizers import StoredTokens, Tokenizer
-from elastictrain.errors import DataError, DataMismatch
+from elastictrain.errors import DataError, DataMismatch, StoreFailed
 
 INDEX_VERSION = 2
 
@@ -68,6 +68,10 @@ class Hole(NamedTuple):
     file: str
     block: int
     why: str
+
+
+NEVER_A_HOLE = (StoreFailed, DataMismatch)
+"""Nothing is known of the content, or nothing is wrong with it: such data are not left out."""
 
 
 class BlockFormat(Protocol):

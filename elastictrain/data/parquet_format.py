@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 
 from elastictrain.data.columns import Schema, as_pairs, select_columns, show_schema
 from elastictrain.data.files import FileSet
-from elastictrain.data.index import BlockTable, Hole, Progress, checksum_of
+from elastictrain.data.index import NEVER_A_HOLE, BlockTable, Hole, Progress, checksum_of
 from elastictrain.data.ranges import FetchedFile, Range, coalesced
-from elastictrain.errors import DataError, DataMismatch, NoSamples, StoreFailed
+from elastictrain.errors import DataError, DataMismatch, NoSamples
 
 _MAX_OPEN_FILES = 16
 _TAIL_BYTES = 64 << 10
@@ -127,7 +127,7 @@ class ParquetFiles:
         for block in range(len(rows)):
             try:
                 self.read(block).validate(full=True)
-            except StoreFailed:  # nothing is known of its content
+            except NEVER_A_HOLE:
                 raise
             except (DataError, pa.ArrowException) as error:
                 rows[block] = 0
@@ -141,7 +141,7 @@ class ParquetFiles:
         try:
             with self._parquet(number) as file:
                 return file.parquet
-        except StoreFailed:  # nothing is known of its content
+        except NEVER_A_HOLE:
             raise
         except DataError as error:
             if self._on_corrupt != "skip":

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from elastictrain.data.retry import DecodedFile
+
 HOLE_BYTES = 256 << 10
 """A hole between two ranges that is fetched too: it takes less time than another request (some 20 ms at 100 MB/s)."""
 
@@ -31,7 +33,7 @@ def coalesced(ranges: Iterable[Range], hole_bytes: int = HOLE_BYTES, most_bytes:
     return joined
 
 
-class FetchedFile:
+class FetchedFile(DecodedFile):
     """A file for a decoder, of which some ranges are fetched beforehand, in the thread that asks for them.
 
     What lies elsewhere is read when it is asked for. Not thread-safe.
@@ -72,22 +74,6 @@ class FetchedFile:
         self._at = offset + self._at if whence == 1 else int(self._handle.seek(offset, 2)) if whence == 2 else offset
         return self._at
 
-    def tell(self) -> int:
-        return self._at
-
     def close(self) -> None:
         self.forget()
-        self._handle.close()
-
-    @property
-    def closed(self) -> bool:
-        return bool(self._handle.closed)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def writable(self) -> bool:
-        return False
+        super().close()

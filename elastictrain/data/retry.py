@@ -82,7 +82,33 @@ def _tired(error: OSError, tries: int, limit_s: float) -> OSError:
     return OSError(f"{error}; given up after {tries} tries within {limit_s:.0f} s (data.retry_s)")
 
 
-class RetryingFile:
+class DecodedFile:
+    """What decoders ask of a file that is read, but for `read` and `seek`."""
+
+    _handle: Any
+    _at: int
+
+    def tell(self) -> int:
+        return self._at
+
+    def close(self) -> None:
+        self._handle.close()
+
+    @property
+    def closed(self) -> bool:
+        return bool(self._handle.closed)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return False
+
+
+class RetryingFile(DecodedFile):
     """A file for reading whose failed reads are tried again, on a handle that is opened anew.
 
     `reopen`: opens the file at its start. Not thread-safe, as files are. What a store refuses, or fails to give for too
@@ -91,7 +117,7 @@ class RetryingFile:
 
     def __init__(self, reopen: Callable[[], Any], retry: Retry, what: str) -> None:
         self._reopen, self._retry, self._what = reopen, retry, what
-        self._handle: Any = retry.call(reopen, what)
+        self._handle = retry.call(reopen, what)
         self._at = 0
         self._is_broken = False
 
@@ -104,9 +130,6 @@ class RetryingFile:
     def seek(self, offset: int, whence: int = 0) -> int:
         """Move the position; returns it."""
         self._at = int(self._call(lambda handle: handle.seek(offset, whence)))
-        return self._at
-
-    def tell(self) -> int:
         return self._at
 
     def _call(self, action: Callable[[Any], Any]) -> Any:
@@ -129,22 +152,6 @@ class RetryingFile:
         except OSError:
             self._is_broken = True  # where a failed read has left the handle nobody knows
             raise
-
-    def close(self) -> None:
-        self._handle.close()
-
-    @property
-    def closed(self) -> bool:
-        return bool(self._handle.closed)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def writable(self) -> bool:
-        return False
 
     def __enter__(self) -> RetryingFile:
         return self

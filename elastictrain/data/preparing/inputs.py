@@ -19,10 +19,10 @@ from elastictrain.data.byte_format import ByteBlocks
 from elastictrain.data.columns import as_pairs, is_text, nearest, show_schema
 from elastictrain.data.files import FileSet, find_files
 from elastictrain.data.formats import byte_blocks
-from elastictrain.data.index import BlockTable, Hole, Progress
+from elastictrain.data.index import NEVER_A_HOLE, BlockTable, Hole, Progress
 from elastictrain.data.parquet_format import ParquetFiles
 from elastictrain.data_settings import Data
-from elastictrain.errors import ConfigError, DataError, DataMismatch, StoreFailed
+from elastictrain.errors import ConfigError, DataError
 from elastictrain.prepare_settings import Preparation
 
 
@@ -197,7 +197,7 @@ def _find_blocks(
             found = list(blocks.ranges(number))
             if settings.kind == "csv":
                 blocks.check_columns(number)
-        except (StoreFailed, DataMismatch):  # nothing is known of its content, or nothing is wrong with it
+        except NEVER_A_HOLE:
             raise
         except DataError as error:
             if settings.on_corrupt != "skip":
@@ -217,7 +217,7 @@ def _first_schema(
     for number, start, stop in zip(table.file.tolist(), table.start.tolist(), table.stop.tolist(), strict=True):
         try:
             found = _parse(blocks, files.files[number].path, (number, start, stop), None)
-        except (StoreFailed, DataMismatch):  # nothing is known of its content, or nothing is wrong with it
+        except NEVER_A_HOLE:
             raise
         except DataError:
             if settings.on_corrupt != "skip":

@@ -13,12 +13,13 @@ import numpy as np
 import pyarrow as pa
 
 from elastictrain.data.columns import as_pairs, show_schema
+from elastictrain.data.index import NEVER_A_HOLE
 from elastictrain.data.preparing.inputs import InputIndex, Inputs
 from elastictrain.data.preparing.plan import Plan
 from elastictrain.data.preparing.rows import Words, slot_edges, sorted_rows
 from elastictrain.data.preparing.runs import run_content
 from elastictrain.data.preparing.transform import KEY, PLACE, TWIN, Transform
-from elastictrain.errors import ClusterError, DataError, DataMismatch, StoreFailed
+from elastictrain.errors import ClusterError, DataError
 from elastictrain.prepare_settings import Preparation
 from elastictrain_checkpoint.store import Store
 
@@ -73,7 +74,7 @@ class PartMaker:
         for block in range(*self._work.plan.parts[number]):
             try:
                 rows = self._inputs.read(block)
-            except (StoreFailed, DataMismatch):  # nothing is known of its content, or nothing is wrong with it
+            except NEVER_A_HOLE:
                 raise
             except DataError as error:
                 if self._work.settings.on_corrupt != "skip":
