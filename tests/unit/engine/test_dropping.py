@@ -13,9 +13,11 @@ import torch
 
 from elastictrain.engine import dropping
 from elastictrain.engine.claims import ClaimBoard
+from elastictrain.engine.commit import apply_step
 from elastictrain.engine.dropping import AGAIN_S, Dropper, lane_key
 from elastictrain.engine.replaying import ReplayedLanes
 from elastictrain.engine.step import StepRunner
+from elastictrain.engine.vote import Shares, Tally
 from elastictrain.errors import ConfigError, InternalError
 from elastictrain.layout import Layout, Shard, deal_lanes
 from elastictrain.observe.dropped import recorded_drops
@@ -216,6 +218,28 @@ def test_a_lane_that_does_not_count_is_checked_by_nobody() -> None:
     runner.shares = ReplayedLanes(dropped, layout, 0, counters=False)
     left = [None if step in dropped else checked[step - 1] for step in range(1, 7)]
     assert [runner.lane_check(step) for step in range(1, 7)] == left
+
+
+def test_means_of_a_step_are_over_the_lanes_that_count() -> None:
+    """A run and its own replay would agree on a wrong mean too."""
+    applied: list[dict[str, Any]] = []
+    shares = Shares((0, 1), LANES, ((0, 1, 2), (3,)), (0.0, 0.0), (0, 0), (4, 5))
+    tally: Any = SimpleNamespace(step=STEP, lanes=None, counters_agree=True, is_finite=True, weight=4.0, norm=1.0,
+                                 largest=(), losses=(1.0,) * 6, shares=shares)  # fmt: skip
+    tally.lanes = Tally.lanes.fget(tally)  # type: ignore[attr-defined]
+    quiet = SimpleNamespace(at=lambda *_: None, flips=lambda *_: None)
+    model = SimpleNamespace(
+        recipe=SimpleNamespace(schedule=lambda _: 1.0), space=SimpleNamespace(),
+        held=SimpleNamespace(apply=lambda _, **how: applied.append(how)),
+        flat=SimpleNamespace(commit_counters=lambda _: None),
+    )  # fmt: skip
+    session: Any = SimpleNamespace(
+        committed=SimpleNamespace(step=STEP - 1, tearing=False), model=model, probes=quiet, worker=0,
+        job=SimpleNamespace(clip_grad_norm=None, on_nan="stop", lanes=6),
+    )  # fmt: skip
+    votes: Any = SimpleNamespace(tally=lambda _: tally)
+    apply_step(session, SimpleNamespace(step=STEP, reduced={}), b"", votes, 1)  # type: ignore[arg-type]
+    assert [how["lanes"] for how in applied] == [4]
 
 
 def test_a_worker_without_a_lane_has_no_counters_to_give() -> None:
