@@ -212,7 +212,7 @@ def _how_it_ended(core: Core, standing: Standing, further: bool) -> End:
 def _count_redone(core: Core, standing: Standing) -> None:
     """A step was under way if the parked generation was sealed; it is redone unless somebody had applied it."""
     incident, ledger = core.ledger.incident, core.ledger
-    if incident is None or standing.truth is None or standing.lost or not isinstance(core.state, Parking):
+    if incident is None or standing.truth is None or not isinstance(core.state, Parking):
         return
     under_way = any(report.computing for report in core.state.reports.values()) and not standing.behind
     if standing.truth.generation == ledger.generation and not incident.between_steps and under_way:

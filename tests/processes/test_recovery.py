@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from elastictrain.faults import PHASES, add, drain, kill
-from tests.support.plants import die_while_blocks_move, last_rows_are_lost, wait_for_company
+from tests.support.plants import both, die_while_blocks_move, last_rows_are_lost, wait_for_company
 from tests.support.plants_storing import commits_are_fast
 from tests.support.process_cluster import Run, byte_job, plans_of, run_job
 
@@ -84,7 +84,19 @@ def test_both_holders_lost_goes_back_and_says_so(folder, tmp_path, reference, ch
     same(run, reference)
     (back,) = run.record.of("went_back")
     assert back["to_step"] == (4 if checkpoint else 0)
-    assert run.record.of("recovery")[-1]["steps_redone"] == 5 - back["to_step"]
+    assert back["steps_redone"] == 5 - back["to_step"]
+    assert run.record.of("recovery")[-1]["steps_redone"] == 6 - back["to_step"]  # with the one that was under way
+
+
+def test_both_holders_lost_one_after_the_other_goes_back_too(folder, tmp_path, reference):
+    """The second dies when the survivors of the first have parked: the same is redone, and said to be."""
+    job = byte_job(folder, checkpoint={"path": str(tmp_path / "ckpt"), "every_steps": 2})
+    patch = both(commits_are_fast, die_while_blocks_move(generation=2, victim=1, source=2))
+    run = run_job(job, [kill(0, 6, "exchange")], patch=patch)
+    same(run, reference)
+    (back,) = run.record.of("went_back")
+    assert (back["to_step"], back["steps_redone"]) == (4, 1)
+    assert run.record.of("recovery")[-1]["steps_redone"] == 2
 
 
 def test_world_of_one_dies_and_goes_on_from_its_checkpoint(folder, tmp_path, reference):

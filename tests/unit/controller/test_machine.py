@@ -166,7 +166,17 @@ def test_lost_blocks_send_the_whole_job_back() -> None:
     assert scene.plan.restore == Restore(5, "s3://c/5")
     assert (scene.plan.step, scene.plan.published_step, scene.plan.checkpointed_step) == (5, 5, 5)
     record = announced(scene.seal(), "recovery")
-    assert (record["steps_redone"], record["restored_from"]) == (4, "s3://c/5")
+    assert (record["steps_redone"], record["restored_from"]) == (5, "s3://c/5")  # and the step under way
+
+
+def test_it_is_counted_alike_whether_both_holders_die_at_once_or_one_after_the_other_has_parked() -> None:
+    scene = Scene(checkpoint=True).run()
+    scene.send(ev.CheckpointCommitted(1.0, 1, 5, "s3://c/5"), ev.Progress(1.0, 1, 8))
+    scene.die(0)
+    scene.park(1, 2, applied=9)  # a generation is formed of these two
+    scene.die(1)
+    assert announced(scene.park(2, applied=9), "went_back")["steps_redone"] == 4
+    assert announced(scene.seal(), "recovery")["steps_redone"] == 5
 
 
 def test_where_lanes_are_dropped_newer_checkpoints_have_not_happened() -> None:
