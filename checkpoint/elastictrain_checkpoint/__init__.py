@@ -27,6 +27,7 @@ from elastictrain_checkpoint.errors import (
     IncompleteCheckpoint,
     InvalidManifest,
     InvalidPiece,
+    LoadFailed,
     NoCheckpoint,
     StaleGeneration,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "IncompleteCheckpoint",
     "InvalidManifest",
     "InvalidPiece",
+    "LoadFailed",
     "Manifest",
     "Measured",
     "Newest",

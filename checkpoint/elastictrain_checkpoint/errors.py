@@ -11,6 +11,7 @@ CheckpointError
 ├── StateMismatch         the caller: what was asked for and what is there differ; both are listed
 ├── ForeignFormat         the caller: not a checkpoint of that format, or one that cannot be read
 ├── MissingExtra          the caller: a foreign format needs a package that is not installed
+├── LoadFailed            another rank: it could not take part in a load, and so no rank has loaded
 ├── SaveFailed            storage, or the caller: a save in the background has come to nothing
 │   └── StateChanged        … because the state changed under it without a call of before_mutation
 ├── SaveDropped           the caller: this save was skipped or superseded, as it had asked for
@@ -104,6 +105,10 @@ class ForeignFormat(CheckpointError):
 
 class MissingExtra(CheckpointError, ImportError):
     """A foreign format needs a package that is not installed; the message names it."""
+
+
+class LoadFailed(CheckpointError):
+    """Another rank of those that load together could not take part, for a reason of its own; the message says which."""
 
 
 class SaveFailed(CheckpointError):

@@ -39,7 +39,6 @@ class HostExchange:
     Args:
         worker, workers: which of how many this is.
         gather: gives everybody's object to everybody, in the order of the workers.
-        barrier: returns when all workers have called it.
         timeout_s: how long to wait for a worker that is there and does not get on.
 
     """
@@ -49,14 +48,12 @@ class HostExchange:
         worker: int,
         workers: int,
         gather: Callable[[Any], Sequence[Any]],
-        barrier: Callable[[], object],
         timeout_s: float = 1800.0,
     ) -> None:
         self._worker = worker
         self._workers = workers
         self._others = [other for other in range(workers) if other != worker]
         self._gather = gather
-        self._barrier = barrier
         self._timeout_s = timeout_s
         self._room = 0
         self._maps: list[mmap.mmap] = []
@@ -71,31 +68,50 @@ class HostExchange:
 
     def make_room(self, most_bytes: int) -> None:
         """Share memory for calls in which no worker sends, or fills in a turn, more than ``most_bytes`` in all. All
-        workers call this.
+        workers call this, and all get the same outcome.
 
         Raises:
-            OSError: no such room in memory.
+            OSError: a worker has no such room in memory, or may not open that of the others.
+            InvalidPiece: workers ask for different room.
 
         """
         self.close()
         room = -(-(most_bytes + 8 * self._workers) // _ALIGN) * _ALIGN
-        pipes = Pipes(self._worker, self._workers)
-        file = os.memfd_create("exchange", os.MFD_CLOEXEC)
+        pipes, maps, file = Pipes(self._worker, self._workers), list[mmap.mmap](), -1
         try:
-            os.posix_fallocate(file, 0, SLOTS * room)  # full memory is an error here, not a signal at a page's touch
-            places = self._gather((os.getpid(), file, room, pipes.inboxes))
+            try:
+                file = os.memfd_create("exchange", os.MFD_CLOEXEC)
+                os.posix_fallocate(
+                    file, 0, SLOTS * room
+                )  # full memory is an error here, not a signal at a page's touch
+                mine, why = (os.getpid(), file, room, pipes.inboxes), ""
+            except OSError as error:
+                mine, why = (0, 0, room, []), str(error)
+            places = self._agree(mine, why)
             if any(place[2] != room for place in places):
                 raise InvalidPiece(f"workers share {sorted({place[2] for place in places})} bytes, expected one size")
-            maps = [self._map(pid, number, SLOTS * room) for pid, number, *_ in places]
-            pipes.connect([(pid, inboxes) for pid, _, _, inboxes in places])
-            self._barrier()
+            try:
+                maps = [self._map(pid, number, SLOTS * room) for pid, number, *_ in places]
+                pipes.connect([(pid, inboxes) for pid, _, _, inboxes in places])
+            except (OSError, ValueError) as error:  # mmap: a file that is too short
+                why = str(error)
+            self._agree(None, why)
         except BaseException:
             pipes.close()
             raise
         finally:
-            os.close(file)
+            if file >= 0:
+                os.close(file)
         self._maps, self._room, self._pipes = maps, room, pipes
         self._begin()
+
+    def _agree(self, value: Any, why: str) -> list[Any]:
+        """Everybody's value, unless one has failed: then all do, and nobody waits for who has given up."""
+        said = self._gather((value, why))
+        for worker, (_, failed) in enumerate(said):
+            if failed:
+                raise OSError(f"worker {worker} cannot share memory with the others: {failed}")
+        return [value for value, _ in said]
 
     def __call__(self, sent: Sequence[Sequence[NDArray[Any]]], sizes: Sequence[int]) -> list[memoryview]:
         """Exchange. What is given lies in the others' memory, and is to be used before the next call."""
@@ -143,6 +159,11 @@ class HostExchange:
                         taken[other], idle = taken[other] + 1, False
                 if idle:
                     self._wait(end)
+
+    @property
+    def broken(self) -> bool:
+        """Whether there is nothing shared: before `make_room`, and when a call has failed."""
+        return not self._room
 
     def close(self) -> None:
         """Let go of the memory; it is gone when what was given by the last call is. Who depends on this worker learns

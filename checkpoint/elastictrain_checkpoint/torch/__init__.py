@@ -15,8 +15,9 @@ The only part of the library that imports torch.
 
 from __future__ import annotations
 
-from elastictrain_checkpoint.torch.loading import LoadReport, load
+from elastictrain_checkpoint.torch.loading import load
 from elastictrain_checkpoint.torch.outcome import TorchHandle
+from elastictrain_checkpoint.torch.report import LoadReport
 from elastictrain_checkpoint.torch.saving import AsyncSaver, async_save, before_mutation, save
 from elastictrain_checkpoint.torch.taking import EAGER
 

@@ -59,19 +59,21 @@ class ByName:
                 if filled is not item and isinstance(target, list):
                     self._fit.sets.append((target, number, filled))
         elif not isinstance(target, list | tuple):
-            self._fit.missing.append(shown(path))
+            self._fit.said.missing.append(shown(path))
         return target
 
     def finish(self) -> Fit:
         """The fit, when all is filled. What nobody has asked for is unexpected, unless tied to what somebody has."""
         taken = {self._tensors.resolved(name) for name in self._used}
-        self._fit.unexpected += [name for name in self._tensors.stored if self._tensors.resolved(name) not in taken]
+        self._fit.said.unexpected += [
+            name for name in self._tensors.stored if self._tensors.resolved(name) not in taken
+        ]
         return self._fit
 
     def _tensor(self, target: torch.Tensor, path: Path) -> None:
         name = next((name for name in names_of(path) if name in self._tensors.stored), None)
         if name is None:
-            self._fit.missing.append(shown(path))
+            self._fit.said.missing.append(shown(path))
         else:
             self._used.add(name)
             self._tensors.fill(target, name, path)

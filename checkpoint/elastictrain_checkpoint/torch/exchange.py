@@ -5,7 +5,6 @@ that are imported by name, like this one.
 from __future__ import annotations
 
 import itertools
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,14 @@ from elastictrain_checkpoint.together import lay_out
 class GroupExchange:
     """An all-to-all of a process group for the CPU, such as gloo's; its timeout is the deadline of every call. What a
     call gives is overwritten by the next: memory that is new in every round would cost as much as sending it.
+
+    Attributes:
+        broken: whether a call has failed; then no other can be made.
+
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.broken = False
         self._group = group
         self._memory = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
 
@@ -31,7 +35,9 @@ class GroupExchange:
         lengths = [sum(part.nbytes for part in parts) for parts in sent]
         data, out = self._room(0, sum(lengths)), self._room(1, sum(sizes))
         lay_out([part for parts in sent for part in parts], memoryview(data.numpy()))  # type: ignore[arg-type]
+        self.broken = True
         dist.all_to_all_single(out, data, list(sizes), lengths, group=self._group)
+        self.broken = False
         came = memoryview(out.numpy())  # type: ignore[arg-type]
         ends = [0, *itertools.accumulate(sizes)]
         return [came[begin:end] for begin, end in itertools.pairwise(ends)]
@@ -47,19 +53,51 @@ def host_exchange(group: dist.ProcessGroup | None = None) -> HostExchange | None
 
     ``make_room`` is to be called before its first use. It waits as long as the group does.
     """
-    workers = dist.get_world_size(group)
-
-    def gather(value: Any) -> list[Any]:
-        found: list[Any] = [None] * workers
-        dist.all_gather_object(found, value, group=group)
-        return found
-
-    here = (Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"), socket.gethostname())
-    if len(set(gather(here))) > 1:
+    here = gather_objects(group, place_here())
+    if not share_a_host(here):
         return None
-    return HostExchange(dist.get_rank(group), workers, gather, lambda: dist.barrier(group=group), _timeout_s(group))
+    return HostExchange(
+        dist.get_rank(group), len(here), lambda value: gather_objects(group, value), timeout_s_of(group)
+    )
 
 
-def _timeout_s(group: dist.ProcessGroup | None) -> float:
-    backend: Any = (group or dist.distributed_c10d._get_default_group())._get_backend(torch.device("cpu"))
-    return float(backend.options._timeout.total_seconds())
+def gather_objects(group: dist.ProcessGroup | None, value: Any) -> list[Any]:
+    """Everybody's object, in the order of the ranks; all ranks call this."""
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, value, group=group)
+    return found
+
+
+def place_here() -> tuple[str, ...]:
+    """What is equal for processes of one host that see each other under /proc; empty where that is not known."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+        return boot, str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return ()
+
+
+def share_a_host(places: Sequence[tuple[str, ...]]) -> bool:
+    """Whether workers with these `place_here` can see each other's memory, as far as can be told without trying."""
+    return len(set(places)) == 1 and bool(places[0])
+
+
+def exchanges_host_memory(group: dist.ProcessGroup | None) -> bool:
+    """Whether a group moves tensors of the CPU; nccl's does not."""
+    try:
+        _cpu_backend(group)
+    except RuntimeError:
+        return False
+    return True
+
+
+def timeout_s_of(group: dist.ProcessGroup | None) -> float:
+    """How long a group waits; torch's own default where it does not say."""
+    try:
+        return float(_cpu_backend(group).options._timeout.total_seconds())
+    except (RuntimeError, AttributeError):
+        return float(dist.default_pg_timeout.total_seconds())
+
+
+def _cpu_backend(group: dist.ProcessGroup | None) -> Any:
+    return (group or dist.distributed_c10d._get_default_group())._get_backend(torch.device("cpu"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch.distributed.tensor import DTensor
 
@@ -17,37 +19,76 @@ FEW_RUNS = 16
 """So many flat ranges of a tensor, at most, are read one by one; more are read as boxes, with the bytes in between."""
 
 
-def fill(reader: Reader, fit: Fit) -> None:
-    """Read everything that fits, and put it into its places.
+@dataclass(slots=True)
+class Filling:
+    """How everything that fits is read on this process.
+
+    Attributes:
+        requests: flat ranges, straight into place.
+        wants: boxes; ``parts`` are the tensors that they are read into.
+        copies: (place, what was read for it), to be copied afterwards, the last first.
+
+    """
+
+    requests: list[Request] = field(default_factory=list)
+    wants: list[Want] = field(default_factory=list)
+    parts: list[torch.Tensor] = field(default_factory=list)
+    copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    @property
+    def outs(self) -> list[memoryview]:
+        """The bytes of ``parts``."""
+        return [as_buffer(part) for part in self.parts]
+
+
+def prepare(reader: Reader, fit: Fit, *, boxes: bool) -> Filling:
+    """Decide how to read what fits, and make the memory for it.
+
+    Args:
+        reader: of the checkpoint.
+        fit: what to read.
+        boxes: everything as boxes, for others to read some of it; else as flat ranges, where these are few.
+
+    """
+    filling = Filling()
+    for name, target, held in fit.reads:
+        out = _room(target, filling.copies)
+        if not out.numel():
+            continue
+        shape = reader.tensors[name][1]
+        if held is None:
+            if not boxes:
+                filling.requests.append(Request(name, 0, num_elements(shape), as_buffer(out)))
+                continue
+            held = ()
+        held = (*held, *(((0, size),) for size in shape[len(held) :]))  # the bytes of an item, where it has them
+        found = [] if boxes else _requests(name, shape, held, out)
+        filling.requests += found
+        if not found:
+            for want, part, place in _wants(name, held, out):
+                filling.wants.append(want)
+                filling.parts.append(part)
+                if part is not place:
+                    filling.copies.append((place, part))
+    return filling
+
+
+def read_alone(reader: Reader, filling: Filling) -> None:
+    """Read all of it, by this process.
 
     Raises:
         CorruptData: stored bytes are not those that were written; tensors may be partly filled.
 
     """
-    requests: list[Request] = []
-    wants: list[tuple[Want, torch.Tensor]] = []
-    copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for name, target, held in fit.reads:
-        out = _room(target, copies)
-        if not out.numel():
-            continue
-        shape = reader.tensors[name][1]
-        if held is None:
-            requests.append(Request(name, 0, num_elements(shape), as_buffer(out)))
-            continue
-        held = (*held, *(((0, size),) for size in shape[len(held) :]))  # the bytes of an item, where it has them
-        found = _requests(name, shape, held, out)
-        requests += found
-        if not found:
-            for want, part, place in _wants(name, held, out):
-                wants.append((want, part))
-                if part is not place:
-                    copies.append((place, part))
-    reader.read_many(requests)
-    if wants:
-        read_boxes(reader, [want for want, _ in wants], [as_buffer(part) for _, part in wants])
+    reader.read_many(filling.requests)
+    if filling.wants:
+        read_boxes(reader, filling.wants, filling.outs)
+
+
+def put(fit: Fit, filling: Filling) -> None:
+    """Put what was read into its places."""
     with torch.no_grad():
-        for local, out in reversed(copies):  # parts before the whole that they are parts of
+        for local, out in reversed(filling.copies):  # parts before the whole that they are parts of
             local.copy_(out)
     for _, target, _ in fit.reads:
         torch.autograd.graph.increment_version(target)

@@ -19,13 +19,10 @@ DTYPES = {name: dtype for dtype, name in NATIVE.items()}
 
 
 @dataclass(slots=True)
-class Fit:
-    """What a load is going to do, and what it will not.
+class Said:
+    """What of a load does not fit.
 
     Attributes:
-        reads: (name in the checkpoint, tensor to be filled, what of it is here; None: all).
-        sets: (container, key, value) of everything that is put into its place afterwards.
-        states: (object, its state dict) of everything that is to load it, when all else is done.
         missing: keys that the checkpoint does not have.
         unexpected: keys that only the checkpoint has.
         different: key → sentence, for what is of another kind, shape or type there.
@@ -33,13 +30,28 @@ class Fit:
 
     """
 
-    reads: list[tuple[str, torch.Tensor, Held | None]] = field(default_factory=list)
-    sets: list[tuple[Any, Any, Any]] = field(default_factory=list)
-    states: list[tuple[Any, Any]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     different: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Fit:
+    """What a load is going to do, and what it will not.
+
+    Attributes:
+        reads: (name in the checkpoint, tensor to be filled, what of it is here; None: all).
+        sets: (container, key, value) of everything that is put into its place afterwards.
+        states: (object, its state dict) of everything that is to load it, when all else is done.
+        said: what does not fit.
+
+    """
+
+    reads: list[tuple[str, torch.Tensor, Held | None]] = field(default_factory=list)
+    sets: list[tuple[Any, Any, Any]] = field(default_factory=list)
+    states: list[tuple[Any, Any]] = field(default_factory=list)
+    said: Said = field(default_factory=Said)
 
 
 class Tensors:
@@ -69,18 +81,18 @@ class Tensors:
         """Have a tensor filled, or say why not."""
         odd = self._odd_of(name)
         if target.is_meta:
-            self.fit.problems.append(f"{shown(path)} is on the meta device")
+            self.fit.said.problems.append(f"{shown(path)} is on the meta device")
             return
         same = stored_facts(target) == self.stored[name] and (odd is None or AS_BYTES.get(odd) is target.dtype)
         if not same or (odd is None and target.dtype not in NATIVE):
-            self.fit.different[shown(path)] = (
+            self.fit.said.different[shown(path)] = (
                 f"{shown(path)} is {target.dtype} {list(target.shape)}, in the checkpoint {self.said(name)}"
             )
             return
         try:
             self.fit.reads.append((name, target, _held_of(target, name)))
         except InvalidPiece as error:
-            self.fit.problems.append(str(error))
+            self.fit.said.problems.append(str(error))
 
     def new(self, name: str) -> torch.Tensor:
         """A tensor that the target does not have, made on the CPU; names that are tied give the same one."""
@@ -195,15 +207,15 @@ class ByTree:
         return "value"
 
     def _only_there(self, stored: Any, path: Path) -> None:
-        self._fit.unexpected += [shown(p) for p, _ in leaves(stored, path)]
+        self._fit.said.unexpected += [shown(p) for p, _ in leaves(stored, path)]
 
     def _only_here(self, target: Any, path: Path) -> None:
-        self._fit.missing += [shown(p) for p, _ in leaves(target, path)]
+        self._fit.said.missing += [shown(p) for p, _ in leaves(target, path)]
 
     def _differ(self, target: Any, stored: Any, path: Path) -> None:
         name = self._names.get(path)
         there = f"a tensor, {self._tensors.said(name)}" if name is not None else _said(stored)
-        self._fit.different[shown(path)] = f"{shown(path)} is {_said(target)}, in the checkpoint {there}"
+        self._fit.said.different[shown(path)] = f"{shown(path)} is {_said(target)}, in the checkpoint {there}"
 
 
 def _are_lists(*values: Any) -> bool:
@@ -248,8 +260,8 @@ def shown(path: Path) -> str:
     return "/".join(str(key) for key in path)
 
 
-def all_of(fit: Fit) -> Iterator[str]:
+def all_of(said: Said) -> Iterator[str]:
     """What does not fit, a sentence for each."""
-    yield from fit.different.values()
-    yield from (f"{key} is not in the checkpoint" for key in fit.missing)
-    yield from (f"{key} is only in the checkpoint" for key in fit.unexpected)
+    yield from said.different.values()
+    yield from (f"{key} is not in the checkpoint" for key in said.missing)
+    yield from (f"{key} is only in the checkpoint" for key in said.unexpected)

@@ -1,45 +1,20 @@
-"""From a checkpoint into a state dict, in place: every process reads what it holds, in whatever world it was saved."""
+"""From a checkpoint into a state dict, in place, in whatever world it was saved."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
 
-from elastictrain_checkpoint.errors import CorruptData, StateMismatch
-from elastictrain_checkpoint.healing import Healed
-from elastictrain_checkpoint.reader import Reader
+from elastictrain_checkpoint.errors import CorruptData
 from elastictrain_checkpoint.store import Store
-from elastictrain_checkpoint.torch.by_name import ByName
-from elastictrain_checkpoint.torch.filling import fill
-from elastictrain_checkpoint.torch.fitting import ByTree, Fit, Tensors, all_of
-from elastictrain_checkpoint.torch.places import choose, place_of, with_older
+from elastictrain_checkpoint.torch.company import load_together
+from elastictrain_checkpoint.torch.filling import prepare, put, read_alone
+from elastictrain_checkpoint.torch.finding import Asked, fit_of
+from elastictrain_checkpoint.torch.places import choose, with_older
+from elastictrain_checkpoint.torch.ranks import Group, Ranks, group_of
+from elastictrain_checkpoint.torch.report import LoadReport, check
 from elastictrain_checkpoint.torch.saving import before_mutation
-
-SHOWN = 20
-
-
-@dataclass(slots=True)
-class LoadReport:
-    """What was loaded from which step, and, without `strict`, what did not match. Keys are joined by "/".
-
-    Attributes:
-        step: which one.
-        missing: keys that the checkpoint does not have; what stands there was left as it was.
-        unexpected: keys that only the checkpoint has.
-        different: key → sentence, for what is of another kind, shape or type there; left as it was.
-        passed_over: newer step → why it is none: cut short, or its manifest damaged.
-        healed: blocks that were damaged, and came from one of `others`.
-
-    """
-
-    step: int
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    different: dict[str, str] = field(default_factory=dict)
-    passed_over: dict[int, str] = field(default_factory=dict)
-    healed: list[Healed] = field(default_factory=list)
 
 
 def load(
@@ -47,6 +22,7 @@ def load(
     path: str | FilePath | Store | None = None,
     *,
     checkpoint_id: str | FilePath | Store | None = None,
+    group: Group = "world",
     step: int | None = None,
     strict: bool = True,
     others: Sequence[str | FilePath | Store] = (),
@@ -54,8 +30,12 @@ def load(
     """Load a checkpoint into a state dict, in place: tensors are filled where they are, other values replaced.
 
     A mapping or list that is empty (the state of an optimizer that is new) takes all that the checkpoint has there. A
-    list of nothing but numbers, strings and the like counts as a value: it is replaced, whatever its length. In several
-    processes each calls it by itself; a DTensor reads its own shard, whatever the world was that saved it.
+    list of nothing but numbers, strings and the like counts as a value: it is replaced, whatever its length.
+
+    With a process group this is a collective: every rank calls it with its own state dict (a DTensor gets its shard,
+    whatever the world was that saved it; ranks may hold different keys), every stored byte is read, and checked, by one
+    of them and handed on, through shared memory where all are on one host. What goes wrong on one rank is raised on
+    all, and all get the same report.
 
     One that was not saved from a state dict (by a run, an import, packs of one's own) is matched by its tensors' names
     (`by_name.names_of`); values that are not tensors it has at most where it was imported.
@@ -66,6 +46,8 @@ def load(
             for an `optimizer.state_dict()`.
         path: where `save` has written to.
         checkpoint_id: the same, as `torch.distributed.checkpoint` calls it.
+        group: the ranks that load together. "world": the default group, if there is one. None: this process loads by
+            itself, and nobody is waited for: for a load that not all ranks call, or places that not all of them see.
         step: which step; the newest that is whole if not given (the report says which newer ones were passed over).
         strict: refuse a checkpoint that has other keys, lengths, kinds, shapes or types, before anything is changed.
             False: load what fits; the rest is left as it is, and said in the report.
@@ -77,47 +59,32 @@ def load(
         NoCheckpoint: there is none, or not at that step.
         CorruptData: stored bytes are not those that were written, in any of the places; tensors may be partly filled.
             The newest older step that is whole is named.
+        InvalidPiece: ranks ask for different things.
+        LoadFailed: another rank could not take part, for a reason that is neither of these nor of storage.
 
     """
-    places = place_of(path, checkpoint_id), *others
-    stores = [place if isinstance(place, Store) else Store(place) for place in places]
-    passed_over: dict[int, str] = {}
+    asked = Asked(path, checkpoint_id, tuple(others), step, strict)
+    together = group_of(group)
+    if together is not None:
+        return load_together(state_dict, asked, Ranks(together))
+    stores, passed_over = asked.stores(), dict[int, str]()
     found = choose(stores, step, passed_over)
     reader = found.reader()
-    fit = _fit(reader, state_dict)
-    _check(fit, f"step {found.manifest.step} of {found.stores[0].url}", strict=strict)
+    fit = fit_of(reader, state_dict)
+    check(fit.said, asked.said(found.manifest.step, found.stores[0]), strict=strict)
     before_mutation()
     try:
-        fill(reader, fit)
+        filling = prepare(reader, fit, boxes=False)
+        read_alone(reader, filling)
     except CorruptData as error:
         raise with_older(error, stores, found.manifest) from error
+    put(fit, filling)
+    said = fit.said
     return LoadReport(
-        found.manifest.step, fit.missing, fit.unexpected, fit.different, passed_over=passed_over, healed=reader.healed
+        found.manifest.step,
+        said.missing,
+        said.unexpected,
+        said.different,
+        passed_over=passed_over,
+        healed=reader.healed,
     )
-
-
-def _fit(reader: Reader, target: Any) -> Fit:
-    tree = reader.tree if isinstance(reader.tree, dict) else {}
-    aliases = reader.manifest.alias
-    if "torch" in tree:
-        told = tree["torch"]
-        tensors = Tensors(reader.tensors, told["dtypes"], aliases)
-        ByTree(tensors, {tuple(place): name for place, name in told["places"]}).fill(target, told["rest"], ())
-        return tensors.fit
-    foreign = tree.get("foreign")
-    by_name = ByName(Tensors(reader.tensors, {}, aliases), foreign if isinstance(foreign, dict) else {})
-    by_name.fill(target)
-    return by_name.finish()
-
-
-def _check(fit: Fit, what: str, *, strict: bool) -> None:
-    """Refuse what does not fit; `strict`: all of it, else only what can never be filled."""
-    problems = [*fit.problems, *(all_of(fit) if strict else ())]
-    if problems:
-        told = "\n  ".join(problems[:SHOWN]) + (f"\n  and {len(problems) - SHOWN} more" if problems[SHOWN:] else "")
-        raise StateMismatch(
-            f"{what} does not fit:\n  {told}\n(strict={strict})",
-            missing=tuple(fit.missing),
-            extra=tuple(fit.unexpected),
-            different=tuple(fit.different.values()),
-        )

@@ -184,7 +184,7 @@ def load_together(
         outs = [bytearray(size(manifest, want)) for want in wants[worker]]
         exchange: Any = threads.exchange(worker)
         if shared:
-            exchange = HostExchange(worker, len(wants), threads.gather(worker), threads.barrier.wait)
+            exchange = HostExchange(worker, len(wants), threads.gather(worker))
             exchange.make_room(most_shared_bytes(plan, **more))
         read_together(readers[worker], plan, wants, outs, worker=worker, exchange=exchange, **more)
         return [bytes(out) for out in outs]
@@ -253,7 +253,7 @@ def test_rounds_end_where_hash_blocks_do(monkeypatch: pytest.MonkeyPatch) -> Non
     store, wants = memory_store(), [[Want("t", (0, 0), (250, 300))]]
     manifest = save(store, make_state({"t": ("U8", (250, 300))}), (0.3, 0.6))
     plan = plan_reads(manifest, wants, span_bytes=BLOCK)
-    exchange = HostExchange(0, 1, lambda value: [value], lambda: None)
+    exchange = HostExchange(0, 1, lambda value: [value])
     exchange.make_room(most_shared_bytes(plan, 2 * BLOCK))
     more: Any = {"worker": 0, "exchange": exchange, "round_bytes": 2 * BLOCK}
     read_together(Told(store, manifest), plan, wants, [bytearray(75_000)], **more)

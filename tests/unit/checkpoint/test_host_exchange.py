@@ -19,7 +19,7 @@ from tests.unit.checkpoint.workers import Workers
 class Host(Workers):
     def run_with_exchange(self, work: Callable[[int, HostExchange], Any]) -> list[Any]:
         def one(worker: int) -> Any:
-            return work(worker, HostExchange(worker, self.workers, self.gather(worker), self.barrier.wait))
+            return work(worker, HostExchange(worker, self.workers, self.gather(worker)))
 
         return self.run(one)
 
@@ -180,7 +180,7 @@ def test_who_does_not_get_on_is_waited_for_until_a_deadline() -> None:
     over, host = threading.Event(), Host(2)
 
     def work(worker: int) -> str:
-        exchange = HostExchange(worker, 2, host.gather(worker), host.barrier.wait, timeout_s=0.05)
+        exchange = HostExchange(worker, 2, host.gather(worker), timeout_s=0.05)
         exchange.make_room(10)
         try:
             exchange.stream([10] * 9, lambda *_: worker == 1 and over.wait(30), lambda *_: None)

@@ -1,0 +1,167 @@
+"""Ranks that load together: one chooses the checkpoint, all say what they want of it, and every stored byte is read by
+one of them and handed on.
+
+Each phase ends with an agreement, so that nobody is left in a collective by a rank whose arguments, state dict or
+storage are at fault. Within the reading itself `together` sees to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from elastictrain_checkpoint.documents import pack_documents, unpack_documents
+from elastictrain_checkpoint.errors import CorruptData, InvalidManifest
+from elastictrain_checkpoint.host_exchange import HostExchange
+from elastictrain_checkpoint.reader import Reader
+from elastictrain_checkpoint.reshard import ReadPlan, Want, plan_reads
+from elastictrain_checkpoint.store import Store
+from elastictrain_checkpoint.tiers import Found
+from elastictrain_checkpoint.together import most_shared_bytes, read_together
+from elastictrain_checkpoint.torch.exchange import (
+    GroupExchange,
+    exchanges_host_memory,
+    gather_objects,
+    place_here,
+    share_a_host,
+    timeout_s_of,
+)
+from elastictrain_checkpoint.torch.filling import Filling, prepare, put, read_alone
+from elastictrain_checkpoint.torch.finding import Asked, fit_of
+from elastictrain_checkpoint.torch.fitting import Fit, Said
+from elastictrain_checkpoint.torch.places import choose, with_older
+from elastictrain_checkpoint.torch.ranks import Ranks
+from elastictrain_checkpoint.torch.report import LoadReport, check, said_by_all
+from elastictrain_checkpoint.torch.saving import before_mutation
+
+
+def load_together(state_dict: Any, asked: Asked, ranks: Ranks) -> LoadReport:
+    """See `loading.load`; every rank calls it, and all get the same report, or the same error."""
+    stores, told = _open(asked, ranks)
+    mine, everybody = _fit(stores, told, state_dict, ranks)
+    reader, said = mine.reader, everybody.said
+    check(said, asked.said(told.step, mine.found.stores[0]), strict=asked.strict)
+    plan, exchange = _plan(reader, everybody, ranks)
+    problem: Exception | None = None
+    try:
+        if exchange is None:
+            read_alone(reader, mine.filling)
+        else:
+            read_together(reader, plan, everybody.wants, mine.filling.outs, worker=ranks.rank, exchange=exchange)
+        put(mine.fit, mine.filling)
+    except Exception as error:
+        if exchange is not None and exchange.broken:
+            raise  # a rank is gone: nothing can be agreed on any more
+        if not (isinstance(error, CorruptData) and not error.file):  # else it is another rank's, which says it itself
+            problem = error
+    finally:
+        if isinstance(exchange, HostExchange):
+            exchange.close()
+    try:
+        healed = ranks.agree(reader.healed, problem)
+    except CorruptData as error:
+        raise with_older(error, stores, reader.manifest) from error
+    return LoadReport(
+        told.step, said.missing, said.unexpected, said.different,
+        passed_over=told.passed_over, healed=[one for there in healed for one in there],
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What rank 0 has chosen: the step, the stores to read it from (numbers of the places), and its documents."""
+
+    step: int
+    order: list[int]
+    documents: bytes
+    passed_over: dict[int, str]
+
+
+def _open(asked: Asked, ranks: Ranks) -> tuple[list[Store], _Told]:
+    """The checkpoint that rank 0 has chosen; storage is asked for its manifest once."""
+    stores: list[Store] = []
+    told: _Told | None = None
+    problem: Exception | None = None
+    try:
+        stores = asked.stores()
+        if ranks.rank == 0:
+            passed_over: dict[int, str] = {}
+            chosen = choose(stores, asked.step, passed_over)
+            order = [number for one in chosen.stores for number, store in enumerate(stores) if store is one]
+            told = _Told(chosen.manifest.step, order, _documents(chosen), passed_over)
+    except Exception as error:  # whatever it is, the other ranks must hear of it
+        problem = error
+    with ranks.patient("load"):
+        ranks.same(f"step={asked.step}, strict={asked.strict}, {len(stores)} places", problem)
+    told = ranks.from_first(told)
+    return stores, told
+
+
+def _documents(found: Found) -> bytes:
+    for store in found.stores[:-1]:
+        with suppress(OSError, InvalidManifest):
+            return pack_documents(store, found.manifest)
+    return pack_documents(found.stores[-1], found.manifest)
+
+
+@dataclass(frozen=True, slots=True)
+class _Mine:
+    """What this rank reads from, and what goes where."""
+
+    found: Found
+    reader: Reader
+    fit: Fit
+    filling: Filling
+
+
+@dataclass(frozen=True, slots=True)
+class _Everybody:
+    """What each rank wants, and where it is; what does not fit between all of them."""
+
+    wants: list[list[Want]]
+    places: list[tuple[str, ...]]
+    said: Said
+
+
+def _fit(stores: Sequence[Store], told: _Told, state_dict: Any, ranks: Ranks) -> tuple[_Mine, _Everybody]:
+    fit, filling = Fit(), Filling()
+    problem: Exception | None = None
+    try:
+        found = Found(unpack_documents(told.documents, told.step), tuple(stores[number] for number in told.order))
+        reader = found.reader()
+        fit = fit_of(reader, state_dict)
+        filling = prepare(reader, fit, boxes=True)
+    except Exception as error:  # as a state dict of the caller's may raise
+        problem = error
+    wants = [(want.name, want.offsets, want.sizes) for want in filling.wants]
+    everybody = ranks.agree((fit.said, wants, place_here()), problem)
+    return _Mine(found, reader, fit, filling), _Everybody(
+        [[Want(*want) for want in wanted] for _, wanted, _ in everybody],
+        [here for _, _, here in everybody],
+        said_by_all([one for one, _, _ in everybody]),
+    )
+
+
+def _plan(reader: Reader, everybody: _Everybody, ranks: Ranks) -> tuple[ReadPlan, HostExchange | GroupExchange | None]:
+    """Who reads what, and how it is handed on: through shared memory on one host, else over the group; if that moves
+    nothing of the host's (nccl), not at all. From here on the state may be changed.
+    """
+    plan: ReadPlan | None = None
+    problem: Exception | None = None
+    try:
+        plan = plan_reads(reader.manifest, everybody.wants)
+        before_mutation()
+    except Exception as error:  # a save of this rank that does not end
+        problem = error
+    ranks.agree(None, problem)
+    assert plan is not None  # else this rank has a problem
+    if share_a_host(everybody.places):
+        exchange = HostExchange(
+            ranks.rank, ranks.size, lambda value: gather_objects(ranks.group, value), timeout_s_of(ranks.group)
+        )
+        with suppress(OSError):  # of any rank, on all ranks
+            exchange.make_room(most_shared_bytes(plan))
+            return plan, exchange
+    return plan, GroupExchange(ranks.group) if exchanges_host_memory(ranks.group) else None

@@ -1,0 +1,111 @@
+"""The ranks that load together: what one of them says all hear, and what goes wrong on one of them is raised on all."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch.distributed as dist
+
+from elastictrain_checkpoint import errors
+from elastictrain_checkpoint.errors import CheckpointError, CorruptData, InvalidPiece, LoadFailed, StateMismatch
+from elastictrain_checkpoint.torch.exchange import gather_objects
+
+Group = dist.ProcessGroup | Literal["world"] | None
+WAITS_S = 30.0
+"""A rank that waits so long for the others at the begin of a load warns: most likely they do not load."""
+_ATTRIBUTES = {
+    CorruptData: ("file", "block", "tensors"),
+    StateMismatch: ("missing", "extra", "different"),
+}
+
+
+def group_of(group: Group) -> dist.ProcessGroup | None:
+    """The group that is meant; None where it would be of one process only."""
+    if group == "world":
+        group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    return group if group is not None and dist.get_world_size(group) > 1 else None
+
+
+class Ranks:
+    """All ranks of a group, seen from one. Every method is a collective of the group."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+
+    def agree(self, value: Any, problem: Exception | None) -> list[Any]:
+        """Everybody's value, in the order of the ranks.
+
+        Raises:
+            Exception: the problem of this rank, as it is; else that of the first rank that has one: of the same kind if
+                it is an error of this library or of storage, else `LoadFailed`. The message names that rank.
+
+        """
+        said = gather_objects(self.group, (None if problem is not None else value, _packed(problem)))
+        if problem is not None:
+            raise problem
+        for rank, (_, there) in enumerate(said):
+            if there is not None:
+                raise _unpacked(rank, there)
+        return [value for value, _ in said]
+
+    def same(self, called: str, problem: Exception | None) -> None:
+        """As `agree`, of how a function was called, which must be equal everywhere.
+
+        Raises:
+            InvalidPiece: on every rank, where it is not.
+
+        """
+        said = self.agree(called, problem)
+        for rank, there in enumerate(said):
+            if there != said[0]:
+                raise InvalidPiece(
+                    f"rank {rank} loads with {there}, rank 0 with {said[0]}; expected the same everywhere"
+                )
+
+    def from_first(self, value: Any) -> Any:
+        """What rank 0 has."""
+        told = [value]
+        dist.broadcast_object_list(told, group=self.group, group_src=0)
+        return told[0]
+
+    @contextmanager
+    def patient(self, who: str) -> Iterator[None]:
+        """Warn if the others do not come for long."""
+        words = (
+            f"rank {self.rank} has waited {WAITS_S:g} s for the other ranks in {who}, which is a collective of its "
+            "group; where not all ranks call it, pass group=None"
+        )
+        timer = threading.Timer(WAITS_S, lambda: warnings.warn(words, RuntimeWarning, stacklevel=1))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+
+def _packed(problem: Exception | None) -> tuple[str, str, dict[str, Any]] | None:
+    """An error for others: only text and plain facts, because not every exception survives its way."""
+    if problem is None:
+        return None
+    more = {
+        name: getattr(problem, name) for kind in _ATTRIBUTES if isinstance(problem, kind) for name in _ATTRIBUTES[kind]
+    }
+    if isinstance(problem, CheckpointError):
+        return type(problem).__name__, str(problem), more
+    return ("OSError" if isinstance(problem, OSError) else ""), f"{type(problem).__name__}: {problem}", more
+
+
+def _unpacked(rank: int, packed: tuple[str, str, dict[str, Any]]) -> Exception:
+    name, text, more = packed
+    text = f"rank {rank}: {text}"
+    if name == "OSError":
+        return OSError(text)
+    kind = getattr(errors, name, None) if name else None
+    return LoadFailed(text) if kind is None else kind(text, **more)
