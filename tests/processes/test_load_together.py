@@ -160,7 +160,7 @@ def mistakes(mesh: Any, rank: int, folder: Path) -> list[str]:
     import torch
 
     import elastictrain_checkpoint.torch as checkpoint
-    from elastictrain_checkpoint import Store
+    from elastictrain_checkpoint import CorruptData, Store
     from elastictrain_checkpoint.store import _backend
 
     inner: Any = _backend(str(folder / "c"), {})
@@ -201,6 +201,7 @@ def mistakes(mesh: Any, rank: int, folder: Path) -> list[str]:
             checkpoint.load(state, **how)
         except Exception as error:
             said.append(f"{type(error).__name__}: {error}")
+            said[-1] += f" in {error.file}" if isinstance(error, CorruptData) else ""
         else:
             said.append("loaded")
     return said
@@ -219,7 +220,8 @@ def test_a_mistake_of_one_rank_is_everybodys_error_and_keeps_nobody_waiting(tmp_
     place = tmp_path / "c"
     twice = f"path={place!r}, checkpoint_id='twice': give one of the two"
     assert (zero[0], one[0]) == (f"LoadFailed: rank 1: TypeError: {twice}", f"TypeError: {twice}")
-    differ = "rank 1 loads with step=6, strict=True, 1 places, rank 0 with step=5, strict=True, 1 places"
+    rest = "strict=True, only=None, renamed={}, 1 places"
+    differ = f"rank 1 loads with step=6, {rest}, rank 0 with step=5, {rest}"
     assert zero[1] == one[1] == f"InvalidPiece: {differ}; expected the same everywhere"
     assert zero[2] == f"NoCheckpoint: {tmp_path / 'nothing'} has no checkpoint"
     assert one[2] == f"NoCheckpoint: rank 0: {tmp_path / 'nothing'} has no checkpoint"
@@ -234,5 +236,5 @@ def test_a_mistake_of_one_rank_is_everybodys_error_and_keeps_nobody_waiting(tmp_
     assert one[6] == "KeyError: 'not mine'"
     for said in (zero[7], one[7]):
         assert said.startswith("CorruptData: ")
-        assert pack.name in said
-        assert said.endswith("the newest older step that is whole is 5 (pass step=5)")
+        offer = "the newest older step that is whole is 5 (pass step=5)"
+        assert said.endswith(f"{offer} in {pack.relative_to(place)}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
 
-from elastictrain_checkpoint.torch.fitting import Fit, Tensors, shown
+from elastictrain_checkpoint.torch.choosing import shown
+from elastictrain_checkpoint.torch.fitting import Fit, Tensors
 from elastictrain_checkpoint.torch.tree import Path, is_stateful, state_of
 
 _ABSENT = object()
@@ -32,11 +33,14 @@ class ByName:
     Args:
         tensors: of the checkpoint.
         values: plain values, by their keys joined by dots.
+        takes: whether what has a key is to be loaded.
 
     """
 
-    def __init__(self, tensors: Tensors, values: Mapping[str, Any]) -> None:
-        self._tensors, self._values = tensors, values
+    def __init__(
+        self, tensors: Tensors, values: Mapping[str, Any], takes: Callable[[str], bool] = lambda _: True
+    ) -> None:
+        self._tensors, self._values, self._takes = tensors, values, takes
         self._fit = tensors.fit
         self._used: set[str] = set()
 
@@ -49,7 +53,7 @@ class ByName:
             self._fit.states.append((target, self.fill(state_of(target, path), path)))
             return target
         value = self._values.get(".".join(map(str, path)), _ABSENT) if path else _ABSENT
-        if value is not _ABSENT:
+        if value is not _ABSENT and self._takes(shown(path)):
             return value
         if isinstance(target, MutableMapping):
             self._mapping(target, path)
@@ -66,11 +70,13 @@ class ByName:
         """The fit, when all is filled. What nobody has asked for is unexpected, unless tied to what somebody has."""
         taken = {self._tensors.resolved(name) for name in self._used}
         self._fit.said.unexpected += [
-            name for name in self._tensors.stored if self._tensors.resolved(name) not in taken
+            name for name in self._tensors.stored if self._tensors.resolved(name) not in taken and self._takes(name)
         ]
         return self._fit
 
     def _tensor(self, target: torch.Tensor, path: Path) -> None:
+        if not self._takes(shown(path)):
+            return
         name = next((name for name in names_of(path) if name in self._tensors.stored), None)
         if name is None:
             self._fit.said.missing.append(shown(path))
@@ -88,7 +94,7 @@ class ByName:
         before = "".join(f"{key}/" for key in path)
         made: dict[str, Any] = {}
         for name in self._tensors.stored:
-            if name.startswith(before):
+            if name.startswith(before) and self._takes(name):
                 self._used.add(name)
                 _put(made, name.removeprefix(before), self._tensors.new(name))
         self._fit.sets += [(target, key, value) for key, value in made.items()]

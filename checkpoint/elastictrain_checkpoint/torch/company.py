@@ -40,7 +40,7 @@ from elastictrain_checkpoint.torch.saving import before_mutation
 def load_together(state_dict: Any, asked: Asked, ranks: Ranks) -> LoadReport:
     """See `loading.load`; every rank calls it, and all get the same report, or the same error."""
     stores, told = _open(asked, ranks)
-    mine, everybody = _fit(stores, told, state_dict, ranks)
+    mine, everybody = _fit(stores, told, state_dict, asked, ranks)
     reader, said = mine.reader, everybody.said
     check(said, asked.said(told.step, mine.found.stores[0]), strict=asked.strict)
     plan, exchange = _plan(reader, everybody, ranks)
@@ -81,11 +81,12 @@ class _Told:
 
 def _open(asked: Asked, ranks: Ranks) -> tuple[list[Store], _Told]:
     """The checkpoint that rank 0 has chosen; storage is asked for its manifest once."""
-    stores: list[Store] = []
+    stores, called = list[Store](), ""
     told: _Told | None = None
     problem: Exception | None = None
     try:
         stores = asked.stores()
+        called = f"step={asked.step}, strict={asked.strict}, {asked.choice()}, {len(stores)} places"
         if ranks.rank == 0:
             passed_over: dict[int, str] = {}
             chosen = choose(stores, asked.step, passed_over)
@@ -94,7 +95,7 @@ def _open(asked: Asked, ranks: Ranks) -> tuple[list[Store], _Told]:
     except Exception as error:  # whatever it is, the other ranks must hear of it
         problem = error
     with ranks.patient("load"):
-        ranks.same(f"step={asked.step}, strict={asked.strict}, {len(stores)} places", problem)
+        ranks.same(called, problem)
     told = ranks.from_first(told)
     return stores, told
 
@@ -125,13 +126,13 @@ class _Everybody:
     said: Said
 
 
-def _fit(stores: Sequence[Store], told: _Told, state_dict: Any, ranks: Ranks) -> tuple[_Mine, _Everybody]:
+def _fit(stores: Sequence[Store], told: _Told, state_dict: Any, asked: Asked, ranks: Ranks) -> tuple[_Mine, _Everybody]:
     fit, filling = Fit(), Filling()
     problem: Exception | None = None
     try:
         found = Found(unpack_documents(told.documents, told.step), tuple(stores[number] for number in told.order))
         reader = found.reader()
-        fit = fit_of(reader, state_dict)
+        fit = fit_of(reader, state_dict, asked.choice())
         filling = prepare(reader, fit, boxes=True)
     except Exception as error:  # as a state dict of the caller's may raise
         problem = error

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from elastictrain_checkpoint.errors import InvalidPiece
 from elastictrain_checkpoint.layouts import Held
 from elastictrain_checkpoint.source import Shape
+from elastictrain_checkpoint.torch.choosing import LEFT, near, shown
 from elastictrain_checkpoint.torch.sharded import local_held
 from elastictrain_checkpoint.torch.tree import AS_BYTES, NATIVE, Path, is_stateful, leaves, state_of, stored_facts
 
@@ -127,6 +128,8 @@ class ByTree:
 
     def fill(self, target: Any, stored: Any, path: Path) -> Any:
         """What is to stand at `path`: the target itself, filled later on, or a new value."""
+        if stored is LEFT:
+            return target
         if _kind(target) == "stateful":
             self._fit.states.append((target, self.fill(state_of(target, path), stored, path)))
             return target
@@ -191,6 +194,8 @@ class ByTree:
             return self._tensors.new(name)
         if isinstance(stored, dict):
             return {key: self._new(value, (*path, key)) for key, value in stored.items()}
+        if stored is LEFT:
+            return None
         if isinstance(stored, list | tuple):
             items = [self._new(value, (*path, number)) for number, value in enumerate(stored)]
             return items if isinstance(stored, list) else tuple(items)
@@ -207,7 +212,7 @@ class ByTree:
         return "value"
 
     def _only_there(self, stored: Any, path: Path) -> None:
-        self._fit.said.unexpected += [shown(p) for p, _ in leaves(stored, path)]
+        self._fit.said.unexpected += [shown(p) for p, value in leaves(stored, path) if value is not LEFT]
 
     def _only_here(self, target: Any, path: Path) -> None:
         self._fit.said.missing += [shown(p) for p, _ in leaves(target, path)]
@@ -255,13 +260,8 @@ def _tuple(kind: type[tuple[Any, ...]], items: Any) -> Any:
     return kind(items) if kind is torch.Size else tuple(items)
 
 
-def shown(path: Path) -> str:
-    """A path, for people."""
-    return "/".join(str(key) for key in path)
-
-
 def all_of(said: Said) -> Iterator[str]:
     """What does not fit, a sentence for each."""
     yield from said.different.values()
-    yield from (f"{key} is not in the checkpoint" for key in said.missing)
+    yield from (f"{key} is not in the checkpoint{near(key, said.unexpected)}" for key in said.missing)
     yield from (f"{key} is only in the checkpoint" for key in said.unexpected)

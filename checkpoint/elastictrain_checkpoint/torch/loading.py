@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -25,6 +25,8 @@ def load(
     group: Group = "world",
     step: int | None = None,
     strict: bool = True,
+    only: Sequence[str] | None = None,
+    renamed: Mapping[str, str] | None = None,
     others: Sequence[str | FilePath | Store] = (),
 ) -> LoadReport:
     """Load a checkpoint into a state dict, in place: tensors are filled where they are, other values replaced.
@@ -51,6 +53,10 @@ def load(
         step: which step; the newest that is whole if not given (the report says which newer ones were passed over).
         strict: refuse a checkpoint that has other keys, lengths, kinds, shapes or types, before anything is changed.
             False: load what fits; the rest is left as it is, and said in the report.
+        only: keys that are loaded, all others being left alone on both sides, also if `strict`: ``["model"]``, or
+            ``["model/decoder", "*.bias"]``. A name stands for everything below it, joined by "/" or ".", too.
+        renamed: key in the checkpoint → key in the state dict, for whole parts (``{"model/old": "model/new"}``) or with
+            patterns (``{"model/*.gamma": "model/*.weight"}``). `only` and the report are of the new keys.
         others: further places that may hold the same checkpoints, nearest first: what is damaged or missing in `path`
             is read from there.
 
@@ -60,17 +66,18 @@ def load(
         CorruptData: stored bytes are not those that were written, in any of the places; tensors may be partly filled.
             The newest older step that is whole is named.
         InvalidPiece: ranks ask for different things.
+        InvalidMapping: `renamed` names what is not there, or gives two things one key.
         LoadFailed: another rank could not take part, for a reason that is neither of these nor of storage.
 
     """
-    asked = Asked(path, checkpoint_id, tuple(others), step, strict)
+    asked = Asked(path, checkpoint_id, tuple(others), step, strict, only, renamed)
     together = group_of(group)
     if together is not None:
         return load_together(state_dict, asked, Ranks(together))
-    stores, passed_over = asked.stores(), dict[int, str]()
+    choice, stores, passed_over = asked.choice(), asked.stores(), dict[int, str]()
     found = choose(stores, step, passed_over)
     reader = found.reader()
-    fit = fit_of(reader, state_dict)
+    fit = fit_of(reader, state_dict, choice)
     check(fit.said, asked.said(found.manifest.step, found.stores[0]), strict=strict)
     before_mutation()
     try:

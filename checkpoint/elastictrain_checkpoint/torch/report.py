@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 
 from elastictrain_checkpoint.errors import StateMismatch
 from elastictrain_checkpoint.healing import Healed
@@ -59,9 +60,10 @@ def check(said: Said, what: str, *, strict: bool) -> None:
         StateMismatch: with all of it.
 
     """
-    problems = [*said.problems, *(all_of(said) if strict else ())]
-    if problems:
-        told = "\n  ".join(problems[:SHOWN]) + (f"\n  and {len(problems) - SHOWN} more" if problems[SHOWN:] else "")
+    count = len(said.problems) + (len(said.different) + len(said.missing) + len(said.unexpected) if strict else 0)
+    if count:
+        problems = islice(chain(said.problems, all_of(said) if strict else ()), SHOWN)
+        told = "\n  ".join(problems) + (f"\n  and {count - SHOWN} more" if count > SHOWN else "")
         raise StateMismatch(
             f"{what} does not fit:\n  {told}\n(strict={strict})",
             missing=tuple(said.missing),
