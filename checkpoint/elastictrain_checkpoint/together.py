@@ -6,10 +6,11 @@ taking part until the end, when everybody learns of it: nobody is left waiting f
 
 from __future__ import annotations
 
-import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -19,6 +20,13 @@ from elastictrain_checkpoint.dtypes import item_bytes
 from elastictrain_checkpoint.errors import CheckpointError, CorruptData, InvalidPiece
 from elastictrain_checkpoint.reader import Reader
 from elastictrain_checkpoint.reshard import ReadPlan, Want, plan_reads
+from elastictrain_checkpoint.rounds import (
+    MESSAGE_BYTES,
+    ROUND_BYTES,
+    SHARED_ROUND_BYTES,
+    STATE_BYTES,
+    rounds_of,
+)
 from elastictrain_checkpoint.slabs import Slab, slabs
 
 Exchange = Callable[[Sequence[Sequence[NDArray[Any]]], Sequence[int]], Sequence[memoryview]]
@@ -50,12 +58,17 @@ class Shares(Protocol):
         """
 
 
-ROUND_BYTES = 16 << 20
-SHARED_ROUND_BYTES = 2 << 20
-"""What all workers of a host read in a round stays in the processor's cache until the others have taken it."""
-_GAP_BYTES = 1 << 20
-"""Who skips more than that reads on in another hash block: it counts as less than that."""
-_MESSAGE_BYTES = 1024
+@runtime_checkable
+class Begins(Protocol):
+    """An exchange that may be under way while this worker reads on and places what has come before."""
+
+    def begin(self, sent: Sequence[Sequence[NDArray[Any]]], sizes: Sequence[int]) -> Callable[[], Sequence[memoryview]]:
+        """As a call of an `Exchange`, but what it gives is to be waited for: by a call of what this gives. It may be
+        begun before the one before it has been waited for, and is to be used before the second next is begun. The
+        arrays ``sent`` are not needed any more when this returns.
+        """
+
+
 _SOUND, _DAMAGED, _FAILED = range(3)
 """What a worker says at the end of its share."""
 _ELEMENTS: dict[int, np.dtype[Any]] = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8")}
@@ -113,7 +126,8 @@ def read_together(
         worker: which of the workers this is.
         exchange: see `Exchange`. One that `Shares` memory needs room for `most_shared_bytes` of the plan.
         round_bytes: about what is read before it is exchanged; the same on every worker. `ROUND_BYTES` if not given, or
-            `SHARED_ROUND_BYTES` where memory is shared.
+            `SHARED_ROUND_BYTES` where memory is shared; as much as makes messages of `MESSAGE_BYTES` where exchanges
+            overlap, if that is less.
 
     Raises:
         CorruptData: somebody found damage; raised on every worker. Buffers may be partly filled.
@@ -129,11 +143,12 @@ def read_together(
     if isinstance(shared, Shares):
         error = _in_shared_memory(job, plan, targets, shared, round_bytes or SHARED_ROUND_BYTES)
     else:
-        error = _by_sending(job, plan, targets, exchange, round_bytes or ROUND_BYTES)
-    message = f"{error}".encode()[: _MESSAGE_BYTES - 1] if error else b""
+        most = min(ROUND_BYTES, MESSAGE_BYTES * plan.workers) if isinstance(shared, Begins) else ROUND_BYTES
+        error = _by_sending(job, plan, targets, exchange, round_bytes or most)
+    message = f"{error}".encode()[: STATE_BYTES - 1] if error else b""
     found_here = _SOUND if error is None else _FAILED if isinstance(error, OSError) else _DAMAGED
-    state = np.frombuffer((bytes([found_here]) + message).ljust(_MESSAGE_BYTES), dtype=np.uint8)
-    states = exchange([[state]] * plan.workers, [_MESSAGE_BYTES] * plan.workers)
+    state = np.frombuffer((bytes([found_here]) + message).ljust(STATE_BYTES), dtype=np.uint8)
+    states = exchange([[state]] * plan.workers, [STATE_BYTES] * plan.workers)
     if error:
         raise error
     for owner, found_there in enumerate(states):
@@ -147,9 +162,21 @@ _Error = CheckpointError | OSError | None
 
 
 def _by_sending(job: _Job, plan: ReadPlan, targets: Sequence[_Target], exchange: Exchange, round_bytes: int) -> _Error:
-    """Round by round: read, hand on, place what comes. Gives what went wrong here; the others take part even so."""
+    """Round by round: read, hand on, place what comes. Gives what went wrong here; the others take part even so.
+
+    Where an exchange can be begun, the next round is read meanwhile, and what came before is placed.
+    """
     error: _Error = None
-    for spans in _rounds(plan, round_bytes):
+    overlaps: Any = exchange if isinstance(exchange, Begins) else None
+    coming: deque[tuple[list[range], Callable[[], Sequence[memoryview]]]] = deque()
+
+    def place() -> None:
+        spans, come = coming.popleft()
+        for owner, (theirs, data) in enumerate(zip(spans, come(), strict=True)):
+            if owner != job.worker:
+                job.place(theirs, data, targets)
+
+    for spans in rounds_of(plan, round_bytes):
         sent: list[list[NDArray[Any]]] = [[] for _ in range(plan.workers)]
         mine = spans[job.worker]
         scratch = job.room(mine)
@@ -159,18 +186,27 @@ def _by_sending(job: _Job, plan: ReadPlan, targets: Sequence[_Target], exchange:
             error = found
         job.hand_on(mine, scratch, targets, sent)
         sizes = [job.coming_bytes(theirs) if owner != job.worker else 0 for owner, theirs in enumerate(spans)]
-        came = exchange(sent, sizes)
-        for owner, theirs in enumerate(spans):
-            if owner != job.worker:
-                job.place(theirs, came[owner], targets)
+        if overlaps is None:
+            coming.append((spans, partial(_given, exchange(sent, sizes))))
+            place()
+        else:
+            coming.append((spans, overlaps.begin(sent, sizes)))
+            if len(coming) > 1:
+                place()
+    if coming:
+        place()
     return error
+
+
+def _given(came: Sequence[memoryview]) -> Sequence[memoryview]:
+    return came
 
 
 def _in_shared_memory(
     job: _Job, plan: ReadPlan, targets: Sequence[_Target], exchange: Shares, round_bytes: int
 ) -> _Error:
     """As `_by_sending`, but everybody reads into memory that all see, and takes what it wants from there."""
-    rounds, errors = _rounds(plan, round_bytes), list[CheckpointError | OSError]()
+    rounds, errors = rounds_of(plan, round_bytes), list[CheckpointError | OSError]()
 
     def fill(number: int, memory: memoryview) -> None:
         scratch = np.frombuffer(memory, dtype=np.uint8)
@@ -184,46 +220,6 @@ def _in_shared_memory(
 
     exchange.stream([job.size_bytes(spans[job.worker]) for spans in rounds], fill, take)
     return errors[0] if errors else None
-
-
-def most_shared_bytes(plan: ReadPlan, round_bytes: int = SHARED_ROUND_BYTES) -> int:
-    """No worker needs more memory than this in one turn of an exchange that `Shares` memory."""
-    ends = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(plan.size_bytes)])
-    read = [int(ends[spans.stop] - ends[spans.start]) for mine in _rounds(plan, round_bytes) for spans in mine]
-    return max([plan.workers * _MESSAGE_BYTES, *read])
-
-
-def most_sent_bytes(plan: ReadPlan, round_bytes: int = ROUND_BYTES) -> int:
-    """No worker sends more than this in one call of the exchange."""
-    size = plan.size_bytes[plan.span] * (plan.worker != plan.owner[plan.span])
-    ends = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(size)])
-    sent = [
-        int(ends[plan.bounds[spans.stop]] - ends[plan.bounds[spans.start]])
-        for mine in _rounds(plan, round_bytes)
-        for spans in mine
-        if spans
-    ]
-    return max([plan.workers * _MESSAGE_BYTES, *sent])
-
-
-def _rounds(plan: ReadPlan, round_bytes: int) -> list[list[range]]:
-    """Spans of each worker in each round: those that end in the next ``round_bytes`` of what it reads. Where it reads a
-    file without gaps, rounds end with multiples of that in the file, and so with hash blocks.
-    """
-    bounds = np.searchsorted(plan.owner, np.arange(plan.workers + 1))
-    ends = plan.start + plan.size_bytes
-    # Files and gaps count as what leaves a span's place among multiples as it is.
-    gap = np.zeros(len(ends), dtype=np.int64)
-    gap[1:] = (plan.start[1:] - ends[:-1]) % np.where(plan.file[1:] != plan.file[:-1], round_bytes, _GAP_BYTES)
-    firsts = bounds[:-1][bounds[:-1] < bounds[1:]]
-    gap[firsts] = plan.start[firsts] % round_bytes
-    cuts = []
-    for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        number = (np.cumsum(plan.size_bytes[begin:end] + gap[begin:end]) - 1) // round_bytes
-        edges = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), end - begin]
-        cuts.append([range(begin + a, begin + b) for a, b in itertools.pairwise(edges)])
-    most = max((len(mine) for mine in cuts), default=0)
-    return [[mine[i] if i < len(mine) else range(0) for mine in cuts] for i in range(most)]
 
 
 @dataclass(frozen=True)

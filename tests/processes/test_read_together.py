@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from elastictrain_checkpoint import CorruptData, Manifest, Reader, Store, load
 from elastictrain_checkpoint.reshard import Want, plan_reads
-from elastictrain_checkpoint.together import most_sent_bytes, read_together
+from elastictrain_checkpoint.rounds import most_sent_bytes
+from elastictrain_checkpoint.together import read_together
 from elastictrain_checkpoint.torch.exchange import GroupExchange, host_exchange
 from tests.unit.checkpoint.build import flip, make_state, save
 

@@ -17,9 +17,10 @@ from elastictrain_checkpoint.errors import CorruptData, InvalidManifest
 from elastictrain_checkpoint.host_exchange import HostExchange
 from elastictrain_checkpoint.reader import Reader
 from elastictrain_checkpoint.reshard import ReadPlan, Want, plan_reads
+from elastictrain_checkpoint.rounds import most_shared_bytes
 from elastictrain_checkpoint.store import Store
 from elastictrain_checkpoint.tiers import Found
-from elastictrain_checkpoint.together import most_shared_bytes, read_together
+from elastictrain_checkpoint.together import read_together
 from elastictrain_checkpoint.torch.exchange import (
     GroupExchange,
     exchanges_host_memory,

@@ -5,7 +5,7 @@ that are imported by name, like this one.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from elastictrain_checkpoint.together import lay_out
 
 class GroupExchange:
     """An all-to-all of a process group for the CPU, such as gloo's; its timeout is the deadline of every call. What a
-    call gives is overwritten by the next: memory that is new in every round would cost as much as sending it.
+    call gives is overwritten by the second next: memory that is new in every round would cost as much as sending it.
 
     Attributes:
         broken: whether a call has failed; then no other can be made.
@@ -29,23 +29,37 @@ class GroupExchange:
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.broken = False
         self._group = group
-        self._memory = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
+        self._memory = [[torch.empty(0, dtype=torch.uint8) for _ in range(2)] for _ in range(2)]
 
     def __call__(self, sent: Sequence[Sequence[NDArray[Any]]], sizes: Sequence[int]) -> list[memoryview]:
+        """Exchange, and wait for it."""
+        return self.begin(sent, sizes)()
+
+    def begin(self, sent: Sequence[Sequence[NDArray[Any]]], sizes: Sequence[int]) -> Callable[[], list[memoryview]]:
+        """See `elastictrain_checkpoint.together.Begins`; two may be under way."""
         lengths = [sum(part.nbytes for part in parts) for parts in sent]
+        self._memory.reverse()
         data, out = self._room(0, sum(lengths)), self._room(1, sum(sizes))
         lay_out([part for parts in sent for part in parts], memoryview(data.numpy()))  # type: ignore[arg-type]
         self.broken = True
-        dist.all_to_all_single(out, data, list(sizes), lengths, group=self._group)
+        work = dist.all_to_all_single(out, data, list(sizes), lengths, group=self._group, async_op=True)
         self.broken = False
-        came = memoryview(out.numpy())  # type: ignore[arg-type]
-        ends = [0, *itertools.accumulate(sizes)]
-        return [came[begin:end] for begin, end in itertools.pairwise(ends)]
+
+        def wait() -> list[memoryview]:
+            self.broken = True
+            work.wait()
+            self.broken = False
+            came = memoryview(out.numpy())  # type: ignore[arg-type]
+            ends = [0, *itertools.accumulate(sizes)]
+            return [came[begin:end] for begin, end in itertools.pairwise(ends)]
+
+        return wait
 
     def _room(self, which: int, size_bytes: int) -> torch.Tensor:
-        if len(self._memory[which]) < size_bytes:
-            self._memory[which] = torch.empty(size_bytes, dtype=torch.uint8)
-        return self._memory[which][:size_bytes]
+        memory = self._memory[0]
+        if len(memory[which]) < size_bytes:
+            memory[which] = torch.empty(size_bytes, dtype=torch.uint8)
+        return memory[which][:size_bytes]
 
 
 def host_exchange(group: dist.ProcessGroup | None = None) -> HostExchange | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,20 +21,15 @@ from elastictrain_checkpoint import (
     Store,
     hashing,
     reader,
-    together,
+    rounds,
 )
 from elastictrain_checkpoint import commit as commit_function
 from elastictrain_checkpoint.host_exchange import HostExchange
 from elastictrain_checkpoint.manifest import parse_manifest
 from elastictrain_checkpoint.pack import BoxData, write_pack
 from elastictrain_checkpoint.reshard import ReadPlan, Want, plan_reads
-from elastictrain_checkpoint.together import (
-    Exchange,
-    most_sent_bytes,
-    most_shared_bytes,
-    read_boxes,
-    read_together,
-)
+from elastictrain_checkpoint.rounds import most_sent_bytes, most_shared_bytes
+from elastictrain_checkpoint.together import Exchange, read_boxes, read_together
 from tests.unit.checkpoint.build import State, flip, make_state, memory_store, save, sign
 from tests.unit.checkpoint.workers import Workers
 
@@ -151,6 +146,9 @@ def test_every_wanted_element_is_delivered_once_and_every_span_read_once(
     assert plan.owned_bytes().sum() == plan.read_bytes
 
 
+HOW = ("sent", "begun", "shared")
+
+
 class Threads(Workers):
     """Workers as threads, and an exchange between them that sends."""
 
@@ -172,8 +170,35 @@ class Threads(Workers):
         return call
 
 
+class Begun:
+    """An exchange that is waited for later, and whose memory is used again when the second next is begun."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._given: list[list[bytearray]] = []
+
+    def __call__(self, sent: Sequence[Sequence[np.ndarray]], sizes: Sequence[int]) -> Sequence[memoryview]:
+        return self._exchange(sent, sizes)
+
+    def begin(self, sent: Sequence[Sequence[np.ndarray]], sizes: Sequence[int]) -> Callable[[], list[memoryview]]:
+        copies = [[part.copy() for part in parts] for parts in sent]
+        for part in (part for parts in sent for part in parts if part.ndim):
+            part[...] = 0x5A  # it is not needed any more
+        came: list[bytearray] = []
+        self._given.append(came)
+        if len(self._given) > 2:
+            for data in self._given.pop(0):
+                data[:] = b"\xa5" * len(data)
+
+        def wait() -> list[memoryview]:
+            came.extend(bytearray(data) for data in self._exchange(copies, sizes))
+            return [memoryview(data) for data in came]
+
+        return wait
+
+
 def load_together(
-    store: Store, manifest: Manifest, wants: list[list[Want]], *, shared: bool = False, **more: Any
+    store: Store, manifest: Manifest, wants: list[list[Want]], *, how: str = "sent", **more: Any
 ) -> tuple[list[Any], int, int]:
     """What each worker got, how many bytes all have read, and how many were planned."""
     plan = plan_reads(manifest, wants, span_bytes=SPAN)
@@ -183,15 +208,18 @@ def load_together(
     def work(worker: int) -> list[bytes]:
         outs = [bytearray(size(manifest, want)) for want in wants[worker]]
         exchange: Any = threads.exchange(worker)
-        if shared:
+        if how == "begun":
+            exchange = Begun(exchange)
+        if how == "shared":
             exchange = HostExchange(worker, len(wants), threads.gather(worker))
             exchange.make_room(most_shared_bytes(plan, **more))
         read_together(readers[worker], plan, wants, outs, worker=worker, exchange=exchange, **more)
         return [bytes(out) for out in outs]
 
     found = threads.run(work)
+    assert not any(isinstance(one, AssertionError | ValueError | TypeError) for one in found), found
     assert threads.largest <= most_sent_bytes(plan, **more)
-    assert shared == (threads.largest == 0)
+    assert (how == "shared") == (threads.largest == 0)
     return found, sum(reader.read_bytes for reader in readers), plan.read_bytes
 
 
@@ -200,14 +228,14 @@ def size(manifest: Manifest, want: Want) -> int:
 
 
 @settings(deadline=None, max_examples=60)
-@given(jobs(), st.sampled_from([1, 5_000, 1 << 30]), st.booleans())
+@given(jobs(), st.sampled_from([1, 5_000, 1 << 30]), st.sampled_from(HOW))
 def test_reading_together_gives_everybody_what_is_wanted(
-    job: tuple[State, list[float], list[list[Want]]], round_bytes: int, shared: bool
+    job: tuple[State, list[float], list[list[Want]]], round_bytes: int, how: str
 ) -> None:
     state, cuts, wants = job
     store = memory_store()
     manifest = save(store, state, cuts, pack_bytes=20_000)
-    found, read_bytes, planned = load_together(store, manifest, wants, round_bytes=round_bytes, shared=shared)
+    found, read_bytes, planned = load_together(store, manifest, wants, round_bytes=round_bytes, how=how)
     assert found == [[expected(state, want) for want in mine] for mine in wants]
     # Whole blocks are read: at most one more at each end of a run of spans, and runs end where something is unwanted.
     assert read_bytes <= manifest.size_bytes + len(wants) * 2 * BLOCK or round_bytes < planned
@@ -217,16 +245,16 @@ def test_reading_together_gives_everybody_what_is_wanted(
         assert [bytes(out) for out in outs] == [expected(state, want) for want in mine]
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize(("rows", "columns"), [(4, 1), (1, 4)])
-def test_a_turned_layout_reads_every_stored_byte_once(rows: int, columns: int, shared: bool) -> None:
+def test_a_turned_layout_reads_every_stored_byte_once(rows: int, columns: int, how: str) -> None:
     """Shard(0) or Shard(1) of everything, saved by others: what N readers read together is what is stored."""
     state = make_state({f"t{i}": ("F32", (64, 96)) for i in range(20)})
     store = memory_store()
     manifest = save(store, state, (0.25, 0.5, 0.75))
     high, wide = 64 // rows, 96 // columns
     wants = [[Want(name, (high * (w % rows), wide * (w % columns)), (high, wide)) for name in state] for w in range(4)]
-    found, read_bytes, planned = load_together(store, manifest, wants, shared=shared)
+    found, read_bytes, planned = load_together(store, manifest, wants, how=how)
     assert found == [[expected(state, want) for want in mine] for mine in wants]
     assert planned == sum(len(raw) for _, _, raw in state.values())
     assert read_bytes <= manifest.size_bytes + 3 * BLOCK
@@ -242,7 +270,7 @@ def test_a_row_longer_than_a_span_is_never_cut() -> None:
 
 def test_rounds_end_where_hash_blocks_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """But for less than a row: what is read of the next block would have to be kept, and copied."""
-    monkeypatch.setattr(together, "_GAP_BYTES", BLOCK)
+    monkeypatch.setattr(rounds, "_GAP_BYTES", BLOCK)
     ends: list[tuple[int, int]] = []
 
     class Told(Reader):
@@ -264,8 +292,8 @@ def test_rounds_end_where_hash_blocks_do(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(0, 10**9), st.integers(1, 4), st.booleans())
-def test_damage_is_known_to_every_worker_and_nobody_waits(at: int, workers: int, shared: bool) -> None:
+@given(st.integers(0, 10**9), st.integers(1, 4), st.sampled_from(HOW))
+def test_damage_is_known_to_every_worker_and_nobody_waits(at: int, workers: int, how: str) -> None:
     state = make_state({"a": ("F32", (64, 96)), "b": ("U8", (5000,))})
     store = memory_store()
     manifest = save(store, state, ())
@@ -273,7 +301,7 @@ def test_damage_is_known_to_every_worker_and_nobody_waits(at: int, workers: int,
     at = begin + at % (manifest.files[0].size_bytes - begin)
     flip(store, manifest.paths[0], at)
     wants = [[Want("a", (0, 0), (64, 96)), Want("b", (0,), (5000,))]] * workers
-    found, _, _ = load_together(store, manifest, wants, shared=shared)
+    found, _, _ = load_together(store, manifest, wants, how=how)
     assert all(isinstance(error, CorruptData) for error in found), found
     block = f"block {at // BLOCK} "
     assert all(block in str(error) for error in found)
