@@ -27,7 +27,6 @@ from elastictrain_checkpoint.errors import (
     IncompleteCheckpoint,
     InvalidManifest,
     InvalidPiece,
-    LoadFailed,
     NoCheckpoint,
     StaleGeneration,
 )
@@ -65,7 +64,6 @@ __all__ = [
     "IncompleteCheckpoint",
     "InvalidManifest",
     "InvalidPiece",
-    "LoadFailed",
     "Manifest",
     "Measured",
     "Newest",

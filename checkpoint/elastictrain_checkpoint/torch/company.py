@@ -37,6 +37,9 @@ from elastictrain_checkpoint.torch.ranks import Ranks
 from elastictrain_checkpoint.torch.report import LoadReport, check, said_by_all
 from elastictrain_checkpoint.torch.saving import before_mutation
 
+BESIDE_BYTES = 1 << 20
+"""Documents of so many bytes, for all ranks together, travel with the first agreement; larger ones by a broadcast."""
+
 
 def load_together(state_dict: Any, asked: Asked, ranks: Ranks) -> LoadReport:
     """See `loading.load`; every rank calls it, and all get the same report, or the same error."""
@@ -95,10 +98,10 @@ def _open(asked: Asked, ranks: Ranks) -> tuple[list[Store], _Told]:
             told = _Told(chosen.manifest.step, order, _documents(chosen), passed_over)
     except Exception as error:  # whatever it is, the other ranks must hear of it
         problem = error
+    beside = told if told is not None and len(told.documents) * ranks.size <= BESIDE_BYTES else None
     with ranks.patient("load"):
-        ranks.same(called, problem)
-    told = ranks.from_first(told)
-    return stores, told
+        first = ranks.same(called, beside, problem)[0]
+    return stores, ranks.from_first(told) if first is None else first
 
 
 def _documents(found: Found) -> bytes:
@@ -135,6 +138,7 @@ def _fit(stores: Sequence[Store], told: _Told, state_dict: Any, asked: Asked, ra
         reader = found.reader()
         fit = fit_of(reader, state_dict, asked.choice())
         filling = prepare(reader, fit, boxes=True)
+        before_mutation()  # here, since a save that does not end must be everybody's error
     except Exception as error:  # as a state dict of the caller's may raise
         problem = error
     wants = [(want.name, want.offsets, want.sizes) for want in filling.wants]
@@ -148,17 +152,9 @@ def _fit(stores: Sequence[Store], told: _Told, state_dict: Any, asked: Asked, ra
 
 def _plan(reader: Reader, everybody: _Everybody, ranks: Ranks) -> tuple[ReadPlan, HostExchange | GroupExchange | None]:
     """Who reads what, and how it is handed on: through shared memory on one host, else over the group; if that moves
-    nothing of the host's (nccl), not at all. From here on the state may be changed.
+    nothing of the host's (nccl), not at all.
     """
-    plan: ReadPlan | None = None
-    problem: Exception | None = None
-    try:
-        plan = plan_reads(reader.manifest, everybody.wants)
-        before_mutation()
-    except Exception as error:  # a save of this rank that does not end
-        problem = error
-    ranks.agree(None, problem)
-    assert plan is not None  # else this rank has a problem
+    plan = plan_reads(reader.manifest, everybody.wants)
     if share_a_host(everybody.places):
         exchange = HostExchange(
             ranks.rank, ranks.size, lambda value: gather_objects(ranks.group, value), timeout_s_of(ranks.group)

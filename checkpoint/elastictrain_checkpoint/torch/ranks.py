@@ -54,19 +54,19 @@ class Ranks:
                 raise _unpacked(rank, there)
         return [value for value, _ in said]
 
-    def same(self, called: str, problem: Exception | None) -> None:
-        """As `agree`, of how a function was called, which must be equal everywhere.
+    def same(self, called: str, value: Any, problem: Exception | None) -> list[Any]:
+        """As `agree`; how a function was called must be equal everywhere.
 
         Raises:
             InvalidPiece: on every rank, where it is not.
 
         """
-        said = self.agree(called, problem)
-        for rank, there in enumerate(said):
-            if there != said[0]:
-                raise InvalidPiece(
-                    f"rank {rank} loads with {there}, rank 0 with {said[0]}; expected the same everywhere"
-                )
+        said = self.agree((called, value), problem)
+        first = said[0][0]
+        for rank, (there, _) in enumerate(said):
+            if there != first:
+                raise InvalidPiece(f"rank {rank} loads with {there}, rank 0 with {first}; expected the same everywhere")
+        return [value for _, value in said]
 
     def from_first(self, value: Any) -> Any:
         """What rank 0 has."""
