@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -43,6 +43,10 @@ def run(
     resume_step: Annotated[
         int | None, typer.Option(min=1, help="Go on from the checkpoint of this step instead of the newest.")
     ] = None,
+    data_changed: Annotated[
+        Literal["fail", "new_stage"],
+        typer.Option(help="Resuming finds other data: say what has changed and end, or take them as a new stage."),
+    ] = "fail",
     start_from: Annotated[
         str | None,
         typer.Option(metavar="PLACE[@STEP]", help="Begin with the weights of this checkpoint, of any known format."),
@@ -70,7 +74,13 @@ def run(
 
     try:
         summary = run_job(
-            job, faults=script, resume=resume, resume_step=resume_step, observer=observer, address=address
+            job,
+            faults=script,
+            resume=resume,
+            resume_step=resume_step,
+            data_changed=data_changed,
+            observer=observer,
+            address=address,
         )
     finally:
         observer.close()

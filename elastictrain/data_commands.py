@@ -173,16 +173,18 @@ def _skip_steps(found: RunDirectory, stages: tuple[Stage, ...], steps: tuple[int
                 f"--steps {first}:{end}: a new stage begins in between; skip what is before and after apart"
             )
         start, stop = stage.position(first), stage.position(end - 1) + 1
-        return [Skip(words, start, stop, order=stage.order)]
+        return [Skip(words, start, stop, order=stage.order, data=stages[-1].data)]
     if end - first != 1:
         raise ConfigError(f"--lane {lane}: expected one step, as --steps {first}; got {words}")
+    if stage_of(stages, first).data != stages[-1].data:
+        raise ConfigError(f"{words}: the data have changed since, so these samples do not come again; nothing to skip")
     with _auditor(found) as auditor:
         lanes = auditor.source(first)[0].lanes
         if lane >= lanes:
             raise ConfigError(f"--lane {lane}: the step has lanes 0 to {lanes - 1}")
         blocks, rows = split_ids(auditor.ids(first, lane))
     return [
-        Skip(f"{words}, lane {lane}", row, row + 1, block=block)
+        Skip(f"{words}, lane {lane}", row, row + 1, block=block, data=stages[-1].data)
         for block, row in sorted(zip(blocks.tolist(), rows.tolist(), strict=True))
     ]
 
@@ -198,7 +200,7 @@ def _skip_rows(
     with _opened(job, stages) as source:
         assert isinstance(source, Source), "others were refused before"
         found = samples_with(source, find_block(source, file, row_group), rows)
-    return [Skip(words, start, stop, block=block) for block, start, stop in found]
+    return [Skip(words, start, stop, block=block, data=stages[-1].data) for block, start, stop in found]
 
 
 def _try_out(job: Job, stages: tuple[Stage, ...], wanted: list[Skip]) -> None:
@@ -291,13 +293,17 @@ def _auditor(found: RunDirectory) -> Iterator[Auditor]:
     """An auditor of a run. Raises DataError when the data are not those that the run used."""
     from elastictrain.data import fingerprint_difference
     from elastictrain.data.audit import Auditor
+    from elastictrain.data.kept import Beside
     from elastictrain.data.stages import open_stage
 
     job, stages, fingerprint = _record(found)
+    sources = (found.read_data() or {}).get("sources", {})
+    beside = Beside(found.data_folder, sources, stages[-1].data)
 
     def opened(stage: Stage) -> AnySource:
-        source = open_stage(job, stage, [one for one in stages if one.index < stage.index])
-        changes = [] if fingerprint is None else fingerprint_difference(
+        source = open_stage(job, stage, [one for one in stages if one.index < stage.index], beside=beside)
+        in_force = stage.data == stages[-1].data  # else it was compared with what the stage says
+        changes = [] if fingerprint is None or not in_force else fingerprint_difference(
             fingerprint, source.fingerprint, ignoring=("lanes", "lane_batch_size")
         )  # fmt: skip
         if changes:

@@ -129,6 +129,11 @@ class Data(Settings):
         ids = ", document_ids" if self.document_ids else ""
         return "" if self.text_column is None else f"{self.packing}, sequence_length {self.sequence_length}{ids}"
 
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """As of a mixture; one source has no name."""
+        del names
+        return self
+
     @property
     def is_remote(self) -> bool:
         """Whether any of it is read over a network."""
@@ -255,6 +260,20 @@ class Mixture(Proportions):
     def settled(self) -> Self:
         """The same of the files that are there, without those that arrive."""
         return self.model_copy(update={"sources": {name: source.settled() for name, source in self.sources.items()}})
+
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """The same with other names for some sources, wherever they are named."""
+        if not names:
+            return self
+
+        def other(amounts: Mapping[str, Any] | None) -> dict[str, Any] | None:
+            return None if amounts is None else {names.get(name, name): value for name, value in amounts.items()}
+
+        stages = [s.model_copy(update={"weights": other(s.weights), "epochs": other(s.epochs)}) for s in self.stages]
+        return self.model_copy(
+            update={"sources": other(self.sources), "weights": other(self.weights), "epochs": other(self.epochs),
+                    "stages": tuple(stages)}
+        )  # fmt: skip
 
     @property
     def is_remote(self) -> bool:

@@ -188,6 +188,11 @@ class Stage:
     skips: int = 0
     mixture: tuple[Mapping[str, Any], ...] | None = None
     """The plan of a mixture, as `data.mixture.Segment.as_json` writes it; steps are those of the run."""
+    data: str | None = None
+    """Names the data of its order (`data.fingerprint.identity`) in a run whose data have changed; None: those of the
+    settings."""
+    renamed: Mapping[str, str] | None = None
+    """How sources of the settings whose data have changed are called in the mixture's order: as new sources."""
 
     @property
     def order(self) -> int:

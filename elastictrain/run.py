@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from elastictrain import errors
 from elastictrain.errors import ConfigError, CorruptCheckpoint, ElasticTrainError, RecipeError
@@ -44,13 +44,16 @@ def run(
     faults: Faults = (),
     resume: bool = False,
     resume_step: int | None = None,
+    data_changed: Literal["fail", "new_stage"] = "fail",
     observer: Observer | None = None,
     address: str | None = None,
 ) -> Summary:
     """Train `job` to its last step and return what became of it.
 
     `faults`: a script of faults to commit on the way. `resume`: go on from the newest checkpoint, in the job's run
-    directory; `resume_step` from that one. `address`: a Ray cluster; default RAY_ADDRESS, a Ray that this process is
+    directory; `resume_step` from that one. `data_changed`: what to do when the data are not those of the checkpoint:
+    end with an error that says what has changed and what follows from either choice, or take them as a new stage of
+    the data order. `address`: a Ray cluster; default RAY_ADDRESS, a Ray that this process is
     already connected to, or an embedded one on this machine.
 
     Raises UserError (the job, recipe or data), ClusterError (machines, storage), InternalError (us). A run that is
@@ -61,11 +64,24 @@ def run(
     watcher = observer or Blind()
     job, planned = _planned(_replayed(job))
     resuming = resume or resume_step is not None
+    if data_changed != "fail" and not resuming:
+        raise ConfigError(
+            f"data_changed={data_changed!r} (--data-changed) is about a run that is taken up; add --resume, or leave "
+            "it out"
+        )
     with sheltered(), connected(job, address, lambda: inspect(job)) as (job, environment, facts):
         check_gpus(job)
         from elastictrain.engine.resume import find_start, older_offer  # imports torch, like `inspect`
 
-        start = find_start(job, resume=resuming, step=resume_step, skips=_skips(job) if resuming else ())
+        before = _run_before(job) if resuming else None
+        start = find_start(
+            job,
+            resume=resuming,
+            step=resume_step,
+            skips=_skips(before),
+            changed=data_changed,
+            kept=None if before is None else before.data_folder,
+        )
         job = job.model_copy(update={"start_from": start.start_from})
         folder, base_generation = _open_run_directory(job, facts.parameters, start, planned)
         order = RunOrder(
@@ -174,19 +190,26 @@ def _open_run_directory(job: Job, parameters: int, start: Start, planned: Sequen
             folder.event("run_started", facts)
         for kind, data in (*planned, *start.notes):
             folder.event(kind, data)
-        folder.write_data([stage.as_json() for stage in start.stages], start.data)
+        for one in start.kept.values():
+            one.write(folder.data_folder)
+        named = {name: one.identity for name, one in start.kept.items() if name}
+        folder.write_data([stage.as_json() for stage in start.stages], start.data, named)
     return folder.path.absolute(), base_generation
 
 
-def _skips(job: Job) -> list[Skip]:
-    """What `elastictrain data skip` was asked for, for the run that is to go on."""
+def _run_before(job: Job) -> RunDirectory | None:
+    """The run that is to go on, to read."""
     try:
-        folder = RunDirectory.open(job.run_dir if job.run_dir is not None else latest_of(job.name))
+        return RunDirectory.open(job.run_dir if job.run_dir is not None else latest_of(job.name))
     except ConfigError:  # said where the directory is opened to be written to
-        return []
+        return None
+
+
+def _skips(folder: RunDirectory | None) -> list[Skip]:
+    """What `elastictrain data skip` was asked for."""
     from elastictrain.data.stages import Skip
 
-    return [Skip.of(record) for record in folder.read_skips()]
+    return [] if folder is None else [Skip.of(record) for record in folder.read_skips()]
 
 
 def _follow(order: RunOrder, watcher: Observer) -> Outcome:

@@ -64,8 +64,9 @@ class Feeders:
     def __init__(
         self, place: Place, calls: Calls, environment: dict[str, Any], job: Job, stages: Sequence[Stage]
     ) -> None:
-        self._place, self._calls, self._environment, self._data = place, calls, environment, job.data
+        self._place, self._calls, self._environment = place, calls, environment
         last = stages[-1] if stages else None
+        self._data = job.data.renamed((last.renamed if last else None) or {})
         self._lanes = (last.lanes if last else 0) or job.lanes
         self._lane_batch_size = (last.lane_batch_size if last else 0) or job.lane_batch_size
         self._wanted = job.data.feeder == "node"

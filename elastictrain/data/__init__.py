@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from elastictrain.data.fingerprint import fingerprint_difference
 from elastictrain.data.index import Progress
 from elastictrain.data.live import LiveSource, open_live
-from elastictrain.data.mixed import MixedSource, open_mixture
+from elastictrain.data.mixed import MixedSource, Past, open_mixture
 from elastictrain.data.mixture import Segment
 from elastictrain.data.reader import LaneReader
 from elastictrain.data.source import Source, open_source
@@ -57,15 +57,17 @@ def open_data(
     progress: Progress | None = None,
     record: str | None = None,
     record_options: Mapping[str, Any] | None = None,
+    past: Past | None = None,
 ) -> AnySource:
-    """Open whatever `Job.data` holds; `segments` belong to a mixture, `record` to live sources (see `open_live`).
+    """Open whatever `Job.data` holds; `segments` and `past` belong to a mixture, `record` to live sources (see
+    `open_mixture`, `open_live`).
 
     Raises DataError, as `open_source`.
     """
     if isinstance(spec, Mixture):
         return open_mixture(
             spec, seed=seed, lanes=lanes, lane_batch_size=lane_batch_size, segments=segments, progress=progress,
-            record=record, record_options=record_options,
+            record=record, record_options=record_options, past=past,
         )  # fmt: skip
     if spec.live is not None:
         return open_live(

@@ -29,6 +29,18 @@ def seal_mixture(sources: Mapping[str, Mapping[str, Any]], content: Mapping[str,
     return {**body, "hash": _digest({**body, "sources": {name: one["hash"] for name, one in sources.items()}})}
 
 
+ABOUT_ORDER = ("lanes", "lane_batch_size")
+"""Keys of a fingerprint that say how the data are dealt out, and not what they are."""
+
+
+def identity(fingerprint: Mapping[str, Any]) -> str:
+    """Name the data of a fingerprint, whatever the number of lanes and their batch size: 16 hexadecimal digits."""
+    body = {key: value for key, value in fingerprint.items() if key not in (*ABOUT_ORDER, "hash", "files")}
+    if "sources" in body:
+        body["sources"] = {name: identity(one) for name, one in body["sources"].items()}
+    return _digest(body)[:16]
+
+
 def _digest(value: Any) -> str:
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode("ascii")).hexdigest()

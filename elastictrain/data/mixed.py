@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 OneSource = Source | LiveSource
 """What a source of a mixture may be."""
+Past = Callable[[str, Mapping[str, Any]], Source | None]
+"""Called as `past(name, how)`, `how` being what lays down its order; gives a source that is not there any more."""
 
 _LIVE_BLOCKS = 1 << 40
 """The blocks of the live source with number i are numbered from (1 + i) times this on: there is no last one."""
@@ -243,9 +245,11 @@ def open_mixture(
     progress: Progress | None = None,
     record: str | None = None,
     record_options: Mapping[str, Any] | None = None,
+    past: Past | None = None,
 ) -> MixedSource:
     """Open all sources of a mixture. `segments`: the schedule of the run; none: the one that the settings ask for.
     `record`: the folder in which the orders of live sources are recorded that do not say it (see `open_live`).
+    `past`: gives a source that the schedule names and the settings do not, if it can; for those who only look back.
 
     Every source has a seed of its own, by its name, so that a source that is added leaves the others as they are.
     Raises DataError as `open_source`, beginning with the name of the source; sources that do not fit together.
@@ -257,11 +261,7 @@ def open_mixture(
 
     try:
         for name, data in spec.sources.items():
-            how: dict[str, Any] = {
-                "seed": derive_key("source", seed, *name.encode()),
-                "lanes": lanes,
-                "lane_batch_size": 1,
-            }
+            how = order_of_source(name, seed, lanes)
             with naming(name):
                 if data.live is None:
                     sources[name] = open_source(data, progress=progress, **how)
@@ -277,11 +277,20 @@ def open_mixture(
                     **how,
                 )
         _check_that_they_fit(sources)
+        if past is not None:
+            gone = {name for segment in segments for name in segment.weights} - spec.sources.keys()
+            found = {name: past(name, order_of_source(name, seed, lanes)) for name in sorted(gone)}
+            sources |= {name: source for name, source in found.items() if source is not None}
         return MixedSource(spec, sources, segments, lane_batch_size=lane_batch_size)
     except BaseException:
         for source in sources.values():
             source.close()
         raise
+
+
+def order_of_source(name: str, seed: int, lanes: int) -> dict[str, Any]:
+    """What lays down the order of a source in a mixture of seed `seed`."""
+    return {"seed": derive_key("source", seed, *name.encode()), "lanes": lanes, "lane_batch_size": 1}
 
 
 def record_folder(name: str) -> str:

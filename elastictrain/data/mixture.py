@@ -23,10 +23,11 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import count
 from typing import Any
 
 MIXTURE_VERSION = 1
@@ -156,6 +157,17 @@ def join_plans(plans: Sequence[tuple[int, Sequence[Segment]]]) -> list[Segment]:
             if not same:
                 joined.append(segment)
     return joined
+
+
+def with_new_names(renamed: Mapping[str, str], changed: Iterable[str], taken: Collection[str]) -> dict[str, str]:
+    """Return how sources are called that have become new ones: `renamed`, by their names in the settings, with another
+    name for those `changed` (as they are called so far), which none of `taken` is: `web`, then `web@1`, `web@2`, ….
+    """
+    found, as_set = dict(renamed), {name: mine for mine, name in renamed.items()}
+    for name in changed:
+        mine = as_set.get(name, name)
+        found[mine] = next(new for i in count(1) if (new := f"{mine}@{i}") not in {*taken, *found.values()})
+    return found
 
 
 @dataclass(frozen=True)

@@ -330,15 +330,7 @@ def open_source(
     if token_index is not None and tokenizer is not None:
         tails = pack_all_tails(spec, token_index, tokenizer.end_of_document)
         rows = np.concatenate([token_index.rows, rows_of_tails(tails)])
-    order = (StrictOrder if spec.shuffle == "strict" else LaneOrder)(
-        rows,
-        seed=seed,
-        lanes=lanes,
-        lane_batch_size=lane_batch_size,
-        window_blocks=spec.window_row_groups,
-        shuffle=spec.shuffle == "window",
-        repeat=spec.ragged == "repeat",
-    )
+    order = lay_down(spec, rows, seed=seed, lanes=lanes, lane_batch_size=lane_batch_size)
     if order.steps_per_epoch == 0:
         what = f"sequences of {spec.sequence_length} tokens" if tokenizer else "rows"
         smaller = ", lower data.sequence_length" if tokenizer else ""
@@ -348,3 +340,18 @@ def open_source(
             "set data.ragged: repeat"
         )
     return Source(spec, files, blocks, order, tokenizer=tokenizer, token_index=token_index, tails=tails)
+
+
+def lay_down(
+    spec: Data, block_rows: npt.NDArray[np.int64], *, seed: int, lanes: int, lane_batch_size: int
+) -> LaneOrder | StrictOrder:
+    """Return the order of data whose blocks have so many samples."""
+    return (StrictOrder if spec.shuffle == "strict" else LaneOrder)(
+        block_rows,
+        seed=seed,
+        lanes=lanes,
+        lane_batch_size=lane_batch_size,
+        window_blocks=spec.window_row_groups,
+        shuffle=spec.shuffle == "window",
+        repeat=spec.ragged == "repeat",
+    )

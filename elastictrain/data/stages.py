@@ -7,14 +7,16 @@ from the stages alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from elastictrain.data import AnySource, LiveSource, open_data
+from elastictrain.data.fingerprint import identity
 from elastictrain.data.holes import Hole, HoledOrder
+from elastictrain.data.kept import Beside, recall
 from elastictrain.data.mixed import MixedSource
-from elastictrain.data.mixture import Segment, join_plans
+from elastictrain.data.mixture import Segment, join_plans, with_new_names
 from elastictrain.data.order import LaneOrder
 from elastictrain.data.seeds import stage_seed
 from elastictrain.errors import DataError
@@ -34,6 +36,7 @@ ORDER_FOLDER = "order"
 class Skip:
     """A request to take something out: steps `[start, stop)` of the order of stage `order`, in the words of that order,
     or, with a `block`, its samples `[start, stop)`, whatever the order. `words`: what was asked for, for people.
+    `data`: names the data that it is about, in a run whose data have changed.
     """
 
     words: str
@@ -41,6 +44,7 @@ class Skip:
     stop: int
     order: int | None = None
     block: int | None = None
+    data: str | None = None
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Skip:
@@ -58,34 +62,66 @@ def order_begins(stages: Sequence[Stage]) -> Stage:
     return next((stage for stage in reversed(stages) if not stage.continues), stages[0])
 
 
-def open_stage(job: Job, stage: Stage, before: Sequence[Stage] = (), progress: Progress | None = None) -> AnySource:
-    """The job's data in the order of a stage. `before`: the stages that it follows on, for its mixture.
+def open_stage(
+    job: Job,
+    stage: Stage,
+    before: Sequence[Stage] = (),
+    progress: Progress | None = None,
+    beside: Beside | None = None,
+) -> AnySource:
+    """The job's data in the order of a stage. `before`: the stages that it follows on, for its mixture. `beside`: what
+    the run has kept of data that were its own once, for those who only look back.
 
-    Raises DataError as `open_source`, and for samples that are taken out of an order that cannot do without them.
+    Raises DataError as `open_source`, for samples that are taken out of an order that cannot do without them, and where
+    the data are not those of the stage.
     """
+    how: dict[str, Any] = {
+        "seed": stage_seed(job.seed, stage.order),
+        "lanes": stage.lanes or job.lanes,
+        "lane_batch_size": stage.lane_batch_size or job.lane_batch_size,
+    }
+    source: AnySource | None = None
+    if beside is not None and stage.data not in (None, beside.now):
+        source = recall(beside.folder, str(stage.data), **how)
+    if source is None:
+        source = _open(job, stage, how, _schedule([*before, stage]), progress, beside)
+    try:
+        if stage.data is not None and identity(source.fingerprint) != stage.data:
+            raise DataError(
+                f"the steps after step {stage.from_step} (stage {stage.index}) used data that are not there any more: "
+                f"data.path holds {identity(source.fingerprint)}, and those were {stage.data}. Put them back, or go "
+                "on from a later checkpoint, or from an earlier one with --data-changed new_stage"
+            )
+        take_out(source, stage)
+    except BaseException:
+        source.close()
+        raise
+    return source
+
+
+def _open(
+    job: Job,
+    stage: Stage,
+    how: Mapping[str, Any],
+    schedule: Sequence[Segment],
+    progress: Progress | None,
+    beside: Beside | None,
+) -> AnySource:
     if job.data.is_live and stage.order:
         raise DataError(
             "a live source has one order for the life of a run: lanes and lane_batch_size cannot be changed. Set them "
             "to what they were, or start a new run"
         )
     record, options = _record_of(job)
-    source = open_data(
-        job.data,
-        seed=stage_seed(job.seed, stage.order),
-        lanes=stage.lanes or job.lanes,
-        lane_batch_size=stage.lane_batch_size or job.lane_batch_size,
-        segments=_schedule([*before, stage]),
+    return open_data(
+        job.data.renamed(stage.renamed or {}),
+        **how,
+        segments=schedule,
         progress=progress,
         record=record,
         record_options=options,
+        past=None if beside is None else beside.past,
     )
-    if stage.holes:
-        try:
-            _take_out(source, stage)
-        except BaseException:
-            source.close()
-            raise
-    return source
 
 
 def _record_of(job: Job) -> tuple[str | None, Mapping[str, Any] | None]:
@@ -113,7 +149,10 @@ def _schedule(stages: Sequence[Stage]) -> list[Segment]:
     return join_plans(plans)
 
 
-def _take_out(source: AnySource, stage: Stage) -> None:
+def take_out(source: AnySource, stage: Stage) -> None:
+    """Take the holes of a stage out of its order. Raises DataError for an order that cannot do without them."""
+    if not stage.holes:
+        return
     if isinstance(source, MixedSource):
         raise DataError(
             "single samples cannot be taken out of a mixture. Skip the steps that would use them (--steps), or take "
@@ -195,7 +234,32 @@ def with_lanes(stages: Sequence[Stage], lanes: int, lane_batch_size: int, step: 
     if (last.lanes, last.lane_batch_size) == (lanes, lane_batch_size):
         return tuple(stages)
     holes = tuple((block, start, stop, 0) for block, start, stop, _ in last.holes)
-    return (*stages, Stage(last.index + 1, step, lanes, lane_batch_size, holes=holes, skips=last.skips))
+    new = Stage(last.index + 1, step, lanes, lane_batch_size, holes=holes, skips=last.skips, data=last.data,
+                renamed=last.renamed)  # fmt: skip
+    return (*stages, new)
+
+
+def with_other_data(
+    stages: Sequence[Stage], was: str, now: str | None, step: int, skips: Sequence[Skip] = ()
+) -> tuple[Stage, ...]:
+    """The stages of a run that goes on after `step` on other data: a new order, from its first step. Holes are left
+    behind, for they are places in the old files; so are requests among `skips` that are about these. `was` and `now`:
+    the identity of the data before and from now on (None: a mixture, whose sources tell themselves apart by names).
+    """
+    last = stages[-1]
+    before = tuple(stage if stage.data is not None else replace(stage, data=was) for stage in stages)
+    about_old = next((i for i, skip in enumerate(skips) if now is not None and skip.data == now), len(skips))
+    new = Stage(last.index + 1, step, last.lanes, last.lane_batch_size, skips=max(about_old, last.skips), data=now)
+    return (*before, new)
+
+
+def with_other_sources(stages: Sequence[Stage], changed: Sequence[str], known: Collection[str]) -> tuple[Stage, ...]:
+    """The stages, with new names for sources of a mixture whose data have changed, so that they count as new sources
+    and those before as gone. `changed`: as the order calls them now; `known`: names that the settings use.
+    """
+    planned = {name for stage in stages for segment in stage.mixture or () for name in segment["weights"]}
+    renamed = with_new_names(stages[-1].renamed or {}, changed, {*known, *planned})
+    return tuple(replace(stage, renamed=renamed) for stage in stages)
 
 
 def _joined(ranges: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

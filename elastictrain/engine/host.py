@@ -161,7 +161,7 @@ class WorkerHost:
             stages=[stage.as_json() for stage in self.stages],
             pulse=self.pulse,
         )
-        session.rehearse()
+        session.rehearse(self._trial_step)
         feeder.call_while_waiting(session.check, lambda why: self.outbox.put(Awaited(self.worker, why)))
         _give_back_freed_memory()
         marks.append(("trial_lane_s", time.perf_counter()))
@@ -177,6 +177,14 @@ class WorkerHost:
             store=self.store,
             prepared_s={name: at - before for (_, before), (name, at) in pairwise(marks)},
         )
+
+    @property
+    def _trial_step(self) -> int:
+        """A step whose samples are there. The first one's are where nothing has changed since; what a later one uses of
+        a live source may still have to arrive.
+        """
+        first, last = self.stages[0], self.stages[-1]
+        return 1 if self.job.data.is_live and first.mixture == last.mixture else last.from_step + 1
 
     def _source(self, stage: Stage) -> AnySource:
         return open_stage(self.job, stage, [one for one in self.stages if one.index < stage.index])

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from elastictrain.data import AnySource, MixedSource, Segment, fingerprint_difference
-from elastictrain.data.stages import Skip, first_stage, open_stage, with_lanes, with_mixture, with_skips
+from elastictrain.data.changed import Choice, as_event, changed_sources, offer, refuse_live, what_is_left
+from elastictrain.data.fingerprint import identity
+from elastictrain.data.kept import Kept, kept_of, whole_fingerprint, with_files
+from elastictrain.data.stages import (
+    Skip,
+    first_stage,
+    open_stage,
+    take_out,
+    with_lanes,
+    with_mixture,
+    with_other_data,
+    with_other_sources,
+    with_skips,
+)
+from elastictrain.data_settings import Mixture
 from elastictrain.engine.origins import copies_of, pin
 from elastictrain.engine.stored import Note, Stored, folder_of, refuse_checkpoints
 from elastictrain.engine.stored import older_offer as older_offer
@@ -24,7 +39,7 @@ _ABOUT_ORDER = ("lanes", "lane_batch_size", "seed")
 class Start:
     """`restore`: the state to begin with. `checkpoints`: the whole ones that are known, ascending. `stages`: of the
     data order, the last one in force. `notes`: lines for events.jsonl. `generation`: the newest that has
-    committed here. `data`: the fingerprint of the data.
+    committed here. `data`: the fingerprint of the data; `kept`: what is to be kept of them beside the run.
     """
 
     restore: Restore
@@ -34,11 +49,22 @@ class Start:
     resumed: bool = False
     generation: int = 0
     data: Mapping[str, Any] = field(default_factory=dict)
+    kept: Mapping[str, Kept] = field(default_factory=dict)
     start_from: StartFrom | None = None
 
 
-def find_start(job: Job, *, resume: bool, step: int | None = None, skips: Sequence[Skip] = ()) -> Start:
+def find_start(
+    job: Job,
+    *,
+    resume: bool,
+    step: int | None = None,
+    skips: Sequence[Skip] = (),
+    changed: Choice = "fail",
+    kept: Path | None = None,
+) -> Start:
     """Decide where the run starts, and check that its data can be read. `skips`: what `data skip` was asked for so far.
+    `changed`: what becomes of data that are not those of the checkpoint; `kept`: the folder with what the run has kept
+    of its data (see `data.kept`).
 
     A new run refuses a checkpoint folder that holds another run's checkpoints. A resumed one takes the newest (or
     `step`), and refuses when it is not whole (naming what, and which older one is), when the data have changed, or when
@@ -59,9 +85,9 @@ def find_start(job: Job, *, resume: bool, step: int | None = None, skips: Sequen
     manifest, place = stored.choose(step)
     stages, notes = _with_lanes(job, manifest)
     origin = _recorded_origin(job, manifest)
-    stages, changed, data = _check_data(job, manifest, stages)
+    stages, about_data, source = _check_data(job, manifest, stages, skips, changed, kept)
     stages, left_out = _with_skips(job, manifest, stages, skips)
-    notes += changed + left_out + stored.notes
+    notes += about_data + left_out + stored.notes
     later = [s for s in steps if s > manifest.step]
     if later:
         notes.append(("given_up", {"step": manifest.step, "steps": later}))
@@ -74,7 +100,8 @@ def find_start(job: Job, *, resume: bool, step: int | None = None, skips: Sequen
         tuple(notes),
         resumed=True,
         generation=stored.newest_generation,
-        data=data,
+        data=source.fingerprint,
+        kept=kept_of(source),
         start_from=origin,
     )
 
@@ -85,10 +112,12 @@ def _new(job: Job) -> Start:
     source.close()
     stages = with_mixture((first_stage(job),), _plan(source), 0)
     if job.start_from is None:
-        return Start(Restore(0, None), (), stages, data=source.fingerprint)
+        return Start(Restore(0, None), (), stages, data=source.fingerprint, kept=kept_of(source))
     pinned = pin(job)
     notes = (*pinned.notes, ("started_from", pinned.said))
-    return Start(Restore(0, None), (), stages, notes, data=source.fingerprint, start_from=pinned.settings)
+    return Start(
+        Restore(0, None), (), stages, notes, data=source.fingerprint, kept=kept_of(source), start_from=pinned.settings
+    )
 
 
 def _plan(source: AnySource) -> Sequence[Segment] | None:
@@ -155,30 +184,61 @@ def _with_skips(
 
 
 def _check_data(
-    job: Job, manifest: Manifest, stages: tuple[Stage, ...]
-) -> tuple[tuple[Stage, ...], list[Note], Mapping[str, Any]]:
+    job: Job, manifest: Manifest, stages: tuple[Stage, ...], skips: Sequence[Skip], changed: Choice, kept: Path | None
+) -> tuple[tuple[Stage, ...], list[Note], AnySource]:
     """The stages, the last one with its mixture's plan; another plan than the recorded one is a stage that continues.
-    And the fingerprint of the data.
+    And the data, closed.
 
-    Raises DataError when a source that was there before has changed.
+    Raises DataError when a source that was there before has changed and it is not to become a new stage.
     """
-    source = open_stage(job, stages[-1], stages[:-1])
+    tree: Mapping[str, Any] = manifest.tree or {}
+    source = open_stage(job, replace(stages[-1], data=None, holes=()), stages[:-1])
+    notes: list[Note] = []
     try:
-        changes = fingerprint_difference(manifest.tree.get("data", {}), source.fingerprint, ignoring=_ABOUT_ORDER)
-        mark = manifest.tree.get("live")
-        if source.growth is not None and mark is not None and not changes:
-            source.growth.check(mark)
+        if fingerprint_difference(tree.get("data", {}), source.fingerprint, ignoring=_ABOUT_ORDER):
+            stages, said = _with_other_data(job, manifest, stages, source, skips, changed, kept)
+            notes.append(("data_changed", said))
+            source.close()
+            source = open_stage(job, stages[-1], stages[:-1])
+        else:
+            take_out(source, stages[-1])
+            if source.growth is not None and tree.get("live") is not None:
+                source.growth.check(tree["live"])
     finally:
         source.close()
-    if changes:
-        shown = "\n  ".join(changes[:10])
-        raise DataError(
-            f"the data have changed since checkpoint step {manifest.step}:\n  {shown}\n"
-            "put the data back, or start a new run (another checkpoint.path)"
-        )
     last, stages = stages[-1], with_mixture(stages, _plan(source), manifest.step)
     new = stages[-1]
-    if new.index == last.index:
-        return stages, [], source.fingerprint
-    said = {"stage": new.index, "step": manifest.step, "mixture_before": last.mixture, "mixture": new.mixture}
-    return stages, [("stage", said)], source.fingerprint
+    if new.index != last.index:
+        said = {"stage": new.index, "step": manifest.step, "mixture_before": last.mixture, "mixture": new.mixture}
+        notes.append(("stage", said))
+    return stages, notes, source
+
+
+def _with_other_data(
+    job: Job,
+    manifest: Manifest,
+    stages: tuple[Stage, ...],
+    source: AnySource,
+    skips: Sequence[Skip],
+    changed: Choice,
+    kept: Path | None,
+) -> tuple[tuple[Stage, ...], dict[str, Any]]:
+    """The stages of a run that goes on on data that have changed, and what is said of it. Raises DataError that says
+    what has changed and what can be chosen, unless a new stage is.
+    """
+    tree: Mapping[str, Any] = manifest.tree or {}
+    step, before = manifest.step, tuple(Stage.from_json(stage) for stage in tree["stages"])
+    old, new = with_files(tree["data"], kept), whole_fingerprint(source)
+    changes = fingerprint_difference(old, new, ignoring=_ABOUT_ORDER)
+    refuse_live(old, new)
+    left = what_is_left(old, source, new, before, step)
+    if changed != "new_stage":
+        new_run = "a new run (another checkpoint.path and run directory)"
+        raise DataError(offer(changes, left, f"checkpoint step {step}", "--data-changed new_stage", new_run))
+    names = changed_sources(old, new)
+    said = {"step": step, **as_event(changes, left)}
+    if names is not None:
+        return with_other_sources(stages, names, job.data.sources if isinstance(job.data, Mixture) else ()), said
+    now = None if isinstance(source, MixedSource) else identity(new)
+    others = with_other_data(stages, identity(old), now, step, skips)
+    return others, said | {"skips_left": others[-1].skips}

@@ -107,8 +107,10 @@ class Session:
         self._longest_s = 0.0
         self.computing = 0
 
-    def rehearse(self) -> None:
-        """Run one lane and throw it away: imports, caches and the recipe's own errors come now and not in a step."""
+    def rehearse(self, step: int = 1) -> None:
+        """Run one lane of `step` and throw it away: imports, caches and the recipe's own errors come now and not in a
+        step.
+        """
         pending = Pending(0, 0)
         layout = Layout(
             1, (self.worker,), (tuple(range(self.job.lanes)),), (Shard(0, 1, self.worker, None),), self.job.lanes
@@ -120,7 +122,7 @@ class Session:
         )  # fmt: skip
         self.tree.interrupted = lambda: None
         self.guard.gathered()
-        runner.run_lane(1, 0, pending, first=True, merge=False)
+        runner.run_lane(step, 0, pending, first=True, merge=False)
         if self.job.integrity.state and (changed := self.guard.verify()):
             raise RecipeError(
                 f"a forward and backward of the recipe change {changed}: only the optimizer may. Leave such changes to "

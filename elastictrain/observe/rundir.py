@@ -1,7 +1,8 @@
 """The run directory: everything a run leaves behind for people.
 
 `job.yaml` (the job as it ran), `events.jsonl`, `metrics.jsonl`, `status.json`, `summary.json`, `loss.png`, `lock`;
-`data.json` (the stages of the data order and the fingerprint of the data), `skips.json` (what is to be taken out);
+`data.json` (the stages of the data order and the fingerprint of the data), `data/` (the index of data that it used),
+`skips.json` (what is to be taken out);
 `signals.jsonl` (what every worker said of its steps).
 """
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from elastictrain.observe.signal_log import Records, SignalLog
 
 RUNS = Path("runs")
+_NONE: Mapping[str, str] = {}
 T = TypeVar("T")
 
 
@@ -93,6 +95,11 @@ class RunDirectory:
         return self.path / "loss.png"
 
     @property
+    def data_folder(self) -> Path:
+        """Where the index of the data is kept."""
+        return self.path / "data"
+
+    @property
     def last_step(self) -> int:
         """The last step written to metrics.jsonl that has not been taken back."""
         return self._happened.last_step
@@ -131,14 +138,20 @@ class RunDirectory:
     def write_summary(self, summary_json: str) -> None:
         replace_file(self.path / "summary.json", summary_json + "\n")
 
-    def write_data(self, stages: Sequence[Mapping[str, Any]], fingerprint: Mapping[str, Any]) -> None:
-        """Replace data.json: the stages of the data order, the last one in force, and what the data are."""
+    def write_data(
+        self, stages: Sequence[Mapping[str, Any]], fingerprint: Mapping[str, Any], sources: Mapping[str, str] = _NONE
+    ) -> None:
+        """Replace data.json: the stages of the data order, the last one in force, and what the data are. `sources`: by
+        name what identifies the sources of a mixture; those that the run had before stay known.
+        """
         record = {"version": 1, "stages": [dict(stage) for stage in stages], "fingerprint": dict(fingerprint)}
+        if known := {**(self.read_data() or {}).get("sources", {}), **sources}:
+            record["sources"] = known
         replace_file(self.path / "data.json", json.dumps(record) + "\n")
 
     def read_data(self) -> dict[str, Any] | None:
-        """`{"stages": […], "fingerprint": {…}}`; None when it was not written yet. Raises ClusterError for a file that
-        cannot be read.
+        """`{"stages": […], "fingerprint": {…}}`, of a mixture also "sources"; None when it was not written yet. Raises
+        ClusterError for a file that cannot be read.
         """
         return self._read_json("data.json", dict)
 

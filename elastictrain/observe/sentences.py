@@ -302,6 +302,10 @@ SENTENCES: dict[str, Callable[[Data], str]] = {
     "run_resumed": lambda data: _join("run resumed", _fact(data, "step", " at step {}"), _world(data)),
     "plan_chosen": lambda data: "; ".join(data.get("said") or ["plan: auto"]),
     "stage": _stage,
+    "data_changed": lambda data: (
+        _join("the data have changed, and are a new stage of the order", _fact(data, "step", " after step {}"))
+        + f": {'; '.join(map(str, data.get('changes', ()))) or 'other content'}"
+    ),
     "data_skipped": lambda data: (
         _join("taken out of the data", _fact(data, "step", " after step {}"))
         + f": {'; '.join(map(str, data.get('what', ()))) or 'nothing'}"

@@ -293,6 +293,28 @@ def test_changes_since_the_checkpoint(tmp_path: Path) -> None:
         et.run(job(tmp_path), resume=True)
 
 
+def test_changed_data_as_a_new_stage(tmp_path: Path) -> None:
+    with pytest.raises(et.ConfigError, match=r"data_changed='new_stage' \(--data-changed\) is about a run that is"):
+        et.run(job(tmp_path), data_changed="new_stage")
+    stopped_at(tmp_path, 4)
+    write_rows(tmp_path / "data" / "rows.jsonl", {3: 0.5})
+    et.run(job(tmp_path, steps=6), resume=True, data_changed="new_stage")
+    done = et.run(job(tmp_path), resume=True)
+    run = RunDirectory.open(tmp_path / "run")
+    said = [e.data for e in run.events() if e.kind == "data_changed"]
+    assert [(s["step"], s["left"][0]["may_repeat"]) for s in said] == [(4, 0)]
+    assert [row.step for row in run.metrics()] == list(range(1, STEPS + 1))
+    assert done.steps == STEPS
+    result = CliRunner().invoke(app, ["data", "audit", str(run.path)])
+    assert result.exit_code == 0, result.output
+    assert f"agree at {STEPS} of {STEPS} steps" in result.output
+    explained = CliRunner().invoke(app, ["data", "explain", str(run.path), "--step", "3", "--lane", "1"])
+    assert "step 3: step 2 of the order of stage 0" in explained.output
+    assert "lane 1, sample 0: epoch 0, rows.jsonl, row group 1, row 15" in explained.output
+    late = CliRunner().invoke(app, ["data", "skip", str(run.path), "--steps", "3", "--lane", "1"])
+    assert "step 3: the data have changed since, so these samples do not come again" in late.output + late.stderr
+
+
 def test_flipped_byte(tmp_path: Path) -> None:
     whole = stopped_at(tmp_path, 4)
     pack = next((tmp_path / "checkpoints").rglob("*00000004*/**/*.safetensors"))

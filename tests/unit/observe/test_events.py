@@ -65,6 +65,11 @@ SAID: list[tuple[str, dict[str, Any], str]] = [
         "a new stage of the data order after step 6: lanes 4 → 8, samples per lane 1 → 2",
     ),
     (
+        "data_changed",
+        {"step": 6, "changes": ["b.parquet is new", "c.parquet is missing"], "left": []},
+        "the data have changed, and are a new stage of the order after step 6: b.parquet is new; c.parquet is missing",
+    ),
+    (
         "data_skipped",
         {"stage": 1, "step": 100, "what": ["steps 118 to 317", "a.parquet, row group 3"]},
         "taken out of the data after step 100: steps 118 to 317; a.parquet, row group 3",
