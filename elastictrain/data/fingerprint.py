@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 _MAX_LISTED_FILES = 1000  # beyond, only the hash over all files is kept; manifests must stay small
@@ -117,11 +118,14 @@ def _file_differences(old: Sequence[Mapping[str, Any]] | None, new: Sequence[Map
         return ["the content of the files differs (too many files to keep a list of them)"]
     before = {str(file["name"]): file for file in old}
     after = {str(file["name"]): file for file in new}
-    changed = [name for name in before if name in after and before[name] != after[name]]
     return [
-        *_some([f"{name} is missing" for name in before if name not in after]),
-        *_some([f"{name} is new" for name in after if name not in before]),
-        *_some([f"{name} has changed ({_file_change(before[name], after[name])})" for name in changed]),
+        *_some(f"{name} is missing" for name in before if name not in after),
+        *_some(f"{name} is new" for name in after if name not in before),
+        *_some(
+            f"{name} has changed ({_file_change(before[name], after[name])})"
+            for name in before
+            if name in after and before[name] != after[name]
+        ),
     ]
 
 
@@ -130,9 +134,12 @@ def _file_change(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return "; ".join(parts) or "other content of the same size"
 
 
-def _some(sentences: list[str]) -> list[str]:
-    more = len(sentences) - _MAX_SENTENCES_PER_KIND
-    return [*sentences[:_MAX_SENTENCES_PER_KIND], *([f"… and {more} more like this"] if more > 0 else [])]
+def _some(sentences: Iterable[str]) -> list[str]:
+    """The first ones, and how many more there are; those are made one at a time."""
+    rest = iter(sentences)
+    first = list(islice(rest, _MAX_SENTENCES_PER_KIND))
+    more = sum(1 for _ in rest)
+    return [*first, *([f"… and {more} more like this"] if more else [])]
 
 
 def _show(value: Any) -> str:

@@ -107,6 +107,8 @@ def test_of_a_mixture_the_changed_source_begins_anew_and_the_others_go_on(tmp_pa
     assert rows(resumed, 8) == after[7:]
     resumed.resume(half.state())
     assert rows(resumed, 8) == after[7:], "also when it has resumed before"
+    with pytest.raises(DataError, match="source 'b' changed"):
+        resumed.resume(state)
     write(tmp_path / "b", 3000, 44)
     third = mixed(tmp_path)
     third.resume(half.state(), data_changed="new_stage")
