@@ -1,16 +1,18 @@
 """One feeder for each worker against one for all workers of a node: tokens/s, decoded bytes, memory.
 
 Text in zstd Parquet, tokenised to bytes and packed, page cache warm, no warm cache. One, two and four processes share a
-node and take the same steps together, each some of the lanes: as workers whose data are decoded by themselves
+node and take the same epochs together, each some of the lanes: as workers whose data are decoded by themselves
 (`data.feeder: worker`), or by one actor for all of them (`node`), from which they map row groups out of Ray's object
 store. Two sets of data: many row groups, so that lanes are in different ones (nothing to share), and few, so that all
-lanes are in the same ones. Processes are started and data are opened before the clock is. Sides are interleaved; ratios
-are medians over rounds of ratios within a round. Memory is what is not shared with others (USS) of consumers and feeder
-together, at its largest, and what the object store holds.
+lanes are in the same ones. Processes are started and data are opened before the clock is, once for all rounds of a
+case; a round is an epoch, which goes on where the last one ended. Sides are interleaved; ratios are medians over rounds
+of ratios within a round. Memory is what is not shared with others (USS) of consumers and feeder together, at its
+largest, and what the object store holds.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
@@ -30,7 +32,7 @@ import pyarrow.parquet as pq
 import common
 
 LANES, SIZE, LENGTH = 8, 4, 1024
-ROUNDS, MEGABYTES, FILES = 5, 192, 8
+ROUNDS, MEGABYTES, FILES = 3, 96, 8
 PREFETCH_BYTES = 64 << 20
 STORE_BYTES = 1 << 30
 CASES = {"many row groups": 2 << 20, "few row groups": 24 << 20}
@@ -120,41 +122,60 @@ def memory_peak(pids: list[int]) -> Iterator[Callable[[], int]]:
         thread.join(30)
 
 
-def measure(side: str, folder: Path, world: int, steps: int) -> dict[str, Any]:
-    """So many steps of one side, by processes of its own."""
-    import ray
+class Side:
+    """The processes of one side of a case."""
 
-    from elastictrain.job import Data
-    from elastictrain_actors.node_feeder import NodeFeeder
+    def __init__(self, side: str, folder: Path, world: int) -> None:
+        import ray
 
-    data = settings(folder)
-    feeder, pids = None, []
-    if side == "node":
-        actor = ray.remote(num_cpus=0, max_concurrency=64)(NodeFeeder)
-        feeder = actor.remote(Data(**data), LANES, SIZE)
-        pid, error, _ = ray.get(feeder.opened.remote())
-        assert error is None, error
-        pids.append(pid)
-    consumers = [ray.remote(num_cpus=0)(Consumer).remote() for _ in range(world)]
-    calls = [one.open.remote(data, rank, world, feeder) for rank, one in enumerate(consumers)]
-    pids += ray.get(calls)
-    with memory_peak(pids) as peak:
-        begun_s = time.perf_counter()
-        taken = ray.get([one.take.remote(0, steps) for one in consumers])
-        seconds = time.perf_counter() - begun_s
-    stats = ray.get(feeder.stats.remote()) if feeder is not None else {}
-    decoded = sum(ray.get([one.decoded.remote() for one in consumers])) + stats.get("decoded", 0)
-    for one in (*consumers, feeder):
-        if one is not None:
-            ray.kill(one)
-    tokens = sum(count for count, _ in taken)
-    return {"tokens_per_s": tokens / seconds, "checked": sum(check for _, check in taken), "decoded": decoded,
-            "store_bytes": stats.get("peak_bytes", 0), "own_bytes": peak(),
-            "by_workers": decoded - stats.get("decoded", 0), "refused": stats.get("refused", 0)}  # fmt: skip
+        from elastictrain.job import Data
+        from elastictrain_actors.node_feeder import NodeFeeder
+
+        data = settings(folder)
+        self._feeder, self._pids, self._decoded = None, [], (0, 0)
+        if side == "node":
+            actor = ray.remote(num_cpus=0, max_concurrency=64)(NodeFeeder)
+            self._feeder = actor.remote(Data(**data), LANES, SIZE)
+            pid, error, _ = ray.get(self._feeder.opened.remote())
+            assert error is None, error
+            self._pids.append(pid)
+        self._consumers = [ray.remote(num_cpus=0)(Consumer).remote() for _ in range(world)]
+        calls = [one.open.remote(data, rank, world, self._feeder) for rank, one in enumerate(self._consumers)]
+        self._pids += ray.get(calls)
+
+    def measure(self, first: int, steps: int) -> dict[str, Any]:
+        """So many steps from `first` on."""
+        import ray
+
+        with memory_peak(self._pids) as peak:
+            begun_s = time.perf_counter()
+            taken = ray.get([one.take.remote(first, steps) for one in self._consumers])
+            seconds = time.perf_counter() - begun_s
+        stats = ray.get(self._feeder.stats.remote()) if self._feeder is not None else {}
+        so_far = (sum(ray.get([one.decoded.remote() for one in self._consumers])), stats.get("decoded", 0))
+        by_workers, by_feeder = (now - before for now, before in zip(so_far, self._decoded, strict=True))
+        self._decoded = so_far
+        tokens = sum(count for count, _ in taken)
+        return {"tokens_per_s": tokens / seconds, "checked": sum(check for _, check in taken),
+                "decoded": by_workers + by_feeder, "store_bytes": stats.get("peak_bytes", 0), "own_bytes": peak(),
+                "by_workers": by_workers, "refused": stats.get("refused", 0)}  # fmt: skip
+
+    def close(self) -> None:
+        """End the processes."""
+        import ray
+
+        for one in (*self._consumers, self._feeder):
+            if one is not None:
+                ray.kill(one)
+
+
+def more_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--case", choices=CASES, help="only this one (default: all)")
 
 
 def main() -> None:
-    options = common.arguments(__doc__, lambda parser: parser.add_argument("--rounds", type=int, default=ROUNDS))
+    options = common.arguments(__doc__, more_arguments)
     warnings.simplefilter("ignore")
     common.prepare_data()
     import ray
@@ -162,7 +183,8 @@ def main() -> None:
     from elastictrain.data import open_source
     from elastictrain.job import Data
 
-    results = common.Results("data_node_feeder", "Data: one feeder for a node against one for each worker", options)
+    name = "data_node_feeder" + (f"_{options.case.partition(' ')[0]}" if options.case else "")
+    results = common.Results(name, "Data: one feeder for a node against one for each worker", options)
     rounds, megabytes = (1, 48) if options.quick else (options.rounds, MEGABYTES)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     with common.scratch("node-feeder") as place:
@@ -171,9 +193,9 @@ def main() -> None:
                  object_store_memory=STORE_BYTES, logging_level=logging.ERROR,
                  runtime_env={"env_vars": common.child_environment()})  # fmt: skip
         try:
-            for number, (case, group_bytes) in enumerate(CASES.items()):
+            for number, case in enumerate([options.case] if options.case else CASES):
                 folder = place / str(number)
-                write_text(folder, megabytes, group_bytes)
+                write_text(folder, megabytes, CASES[case])
                 source = open_source(Data(**settings(folder)), seed=1, lanes=LANES, lane_batch_size=SIZE)  # its index
                 blocks, steps = len(source.order.block_rows), source.steps_per_epoch
                 source.close()
@@ -194,10 +216,13 @@ def run_case(
     results: common.Results, case: str, folder: Path, world: int, steps: int, blocks: int, rounds: int
 ) -> None:
     found: dict[str, list[dict[str, Any]]] = {"worker": [], "node": []}
-    for _ in range(rounds):
+    sides = {side: Side(side, folder, world) for side in found}
+    for number in range(rounds):
         for side, runs in found.items():
-            runs.append(measure(side, folder, world, steps))
-    assert len({run["checked"] for runs in found.values() for run in runs}) == 1, "the sides read different tokens"
+            runs.append(sides[side].measure(number * steps, steps))
+        assert len({runs[-1]["checked"] for runs in found.values()}) == 1, "the sides read different tokens"
+    for one in sides.values():
+        one.close()
     for side, runs in found.items():
         results.row(
             data=case, workers=world, feeder=side,
