@@ -82,13 +82,20 @@ class PackedText:
             with timed("tokenise"):
                 narrowed = self._tokenizer.join(texts)
                 # Text with the byte that stands for the end of a document in it has other tokens than these.
-                is_right = checksum_of_widened(narrowed) == int(self._index.checksum[block])
+                is_right = self._is_of(block, narrowed)
             if is_right:
                 return {BYTE_TOKENS: rows_of_block(narrowed, self.width - 1)}
         with timed("tokenise"):
             tokens = self._tokenizer.encode(texts)
         self._check(block, checksum_of(tokens))
         return {TOKENS: rows_of_block(tokens, self.width - 1)}
+
+    def _is_of(self, block: int, narrowed: npt.NDArray[np.uint8]) -> bool:
+        """Whether tokens in a byte each are those of a block."""
+        known = self._index.byte_checksum
+        if known is None:
+            return checksum_of_widened(narrowed) == int(self._index.checksum[block])
+        return checksum_of(narrowed) == int(known[block])
 
     def pieces(self, block: int, row: int) -> list[Piece]:
         """Say which tokens of which blocks a row consists of."""

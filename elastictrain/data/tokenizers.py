@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import pairwise
 from typing import Any, Protocol
 
 import fsspec
@@ -68,9 +69,13 @@ class BytesTokenizer:
         """Return `encode`'s tokens in a byte each (see `data.byte_tokens`). With the byte in the documents that stands
         for the end of one they are others, which their checksum tells: nobody looks for it here.
         """
-        column = _binary(documents)
+        column = _one_array(documents)
+        data, starts = _data_of(column)
         if not len(column):
             return np.zeros(0, dtype=np.uint8)
+        if len(data) >= _LONG_DOCUMENT_BYTES * len(column):
+            return _join_long(data, starts)
+        column = column.cast(pa.large_binary())
         # One call for all documents: a copy for each would wait for the interpreter's lock each time, where another
         # thread makes batches meanwhile.
         whole = pa.LargeListArray.from_arrays(_from_numpy(pa.int64(), 2, np.array([0, len(column)])), column)
@@ -82,9 +87,23 @@ class BytesTokenizer:
 
     def _bytes_of(self, documents: pa.ChunkedArray) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
         """Return the joined bytes of all documents, and where each begins once an end follows every one of them."""
-        column = _binary(documents)
+        column = _one_array(documents)
         data, starts = _data_of(column)
         return data, starts + np.arange(len(column) + 1)
+
+
+def _join_long(data: npt.NDArray[np.uint8], starts: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+    """Documents in a byte each, as `join`, by a copy for each into memory that is used again: Arrow's call takes fresh
+    memory, which costs several times as much. A copy of a memoryview does not give the interpreter's lock away, as
+    NumPy's does, so nobody waits for it each time.
+    """
+    count = len(starts) - 1
+    tokens = of_blocks.take(len(data) + count)
+    source, target = data.data, tokens.data
+    for number, (first, last) in enumerate(pairwise(starts.tolist())):
+        target[first + number : last + number] = source[first:last]
+    tokens[starts[1:] + np.arange(count)] = STANDS_FOR_END
+    return tokens
 
 
 def _from_numpy(kind: pa.DataType, length: int, *buffers: npt.NDArray[Any]) -> pa.Array:
@@ -97,8 +116,14 @@ def _from_numpy(kind: pa.DataType, length: int, *buffers: npt.NDArray[Any]) -> p
 _SEPARATOR = _from_numpy(pa.large_binary(), 1, np.array([0, 1]), np.array([STANDS_FOR_END], dtype=np.uint8))[0]
 
 
-def _binary(documents: pa.ChunkedArray) -> pa.LargeBinaryArray:
-    """Return documents as one array of bytes without nulls, those being empty."""
+_WIDTHS = {pa.string(): np.int32, pa.binary(): np.int32, pa.large_string(): np.int64, pa.large_binary(): np.int64}
+"""Of the offsets of texts."""
+
+
+def _one_array(documents: pa.ChunkedArray) -> pa.Array:
+    """Return documents as one array of texts or bytes without nulls, those being empty."""
+    if documents.num_chunks == 1 and not documents.null_count and documents.type in _WIDTHS:
+        return documents.chunk(0)  # a cast copies
     column = documents.cast(pa.large_binary())
     if column.null_count:  # what lies under a null is no text
         column = pc.fill_null(column, b"")
@@ -108,16 +133,16 @@ def _binary(documents: pa.ChunkedArray) -> pa.LargeBinaryArray:
     return column
 
 
-def _data_of(column: pa.LargeBinaryArray) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+def _data_of(column: pa.Array) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     """Return the bytes of all documents, a view, and where each begins in them and the last one ends."""
     count = len(column)
     if count == 0:
         return np.zeros(0, dtype=np.uint8), np.zeros(1, dtype=np.int64)
     _, offsets_buffer, data_buffer = column.buffers()
-    offsets = np.frombuffer(offsets_buffer, dtype=np.int64)[column.offset : column.offset + count + 1]
+    offsets = np.frombuffer(offsets_buffer, dtype=_WIDTHS[column.type])[column.offset : column.offset + count + 1]
     first, last = int(offsets[0]), int(offsets[-1])
     data = np.frombuffer(data_buffer, dtype=np.uint8)[first:last] if last > first else np.zeros(0, np.uint8)
-    return data, offsets - first
+    return data, offsets.astype(np.int64) - first
 
 
 def _fill(

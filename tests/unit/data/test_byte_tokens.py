@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -14,10 +16,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from elastictrain.data import tokenizers
+from elastictrain.data import open_source, packed, tokenizers
 from elastictrain.data.byte_tokens import BYTE_TOKENS, alike, checksum_of_widened, narrow, widen
 from elastictrain.data.index import checksum_of
 from elastictrain.data.tokenizers import BytesTokenizer
+from elastictrain.errors import DataError
+from elastictrain.job import Data
 
 DOCUMENTS = st.lists(st.none() | st.text(max_size=20) | st.text(min_size=200, max_size=300), max_size=12)
 
@@ -41,6 +45,11 @@ def test_tokens_are_the_bytes_and_an_end_after_each_document(
     assert kept.dtype == np.uint8
     assert np.array_equal(widened(kept), tokens)
     assert checksum_of_widened(kept) == checksum_of(tokens)
+    whole = column.chunk(0)
+    if not whole.null_count:  # not copied on the way
+        part = BytesTokenizer().join(pa.chunked_array([whole]))
+        assert np.array_equal(part, kept[: len(part)])
+        assert len(part) == sum(len(text or b"") + 1 for text in expected[: len(whole)])
 
 
 def widened(kept: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -95,6 +104,41 @@ def test_what_lies_under_a_null_is_no_text(monkeypatch: pytest.MonkeyPatch, long
     tokens, starts = BytesTokenizer().encode_with_offsets(column)
     assert tokens.tolist() == [*b"abc", 256, 256, *b"de", 256]
     assert starts.tolist() == [0, 4, 5, 8]
+
+
+def test_a_block_is_checked_by_its_bytes_and_with_an_older_index_by_its_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text that looks like the end of a document in a byte each is read all the same, and other text is found."""
+    documents = [[b"ab" * 40, b"c" * 50], [b"d\xffe" * 30, b"f" * 40]]
+    table = pa.table({"text": pa.array([text for block in documents for text in block], pa.binary())})
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=2)
+    data = Data(kind="parquet", path=str(tmp_path / "t.parquet"), text_column="text", sequence_length=15)
+    spies = []
+    for name in ("checksum_of_widened", "checksum_of"):
+        monkeypatch.setattr(packed, name, spy := Mock(side_effect=getattr(packed, name)))
+        spies.append(spy)
+
+    def tokens(*, old: bool = False, first: int | None = None) -> list[list[int]]:
+        source = open_source(data, seed=1, lanes=1, lane_batch_size=1)
+        index = source._packed._index
+        index = replace(index, byte_checksum=None) if old else index
+        if first is not None:
+            index.byte_checksum[0] = index.checksum[0] = first
+        source._packed._index = index
+        found = [source.read_block(block) for block in range(2)]
+        assert [BYTE_TOKENS in arrays for arrays in found] == [True, False]
+        wide = [widened(found[0][BYTE_TOKENS]), found[1]["tokens"]]
+        source.close()
+        return [block.reshape(-1).tolist() for block in wide]
+
+    expected = [[token for text in block for token in [*text, 256]] for block in documents]
+    assert tokens() == [block[: len(block) // 16 * 16] for block in expected]
+    assert [spy.call_count for spy in spies] == [0, 3], "the second block's bytes, and then its tokens"
+    assert tokens(old=True) == tokens()
+    assert spies[0].call_count == 2
+    with pytest.raises(DataError, match="its text is not what was there when the run opened it"):
+        tokens(first=17)
 
 
 FIRST_BATCH = """
