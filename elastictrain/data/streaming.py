@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,15 +20,13 @@ from elastictrain.data.remembered import recall, remember, short_hash
 from elastictrain.data.seeds import stage_seed
 from elastictrain.data.source import Source, open_source
 from elastictrain.data.sources import AnySource
+from elastictrain.data.stream_state import dump_state, parse_state
 from elastictrain.data_settings import Mixture
 from elastictrain.errors import ConfigError, DataEnded, DataError
 
 if TYPE_CHECKING:
     from elastictrain.data_settings import Data
 
-STATE_VERSION = 1
-_CHANGED_VERSION = 2
-"""Of the state of a stream that has taken changed data as a new stage: it says where that began."""
 _STEPS_AHEAD = 64
 """Steps whose batches are named to the feeder; how many of them it has ready follows from its bytes."""
 
@@ -108,11 +105,10 @@ class Stream(IterableDataset[dict[str, torch.Tensor]]):
                 yield {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def state(self) -> bytes:
-        """Return where the stream is; the same on all ranks. 256 bytes or less of one source; a mixture's also has a
-        check and a weight for each source by its name, in every stage (some 40 bytes for each).
+        """Return where the stream is; the same on all ranks. 256 bytes or less of one source, and of a mixture of eight
+        with short names; a mixture's has name, check and weight of each source, and the weights again for each stage.
         """
         content: dict[str, Any] = {
-            "v": STATE_VERSION,
             "step": self._step,
             "seed": self._seed,
             "lanes": self._lanes,
@@ -128,10 +124,10 @@ class Stream(IterableDataset[dict[str, torch.Tensor]]):
         if self._plans:
             content["plans"] = [[step, [segment.as_json() for segment in plan]] for step, plan in self._plans]
         if self._begun != (0, 0):
-            content |= {"v": _CHANGED_VERSION, "begun": self._begun}
+            content["begun"] = self._begun
         if self._renamed:
-            content |= {"v": _CHANGED_VERSION, "renamed": self._renamed}
-        return json.dumps(content, separators=(",", ":")).encode()
+            content["renamed"] = self._renamed
+        return dump_state(content)
 
     def resume(self, state: bytes, *, data_changed: Choice = "fail") -> None:
         """Go on where `state` was taken, on any rank of any world.
@@ -141,7 +137,7 @@ class Stream(IterableDataset[dict[str, torch.Tensor]]):
         `data_changed="new_stage"` these go on as they are now, in a new order from their first sample. Of a mixture
         that goes for the sources that have changed, and the others stay where they were. All ranks must say the same.
         """
-        stored = _parse(state)
+        stored = parse_state(state)
         now = {"seed": self._seed, "lanes": self._lanes, "size": self._size}
         differing = [f"{name} was {stored[name]} and is now {new}" for name, new in now.items() if stored[name] != new]
         if not differing and ("plans" in stored) != bool(self._plans):
@@ -247,17 +243,3 @@ def _default_lanes(batch_size: int, world: int) -> int:
     """The number of lanes, at most 64, that serves the most numbers of ranks: the largest divisor of the batch."""
     divisors = [n for n in range(1, min(batch_size, max(64, world)) + 1) if batch_size % n == 0]
     return divisors[-1] if divisors else 1
-
-
-def _parse(state: bytes) -> Mapping[str, Any]:
-    try:
-        stored = json.loads(state)
-        version = stored["v"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"this is no state of a stream ({error}); expected what Stream.state() gave") from error
-    if version not in (STATE_VERSION, _CHANGED_VERSION):
-        raise DataError(
-            f"this state has version {version}; this version of elastictrain reads {STATE_VERSION} and "
-            f"{_CHANGED_VERSION}"
-        )
-    return dict(stored)

@@ -18,6 +18,7 @@ from elastictrain.data.changed import Left, changed_sources, left_of, used_of_ep
 from elastictrain.data.fingerprint import fingerprint_difference, identity
 from elastictrain.data.mixture import with_new_names
 from elastictrain.data.seeds import stage_seed
+from elastictrain.data.stream_state import parse_state
 from elastictrain.data.streaming import Stream
 from elastictrain.errors import DataError
 from tests.unit.data.live_place import Place
@@ -113,7 +114,7 @@ def test_of_a_mixture_the_changed_source_begins_anew_and_the_others_go_on(tmp_pa
     third = mixed(tmp_path)
     third.resume(half.state(), data_changed="new_stage")
     assert min(x for row in rows(third, 8) for x in row if x >= 100) >= 3000
-    assert json.loads(third.state())["renamed"] == {"b": "b@2"}
+    assert parse_state(third.state())["renamed"] == {"b": "b@2"}
 
 
 def test_a_live_source_is_no_new_stage(tmp_path: Path) -> None:
