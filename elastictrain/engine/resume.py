@@ -231,7 +231,12 @@ def _with_other_data(
     old, new = with_files(tree["data"], kept), whole_fingerprint(source)
     changes = fingerprint_difference(old, new, ignoring=_ABOUT_ORDER)
     refuse_live(old, new)
-    left = what_is_left(old, source, new, before, step)
+    if stages == before:
+        left = what_is_left(old, source, new, before, step)
+    else:  # other lanes began a new order; what is left is of the one before
+        then = open_stage(job, replace(before[-1], data=None, holes=()), before[:-1])
+        then.close()
+        left = what_is_left(old, then, new, before, step)
     if changed != "new_stage":
         new_run = "a new run (another checkpoint.path and run directory)"
         raise DataError(offer(changes, left, f"checkpoint step {step}", "--data-changed new_stage", new_run))

@@ -219,7 +219,13 @@ def test_a_changed_source_of_a_mixture_becomes_a_new_one(folder: Path) -> None:
     write(folder / "data", "b", 500, 40)
     with pytest.raises(DataError, match=r"source 'b': of the 32 samples .* 20 have not been used .*; none that was"):
         find_start(job, resume=True)
+    wider = find_start(job.model_copy(update={"lanes": 4}), resume=True, changed="new_stage")
     start = find_start(job, resume=True, changed="new_stage")
+    assert [(n["left"][0]["unused"]) for s in (start, wider) for kind, n in s.notes if kind == "data_changed"] == [
+        20,
+        20,
+    ]
+    assert [(s.lanes, s.from_step) for s in wider.stages] == [(LANES, 0), (4, 6)]
     assert [(s.index, s.from_step, s.continues, s.renamed) for s in start.stages] == [
         (0, 0, False, {"b": "b@1"}), (1, 6, True, {"b": "b@1"}),
     ]  # fmt: skip
