@@ -190,6 +190,8 @@ class Stream(IterableDataset[dict[str, torch.Tensor]]):
         )
 
     def _go_on(self, stored: Mapping[str, Any], begun: tuple[int, int], renamed: dict[str, str]) -> None:
+        checked = {name: short_hash(one.fingerprint) for name, one in self._mine_by_name().items()}
+        is_same = begun == self._begun and not self._plans
         self._step, self._begun, self._renamed = int(stored["step"]), begun, renamed
         if self._plans:
             plan = [replace(s, weights={renamed.get(n, n): w for n, w in s.weights.items()}) for s in self._asked_for]
@@ -197,8 +199,12 @@ class Stream(IterableDataset[dict[str, torch.Tensor]]):
             if plans[-1][1] != plan:
                 plans.append((self._step, plan))
             self._plans = plans
+        if is_same:
+            return
         self.source.close()
         self.source = self._open()
+        if {name: short_hash(one.fingerprint) for name, one in self._mine_by_name().items()} != checked:
+            raise DataError("the data have changed since this stream was opened; open it again, and then resume it")
 
     def _open(self) -> AnySource:
         settings: dict[str, Any] = {"seed": self._seed, "lanes": self._lanes, "lane_batch_size": self._size}

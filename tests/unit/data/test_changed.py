@@ -72,6 +72,21 @@ def test_a_new_stage_is_a_new_order_of_the_new_data_from_there_on(tmp_path: Path
     assert sorted(x for row in of_third for x in row) == list(range(2000, 2044))
 
 
+@pytest.mark.parametrize("choice", ["fail", "new_stage"])
+def test_data_that_change_while_a_stream_is_open_are_not_taken_unseen(tmp_path: Path, choice: Any) -> None:
+    for name, first in (("a", 0), ("b", 100)):
+        write(tmp_path / name, first)
+    one, two = single(tmp_path / "a"), mixed(tmp_path)
+    states = [one.state(), two.state()]
+    source = one.source
+    for name in "ab":
+        write(tmp_path / name, 1000, 44)
+    one.resume(states[0], data_changed=choice)
+    assert one.source is source, "what was compared"
+    with pytest.raises(DataError, match="the data have changed since this stream was opened; open it again"):
+        two.resume(states[1], data_changed=choice)
+
+
 def test_an_unchanged_stream_ignores_the_choice(tmp_path: Path) -> None:
     write(tmp_path / "data", 0)
     stream = single(tmp_path / "data")
