@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 import common
 
 LANES, SIZE, LENGTH = 8, 4, 1024
-ROUNDS, MEGABYTES, FILES = 3, 96, 8
+ROUNDS, MEGABYTES, FILES = 2, 64, 8
 PREFETCH_BYTES = 64 << 20
 STORE_BYTES = 1 << 30
 CASES = {"many row groups": 2 << 20, "few row groups": 24 << 20}

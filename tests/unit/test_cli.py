@@ -163,6 +163,9 @@ def test_resume_finds_the_latest_run_of_the_job(fake: FakeRun, folder: Path) -> 
     call("run", "job.yaml", "--resume")
     assert fake.asked["resume"] is True
     assert fake.asked["job"].run_dir == "runs/gpt-20260101T000000Z"
+    assert fake.asked["data_changed"] == "fail"
+    call("run", "job.yaml", "--resume", "--data-changed", "new_stage")
+    assert fake.asked["data_changed"] == "new_stage"
 
 
 @pytest.mark.parametrize(
