@@ -66,6 +66,7 @@ def enter_generation(session: Session, plan: FormPlan, groups: GroupSet) -> Read
     session.pulse.enter(Activity.MEET)
     _publish_all(session, plan, groups)
     _share_counters(session, plan, groups)
+    _share_rows(session, plan, groups)
     read = _seal(session, plan, groups, digests, reader)
     groups.gather_deadline_s = GATHER_DEADLINE_S
     return read
@@ -173,6 +174,32 @@ def _share_counters(session: Session, plan: FormPlan, groups: GroupSet) -> None:
             values = torch.frombuffer(bytearray(raw[at : at + size]), dtype=counter.dtype)
             counter.copy_(values.view(counter.shape))
         at += size
+
+
+def _share_rows(session: Session, plan: FormPlan, groups: GroupSet) -> None:
+    """Newcomers take the metrics of steps that the controller has not seen yet: when those who took these steps have
+    died with what they had to say, a newcomer publishes them.
+    """
+    source = plan.first_known
+    if plan.restore is not None or source in plan.joiners or plan.published_step >= plan.step:
+        return
+    done, rank = session.committed, plan.layout.rank
+    size = torch.zeros(1, dtype=torch.int64)
+    if session.worker == source:
+        unseen = [row for step, row in done.rows.items() if plan.published_step < step <= plan.step]
+        payload = torch.frombuffer(bytearray(json.dumps(unseen).encode()), dtype=torch.uint8)
+        size[0] = payload.numel()
+        for part in (size, payload):
+            groups.exchange([(rank(worker), part) for worker in plan.joiners], [])
+    elif session.worker in plan.joiners:
+        groups.exchange([], [(rank(source), size)])
+        payload = torch.empty(int(size[0]), dtype=torch.uint8)
+        groups.exchange([], [(rank(source), payload)])
+        rows = json.loads(payload.numpy().tobytes())
+        with session.apply_lock:
+            session.check()
+            for row in rows:
+                done.remember(row)
 
 
 def _seal(

@@ -246,16 +246,15 @@ class Session:
         """Work until `stop`. Never raises: what happens leaves as events."""
         self.pulse.adopt()
         while (plan := self._next_plan()) is not None:
-            problem: ev.Event | None = None
             try:
                 self._generation(plan)
             except Parked:
                 pass
             except BaseException as error:
                 problem = self._explain(plan.generation, error)
+                if problem is not None:  # before peers are let go, who then say what they have to say
+                    self.emit(problem)
             self._leave(plan.generation)
-            if problem is not None:
-                self.emit(problem)
 
     def _next_plan(self) -> FormPlan | None:
         self.pulse.at(self.generation, self.committed.step, Activity.IDLE)

@@ -19,7 +19,7 @@ from tests.support.plants_copies import (
     far_is_broken,
     waits_for_copies,
 )
-from tests.support.plants_storing import storage_is_fast
+from tests.support.plants_storing import all_is_known_before, storage_is_fast
 from tests.support.process_cluster import Run, byte_job, run_job
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
@@ -144,7 +144,7 @@ def test_a_run_that_goes_back_reads_from_both_places(
                 pack.unlink()
 
     job = byte_job(folder, checkpoint=stored(tmp_path, every_steps=4), workers={"max": 3, "replace": True})
-    patch = both(storage_is_fast, waits_for_copies(4, str(tmp_path / "far")))
+    patch = both(both(storage_is_fast, waits_for_copies(4, str(tmp_path / "far"))), all_is_known_before(8))
     run = run_job(job, [kill(0, 8, "exchange")], die_together=(0, 1), patch=patch, on_row=vanish)
     assert run.digest == reference.digest
     (back,) = run.record.of("went_back")

@@ -20,7 +20,7 @@ from tests.support.plants import both
 from tests.support.plants_dropping import late, never
 from tests.support.plants_sharing import SLOW
 from tests.support.plants_storing import all_is_known_before, commits_are_fast
-from tests.support.process_cluster import RECIPES, Run, byte_job, run_job
+from tests.support.process_cluster import RECIPES, Run, byte_job, plans_of, run_job
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
 STEPS = tuple(range(3, 7))
@@ -100,7 +100,7 @@ def test_whoever_dies_in_whatever_phase_it_is_its_own_replay(folder, victim, pha
     nothing to say of the other's lanes 4 to 7."""
     job = dropping_job(folder)
     run = run_job(job, [kill(victim, 4, phase)], patch=late(STEPS))
-    assert len(run.record.of("running")) == 2
+    assert len(plans_of(run)) == 2
     assert dropped(run)[3] == LAST
     is_its_replay(run, job)
     if phase in ("apply", "gather"):
@@ -112,7 +112,7 @@ def test_whoever_dies_in_whatever_phase_it_is_its_own_replay(folder, victim, pha
 def test_whoever_drops_dies_in_the_middle_of_it(folder):
     job = dropping_job(folder)
     run = run_job(job, [kill(0, 4, "drop")], patch=late(STEPS, first=0))
-    assert len(run.record.of("running")) == 2
+    assert len(plans_of(run)) == 2
     is_its_replay(run, job)
 
 

@@ -6,9 +6,10 @@ import itertools
 
 import pytest
 
+from elastictrain.controller import events as ev
 from elastictrain.faults import PHASES, add, drain, kill
 from tests.support.plants import both, die_while_blocks_move, last_rows_are_lost, wait_for_company
-from tests.support.plants_storing import commits_are_fast
+from tests.support.plants_storing import all_is_known_before, commits_are_fast
 from tests.support.process_cluster import Run, byte_job, plans_of, run_job
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
@@ -64,7 +65,8 @@ def test_a_schedule_that_raises_ends_the_run_and_tears_nothing(folder):
 
 
 def test_the_one_that_took_over_dies_too(folder, reference):
-    run = run_job(byte_job(folder), [kill(1, 4, "exchange"), kill(2, 5, "mirror")])
+    faults = [kill(1, 4, "exchange"), kill(2, 5, "mirror")]
+    run = run_job(byte_job(folder), faults, patch=all_is_known_before(5))  # else the two are one recovery
     same(run, reference)
     assert [r["world_after"] for r in run.record.of("recovery")] == [2, 1]
     assert not run.record.of("went_back")
@@ -167,6 +169,22 @@ def test_no_row_is_lost_when_one_publisher_after_the_other_dies(folder, referenc
     run = run_job(byte_job(folder, workers=4), faults, patch=last_rows_are_lost(1, generation=2))
     assert [plan.layout.workers for plan in plans_of(run)] == [(0, 1, 2, 3), (1, 2, 3), (2, 3)]
     assert plans_of(run)[1].step == 3
+    same(run, reference)
+
+
+def test_a_newcomer_publishes_what_happened_before_it_came_when_nobody_else_is_left_to(folder, reference):
+    """Workers 0 and 1 take steps 1 to 3, worker 2 joins, and whatever 0 and 1 have to say of steps dies with them."""
+    lost = both(last_rows_are_lost(0, generation=2), last_rows_are_lost(1, generation=3))
+    patch = both(wait_for_company(3, generations=1), both(last_rows_are_lost(0, generation=1), lost))
+
+    def add_one(driver, kind):
+        if kind == "running" and driver.machine.generation == 1:
+            driver.request(ev.AddRequested(0.0))
+
+    job = byte_job(folder, workers={"max": 3, "start": 2, "replace": False})
+    run = run_job(job, [kill(0, 5, "exchange"), kill(1, 6, "exchange")], patch=patch, on_event=add_one)
+    assert [plan.layout.workers for plan in plans_of(run)] == [(0, 1), (0, 1, 2), (1, 2), (2,)]
+    assert [plan.published_step for plan in plans_of(run)] == [0, 0, 0, 0]
     same(run, reference)
 
 

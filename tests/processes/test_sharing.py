@@ -19,7 +19,7 @@ from elastictrain.stragglers.signals import dealt, decode
 from elastictrain_actors.driver import Driver
 from tests.support.plants import both
 from tests.support.plants_sharing import SLOW, behind, eager, held_up, impatient, overtaken
-from tests.support.process_cluster import RECIPES, Run, byte_job, run_job
+from tests.support.process_cluster import RECIPES, Run, byte_job, plans_of, run_job
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
 STEPS = tuple(range(3, 7))
@@ -47,7 +47,7 @@ def test_lanes_that_are_not_begun_are_taken_over(folder, reference):
     same(run, reference)
     for step in STEPS:
         assert taken(run, step)["from"][SLOW] == 2
-    assert len(run.record.of("running")) == 1
+    assert len(plans_of(run)) == 1
     said = {said.step: decode(said.records) for said, _ in run.record.signalled}
     for step in STEPS:
         assert dealt(said[step]).tolist() == [4, 4, 3]
@@ -112,7 +112,7 @@ DEATHS = [
 def test_whoever_dies_in_whatever_phase_the_bits_stay(folder, reference, way, victim, phase):
     run = run_job(shared_job(folder, way), [kill(victim, 4, phase)], patch=held_up(STEPS))
     same(run, reference)
-    assert len(run.record.of("running")) == 2
+    assert len(plans_of(run)) == 2
 
 
 @pytest.mark.parametrize("phase", ["compute", "claim", "agree", "apply"])
@@ -120,13 +120,13 @@ def test_a_death_in_a_group_with_the_same_lanes(folder, reference, phase):
     """Of the one that is first in its group: its mate waits for it, or would often be done before it."""
     run = run_job(shared_job(folder, "coded", 4), [kill(2, 4, phase)], patch=behind(4, mate=3))
     same(run, reference)
-    assert len(run.record.of("running")) == 2
+    assert len(plans_of(run)) == 2
 
 
 def test_who_dies_with_a_lane_of_another_one_leaves_it_to_all(folder, reference):
     run = run_job(shared_job(folder), patch=held_up(STEPS, dies_at=4, helper=2))
     same(run, reference)
-    assert len(run.record.of("running")) == 2
+    assert len(plans_of(run)) == 2
 
 
 def test_a_frozen_store_of_claims_is_waited_for_no_longer_than_it_may_be(folder, reference, tmp_path):
@@ -141,7 +141,7 @@ def test_a_frozen_store_of_claims_is_waited_for_no_longer_than_it_may_be(folder,
     run = run_job(shared_job(folder), [freeze(0, 4, "claim")], patch=plants, on_event=kills_the_frozen)
     same(run, reference)
     assert "the first member's store gave no answer" in str(run.record.events)
-    assert len(run.record.of("running")) == 2
+    assert len(plans_of(run)) == 2
 
 
 def test_workers_come_and_go(folder, reference):

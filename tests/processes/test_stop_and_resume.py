@@ -60,7 +60,7 @@ def test_a_stop_while_workers_are_missing_stores_what_the_others_hold(folder, tm
 
     all_or_none = {"min": 3, "max": 3, "replace": True}
     job = byte_job(folder, workers=all_or_none, checkpoint=stored(tmp_path, every_steps=8))
-    run = run_job(job, [kill(worker=1, step=5, phase="exchange")], on_event=stop)
+    run = run_job(job, [kill(worker=1, step=5, phase="exchange")], on_event=stop, patch=wait_for_pause(6))
     assert (run.outcome.outcome, run.outcome.error) == ("stopped", "enough")
     assert [event["step"] for event in run.record.of("checkpoint")] == [run.outcome.step]
     assert run.outcome.step in (5, 6), "what was committed, and at most one step until the pause"

@@ -13,6 +13,7 @@ from elastictrain.engine import (
     committing,
     keeping,
     saver,
+    session,
     stepping,
 )
 from elastictrain_checkpoint import discard, list_steps, pin, posix
@@ -168,13 +169,19 @@ def _base_vanishes(step: int, worker: int) -> None:
 
 
 def manifest_has_no_room(worker: int) -> None:
-    """The disk is full when a manifest is created."""
+    """The disk is full when a manifest is created. Peers hear of what that comes to when it has been said."""
     del worker
+    leave, sent = session.Session._leave, Deliveries()
+
+    def last(self: session.Session, generation: int) -> None:
+        sent.wait_for_all()
+        leave(self, generation)
 
     def full(self: Any, path: str, data: bytes) -> None:
         raise OSError(28, "No space left on device", path)
 
     posix.PosixBackend.publish = full  # type: ignore[method-assign]
+    session.Session._leave = last  # type: ignore[method-assign]
 
 
 def manifest_hangs(step: int, until: int) -> Callable[[int], None]:

@@ -150,7 +150,11 @@ class ProcessEffects:
         for ready in connection.wait([*by_pipe, *by_sentinel], timeout_s):
             if ready in by_pipe:
                 found += self._drain(by_pipe[ready])
-        for ready in connection.wait([*by_sentinel], 0):
+        dead = connection.wait([*by_sentinel], 0)
+        if dead:  # what others had said by then is heard first
+            for worker in by_pipe.values():
+                found += self._drain(worker)
+        for ready in dead:
             if by_sentinel[ready] in self.processes:
                 found += self._bury(by_sentinel[ready])
         return self._hold_back(found) if self.all_ready_first else found
