@@ -37,8 +37,10 @@ layers:
 unit:
 	$(BIN)/python -m pytest tests -m 'not processes and not ray' -n 2
 
+# Two files at a time: they mostly wait. What measures times runs by itself.
 processes:
-	$(BIN)/python -m pytest tests -m processes
+	$(BIN)/python -m pytest tests -m 'processes and not alone' -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests -m 'processes and alone'
 
 ray:
 	$(BIN)/python -m pytest tests -m ray

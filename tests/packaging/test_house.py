@@ -139,7 +139,7 @@ def test_ci_runs_what_the_readme_says() -> None:
 def test_make_test_runs_every_check() -> None:
     done = subprocess.run(["make", "--dry-run", "test"], cwd=ROOT, capture_output=True, text=True, check=True)
     for wanted in ("ruff format --check", "ruff check", "mypy", "lint-imports", "not processes and not ray",
-                   "-m processes", "-m ray"):  # fmt: skip
+                   "-m 'processes and not alone'", "-m 'processes and alone'", "-m ray"):  # fmt: skip
         assert wanted in done.stdout, wanted
     assert "--constraint constraints.txt" in text("Makefile")
 

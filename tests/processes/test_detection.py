@@ -23,7 +23,7 @@ from elastictrain_actors.watchman import Watchman
 from tests.support.lossy_link import LossyLink, lossy_link, why_not
 from tests.support.watched_process import end, start, tell
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.alone]
 TOKEN = "a token"
 
 

@@ -24,21 +24,28 @@ from elastictrain.observe import Event, RunDirectory
 from elastictrain_actors.node_feeder import FeederLine, NodeFeeder
 from tests.ray.test_controller_death import AtRow, kill_controller
 from tests.support.process_cluster import RAY_STEPS as STEPS
-from tests.support.process_cluster import byte_job, write_text
+from tests.support.process_cluster import RECIPES, byte_job, write_text
 from tests.support.raylets import ends_within
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
-SLOWLY = [et.faults.slow(worker=0, factor=8.0)]
-"""A feeder takes seconds to be there, a step only some milliseconds."""
+HURRY = "hurry"
 
 
 def node_job(folder: Path, workers: int = 2, **more: Any) -> et.Job:
-    """With the smallest budget, so that windows are asked for all the time."""
+    """With the smallest budget, so that windows are asked for all the time. A feeder takes seconds to be there, a step
+    only some milliseconds: the recipe takes its time until `hurry` is called.
+    """
     folder.mkdir(exist_ok=True)
+    more = {"recipe": f"{RECIPES}:Unhurried", "recipe_args": {"until": str(folder / HURRY)}} | more
     data = {"kind": "parquet", "path": write_text(folder), "text_column": "text", "sequence_length": 32,
             "feeder": "node", "prefetch_bytes": 1}  # fmt: skip
     return byte_job(folder, workers=workers, steps=STEPS, run_dir=str(folder / "run"), data=data, **more)
+
+
+def hurry(folder: Path) -> None:
+    """All has happened that is to happen in the run of `node_job(folder)`."""
+    (folder / HURRY).touch()
 
 
 class Watcher(AtRow):
@@ -81,12 +88,16 @@ def test_one_actor_feeds_both_workers_is_killed_and_its_successor_stopped(tmp_pa
     def send(number: int) -> None:
         os.kill(watcher.feeders[-1]["pid"], number)
 
+    def last() -> None:
+        after.extend(watcher.stats())
+        hurry(tmp_path)
+
     def second() -> None:
         now = watcher.rows
         watcher.acts |= {
             now + 10: lambda: send(signal.SIGSTOP),
             now + 30: lambda: send(signal.SIGCONT),
-            now + 50: lambda: after.extend(watcher.stats()),
+            now + 50: last,
         }
 
     def first() -> None:
@@ -94,7 +105,7 @@ def test_one_actor_feeds_both_workers_is_killed_and_its_successor_stopped(tmp_pa
         watcher.acts |= {now + 40: lambda: before.extend(watcher.stats()), now + 41: lambda: send(signal.SIGKILL)}
 
     watcher = Watcher({}, {1: first, 2: second})
-    done = et.run(node_job(tmp_path), faults=SLOWLY, observer=watcher)
+    done = et.run(node_job(tmp_path), observer=watcher)
     assert done.digest == undisturbed
     run = RunDirectory.open(tmp_path / "run")
     check_whole(run)
@@ -117,11 +128,15 @@ def test_a_controller_that_comes_back_has_feeders_of_its_own(tmp_path: Path, und
     def first() -> None:
         watcher.acts[watcher.rows + 10] = lambda: kill_controller(tmp_path / "run")
 
+    def last() -> None:
+        after.extend(watcher.stats())
+        hurry(tmp_path)
+
     def second() -> None:
-        watcher.acts[watcher.rows + 30] = lambda: after.extend(watcher.stats())
+        watcher.acts[watcher.rows + 30] = last
 
     watcher = Watcher({}, {1: first, 2: second})
-    done = et.run(node_job(tmp_path), faults=SLOWLY, observer=watcher)
+    done = et.run(node_job(tmp_path), observer=watcher)
     assert done.digest == undisturbed
     run = RunDirectory.open(tmp_path / "run")
     check_whole(run)

@@ -15,9 +15,8 @@ import ray
 from ray.cluster_utils import Cluster
 
 import elastictrain as et
-from elastictrain.observe import RunDirectory
-from tests.ray.test_node_feeder import SLOWLY, Watcher, node_job
-from tests.support.process_cluster import RAY_STEPS
+from elastictrain.observe import Event, RunDirectory
+from tests.ray.test_node_feeder import Watcher, hurry, node_job
 
 WORKERS = 4
 
@@ -31,11 +30,29 @@ def main(folder: Path) -> dict[str, Any]:
         cluster.add_node(num_cpus=WORKERS // 2, object_store_memory=80_000_000)
     stats: list[dict[str, int]] = []
 
-    def both() -> None:
-        watcher.acts[watcher.rows + 40] = lambda: stats.extend(watcher.stats())
+    class Both(Watcher):
+        """The run takes its time until feeders were asked and the worker was drained."""
 
-    watcher = Watcher({}, {2: both})
-    script = [*SLOWLY, et.faults.drain(worker=1, step=RAY_STEPS - 30)]
+        is_resized = False
+
+        def event(self, event: Event) -> None:
+            super().event(event)
+            self.is_resized |= event.kind == "resized"
+            self.go_on()
+
+        def go_on(self) -> None:
+            if stats and self.is_resized:
+                hurry(folder)
+
+    def look() -> None:
+        stats.extend(watcher.stats())
+        watcher.go_on()
+
+    def both() -> None:
+        watcher.acts[watcher.rows + 40] = look
+
+    watcher = Both({}, {2: both})
+    script = [et.faults.drain(worker=1, step=120)]
     run = et.run(node_job(folder, WORKERS), faults=script, observer=watcher, address=cluster.address)
     return {
         "digest": run.digest,

@@ -315,7 +315,7 @@ class Deliveries:
         """Until everything that was put before has been sent: it may be on its way with an older batch in hand."""
         with self._come:
             last = self._times + 2
-            self._come.wait_for(lambda: self._times >= last, 5.0)
+            self._come.wait_for(lambda: self._times >= last, 60.0)
 
 
 def never_drop(worker: int) -> None:
