@@ -68,12 +68,15 @@ def _both(first: Any, second: Any, worker: int) -> None:
 
 
 def hold_vote(workers: tuple[int, ...], at: int) -> Callable[[int], None]:
-    """`workers` hold the whole vote of step `at`, but do not apply it before they are parked: survivors differ."""
+    """`workers` hold the whole vote of step `at`, but do not apply it before they are parked: survivors differ, for the
+    others heed no order to park before they have applied it.
+    """
     return partial(_hold_vote, workers, at)
 
 
 def _hold_vote(workers: tuple[int, ...], at: int, worker: int) -> None:
     if worker not in workers:
+        _park_after(at)
         return
     sessions: list[session.Session] = []
     make, original, told = session.Session.__init__, Probes.at, orders()
@@ -89,6 +92,28 @@ def _hold_vote(workers: tuple[int, ...], at: int, worker: int) -> None:
 
     session.Session.__init__ = remember  # type: ignore[method-assign]
     Probes.at = wait  # type: ignore[method-assign]
+
+
+def _park_after(step: int) -> None:
+    """In the first generation this worker heeds the order to park when it has applied `step`, or is over with."""
+    applies, leave, park, over = stepping.apply_step, session.Session._leave, session.Session.park, threading.Event()
+
+    def apply(owner: Any, pending: Any, *rest: Any) -> Any:
+        tally = applies(owner, pending, *rest)
+        if pending.step == step:
+            over.set()
+        return tally
+
+    def left(self: session.Session, generation: int) -> None:
+        over.set()
+        leave(self, generation)
+
+    def late(self: session.Session, generation: int) -> Any:
+        assert over.wait(60)
+        return park(self, generation)
+
+    stepping.apply_step = apply
+    session.Session._leave, session.Session.park = left, late  # type: ignore[method-assign]
 
 
 def wait_for_waiting(at: int) -> Callable[[int], None]:

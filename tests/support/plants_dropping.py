@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from math import inf
@@ -42,7 +43,8 @@ def _late(steps: tuple[int, ...], when: str, first: int | None, worker: int) -> 
 
     dropping.drop_from_s = drop_from_s
     real_init, real_claim = SharedLanes.__init__, SharedLanes._claim
-    real_run, real_drop = SharedLanes._run, SharedLanes._drop
+    real_run, real_drop, real_cut = SharedLanes._run, SharedLanes._drop, dropping.Dropper._cut
+    check: list[Callable[[], None]] = [lambda: None]
 
     def init(self: SharedLanes, settings: Any, layout: Any, *rest: Any, **more: Any) -> None:
         workers[:] = layout.workers
@@ -65,8 +67,15 @@ def _late(steps: tuple[int, ...], when: str, first: int | None, worker: int) -> 
         real_run(self, lane, begun)
 
     def drop(self: SharedLanes, doing: Any) -> None:
-        at[0] = doing.step
+        at[0], check[0] = doing.step, self._check
         real_drop(self, doing)
+
+    def cut(self: dropping.Dropper, step: int, probe: Callable[[str], None]) -> None:
+        while when != "before" and self._board.read(dropping.lane_key(min(self._undone)), step) is None:
+            check[0]()  # it has not begun them yet
+            threading.Event().wait(0.001)
+        real_cut(self, step, probe)
 
     SharedLanes.__init__ = init  # type: ignore[method-assign]
     SharedLanes._claim, SharedLanes._run, SharedLanes._drop = claim, run, drop  # type: ignore[method-assign]
+    dropping.Dropper._cut = cut  # type: ignore[method-assign]

@@ -76,11 +76,11 @@ def behind(step: int, mate: int) -> Callable[[int], None]:
 
 
 def _behind(step: int, mate: int, worker: int) -> None:
-    real, waited = SharedLanes._whole_group, []
+    real, boards = SharedLanes._whole_group, []
 
     def whole_group(self: SharedLanes, doing: Doing) -> None:
-        if worker == mate and doing.step == step and not waited:
-            waited.append(step)
+        boards[1:] = [self._board]  # that of the first generation, and that of this one
+        if worker == mate and doing.step == step and self._board is boards[0]:
             _until(self, f"group/{self.group[0]}", lambda there: there is not None)
         real(self, doing)
 
