@@ -11,7 +11,7 @@ from elastictrain.engine.resume import find_start
 from elastictrain.faults import kill
 from elastictrain_checkpoint import Store, digest, list_steps, load, verify
 from tests.support.plants import both
-from tests.support.plants_storing import base_vanishes, commits_are_fast, pins, storage_is_fast
+from tests.support.plants_storing import base_vanishes, commits_are_fast, commits_are_seen, pins, storage_is_fast
 from tests.support.process_cluster import Run, byte_job, run_job
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
@@ -103,7 +103,7 @@ def test_a_world_that_changes_between_two_checkpoints_refers_to_the_one_before(
     reference, whole = frozen_reference
     checkpoint = stored(tmp_path, every_steps=2, incremental=True)
     job = byte_job(folder, recipe=FROZEN, checkpoint=checkpoint)
-    run = run_job(job, [kill(victim, 4, "exchange")], patch=commits_are_fast)
+    run = run_job(job, [kill(victim, 4, "exchange")], patch=both(commits_are_fast, commits_are_seen))
     assert run.digest == reference.digest
     store = Store(tmp_path / "ckpt")
     for step in list_steps(store):

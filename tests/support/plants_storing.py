@@ -51,6 +51,26 @@ def commits_are_known(worker: int) -> None:
     keeping.Keeper.heed = after_the_commit  # type: ignore[method-assign]
 
 
+def commits_are_seen(worker: int) -> None:
+    """Nobody goes on from a step in which a commit was handed over before the manifest is there: whoever dies in the
+    next step leaves it. (Others than the publisher may else be a step ahead of it.)
+    """
+    del worker
+    heed = keeping.Keeper.heed
+
+    def after_the_manifest(self: keeping.Keeper) -> None:
+        saver = self._session.saver
+        begun = None if saver is None else saver.begun
+        while saver is not None and begun is not None and begun.step == self._handed:
+            if saver.is_committed(begun):
+                break
+            self._session.check()
+            threading.Event().wait(0.01)
+        heed(self)
+
+    keeping.Keeper.heed = after_the_manifest  # type: ignore[method-assign]
+
+
 def all_is_known_before(step: int) -> Callable[[int], None]:
     """Nobody begins `step` before all that it had to say has been sent, rows of metrics too."""
     return partial(_all_is_known_before, step)

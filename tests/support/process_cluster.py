@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -118,7 +117,7 @@ class ProcessEffects:
         elif isinstance(command, cmd.AskPause | cmd.Retire):
             self._send(command.worker, command)
         elif isinstance(command, cmd.Kill) and command.worker in self.processes:
-            os.kill(self.processes[command.worker].pid, signal.SIGKILL)
+            self.processes[command.worker].kill()  # it may be gone by now
 
     def adopt(self) -> list[int]:
         return []
