@@ -37,13 +37,13 @@ layers:
 unit:
 	$(BIN)/python -m pytest tests -m 'not processes and not ray' -n 2
 
-# Two files at a time: they mostly wait. What measures times runs by itself.
+# Two files at a time: they mostly wait. What measures times runs by itself. (Folders: to collect all takes long.)
 processes:
-	$(BIN)/python -m pytest tests -m 'processes and not alone' -n 2 --dist loadfile
-	$(BIN)/python -m pytest tests -m 'processes and alone'
+	$(BIN)/python -m pytest tests/processes -m 'processes and not alone' -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests/processes -m 'processes and alone'
 
 ray:
-	$(BIN)/python -m pytest tests -m ray
+	$(BIN)/python -m pytest tests/ray tests/packaging -m ray
 
 # Figures, not tests: they take long and depend on the machine.
 bench: setup

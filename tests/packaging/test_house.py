@@ -151,6 +151,13 @@ def test_every_marker_of_the_tests_is_known_and_run() -> None:
     assert used <= known | {"parametrize", "skipif", "timeout", "usefixtures", "filterwarnings", "xfail"}
 
 
+def test_tests_of_a_tier_are_where_it_looks_for_them() -> None:
+    places = {"processes": {"processes"}, "alone": {"processes"}, "ray": {"ray", "packaging"}}
+    for file in python_files("tests"):
+        for mark in set(re.findall(r"pytest\.mark\.(\w+)", file.read_text())) & places.keys():
+            assert file.relative_to(ROOT).parts[1] in places[mark], (file, mark)
+
+
 def project() -> dict[str, Any]:
     return tomllib.loads(text("pyproject.toml"))
 
