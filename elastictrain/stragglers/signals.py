@@ -183,7 +183,7 @@ def as_dealt(records: Records) -> Records:
     found = records.copy()
     times = np.where(lanes > 0, own / np.maximum(lanes, 1), 0.0)
     for name in ("compute_s", "data_s", "collected_s", "tokens", "squares"):
-        found[name] = records[name] * times
+        found[name] = np.clip(records[name] * times, -_LARGEST, _LARGEST)  # nonsense may be as large as a float is
     found["lanes"], found["flags"] = own, records["flags"] & _FLAGS
     return found
 

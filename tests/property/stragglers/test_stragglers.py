@@ -21,6 +21,9 @@ seconds = st.floats(0, 1000, width=32)
 
 @given(st.lists(st.binary(min_size=RECORD_BYTES, max_size=RECORD_BYTES), min_size=1, max_size=5), st.integers(1, 30))
 @example([bytes(10) + b"\x81\x7f" + bytes(RECORD_BYTES - 12)], 1)  # a NaN that signals
+@example(
+    [b"\x00\x03\x01\x00" + bytes(7) + b"\x7f" + bytes(RECORD_BYTES - 12)], 1
+)  # too long for four times as many lanes
 @settings(max_examples=60, deadline=None)
 def test_no_bytes_at_all_can_break_the_watch(raws, steps):
     """Any bytes are records of something; what comes out is finite, and a split of all lanes if it is one."""
