@@ -88,6 +88,7 @@ class _Search:
     limit: int
     bubble: float
     flights: Sequence[float]
+    order: Sequence[int] | None = None
     best: float = math.inf
     winner: _Label | None = None
     cut_off: bool = False
@@ -248,9 +249,11 @@ class _Search:
 
     def guess(self) -> list[Stage] | None:
         """A good pipeline to measure others by: the kinds one after the other, quickest places taken first."""
+        rounds = 60 if len(self.kinds) == 1 else 12
+        if self.order is not None:
+            return self.in_order(self.order, rounds)
         ranked = sorted(range(len(self.kinds)), key=lambda kind: self.time[kind][-1])
         places = [kind for kind in ranked for _ in range(self.kinds[kind].count)][: self.stages]
-        rounds = 60 if len(self.kinds) == 1 else 12
         guesses = [self.in_order([kind for kind in order for _ in range(places.count(kind))], rounds)
                    for order in permutations(sorted(set(places)))]  # fmt: skip
         found = [guess for guess in guesses if guess is not None]
@@ -269,7 +272,7 @@ class _Search:
         more = self.micro_batches - self.bubble
         most = (self.best - self.bubble * least) / more if more > 0 else math.inf
         for kind, here in enumerate(self.kinds):
-            if used[kind] == here.count:
+            if used[kind] == here.count or (self.order is not None and self.order[place] != kind):
                 continue
             taken = (*used[:kind], used[kind] + 1, *used[kind + 1 :])
             first = self.layers if final else at + 1
@@ -334,6 +337,7 @@ def place_stages(
     limit: int = 2_000,
     bubble: float = 1.0,
     in_flight: Sequence[float] | None = None,
+    order: Sequence[int] | None = None,
 ) -> Pipeline | None:
     """The pipeline of `stages` stages with the least `bubble * sum t + (micro_batches - bubble) * max t`, or None when
     none fits or none takes less than `better_than_s`.
@@ -341,6 +345,7 @@ def place_stages(
     `bubble`: share of 1F1B's bubble that the schedule leaves. `in_flight`: micro-batches whose activations each stage
     keeps at most (default: 1F1B's).
 
+    `order`: the kind of every stage, where that is settled and only the layers are to be cut (default: any order).
     `borders[(a, b)]`: seconds that a stage on kind b waits for what kind a sends it, for one micro-batch.
     `limit`: labels kept per stage; beyond it the search is no longer exact, and says so (also by a pipeline without
     stages, when what was kept led nowhere).
@@ -348,7 +353,7 @@ def place_stages(
     if stages > min(len(kinds[0].layer_s), sum(kind.count for kind in kinds)):
         return None
     flights = in_flight or [min(stages - place, micro_batches) for place in range(stages)]
-    search = _Search(kinds, borders or {}, stages, micro_batches, limit, bubble, flights, best=better_than_s)
+    search = _Search(kinds, borders or {}, stages, micro_batches, limit, bubble, flights, order, better_than_s)
     if search.needs[0] > search.room((0,) * len(kinds)):
         return None
     guess = search.guess()

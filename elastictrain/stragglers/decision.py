@@ -18,9 +18,10 @@ from statistics import median
 from typing import Literal
 
 from elastictrain.planner.split import split_affine
+from elastictrain.stragglers.patience import Patience
 from elastictrain.stragglers.rental import Case, pays, prior_s
-from elastictrain.stragglers.robust import median_error
 from elastictrain.stragglers.room import PLENTY, Answers, Fits, Found, Room, best_with_room, makespan_s
+from elastictrain.stragglers.trial import judged
 
 Action = Literal["move_lanes", "move_back", "replace", "leave_out"]
 Instead = Literal["smaller_move", "replace", "leave_out", "nothing"]
@@ -31,10 +32,6 @@ _PENDING_STEPS = 50
 _USUAL_STEPS = 15
 _ASKED_AGAIN = 5
 """For which split there is room is asked again after so many times `hold_steps`, if nothing else has changed."""
-_MOST_VERIFYING = 8
-"""A move is judged after at most so many times `verify_steps`, however noisy the steps are."""
-_TRIAL_TIMES = 40
-"""… and given up after so many times that, when most steps cannot be judged (a checkpoint is always being written)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +145,7 @@ class Decider:
         self._recent: list[float] = []
         self._hold_until = 0
         self._refuted: tuple[dict[int, int], int] = ({}, 0)
-        self._slow_at: dict[int, list[int]] = {}
-        self._slow_unit: dict[int, tuple[float, int]] = {}
-        self._known_slow: set[int] = set()
+        self._patience = Patience(self.policy.hold_steps, self.policy.memory_steps)
         self._last_ways: tuple[tuple[int, ...], set[int]] = ((), set())
         self._lost_s: dict[tuple[str, int], float] = {}
         self._evicted_s = [] if evicted_s is None else evicted_s
@@ -170,7 +165,7 @@ class Decider:
         self.refused = None
         if len(now.lanes) != self.workers or len(now.unit_s) != self.workers:
             raise ValueError(f"{len(now.lanes)} lane counts, {len(now.unit_s)} speeds for {self.workers} workers")
-        self._note_slow(now)
+        self._patience.note(now.step, now.slow, now.unit_s)
         trial = self._trial
         if trial is not None:
             back = self._verify(now, trial)
@@ -198,7 +193,10 @@ class Decider:
 
     def _split(self, now: Situation, before_s: float, *, patient: bool = True) -> Found:
         """The best split, and the best that fits, if it wins enough for anybody to ask."""
-        units, least = self._trusted(now, patient=patient), [min(1, lanes) for lanes in now.lanes]
+        units, least = (
+            self._patience.trusted(now.step, now.slow, now.unit_s, patient=patient),
+            [min(1, lanes) for lanes in now.lanes],
+        )
         total = sum(now.lanes)
         wanted = split_affine(total, [0.0] * self.workers, units, least=least, before=now.lanes).parts
         if now.room is PLENTY or not self._wins(before_s, makespan_s(now.unit_s, wanted)):
@@ -278,21 +276,17 @@ class Decider:
             return None
         if now.arrived_s is not None:
             trial.add(now.arrived_s, now.work or now.lanes)
-        promised_s = median(trial.promised) if trial.promised else 0.0
-        if now.step >= trial.began + _TRIAL_TIMES * self.policy.verify_steps:
-            self._end_trial(now, "unjudged")  # hardly a step was without an excuse
+        verdict = judged(
+            trial.won, trial.promised, since=now.step - trial.began, verify_steps=self.policy.verify_steps,
+            returning=decision.action == "move_back",
+        )  # fmt: skip
+        if verdict is None:
             return None
-        error_s, enough = median_error(trial.won), len(trial.won) >= _MOST_VERIFYING * self.policy.verify_steps
-        if len(trial.won) < self.policy.verify_steps or (error_s > abs(promised_s) / 4 and not enough):
+        if verdict != "taken back":
+            moved_back = decision.action == "move_back" and verdict == "confirmed"
+            self._end_trial(now, "moved back" if moved_back else verdict)
             return None
-        won_s = median(trial.won)
-        if decision.action == "move_lanes" and won_s < promised_s / 2 <= won_s + 2 * error_s:
-            if enough:  # noise hides it; what is expected of it still holds
-                self._end_trial(now, "unjudged")
-            return None
-        if decision.action == "move_back" or won_s >= promised_s / 2:
-            self._end_trial(now, "confirmed" if decision.action == "move_lanes" else "moved back")
-            return None
+        won_s, promised_s = median(trial.won), median(trial.promised)
         why = f"it won {won_s:.3g} s a step instead of {promised_s:.3g} s"
         back = Decision("move_back", now.step, why, decision.after_s, decision.before_s, trial.lanes_before)
         self.outcomes.append("taken back")
@@ -305,31 +299,6 @@ class Decider:
         self._hold_until = now.step + (0 if outcome == "overtaken" else self.policy.hold_steps)
         if outcome == "moved back":
             self._refuted = (dict(now.slow), now.step + self.policy.memory_steps)
-
-    def _note_slow(self, now: Situation) -> None:
-        """Who has become slow, and who has become fast again."""
-        for worker in set(now.slow) - self._known_slow:
-            times = [step for step in self._slow_at.get(worker, []) if step > now.step - self.policy.memory_steps]
-            self._slow_at[worker] = [*times, now.step]
-            self._slow_unit.pop(worker, None)
-        for worker in self._known_slow & set(now.slow):
-            self._slow_unit[worker] = (now.unit_s[worker], now.step)
-        for worker in self._known_slow - set(now.slow):
-            unit_s, _ = self._slow_unit.get(worker, (now.unit_s[worker], now.step))
-            wait = self.policy.hold_steps * 2 ** min(12, len(self._slow_at.get(worker, [])) - 1)
-            self._slow_unit[worker] = (unit_s, now.step + wait)
-        self._known_slow = set(now.slow)
-
-    def _trusted(self, now: Situation, *, patient: bool = True) -> list[float]:
-        """Seconds per lane, for dealing out: who was slow lately counts as slow until it has stayed fast; if not
-        `patient`, only who was slow more than once.
-        """
-        units = list(now.unit_s)
-        for worker, (unit_s, until) in self._slow_unit.items():
-            again = patient or len(self._slow_at.get(worker, [])) > 1
-            if again and worker not in now.slow and now.step < until:
-                units[worker] = max(units[worker], unit_s)
-        return units
 
     # --- workers ---
 

@@ -62,11 +62,13 @@ def stage_least_s(kind: Kind, lo: int, hi: int, flight: float) -> float:
 
 def brute_stages(
     kinds: list[Kind], stages: int, micro_batches: int, borders: dict[tuple[int, int], float], bubble: float,
-    flights: list[float],
+    flights: list[float], settled: tuple[int, ...] | None = None,
 ) -> float:  # fmt: skip
-    """The least `b sum + (m - b) max` over every order of kinds and every cut of the layers. Infinite: none fits."""
+    """The least `b sum + (m - b) max` over every order of kinds (or the one that is `settled`) and every cut of the
+    layers. Infinite: none fits.
+    """
     layers, best = len(kinds[0].layer_s), math.inf
-    for order in product(range(len(kinds)), repeat=stages):
+    for order in product(range(len(kinds)), repeat=stages) if settled is None else (settled,):
         if any(order.count(k) > kind.count for k, kind in enumerate(kinds)):
             continue
         for sizes in divisions(layers - stages, stages):
@@ -218,14 +220,17 @@ def _as_good_as_brute_force(random: Random, kinds: list[Kind], stages: int, micr
         [float(min(stages, micro_batches))] * stages,
         [min(stages - place + 0.5, micro_batches) for place in range(stages)],
     ])  # fmt: skip
-    truth = brute_stages(kinds, stages, micro_batches, borders, bubble, flights)
-    found = place_stages(kinds, stages, micro_batches, borders=borders, bubble=bubble, in_flight=flights)
+    places = [kind for kind in many for _ in range(kinds[kind].count)]
+    settled = tuple(random.sample(places, stages)) if random.random() < 0.3 else None
+    truth = brute_stages(kinds, stages, micro_batches, borders, bubble, flights, settled)
+    found = place_stages(kinds, stages, micro_batches, borders=borders, bubble=bubble, in_flight=flights, order=settled)
     if found is None:
         return math.isinf(truth)
     again = [stage.time_s for stage in found.stages]
     covered = [stage.lo for stage in found.stages] == [0, *(stage.hi for stage in found.stages[:-1])]
+    kept = settled is None or tuple(stage.kind for stage in found.stages) == settled
     return (
-        covered and found.stages[-1].hi == layers and found.exact and _close(found.time_s, truth)
+        covered and kept and found.stages[-1].hi == layers and found.exact and _close(found.time_s, truth)
         and _close(bubble * sum(again) + (micro_batches - bubble) * max(again), truth)
     )  # fmt: skip
 
