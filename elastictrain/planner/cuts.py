@@ -217,7 +217,7 @@ class Cuts:
         quick = sorted(shares, reverse=True)
         return bubble * least + (cut.micro_batches - bubble) * least / sum(quick[: cut.pipeline])
 
-    def _time(self, number: int, cut: Cut) -> LayerTime:
+    def place_time(self, number: int, cut: Cut) -> LayerTime:
         key = number, cut.tensor, cut.micro_batch, cut.checkpointing
         if key not in self._times:
             place = self.places[number]
@@ -225,7 +225,7 @@ class Cuts:
         return self._times[key]
 
     def _layer_s(self, number: int, cut: Cut) -> float:
-        return layer_s(self.task.model, cut, self.places[number], self.constants, known=self._time(number, cut))
+        return layer_s(self.task.model, cut, self.places[number], self.constants, known=self.place_time(number, cut))
 
     def _ends(self, number: int, cut: Cut) -> float:
         return sum(ends_s(self.task.model, cut, self.places[number], self.constants))
@@ -289,7 +289,7 @@ class Cuts:
             ends = ends_s(self.task.model, cut, self.places[number], self.constants)
             work = seconds - received
             head = ends[1] if j == last else 0.0
-            first = self.places[number].slowdown * self._time(number, cut).forward_s * layers + head / 3
+            first = self.places[number].slowdown * self.place_time(number, cut).forward_s * layers + head / 3
             forward.append(min(first, work))
             backward.append(work - forward[-1])
             if j:

@@ -213,16 +213,18 @@ def run_speeds(scenario: SpeedScenario, policy: Policy | None = None, room: Room
             report.decisions.append(decision)
             if decision.lanes:
                 coming.append((step + 2, decision.lanes))
-                report.reversals += _turns(last, lanes, decision.lanes, step, changes)
+                report.reversals += turns(last, lanes, decision.lanes, step, changes)
     assert watch.decider is not None
     report.outcomes, report.lanes = watch.decider.outcomes, lanes
     return report
 
 
-def _turns(
+def turns(
     last: list[tuple[int, int]], before: Sequence[int], after: Sequence[int], step: int, changes: Sequence[int]
 ) -> bool:
-    """Whether some worker's lanes go the other way than at their last move, although no speed has changed since."""
+    """Whether some worker's lanes (or layers) go the other way than at their last move, although no speed has changed
+    since. `last`: of each worker, which way and at which step; kept up to date here.
+    """
     found = False
     for worker, (old, new) in enumerate(zip(before, after, strict=True)):
         sign = (new > old) - (new < old)
