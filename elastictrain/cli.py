@@ -228,8 +228,11 @@ def simulate(
     scenario: Annotated[Path | None, typer.Option(help="YAML with more settings: rates, costs, min_workers …")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Let the real controller run a virtual cluster with seeded faults; print goodput and recoveries."""
-    from elastictrain.sim import make_scenario, read_settings
+    """Let the real controller run a virtual cluster with seeded faults; print goodput and recoveries.
+
+    With `pipeline` in the scenario: pipelines with slow places, and what would be done about them.
+    """
+    from elastictrain.sim import PipelineReport, make_scenario, read_settings, simulate_pipelines
     from elastictrain.sim import simulate as run_scenario
 
     options = {"workers": workers, "hours": hours, "seed": seed, "spares": spares, "check": check}
@@ -237,16 +240,17 @@ def simulate(
     settings |= {name: value for name, value in options.items() if value is not None}
     chosen = make_scenario(settings, worse=worse)
     begun_s = time.monotonic()
-    report = run_scenario(chosen)
+    report = run_scenario(chosen) if chosen.pipeline is None else simulate_pipelines(chosen)
     wall_s = time.monotonic() - begun_s
     if as_json:
         typer.echo(json.dumps(report.as_dict() | {"wall_s": round(wall_s, 3)}))
         return
     from rich.console import Console
 
-    from elastictrain.sim.picture import picture
+    from elastictrain.sim.picture import picture, pipeline_picture
 
-    Console().print(picture(report, wall_s))
+    shown = pipeline_picture(report, wall_s) if isinstance(report, PipelineReport) else picture(report, wall_s)
+    Console().print(shown)
 
 
 @app.command(

@@ -62,11 +62,9 @@ def plan(
 def load_model(path: Path) -> Transformer:
     """Read a decoder's shape. Raises ConfigError naming what is wrong."""
     import yaml
-    from pydantic import TypeAdapter, ValidationError
 
     from elastictrain.errors import ConfigError
-    from elastictrain.planner.model import Transformer, gated_width
-    from elastictrain.settings import nearest
+    from elastictrain.planner.model import parse_model
 
     if not path.is_file():
         raise ConfigError(f"model file {path}: no such file; expected YAML with layers, hidden, heads, sequence, vocab")
@@ -74,24 +72,7 @@ def load_model(path: Path) -> Transformer:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected a mapping with layers, hidden, heads, sequence and vocab")
-    known = list(Transformer.__dataclass_fields__)
-    switches = {name for name, field in Transformer.__dataclass_fields__.items() if isinstance(field.default, bool)}
-    for key in raw:
-        if key not in known:
-            raise ConfigError(f"{path}: unknown setting {key!r}{nearest(str(key), known)}")
-        if isinstance(raw[key], bool) != (key in switches):
-            raise ConfigError(
-                f"{path}: {key}={raw[key]!r}: expected {'true or false' if key in switches else 'no switch'}"
-            )
-    if "ffn" not in raw and isinstance(raw.get("hidden"), int):
-        raw["ffn"] = gated_width(raw["hidden"]) if raw.get("gated") else 4 * raw["hidden"]
-    try:
-        return TypeAdapter(Transformer).validate_python(raw)
-    except ValidationError as error:
-        lines = [f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
-        raise ConfigError("\n".join(lines)) from None
+    return parse_model(raw, where=str(path))
 
 
 def _by_model(job: Job, model: Transformer, cluster: Cluster, seconds: float) -> tuple[Found, Found]:

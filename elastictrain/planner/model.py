@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from pydantic import TypeAdapter, ValidationError
+
 from elastictrain.errors import ConfigError
 from elastictrain.planner.profiles import Dtype
+from elastictrain.settings import nearest
 
 Attention = Literal["plain", "fused", "flash1", "flash2"]
 Checkpointing = Literal["none", "selective", "every_layer"]
@@ -58,6 +62,29 @@ class Transformer:
 def gated_width(hidden: int) -> int:
     """LLaMA's rule (Touvron et al. 2023): two thirds of 4h, rounded up to a multiple of 256."""
     return math.ceil(8 * hidden / 3 / 256) * 256
+
+
+def parse_model(raw: object, *, where: str = "model") -> Transformer:
+    """A decoder's shape from plain data; `ffn` may be left out. Raises ConfigError naming what is wrong."""
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{where}: expected a mapping with layers, hidden, heads, sequence and vocab")
+    raw = dict(raw)
+    known = list(Transformer.__dataclass_fields__)
+    switches = {name for name, field in Transformer.__dataclass_fields__.items() if isinstance(field.default, bool)}
+    for key in raw:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown setting {key!r}{nearest(str(key), known)}")
+        if isinstance(raw[key], bool) != (key in switches):
+            raise ConfigError(
+                f"{where}: {key}={raw[key]!r}: expected {'true or false' if key in switches else 'no switch'}"
+            )
+    if "ffn" not in raw and isinstance(raw.get("hidden"), int):
+        raw["ffn"] = gated_width(raw["hidden"]) if raw.get("gated") else 4 * raw["hidden"]
+    try:
+        return TypeAdapter(Transformer).validate_python(raw)
+    except ValidationError as error:
+        lines = [f"{where}: {'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

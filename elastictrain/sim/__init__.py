@@ -3,6 +3,8 @@ the random numbers of a seeded `random.Random`, which are an input of a simulati
 """
 
 from elastictrain.sim.books import Violation as Violation
+from elastictrain.sim.pipeline_report import PipelineReport as PipelineReport
+from elastictrain.sim.pipeline_report import simulate_pipelines as simulate_pipelines
 from elastictrain.sim.report import Outages as Outages
 from elastictrain.sim.report import Report as Report
 from elastictrain.sim.run import simulate as simulate

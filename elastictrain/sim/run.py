@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 
 from elastictrain.controller import events as ev
-from elastictrain.errors import InternalError
+from elastictrain.errors import ConfigError, InternalError
 from elastictrain.sim.books import Violation, require
 from elastictrain.sim.cluster import Cluster
 from elastictrain.sim.report import PAUSE, Outages, Report
@@ -21,8 +21,10 @@ def simulate(scenario: Scenario) -> Report:
 
     Raises Violation (an InternalError) when the machine loses or doubles a step, goes on without a block, does not end,
     breaks one of its invariants, or is not what its journal says. The message names seed and time: the same call
-    repeats it.
+    repeats it. Raises ConfigError for a scenario of pipelines, which no controller runs (`simulate_pipelines`).
     """
+    if scenario.pipeline is not None:
+        raise ConfigError("simulate: a scenario with pipeline is for simulate_pipelines")
     collects = gc.isenabled()
     gc.disable()  # millions of events and no cycles worth a search: a fifth of the time
     try:

@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from elastictrain.controller import MachineSpec
 from elastictrain.controller.budgets import FailureBudget
 from elastictrain.controller.facts import StragglerSpec
 from elastictrain.errors import ConfigError
 from elastictrain.settings import PositiveInt, explain, not_a_switch
+from elastictrain.sim.parts import Count, Part, Seconds, Share
+from elastictrain.sim.pipeline_settings import PipelineSettings, contradiction
 from elastictrain.straggler_settings import off_is_no_switch
 
 Hours = Annotated[float, BeforeValidator(not_a_switch), Field(gt=0)]
-Seconds = Annotated[float, BeforeValidator(not_a_switch), Field(ge=0)]
-Share = Annotated[float, BeforeValidator(not_a_switch), Field(ge=0, le=1)]
-Count = Annotated[int, BeforeValidator(not_a_switch), Field(ge=0)]
 Check = Literal["auto", "all", "sampled", "off"]
 
 SMALL_WORLD = 64
@@ -31,11 +30,7 @@ SAMPLE = 10_007
 """Otherwise after every so many events; a prime, so that the sample does not fall into step with the recoveries."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class FaultRates(_Part):
+class FaultRates(Part):
     """Mean hours between faults of each kind, of one worker, node or controller; None: never. And shares of 1.
 
     The defaults are a bad cluster: some ten times the losses that were reported for the training of Llama 3 (one
@@ -74,7 +69,7 @@ class FaultRates(_Part):
         return self.model_copy(update={name: value / factor for name, value in hours.items()})
 
 
-class Costs(_Part):
+class Costs(Part):
     """Seconds that things take. `step_s`: a step of the undisturbed world; a smaller world takes longer by the lanes of
     its busiest worker. Forming takes `forming_s + forming_doubling_s x log2(world)`, and `restore_s` more when the
     state comes from storage. What a worker has to say waits up to `poll_s` in its outbox; its answer to a call does
@@ -106,7 +101,7 @@ class Costs(_Part):
         return self.forming_s + self.forming_doubling_s * math.log2(world) + (self.restore_s if restores else 0.0)
 
 
-class Scenario(_Part):
+class Scenario(Part):
     """One simulation. Equal scenarios give equal reports.
 
     `spares`: by default a worker in a hundred. `min_workers`: by default three quarters. `spare_nodes`: machines that
@@ -115,7 +110,8 @@ class Scenario(_Part):
     worker has one; `noise`: standard deviation of the logarithm of a worker's time in a step; `hiccups`: the share of a
     worker's steps that take it 1.3 to several times as long. `shared_lanes`: so many lanes of each worker, its last
     ones, may be taken over within a step (`redundancy.depth` of a job with `take_over`). `check`: the machine's
-    invariants after every event ("all"), after a sample of them, or not.
+    invariants after every event ("all"), after a sample of them, or not. `pipeline`: pipelines with slow places instead
+    of all this (`simulate_pipelines`).
     """
 
     workers: PositiveInt = 1000
@@ -137,11 +133,15 @@ class Scenario(_Part):
     check: Check = "auto"
     rates: FaultRates = FaultRates()
     costs: Costs = Costs()
+    pipeline: PipelineSettings | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Scenario:
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers={self.min_workers} is more than workers={self.workers}; lower min_workers")
+        wrong = None if self.pipeline is None else contradiction(self)
+        if wrong is not None:
+            raise ValueError(wrong)
         return self
 
     @property
