@@ -136,6 +136,11 @@ class Detector:
         return np.where(self.ready, np.exp(np.where(told, level, usual) + self.common[COMPUTE]), np.nan)
 
     @property
+    def suspected(self) -> Flags:
+        """Whose computation seems to become slower or faster, and is looked at further."""
+        return np.asarray(np.maximum(self._up, self._down)[COMPUTE] >= STEP_SHARE * self.threshold)
+
+    @property
     def slowness(self) -> Floats:
         """By cause and worker: how much longer it takes than at its best."""
         best = np.where(np.isfinite(self._best), self._best, self.level)
@@ -261,19 +266,12 @@ class Detector:
         self._best[causes, places] = np.where(known, np.where(jumped, np.minimum(best, level), best + shift), level)
         self.level[causes, places] = level
         return [
-            Alarm(
-                step,
-                step - 2,
-                int(place),
-                "compute",
-                math.exp(change),
-                math.exp(now - self._best[COMPUTE, place]),
-                math.exp(was),
-            )
+            Alarm(step, step - 2, int(place), "compute", math.exp(change),
+                  math.exp(now - self._best[COMPUTE, place]), math.exp(was))
             for place, change, now, was in zip(
                 places[jumped], shift[jumped], level[jumped], (before - best)[jumped], strict=True
             )
-        ]
+        ]  # fmt: skip
 
     def _learn_lengths(self, rest: Floats, there: Flags) -> None:
         """How much the work of a step varies for all alike; only then is too much of it worth a word. Its usual level

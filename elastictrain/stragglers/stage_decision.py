@@ -4,7 +4,8 @@ Like moving lanes (`decision`), with two differences. A change costs a pause for
 made when it pays (`rental`), and of all changes that pay the one is made that is expected to take the least time in
 all, itself included. And going back costs as much: a change that has not brought half of what it promised is taken back
 where the placement before is so much better, by what was measured, that it pays; where it is not, things stay as they
-are. Either way nothing more is done for the same slow workers for `memory_steps`.
+are. Either way nothing more is done for the same slow workers for `memory_steps`. And before anything is done the steps
+themselves must show the slowness: a worker may say that it is slow, but the others would wait for it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ _KEPT_ANSWERS = 64
 _TURNING = 2.0
 """So many times the least gain must a change win that corrects the last one."""
 _USUAL_STEPS = 15
+_KEPT_STEPS = 32
+_MOST_WAITING = 5
 _PENDING_STEPS = 50
 
 
@@ -34,7 +37,8 @@ class StageSituation:
     """What is known at a step. `placements`: in force, one for each pipeline. `factors`: by worker, how many times as
     long as its device it takes. `slow`: who of those in a pipeline is known to be slow, with the step of its onset.
     `took_s`: this step; None when it says nothing (a checkpoint, the first one after a change). `elapsed_s`: since the
-    start. `left_steps`: of the run. `spares`: who waits.
+    start. `left_steps`: of the run. `spares`: who waits. `unsettled`: somebody else may have become slow, or fast, too;
+    that is known in a few steps.
     """
 
     step: int
@@ -45,6 +49,7 @@ class StageSituation:
     left_steps: int
     slow: Mapping[int, int] = field(default_factory=dict)
     spares: tuple[int, ...] = ()
+    unsettled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +97,11 @@ class StageDecider:
         self.outcomes: list[str] = []
         self._patience = Patience(self.policy.hold_steps, self.policy.memory_steps)
         self._trial: _Trial | None = None
-        self._recent: list[float] = []
-        self._hold_until = 0
+        self._usual: list[float] = []
+        """How many times as long as expected steps took while nobody was slow."""
+        self._took: list[tuple[int, float]] = []
+        self._measured: tuple[Placement, ...] = ()
+        self._hold_until = self._waited = 0
         self._refuted: tuple[dict[int, int], int] = ({}, 0)
         self._last_ways: tuple[dict[int, int], set[int]] = ({}, set())
         self._lost_s: dict[tuple[Placement, ...], float] = {}
@@ -113,13 +121,11 @@ class StageDecider:
     def decide(self, now: StageSituation) -> StageDecision | None:
         """What to do after this step; None: nothing."""
         self._patience.note(now.step, now.slow, now.factors)
-        expected_s = self.fleet_s(now.placements, now.factors)
+        self._measure(now)
         if self._trial is not None:
             back = self._verify(now, self._trial)
             if back is not None or self._trial is not None:
                 return back
-        elif now.took_s is not None:
-            self._recent = [*self._recent[1 - _USUAL_STEPS :], now.took_s / expected_s]
         trusted = self._patience.trusted(now.step, now.slow, now.factors)
         before_s = self.fleet_s(now.placements, trusted)
         changes = [change for change in self._possible(now, trusted) if self._wins(now, change, before_s)]
@@ -127,9 +133,31 @@ class StageDecider:
             change.placements: self._lost_s.get(change.placements, 0.0) + before_s - change.step_s for change in changes
         }
         slow, until = self._refuted
+        self._waited = self._waited + 1 if now.unsettled else 0
+        if 0 < self._waited <= _MOST_WAITING:
+            return None  # one pause for all
         if now.step < self._hold_until or (now.step < until and dict(now.slow) == slow):
             return None
-        return self._pick(now, changes, before_s)
+        return self._pick(now, [change for change in changes if self._shows(now, change, before_s)], before_s)
+
+    def _measure(self, now: StageSituation) -> None:
+        """Keep what steps have taken under these placements, and what is usual of that."""
+        if now.placements != self._measured:
+            self._took, self._measured = [], now.placements
+        if now.took_s is None:
+            return
+        self._took = [*self._took[1 - _KEPT_STEPS :], (now.step, now.took_s)]
+        if not now.slow or not self._usual:
+            ratio = now.took_s / self.fleet_s(now.placements, now.factors)
+            self._usual = [*self._usual[1 - _USUAL_STEPS :], ratio]
+
+    def _shows(self, now: StageSituation, change: Change, before_s: float) -> bool:
+        """Whether steps have been as long, since somebody became slow, as half of what the change promises needs."""
+        if not now.slow:
+            return True
+        onset = max(now.slow.values())
+        since = [took_s for step, took_s in self._took if step >= onset]
+        return bool(since) and median(since) / median(self._usual) >= (before_s + change.step_s) / 2
 
     # --- choosing ---
 
@@ -184,7 +212,7 @@ class StageDecider:
     # --- verifying ---
 
     def _begin(self, now: StageSituation, decision: StageDecision) -> None:
-        usual = median(self._recent) if self._recent else 1.0
+        usual = median(self._usual) if self._usual else 1.0
         seated = by_worker(decision.placements)
         slow = {worker: since for worker, since in now.slow.items() if worker in seated}
         self._trial = _Trial(decision, now.placements, slow, usual)

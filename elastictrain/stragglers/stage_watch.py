@@ -124,6 +124,7 @@ class PipelineWatch:
         situation = StageSituation(
             step, self.placements, tuple(self.factors), took_s if quiet else None, self._elapsed_s,
             max(0, self.steps - step), {w: since for w, since in self.slow.items() if w in self._seats}, tuple(spares),
+            unsettled=bool(self._detector.suspected.any()),
         )  # fmt: skip
         return StageVerdict(findings, self.decider.decide(situation))
 

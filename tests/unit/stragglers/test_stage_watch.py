@@ -1,0 +1,195 @@
+"""Slow places of pipelines: who is named, and what is done about it."""
+
+from __future__ import annotations
+
+import math
+from random import Random
+
+import pytest
+
+from elastictrain.planner.pipelines import Placement
+from elastictrain.sim.pipelines import PipelineScenario, run_pipelines
+from elastictrain.sim.speeds import Slowness
+from elastictrain.stragglers.decision import Policy
+from elastictrain.stragglers.signals import FLAG_CHECKPOINT
+from elastictrain.stragglers.stage_watch import PipelineWatch, StageFinding
+from elastictrain.stragglers.stage_ways import Price
+from tests.support.stage_scenarios import scenario, work
+
+CHEAP = Price(0.05, 1e12)
+
+
+class Played:
+    """A watch and what it is told, step by step, with noise of 1 %."""
+
+    def __init__(self, made: PipelineScenario, *, lies: float = 1.0, **more: object) -> None:
+        self.made, self.rng, self.lies = made, Random(7), lies
+        self.watch = PipelineWatch(made.work, made.placements, 10_000, price=CHEAP, **more)  # type: ignore[arg-type]
+        self.findings: list[StageFinding] = []
+        self.actions: list[str] = []
+        self.step = 0
+
+    def play(
+        self, steps: int, factors: dict[int, float] | None = None, flags: int = 0, lying: int = -1, longer: float = 1.0
+    ) -> Played:
+        """`lying`: a worker that says it takes `lies` times as long as it does. `longer`: whole steps take so
+        many times as long as their stages explain.
+        """
+        for _ in range(steps):
+            self.step += 1
+            noise = [self.rng.lognormvariate(0, 0.01) for _ in self.made.work.kind_of]
+            slow = [(factors or {}).get(worker, 1.0) * one for worker, one in enumerate(noise)]
+            took = longer * max(self.made.work.step_s(one, slow) for one in self.watch.placements)
+            busy = {w: s * slow[w] for one in self.watch.placements for w, s in self.made.work.busy_s(one).items()}
+            if lying >= 0:
+                busy[lying] *= self.lies
+            verdict = self.watch.feed(self.step, busy, took, flags=dict.fromkeys(busy, flags), spares=self.made.spares)
+            self.findings += verdict.findings
+            if verdict.decision is not None:
+                self.actions.append(verdict.decision.action)
+                self.watch.enter(verdict.decision.placements)
+        return self
+
+    @property
+    def named(self) -> list[tuple[str, int, int, int]]:
+        return [(one.kind, one.worker, one.pipeline, one.stage) for one in self.findings]
+
+
+def test_the_slow_place_is_named_with_its_stage_and_loses_layers_and_gets_them_back() -> None:
+    run = Played(scenario(), allowed=("move_layers",)).play(20).play(40, {4: 2.0})
+    assert run.named == [("slow", 4, 1, 1)]
+    assert 21 <= run.findings[0].since <= 22
+    assert run.findings[0].step <= 24
+    assert run.findings[0].slowness == pytest.approx(2.0, rel=0.05)
+    before, after = run.made.placements[1], run.watch.placements[1]
+    assert after.runs[4][1] - after.runs[4][0] < before.runs[4][1] - before.runs[4][0]
+    assert run.watch.placements[0] == run.made.placements[0]
+    run.play(60)
+    assert run.named == [("slow", 4, 1, 1), ("recovered", 4, 1, 1)]
+    assert run.watch.decider.fleet_s(run.watch.placements, run.made.work.healthy()) == pytest.approx(
+        run.watch.decider.fleet_s(run.made.placements, run.made.work.healthy())
+    )
+    assert set(run.watch.decider.outcomes) == {"confirmed"}
+
+
+def test_stages_of_unlike_work_are_no_slowness() -> None:
+    """The last stage has the head; one whose layers take half as long again as the planner thinks is no slower."""
+    made = scenario(work=work(workers=6, head=4.0))
+    run = Played(made)
+    run.play(60, {2: 1.5, 5: 1.5})
+    assert run.named == []
+    assert run.actions == []
+
+
+@pytest.mark.parametrize("pipelines", [1, 2, 3])
+def test_with_and_without_peers(pipelines: int) -> None:
+    run = Played(scenario(pipelines=pipelines)).play(15).play(20, {1: 1.4})
+    assert run.named[0] == ("slow", 1, 0, 1)
+    assert len(run.named) == 1
+
+
+def test_what_all_peers_of_a_stage_share_is_nobodys_own() -> None:
+    run = Played(scenario(pipelines=3)).play(15).play(30, {1: 1.3, 4: 1.3, 7: 1.3})
+    assert run.named == []
+
+
+def test_a_slowness_outlasts_a_swap_of_roles() -> None:
+    """Whoever has another stage is learned anew; that it is slow is still known, and its recovery is seen."""
+    made = scenario(pipelines=1)
+    run = Played(made, allowed=("swap_roles",)).play(20).play(60, {2: 3.0})
+    assert run.actions == ["swap_roles"]
+    assert run.watch.factors[2] == pytest.approx(3.0, rel=0.05)
+    assert run.watch.placements[0].seats != made.placements[0].seats
+    run.play(60)
+    assert run.watch.factors[2] == 1.0
+    assert [one.kind for one in run.findings] == ["slow", "recovered"]
+
+
+def test_a_spare_takes_the_place_and_a_cap_keeps_the_second_one_out() -> None:
+    made = scenario(pipelines=2, spares=2)
+    policy = Policy(per_s=1e9)
+    run = Played(made, policy=policy, allowed=("replace",)).play(20).play(40, {1: 3.0})
+    assert run.actions == ["replace"]
+    assert run.watch.placements[0].seats == (0, 6, 2)
+    assert run.watch.decider.outcomes == ["confirmed"]
+    run.made = PipelineScenario(made.work, made.placements, (7,))
+    run.play(60, {1: 3.0, 3: 3.0})
+    assert run.actions == ["replace"]
+
+
+def test_one_stage_fewer() -> None:
+    run = Played(scenario(pipelines=1), allowed=("leave_out",)).play(20).play(40, {1: 8.0})
+    assert run.actions == ["leave_out"]
+    assert run.watch.placements[0].seats == (0, 2)
+    assert sum(run.watch.placements[0].layers) == run.made.work.layers
+
+
+def test_a_worker_that_says_it_is_slow_and_is_not_keeps_its_layers() -> None:
+    run = Played(scenario(pipelines=1), lies=2.5).play(20).play(80, lying=1)
+    assert run.named == [("slow", 1, 0, 1)]
+    assert run.actions == []
+
+
+def test_a_change_that_makes_steps_longer_is_taken_back() -> None:
+    """Whoever gets the layers takes three times as long with them, which nobody could foresee."""
+    run = Played(scenario(pipelines=1), allowed=("move_layers",)).play(20)
+    while run.actions.count("move_back") < 1:
+        moved = run.watch.placements != run.made.placements
+        run.play(1, {1: 2.0}, longer=3.0 if moved else 1.0)
+        assert run.step < 100
+    run.play(100, {1: 2.0})
+    assert run.actions == ["move_layers", "move_back"]
+    assert run.watch.decider.outcomes == ["taken back", "moved back"]
+    assert run.watch.placements == run.made.placements
+
+
+def test_what_costs_more_than_it_wins_is_left() -> None:
+    """A change is not made for the last steps of a run, nor for one that would take the rest of it."""
+    made = scenario(pipelines=1)
+    watch = PipelineWatch(made.work, made.placements, 40, price=Price(1e6, 1e12))
+    run = Played(made)
+    run.watch = watch
+    assert run.play(20).play(20, {1: 3.0}).actions == []
+    assert [one.kind for one in run.findings] == ["slow"]
+
+
+def test_nonsense_leads_to_nothing() -> None:
+    made = scenario(pipelines=1)
+    run = Played(made).play(20)
+    for value in (math.nan, -1.0, math.inf, 0.0):
+        for _ in range(10):
+            run.step += 1
+            busy = run.made.work.busy_s(made.placements[0]) | {1: value}
+            verdict = run.watch.feed(run.step, busy, 1.0)
+            assert verdict.findings == ()
+            assert verdict.decision is None
+    for took in (math.nan, math.inf, -1.0):
+        run.step += 1
+        assert run.watch.feed(run.step, made.work.busy_s(made.placements[0]), took).decision is None
+    assert run.play(30, {1: 2.0}).named == [("slow", 1, 0, 1)]
+
+
+def test_steps_with_an_excuse_do_not_count() -> None:
+    run = Played(scenario(pipelines=1)).play(20).play(6, {1: 3.0}, flags=FLAG_CHECKPOINT).play(20)
+    assert run.named == []
+
+
+def test_other_workers_than_those_with_stages_are_refused() -> None:
+    made = scenario(pipelines=1)
+    with pytest.raises(ValueError, match=r"stages are with \[0, 1, 2\]"):
+        PipelineWatch(made.work, made.placements, 10).feed(1, {0: 1.0, 1: 1.0}, 1.0)
+
+
+def test_two_pipelines_are_mended_in_one_pause() -> None:
+    """Neither alone would win anything: the step is as long as the slower of the two."""
+    slowness = (Slowness(1, "compute", 2.0, 30, 300), Slowness(5, "compute", 2.0, 30, 300))
+    out = run_pipelines(scenario(steps=100, slowness=slowness, price=CHEAP, allowed=("move_layers",), noise=0.01))
+    assert len(out.decisions) == 1
+    (decision,) = out.decisions
+    start = scenario().placements
+    assert all(one != other for one, other in zip(decision.placements, start, strict=True))
+    assert decision.cost_s == pytest.approx(0.05, rel=0.1)
+
+
+def test_a_placement_says_who_has_which_layers() -> None:
+    assert Placement((5, 3), (4, 8), (0, 0)).runs == {5: (0, 4), 3: (4, 12)}
