@@ -40,6 +40,7 @@ ALL = {
     "simulate": ["simulate.py"],
     "planner": ["planner.py"],
     "stragglers": ["stragglers.py"],
+    "pipelines": ["pipelines.py"],
     "mitigation": ["mitigation.py"],
     "redundancy": ["redundancy.py"],
     "checkpoint_stall": ["checkpoints/stall.py"],

@@ -112,10 +112,6 @@ class _World:
             flags[worker] = flag
         return noise, flags
 
-    def step_s(self, placements: Placements, factors: Sequence[float]) -> float:
-        """Of the slowest pipeline."""
-        return max(self.truth.step_s(placement, factors) for placement in placements)
-
     def busy_s(self, placements: Placements, factors: Sequence[float]) -> dict[int, float]:
         """By worker, computing alone."""
         healthy = {w: s for placement in placements for w, s in self.truth.busy_s(placement).items()}
@@ -139,17 +135,18 @@ def run_pipelines(scenario: PipelineScenario, policy: Policy | None = None) -> P
         noise, flags = world.draw(step)
         active = scenario.active(step)
         factors = tuple(a * b for a, b in zip(scenario.factors(active), noise, strict=True))
-        taken: dict[Placements, float] = {}
         theirs, free, price_s = plan[step]
-        for placements in (start, now, theirs, free):
-            if placements not in taken:
-                taken[placements] = world.step_s(placements, factors)
-        out.none_s += taken[start]
-        out.ours_s += taken[now]
-        out.oracle_s += taken[theirs] + price_s
-        out.free_s += taken[free]
+        each = {
+            placement: world.truth.step_s(placement, factors) for placement in {*start, *now, *theirs, *free}
+        }  # what is the same for several of them is replayed once
+        took_s, none_s, oracle_s, free_s = (max(each[one] for one in placements)
+                                            for placements in (now, start, theirs, free))  # fmt: skip
+        out.none_s += none_s
+        out.ours_s += took_s
+        out.oracle_s += oracle_s + price_s
+        out.free_s += free_s
         busy = world.busy_s(now, factors)
-        verdict = watch.feed(step, busy, taken[now], flags=flags, spares=spares, acts=bool(scenario.allowed))
+        verdict = watch.feed(step, busy, took_s, flags=flags, spares=spares, acts=bool(scenario.allowed))
         out.findings += verdict.findings
         decision = verdict.decision
         if decision is None:
