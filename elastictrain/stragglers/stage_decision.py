@@ -138,7 +138,7 @@ class StageDecider:
             return None  # one pause for all
         if now.step < self._hold_until or (now.step < until and dict(now.slow) == slow):
             return None
-        return self._pick(now, [change for change in changes if self._shows(now, change, before_s)], before_s)
+        return self._pick(now, [change for change in changes if self._shows(now, change)], before_s)
 
     def _measure(self, now: StageSituation) -> None:
         """Keep what steps have taken under these placements, and what is usual of that."""
@@ -151,13 +151,14 @@ class StageDecider:
             ratio = now.took_s / self.fleet_s(now.placements, now.factors)
             self._usual = [*self._usual[1 - _USUAL_STEPS :], ratio]
 
-    def _shows(self, now: StageSituation, change: Change, before_s: float) -> bool:
-        """Whether steps have been as long, since somebody became slow, as half of what the change promises needs."""
+    def _shows(self, now: StageSituation, change: Change) -> bool:
+        """Whether steps have been so long, since somebody became slow, that half of the gain is there to be won."""
         if not now.slow:
             return True
         onset = max(now.slow.values())
         since = [took_s for step, took_s in self._took if step >= onset]
-        return bool(since) and median(since) / median(self._usual) >= (before_s + change.step_s) / 2
+        both_s = self.fleet_s(now.placements, now.factors) + self.fleet_s(change.placements, now.factors)
+        return bool(since) and median(since) / median(self._usual) >= both_s / 2
 
     # --- choosing ---
 
