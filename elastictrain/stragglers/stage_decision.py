@@ -101,6 +101,7 @@ class StageDecider:
         """How many times as long as expected steps took while nobody was slow."""
         self._took: list[tuple[int, float]] = []
         self._measured: tuple[Placement, ...] = ()
+        self._home: tuple[Placement, ...] = ()
         self._hold_until = self._waited = 0
         self._refuted: tuple[dict[int, int], int] = ({}, 0)
         self._last_ways: tuple[dict[int, int], set[int]] = ({}, set())
@@ -119,7 +120,10 @@ class StageDecider:
         return self._known_s[about]
 
     def decide(self, now: StageSituation) -> StageDecision | None:
-        """What to do after this step; None: nothing."""
+        """What to do after this step; None: nothing. While nobody is slow the placements of the first step stay, even
+        if others would be better.
+        """
+        self._home = self._home or now.placements
         self._patience.note(now.step, now.slow, now.factors)
         self._measure(now)
         if self._trial is not None:
@@ -133,6 +137,8 @@ class StageDecider:
             change.placements: self._lost_s.get(change.placements, 0.0) + before_s - change.step_s for change in changes
         }
         slow, until = self._refuted
+        if not now.slow and now.placements == self._home:
+            return None
         self._waited = self._waited + 1 if now.unsettled else 0
         if 0 < self._waited <= _MOST_WAITING:
             return None  # one pause for all
@@ -152,13 +158,17 @@ class StageDecider:
             self._usual = [*self._usual[1 - _USUAL_STEPS :], ratio]
 
     def _shows(self, now: StageSituation, change: Change) -> bool:
-        """Whether steps have been so long, since somebody became slow, that half of the gain is there to be won."""
+        """Whether it wins by what is known now, too (`trusted` is what is dealt out by), and steps have been so long,
+        since somebody became slow, that half of the gain is there to be won.
+        """
+        before_s, after_s = (self.fleet_s(one, now.factors) for one in (now.placements, change.placements))
+        if after_s > (1 - self.policy.min_gain) * before_s:
+            return False
         if not now.slow:
             return True
         onset = max(now.slow.values())
         since = [took_s for step, took_s in self._took if step >= onset]
-        both_s = self.fleet_s(now.placements, now.factors) + self.fleet_s(change.placements, now.factors)
-        return bool(since) and median(since) / median(self._usual) >= both_s / 2
+        return bool(since) and median(since) / median(self._usual) >= (before_s + after_s) / 2
 
     # --- choosing ---
 

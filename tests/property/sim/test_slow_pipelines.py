@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from elastictrain.planner.pipelines import Placement
@@ -47,6 +47,7 @@ def test_decisions_fit_and_do_not_swing(seed, slow_count):
 
 
 @given(st.integers(0, 2**32))
+@example(10597)  # another order of the devices would be better than the one at the start
 @settings(max_examples=15, deadline=None)
 def test_noise_alone_moves_nothing(seed):
     scenario = drawn(seed, 0)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import product
 from random import Random
 
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from elastictrain.planner.pipelines import Pipelines, Placement
@@ -133,7 +133,7 @@ def test_what_is_decided_is_the_best_of_all_that_pay(seed):
         if way.step_s <= (1 - policy.min_gain) * before_s and pays(rental, prior=prior):
             values.append(cost_s + steps * way.step_s)
     if decision is None:
-        assert not values
+        assert not values or not case.slow  # what was planned stays while nobody is slow
         return
     assert close(decision.cost_s + steps * decision.after_s, min(values))
     assert decision.after_s < before_s
@@ -193,6 +193,7 @@ def test_regret_is_that_of_ski_rental(seed, lasts):
 
 
 @given(seeds, st.integers(20, 120))
+@example(92, 20)  # who was slow a moment ago counts as slow: no reason to move anything for it
 @settings(max_examples=40, deadline=None)
 def test_there_and_back_and_no_more(seed, lasts):
     """One slowness leads to a few changes there, each an improvement, and back; then to nothing more."""
