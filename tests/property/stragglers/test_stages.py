@@ -51,7 +51,7 @@ def close(a: float, b: float) -> bool:
 
 
 @given(seeds)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_of_every_action_the_best_placement_is_found(seed):
     """Equal to brute force in the planner's closed form (`b sum t + (m - b) max t`), within memory."""
     case = Case5(seed)
@@ -115,7 +115,7 @@ def test_of_several_pipelines_the_best_change_together_is_found(seed, count, ste
 
 
 @given(seeds)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_what_is_decided_is_the_best_of_all_that_pay(seed):
     """Never worse than nothing by its own model (the schedule replayed), within memory, least time in all."""
     case = Case5(seed)
@@ -173,7 +173,7 @@ def played(
 
 
 @given(seeds, st.integers(1, 400))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_regret_is_that_of_ski_rental(seed, lasts):
     """However long a slowness lasts, which nobody knows: at most twice what is paid by who knew it, and one change."""
     case = Case5(seed, slow_count=1)
@@ -194,7 +194,7 @@ def test_regret_is_that_of_ski_rental(seed, lasts):
 
 @given(seeds, st.integers(20, 120))
 @example(92, 20)  # who was slow a moment ago counts as slow: no reason to move anything for it
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_there_and_back_and_no_more(seed, lasts):
     """One slowness leads to a few changes there, each an improvement, and back; then to nothing more."""
     case = Case5(seed, slow_count=1)
@@ -225,7 +225,7 @@ def looked_at(case: Case5, start_s: float, moved_s: float) -> tuple[list[str], t
 
 
 @given(seeds, st.floats(1.05, 3.0))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_what_does_not_bring_its_gain_is_taken_back_where_that_pays(seed, worse):
     """Layers move away from a slow place, steps take longer than before: they go back, and stay. As long as before:
     going back would win nothing, and costs.
@@ -244,7 +244,7 @@ def test_what_does_not_bring_its_gain_is_taken_back_where_that_pays(seed, worse)
 
 
 @given(seeds)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_a_slowness_that_no_step_shows_moves_nothing(seed):
     """A worker says that it is slow, or is taken for slow, and steps are as long as ever."""
     case = Case5(seed, slow_count=1)
