@@ -23,11 +23,12 @@ def send_s(size_bytes: float, link: Link) -> float:
     return link.alpha_s + size_bytes / link.beta_bytes_s
 
 
-def across_nodes(link: Link, members_per_node: int, per_node: int, nodes: int) -> Link:
-    """The link as one group sees it that has `members_per_node` of a node's `per_node` devices, on `nodes` nodes.
+def share_across(link: Link, members_per_node: int, per_node: int, nodes: int) -> float:
+    """The part of the link's bandwidth that a group sees: `members_per_node` of a node's `per_node` devices, on `nodes`
+    nodes.
 
     All groups of a node send at once. A contiguous group has all of the node's ports; a strided one only those of its
     own members. And the more switches a ring passes, the more it meets other traffic (`Link.crowd`).
     """
     ports = members_per_node if link.per == "device" else members_per_node / per_node
-    return link.model_copy(update={"beta_bytes_s": link.beta_bytes_s * ports * max(nodes, 1) ** -link.crowd})
+    return float(ports * max(nodes, 1) ** -link.crowd)

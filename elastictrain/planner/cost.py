@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from elastictrain.planner.collectives import across_nodes, all_gather_s, send_s
+from elastictrain.planner.collectives import all_gather_s, send_s, share_across
 from elastictrain.planner.compute import DEFAULTS, Constants, LayerTime, head_time, layer_time
 from elastictrain.planner.memory import even_layers
 from elastictrain.planner.model import Cut, Transformer
@@ -165,7 +165,8 @@ def round_s(params: float, cut: Cut, place: Place, constants: Constants) -> floa
     if cut.workers <= per_node and cut.devices <= place.per_node:
         link, share = place.inside, constants.inside
     else:
-        link, share = across_nodes(place.across, per_node, place.per_node, nodes), constants.across
+        link = place.across
+        share = constants.across * share_across(link, per_node, place.per_node, nodes)
     return all_gather_s(size * params, cut.workers, link, share)
 
 

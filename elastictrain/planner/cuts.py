@@ -15,33 +15,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product, starmap
 
-from elastictrain.planner.compute import Constants, LayerTime, layer_time
+from elastictrain.planner.compute import Constants
 from elastictrain.planner.cost import (
-    border_s,
-    ends_s,
-    gradients_s,
-    layer_s,
-    optimizer_s,
     stage_params,
     step_time,
 )
+from elastictrain.planner.kinds import Kinds
 from elastictrain.planner.memory import (
-    MEMORY,
-    boundary_bytes,
-    gathered_bytes,
-    layer_kept_bytes,
     param_bytes,
     stage_memory,
-    working_bytes,
 )
 from elastictrain.planner.model import Checkpointing, Cut, Schedule
-from elastictrain.planner.plan import SPREAD_BYTES, Plan, Task
+from elastictrain.planner.plan import Plan, Task
 from elastictrain.planner.profiles import Cluster
+from elastictrain.planner.reach import Problem, least_s
 from elastictrain.planner.schedule import bubble_share, in_flight, replayed_s
-from elastictrain.planner.shapes import Branch, Candidate, Shape, divisors, fewest_workers, memory_bytes, place_of
-from elastictrain.planner.stages import Kind, Pipeline, place_stages
+from elastictrain.planner.shapes import Branch, Candidate, Shape, divisors, fewest_workers, memory_bytes
+from elastictrain.planner.stages import Pipeline, place_stages
 
 EXCHANGE = "the links between workers (gradients and parameters)"
 _TENSORS = (1, 2, 4, 8, 16)
@@ -51,6 +44,8 @@ _LEAST_BUBBLE = 1 / max(_CHUNKS)
 _LEAST_MIXED_BUBBLE = 1 / 3
 """ZB-H1's."""
 MOST_MIXED_STAGES = 24
+_FAR = 1.05
+"""Variants of a shape whose bounds are larger than this many times the smallest wait for being looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +62,7 @@ class Cuts:
 
     def __init__(self, task: Task, cluster: Cluster, constants: Constants) -> None:
         self.task, self.cluster, self.constants = task, cluster, constants
-        self.places = [place_of(cluster, group) for group in cluster.groups]
-        self._times: dict[tuple[int, int, int, Checkpointing], LayerTime] = {}
+        self.kinds = Kinds(task, cluster, constants)
         self._sizes: dict[tuple[bool, int, bool, bool, bool], int] = {}
 
     # --- what is tried ---
@@ -140,7 +134,7 @@ class Cuts:
             cut = self._cut(shape, few)
             cuts = self.variants(cut, one_group=len(chosen) == 1)
             places = self._places(chosen, cut)
-            return Branch(bound, lambda: [self._candidate(chosen, places, variant) for variant in cuts], len(cuts))
+            return Branch(bound, lambda: self._opened(chosen, places, cuts), len(cuts))
         middle = len(counts) // 2
         halves = counts[:middle], counts[middle:]
         size = sum(self._variants_of(chosen, shape, count) for count in counts)
@@ -172,18 +166,14 @@ class Cuts:
         if not self._holds(chosen, places, replace(most, zero_stage=3 if many > 1 else 1)):
             return math.inf
         bubble = _LEAST_BUBBLE if len(chosen) == 1 else _LEAST_MIXED_BUBBLE
-        update = min(optimizer_s(self._even_params(most), most, self.places[n], self.constants) for n in chosen)
+        update = min(self.kinds.update_s(n, most) for n in chosen)
         bound = math.inf
         for zero in (1, 2, 3) if many > 1 else (1,):
             # With fewer workers than a node has room for, or on one node, more of them may exchange in less time.
             least = [replace(most, workers=self._across(n, shape, few), zero_stage=zero) for n in chosen]
-            whole = [
-                self.task.model.layers * self._layer_s(n, cut) + self._ends(n, cut)
-                for n, cut in zip(chosen, least, strict=True)
-            ]
+            whole = [self.kinds.all_s(n, cut) for n, cut in zip(chosen, least, strict=True)]
             exchange = min(
-                gradients_s(self._even_params(cut), self.task.model, cut, self.places[n], self.constants)
-                for n, cut in zip(chosen, least, strict=True)
+                self.kinds.exchange_s(n, cut, self.kinds.even_params(cut)) for n, cut in zip(chosen, least, strict=True)
             )
             bound = min(bound, self._working(whole, places, most, bubble) + exchange)
         return bound + update
@@ -191,59 +181,68 @@ class Cuts:
     def _holds(self, chosen: tuple[int, ...], places: Sequence[int], cut: Cut) -> bool:
         """Whether the roomiest places together hold the parameters and their state: nothing fits that does not."""
         each = sorted(
-            (memory_bytes(self.cluster, n) - MEMORY.reserve_bytes - SPREAD_BYTES
+            (self.kinds.room_bytes(n)
              for n, count in zip(chosen, places, strict=True) for _ in range(min(count, cut.pipeline))),
             reverse=True,
         )  # fmt: skip
-        return param_bytes(cut) * self._even_params(cut) * cut.pipeline <= sum(each[: cut.pipeline]) * (1 + 1e-9)
+        return param_bytes(cut) * self.kinds.even_params(cut) * cut.pipeline <= sum(each[: cut.pipeline]) * (1 + 1e-9)
 
     def _across(self, number: int, shape: Shape, workers: int) -> int:
         """So many workers as exchange in no more time than `workers` or any more of them."""
-        node = self.places[number].per_node
+        node = self.kinds.places[number].per_node
         beyond = workers * shape.tensor * shape.pipeline > node and workers * shape.tensor >= node
         return workers if beyond else 1
 
-    def _candidate(self, chosen: tuple[int, ...], places: tuple[int, ...], cut: Cut) -> Candidate:
-        if not self._holds(chosen, places, cut):
-            return Candidate(math.inf, lambda _: None)
-        whole = [self.task.model.layers * self._layer_s(n, cut) + self._ends(n, cut) for n in chosen]
-        bound = self._working(whole, places, cut, bubble_share(cut)) + self._least_rest(chosen, cut)
-        return Candidate(bound, lambda worst: self._work_out(chosen, places, cut, worst))
+    def _opened(
+        self, chosen: tuple[int, ...], places: tuple[int, ...], cuts: Sequence[Cut]
+    ) -> list[Branch | Candidate]:
+        """The candidates that promise most, and a branch of the others: few of them will be looked at."""
+        promises = [(self._promise(chosen, places, cut), cut) for cut in cuts if self._holds(chosen, places, cut)]
+        least = min((promise for promise, _ in promises), default=math.inf)
+        near = [cut for promise, cut in promises if promise <= least * _FAR]
+        far = [cut for promise, cut in promises if promise > least * _FAR]
+        found: list[Branch | Candidate] = [*self._candidates(chosen, places, near)]
+        if far:
+            bound = min(promise for promise, _ in promises if promise > least * _FAR)
+            found.append(Branch(bound, lambda: self._candidates(chosen, places, far), len(far)))
+        return found
+
+    def _promise(self, chosen: tuple[int, ...], places: tuple[int, ...], cut: Cut) -> float:
+        """The seconds of a candidate at least, whatever memory allows."""
+        whole = [self.kinds.all_s(n, cut) for n in chosen]
+        return self._working(whole, places, cut, bubble_share(cut)) + self._least_rest(chosen, cut)
+
+    def _candidates(self, chosen: tuple[int, ...], places: tuple[int, ...], cuts: Sequence[Cut]) -> list[Candidate]:
+        """With bounds that know what memory lets the places hold."""
+        if not cuts:
+            return []
+        bounds = least_s([self._problem(chosen, places, cut) for cut in cuts])
+        return [
+            Candidate(least + self._least_rest(chosen, cut), partial(self._work_out, chosen, places, cut))
+            for cut, least in zip(cuts, bounds, strict=True)
+        ]
+
+    def _problem(self, chosen: tuple[int, ...], places: tuple[int, ...], cut: Cut) -> Problem:
+        kinds = [self.kinds.kind(number, cut, count) for number, count in zip(chosen, places, strict=True)]
+        received = [min(self.kinds.between_s(a, b, cut) for a in chosen) for b in chosen]
+        whole = [self.kinds.all_s(n, cut) for n in chosen]
+        return Problem(
+            kinds, [in_flight(cut, stage) for stage in range(cut.pipeline)], received,
+            self._even_s(whole, places, cut), min(whole), bubble_share(cut), cut.micro_batches,
+        )  # fmt: skip
 
     def _working(self, whole: Sequence[float], places: Sequence[int], cut: Cut, bubble: float) -> float:
         """No cut of the layers is quicker than one in which all stages take the same time, on the quickest places."""
-        least = min(whole)
-        shares = [least / t for t, n in zip(whole, places, strict=True) for _ in range(min(n, cut.pipeline))]
-        quick = sorted(shares, reverse=True)
-        return bubble * least + (cut.micro_batches - bubble) * least / sum(quick[: cut.pipeline])
+        return bubble * min(whole) + (cut.micro_batches - bubble) * self._even_s(whole, places, cut)
 
-    def place_time(self, number: int, cut: Cut) -> LayerTime:
-        key = number, cut.tensor, cut.micro_batch, cut.checkpointing
-        if key not in self._times:
-            place = self.places[number]
-            self._times[key] = layer_time(self.task.model, cut, place.device, place.inside, self.constants)
-        return self._times[key]
-
-    def _layer_s(self, number: int, cut: Cut) -> float:
-        return layer_s(self.task.model, cut, self.places[number], self.constants, known=self.place_time(number, cut))
-
-    def _ends(self, number: int, cut: Cut) -> float:
-        return sum(ends_s(self.task.model, cut, self.places[number], self.constants))
-
-    def _even_params(self, cut: Cut) -> float:
-        """No cut of the layers leaves the fullest stage with fewer parameters."""
-        model = self.task.model
-        return (model.layers * model.layer_params + 2 * model.vocab_params) / cut.pipeline / cut.tensor
+    def _even_s(self, whole: Sequence[float], places: Sequence[int], cut: Cut) -> float:
+        """One micro-batch through a stage, when all take the same time, on the quickest places."""
+        speeds = [1 / t for t, n in zip(whole, places, strict=True) for _ in range(min(n, cut.pipeline))]
+        return 1 / sum(sorted(speeds, reverse=True)[: cut.pipeline])
 
     def _least_rest(self, chosen: tuple[int, ...], cut: Cut) -> float:
         """No order of stages exchanges its gradients in less time."""
-        return min(self.rest(number, cut, self._even_params(cut)) for number in chosen)
-
-    def rest(self, number: int, cut: Cut, params: float) -> float:
-        """Exchange and update at the end of a step, of a stage with so many parameters on this group."""
-        place = self.places[number]
-        exchange = gradients_s(params, self.task.model, cut, place, self.constants)
-        return exchange + optimizer_s(params, cut, place, self.constants)
+        return min(self.kinds.rest_s(number, cut, self.kinds.even_params(cut)) for number in chosen)
 
     # --- working a candidate out ---
 
@@ -256,7 +255,7 @@ class Cuts:
         again = tuple(stage.again * cut.chunks for stage in pipeline.stages)
         groups = tuple(chosen[stage.kind] for stage in pipeline.stages)
         if len(chosen) == 1:
-            parts = step_time(self.task.model, cut, self.places[chosen[0]], layers=layers, again=again,
+            parts = step_time(self.task.model, cut, self.kinds.places[chosen[0]], layers=layers, again=again,
                               constants=self.constants)  # fmt: skip
             limit = parts.limit
         else:
@@ -273,9 +272,9 @@ class Cuts:
         cut, groups = plan.cut, plan.stage_groups
         assert cut is not None
         work = self.stage_work(plan)
-        wrap = self.between(groups[-1], groups[0], cut) / 2
+        wrap = self.kinds.between_s(groups[-1], groups[0], cut) / 2
         held = stage_params(self.task.model, cut, plan.layers)
-        rest = max(self.rest(number, cut, params) for number, params in zip(groups, held, strict=True))
+        rest = max(self.kinds.rest_s(number, cut, params) for number, params in zip(groups, held, strict=True))
         return replayed_s(work.forward_s, work.backward_s, cut, send_s=work.send_s, wrap_s=wrap) + rest
 
     def stage_work(self, plan: Plan) -> StageWork:
@@ -285,15 +284,15 @@ class Cuts:
         forward, backward, sends = [], [], []
         last = cut.pipeline - 1
         for j, (number, layers, seconds) in enumerate(zip(groups, plan.layers, plan.stage_s, strict=True)):
-            received = self.between(groups[j - 1], number, cut) * (cut.chunks if j else cut.chunks - 1)
-            ends = ends_s(self.task.model, cut, self.places[number], self.constants)
+            received = self.kinds.between_s(groups[j - 1], number, cut) * (cut.chunks if j else cut.chunks - 1)
+            ends = self.kinds.ends_s(number, cut)
             work = seconds - received
             head = ends[1] if j == last else 0.0
-            first = self.places[number].slowdown * self.place_time(number, cut).forward_s * layers + head / 3
+            first = self.kinds.places[number].slowdown * self.kinds.time(number, cut).forward_s * layers + head / 3
             forward.append(min(first, work))
             backward.append(work - forward[-1])
             if j:
-                sends.append(self.between(groups[j - 1], number, cut) / 2)
+                sends.append(self.kinds.between_s(groups[j - 1], number, cut) / 2)
         return StageWork(tuple(forward), tuple(backward), tuple(sends))
 
     def staged(
@@ -305,9 +304,11 @@ class Cuts:
         than that of the last one; and so on, until even an exchange at its least would not make up for the stages.
         """
         model = self.task.model
-        kinds = [self.kind(number, cut, count) for number, count in zip(chosen, places, strict=True)]
+        kinds = [self.kinds.kind(number, cut, count) for number, count in zip(chosen, places, strict=True)]
         borders = {
-            (a, b): self.between(chosen[a], chosen[b], cut) for a in range(len(kinds)) for b in range(len(kinds))
+            (a, b): self.kinds.between_s(chosen[a], chosen[b], cut)
+            for a in range(len(kinds))
+            for b in range(len(kinds))
         }
         flights = [in_flight(cut, stage) for stage in range(cut.pipeline)]
         least = self._least_rest(chosen, cut)
@@ -325,7 +326,7 @@ class Cuts:
                 break
             numbers = [chosen[stage.kind] for stage in found.stages]
             held = stage_params(model, cut, tuple((stage.hi - stage.lo) * cut.chunks for stage in found.stages))
-            rest = max(self.rest(number, cut, params) for number, params in zip(numbers, held, strict=True))
+            rest = max(self.kinds.rest_s(number, cut, params) for number, params in zip(numbers, held, strict=True))
             bound = min(bound, found.bound_s + (rest if found.exact else least))
             if found.time_s + rest < limit:
                 best, limit = (found, rest), found.time_s + rest
@@ -337,51 +338,8 @@ class Cuts:
 
     def _params_below(self, number: int, cut: Cut, seconds: float) -> float:
         """How many parameters a device may have so that its exchange takes less than `seconds`."""
-        fixed, more = self.rest(number, cut, 0.0), self.rest(number, cut, 1e9)
+        fixed, more = self.kinds.rest_s(number, cut, 0.0), self.kinds.rest_s(number, cut, 1e9)
         return (seconds * (1 - 1e-9) - fixed) / (more - fixed) * 1e9 if more > fixed else math.inf
-
-    def kind(self, number: int, cut: Cut, count: int) -> Kind:
-        """A stage's place on this group, in units of one layer for each chunk (`units` below). The first unit has the
-        embedding, the last one the head.
-        """
-        model, place, chunks = self.task.model, self.places[number], cut.chunks
-        units = model.layers // chunks
-        once = layer_s(model, cut, place, self.constants)
-        twice = layer_s(model, replace(cut, checkpointing="every_layer"), place, self.constants)
-        per_param = param_bytes(cut)
-        ends = model.vocab_params / cut.tensor
-        params = [chunks * model.layer_params / cut.tensor] * units
-        params[0] += ends
-        params[-1] += ends
-        seconds = [chunks * once] * units
-        first, last = ends_s(model, cut, place, self.constants)
-        seconds[0] += first
-        seconds[-1] += last
-        keep = [per_param * size for size in params]
-        keep[-1] += self._head_bytes(cut)
-        room = memory_bytes(self.cluster, number) - MEMORY.reserve_bytes - SPREAD_BYTES - gathered_bytes(model, cut)
-        spent = working_bytes(model, cut, again=False)
-        again = cut.schedule != "zb-h1"
-        return Kind(
-            count, tuple(seconds), tuple(keep), (chunks * layer_kept_bytes(model, cut),) * units, room - spent,
-            fixed_s=(chunks - 1) * self.between(number, number, cut), params=tuple(params),
-            again_s=(chunks * (twice - once),) * units if again else (),
-            again_bytes=(chunks * boundary_bytes(model, cut),) * units if again else (),
-            working_bytes=working_bytes(model, cut, again=True) - spent,
-        )  # fmt: skip
-
-    def _head_bytes(self, cut: Cut) -> float:
-        return stage_memory(self.task.model, replace(cut, pipeline=1), 1.0, layers=1, stage=0).head
-
-    def between(self, a: int, b: int, cut: Cut) -> float:
-        """What a stage on group b waits for one on group a, for one micro-batch, there and back."""
-        one, other = self.cluster.groups[a], self.cluster.groups[b]
-        place = self.places[a]
-        if a != b and one.island != other.island:
-            place = replace(place, across=self.cluster.link(self.cluster.between))
-        elif a != b:
-            place = max(place, self.places[b], key=lambda p: border_s(self.task.model, cut, p))
-        return border_s(self.task.model, cut, place)
 
     def _fits(self, groups: Sequence[int], cut: Cut, layers: Sequence[int], again: Sequence[int]) -> float:
         return min(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from elastictrain.planner.compute import DEFAULTS, Constants
-from elastictrain.planner.cuts import Cuts
+from elastictrain.planner.kinds import Kinds
 from elastictrain.planner.memory import even_layers
 from elastictrain.planner.model import Cut, Transformer
 from elastictrain.planner.plan import Task
@@ -175,15 +175,15 @@ def pipelines_of(
     names = sorted(set(devices))
     cluster = Cluster(groups=tuple(Group(device=name, nodes=devices.count(name), inter=link) for name in names))
     lanes = pipelines * micro_batches
-    cuts = Cuts(Task(model=model, lanes=lanes, lane_batch=micro_batch, mirrors=pipelines > 1), cluster, constants)
+    kinds = Kinds(Task(model=model, lanes=lanes, lane_batch=micro_batch, mirrors=pipelines > 1), cluster, constants)
     cut = Cut(pipeline=stages, workers=pipelines, micro_batch=micro_batch, micro_batches=micro_batches,
               mirrors=pipelines > 1)  # fmt: skip
     each = range(len(names))
     even = max(even_layers(model.layers, stages)) * model.layer_params + model.vocab_params
-    time = cuts.place_time(0, cut)
+    time = kinds.time(0, cut)
     return Pipelines(
-        tuple(cuts.kind(number, cut, devices.count(name)) for number, name in enumerate(names)),
+        tuple(kinds.kind(number, cut, devices.count(name)) for number, name in enumerate(names)),
         tuple(names.index(name) for name in devices), micro_batches, cut, time.forward_s / time.total_s,
-        {(a, b): cuts.between(a, b, cut) for a in each for b in each},
-        max(cuts.rest(number, cut, even) for number in each),
+        {(a, b): kinds.between_s(a, b, cut) for a in each for b in each},
+        max(kinds.rest_s(number, cut, even) for number in each),
     )  # fmt: skip

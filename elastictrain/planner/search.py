@@ -52,10 +52,13 @@ def search(
     limit: int = 4_000,
     families: Sequence[Family] = ("lanes", "grid", "mixed"),
     any_plan: bool = False,
+    beside: int = 0,
     enough: Callable[[], bool] = lambda: False,
 ) -> Found:
-    """The best plans. `limit`: candidates worked out at most. `any_plan`: the first one that fits is good enough.
-    `enough`: asked before each candidate whether to end early.
+    """The best plans: the first is the best one there is, the others are what was worked out on the way. `limit`:
+    candidates worked out at most. `any_plan`: the first one that fits is good enough. `beside`: so many more candidates
+    are worked out, once the best plan is known, as long as fewer than `keep` plans are near it. `enough`: asked before
+    each candidate whether to end early.
     """
     made = [node for family in families for node in nodes(task, cluster, constants, family)]
     total = sum(node.size if isinstance(node, Branch) else 1 for node in made)
@@ -67,15 +70,21 @@ def search(
     while waiting:
         promise, _, node = heappop(waiting)
         best = plans[0].step_s if plans else math.inf
-        if promise >= best or examined == limit or (any_plan and plans) or enough():
+        proven = promise >= best
+        if proven:
             bound = min(bound, promise)
-            ended_early = promise < best
+        if examined == limit or (any_plan and plans) or enough():
+            bound = min(bound, promise)
+            ended_early = not proven
+            break
+        if proven and (beside == 0 or len(plans) >= keep or promise >= best * NEAR):
             break
         if isinstance(node, Branch):
             for child in node.open():
                 heappush(waiting, (child.bound_s, next(numbers), child))
             continue
         examined += 1
+        beside -= proven
         worst = min(plans[keep - 1].step_s if len(plans) >= keep else math.inf, best * NEAR)
         plan = node.work_out(worst)
         if plan is None:
@@ -98,7 +107,8 @@ def search_and_replay(
     enough: Callable[[], bool] = lambda: False,
 ) -> Found:
     """`search`, with its best `FINALISTS` replayed operation by operation, and ranked by that."""
-    found = search(task, cluster, constants=constants, keep=max(keep, FINALISTS), limit=limit, enough=enough)
+    keep_all = max(keep, FINALISTS)
+    found = search(task, cluster, constants=constants, keep=keep_all, limit=limit, beside=2 * FINALISTS, enough=enough)
     cuts = Cuts(task, cluster, constants)
     plans = [plan if plan.cut is None else replace(plan, replayed_s=cuts.replayed_s(plan)) for plan in found.plans]
     # The one that is best in closed form stays, for the gap.

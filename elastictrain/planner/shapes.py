@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, permutations, product
 
-from elastictrain.planner.collectives import across_nodes, all_gather_s
+from elastictrain.planner.collectives import all_gather_s, share_across
 from elastictrain.planner.compute import Constants
 from elastictrain.planner.cost import Place
 from elastictrain.planner.plan import Plan
@@ -85,8 +85,9 @@ def slowest_ring_s(size_bytes: float, cluster: Cluster, constants: Constants, us
         if nodes == 1:
             return all_gather_s(size_bytes, devices, cluster.link(group.intra), constants.inside)
         for name in (group.inter, cluster.between) if len(islands) > 1 else (group.inter,):
-            link = across_nodes(cluster.link(name), min(count, group.per_node), group.per_node, nodes)
-            slowest = max(slowest, all_gather_s(size_bytes, devices, link, constants.across))
+            link = cluster.link(name)
+            share = constants.across * share_across(link, min(count, group.per_node), group.per_node, nodes)
+            slowest = max(slowest, all_gather_s(size_bytes, devices, link, share))
     return slowest
 
 

@@ -16,7 +16,9 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, permutations
+from itertools import accumulate
+
+from elastictrain.planner.reach import Reach
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,11 @@ class _Label:
     parent: _Label | None
 
 
+LONG_S = 1e300
+_ROUNDS = 4
+_PARTS = 12
+_LOOSER = (1.0, 1.01, 1.05)
+"""The time of the guess is looked for in so many rounds, each in so many parts; and what a little more would bring."""
 _State = tuple[tuple[int, ...], int, int]
 """Places used by kind, the last stage's kind, layers used."""
 
@@ -88,6 +95,7 @@ class _Search:
     limit: int
     bubble: float
     flights: Sequence[float]
+    reach: Reach
     order: Sequence[int] | None = None
     best: float = math.inf
     winner: _Label | None = None
@@ -103,9 +111,9 @@ class _Search:
     quickness: list[float] = field(default_factory=list)
     quickest: float = 0.0
     powers: dict[tuple[int, ...], float] = field(default_factory=dict)
-    rooms: dict[tuple[int, ...], float] = field(default_factory=dict)
-    needs: list[float] = field(default_factory=list)
+    left: list[dict[tuple[int, ...], list[float]]] = field(default_factory=list)
 
+    known: dict[tuple[int, int, int, int, int], Stage | None] = field(default_factory=dict)
     layers: int = 0
 
     def __post_init__(self) -> None:
@@ -119,16 +127,6 @@ class _Search:
             self.held.append([0.0, *accumulate(kind.params or (0.0,) * self.layers)])
         least = [min(kind.layer_s[i] for kind in self.kinds) for i in range(self.layers)]
         self.rest = [*reversed(list(accumulate(reversed(least)))), 0.0]
-        # What the layers from here on take at least, whatever kinds they are on and whatever is computed again.
-        flight = min(self.flights, default=0.0)
-        need = [
-            min(
-                kind.keep_bytes[i] + flight * min(kind.live_bytes[i], *kind.again_bytes[i : i + 1] or (math.inf,))
-                for kind in self.kinds
-            )
-            for i in range(self.layers)
-        ]
-        self.needs = [*reversed(list(accumulate(reversed(need)))), 0.0]
         # The share of the least possible work that a kind does in its time, on the layer that suits it best.
         for kind in self.kinds:
             self.quickness.append(max((a / b for a, b in zip(least, kind.layer_s, strict=True) if b > 0), default=1.0))
@@ -147,17 +145,6 @@ class _Search:
             )
             self.powers[used] = sum(free[:left])
         return self.powers[used]
-
-    def room(self, used: tuple[int, ...]) -> float:
-        """Bytes that the places left have together, the roomiest of them; a little more, for what rounding takes."""
-        if used not in self.rooms:
-            left = self.stages - sum(used)
-            free = sorted(
-                (kind.memory_bytes for kind, n in zip(self.kinds, used, strict=True) for _ in range(kind.count - n)),
-                reverse=True,
-            )
-            self.rooms[used] = sum(free[:left]) * (1 + 1e-9)
-        return self.rooms[used]
 
     def bound(self, total: float, worst: float, used: tuple[int, ...], place: int, layers: int) -> float:
         """No pipeline that goes on from here takes less: at best the places left share the layers left evenly."""
@@ -198,6 +185,12 @@ class _Search:
         """The stage in as little time as its memory allows, or None when it does not fit. With more layers at its end
         it never takes less time.
         """
+        key = last, kind, lo, hi, place
+        if key not in self.known:
+            self.known[key] = self._stage(last, kind, lo, hi, place)
+        return self.known[key]
+
+    def _stage(self, last: int, kind: int, lo: int, hi: int, place: int) -> Stage | None:
         again = self.fewest_again(kind, lo, hi, place)
         if again is None:
             return None
@@ -247,17 +240,39 @@ class _Search:
                 best = found
         return best
 
+    def most_s(self, total: float, at: int, place: int) -> float:
+        """No stage of a pipeline that is better than the best one takes longer, when `total` went into its first
+        `place` stages, with `at` layers.
+        """
+        least = total + self.rest[at] + (self.stages - place) * self.quickest
+        more = self.micro_batches - self.bubble
+        return (self.best - self.bubble * least) / more if more > 0 else math.inf
+
+    def hopeless(self) -> bool:
+        """Whether the places hold too little, whatever their order, in the time that a better pipeline has."""
+        return self.reach.most([min(self.most_s(0.0, 0, 0), LONG_S)])[0] < self.layers
+
     def guess(self) -> list[Stage] | None:
-        """A good pipeline to measure others by: the kinds one after the other, quickest places taken first."""
-        rounds = 60 if len(self.kinds) == 1 else 12
+        """A good pipeline to measure others by: the order of kinds whose places hold all layers in the least time, or the
+        one that is settled.
+        """
         if self.order is not None:
-            return self.in_order(self.order, rounds)
-        ranked = sorted(range(len(self.kinds)), key=lambda kind: self.time[kind][-1])
-        places = [kind for kind in ranked for _ in range(self.kinds[kind].count)][: self.stages]
-        guesses = [self.in_order([kind for kind in order for _ in range(places.count(kind))], rounds)
-                   for order in permutations(sorted(set(places)))]  # fmt: skip
-        found = [guess for guess in guesses if guess is not None]
-        return min(found, key=self.time_of, default=None)
+            return self.in_order(self.order, 60 if len(self.kinds) == 1 else 12)
+        if len(self.kinds) == 1:
+            return self.in_order([0] * self.stages)
+        low = self.rest[0] / self.power((0,) * len(self.kinds))
+        longest = max(self.time[k][-1] + self.again[k][-1] + kind.fixed_s for k, kind in enumerate(self.kinds))
+        high = min(self.most_s(0.0, 0, 0), longest + max(self.borders.values(), default=0.0))
+        for _ in range(_ROUNDS):
+            times = [low + (high - low) * n / _PARTS for n in range(1, _PARTS)]
+            enough = bisect_left(self.reach.most(times), self.layers)
+            low, high = [low, *times][enough], [*times, high][enough]
+        best: list[Stage] | None = None
+        for more in _LOOSER:
+            found = self.in_order(self.reach.order(high * more), 12)
+            if found is not None and (best is None or self.time_of(found) < self.time_of(best)):
+                best = found
+        return best
 
     def time_of(self, stages: Sequence[Stage]) -> float:
         times = [stage.time_s for stage in stages]
@@ -268,19 +283,12 @@ class _Search:
         place = sum(used)
         final = place == self.stages - 1
         # No stage of a pipeline that is better may take longer than this.
-        least = min(label.total for label in labels) + self.rest[at] + (self.stages - place) * self.quickest
-        more = self.micro_batches - self.bubble
-        most = (self.best - self.bubble * least) / more if more > 0 else math.inf
+        most = self.most_s(min(label.total for label in labels), at, place)
         for kind, here in enumerate(self.kinds):
             if used[kind] == here.count or (self.order is not None and self.order[place] != kind):
                 continue
             taken = (*used[:kind], used[kind] + 1, *used[kind + 1 :])
-            first = self.layers if final else at + 1
-            left_power = 0.0 if final else self.power(taken)
-            while not final and first < self.layers and self.rest[first] / left_power + self.quickest > most:
-                first += 1
-            while not final and first < self.layers and self.needs[first] > self.room(taken):
-                first += 1
+            first = max(self.layers if final else at + 1, math.ceil(self.layers - self.left[place + 1][taken][kind]))
             for hi in range(first, self.layers - (self.stages - place - 1) + 1):
                 stage = self.stage(last, kind, at, hi, place)
                 if stage is None or stage.time_s > most:
@@ -353,8 +361,11 @@ def place_stages(
     if stages > min(len(kinds[0].layer_s), sum(kind.count for kind in kinds)):
         return None
     flights = in_flight or [min(stages - place, micro_batches) for place in range(stages)]
-    search = _Search(kinds, borders or {}, stages, micro_batches, limit, bubble, flights, order, better_than_s)
-    if search.needs[0] > search.room((0,) * len(kinds)):
+    search = _Search(
+        kinds, borders or {}, stages, micro_batches, limit, bubble, flights, Reach(kinds, borders or {}, flights),
+        order=order, best=better_than_s,
+    )  # fmt: skip
+    if search.hopeless():
         return None
     guess = search.guess()
     # On one kind the guess has the least maximum; when it computes nothing again, no cut has a smaller sum either.
@@ -365,6 +376,7 @@ def place_stages(
         guess = None
     if settled:
         return None if guess is None else Pipeline(tuple(guess), search.best, search.best, exact=True)
+    search.left = search.reach.left(min(search.most_s(0.0, 0, 0), LONG_S))
     states: dict[_State, list[_Label]] = {((0,) * len(kinds), -1, 0): [_Label(0.0, 0.0, None, None)]}
     for place in range(1, stages + 1):
         after: dict[_State, list[_Label]] = {}

@@ -12,6 +12,7 @@ from itertools import product
 from random import Random
 
 from elastictrain.planner.lanes import Team, Way, plan_lanes
+from elastictrain.planner.reach import Problem, Reach, least_s
 from elastictrain.planner.shapes import Branch, Candidate
 from elastictrain.planner.split import fill_whole, split_affine, split_tables
 from elastictrain.planner.stages import Kind, place_stages
@@ -223,14 +224,20 @@ def _as_good_as_brute_force(random: Random, kinds: list[Kind], stages: int, micr
     places = [kind for kind in many for _ in range(kinds[kind].count)]
     settled = tuple(random.sample(places, stages)) if random.random() < 0.3 else None
     truth = brute_stages(kinds, stages, micro_batches, borders, bubble, flights, settled)
+    even = sum(min(kind.layer_s[n] for kind in kinds) for n in range(layers)) / stages
+    received = [min(borders[a, b] for a in many) for b in many]
+    (least,) = least_s([Problem(kinds, flights, received, even, 0.0, bubble, micro_batches)])
+    if least > truth * (1 + 1e-9):
+        return False
     found = place_stages(kinds, stages, micro_batches, borders=borders, bubble=bubble, in_flight=flights, order=settled)
     if found is None:
         return math.isinf(truth)
     again = [stage.time_s for stage in found.stages]
+    enough = Reach(kinds, borders, flights).most([max(again)])[0] >= layers
     covered = [stage.lo for stage in found.stages] == [0, *(stage.hi for stage in found.stages[:-1])]
     kept = settled is None or tuple(stage.kind for stage in found.stages) == settled
     return (
-        covered and kept and found.stages[-1].hi == layers and found.exact and _close(found.time_s, truth)
+        enough and covered and kept and found.stages[-1].hi == layers and found.exact and _close(found.time_s, truth)
         and _close(bubble * sum(again) + (micro_batches - bubble) * max(again), truth)
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from elastictrain.planner.collectives import across_nodes, all_gather_s, all_reduce_s
+from elastictrain.planner.collectives import all_gather_s, all_reduce_s, share_across
 from elastictrain.planner.compute import DEFAULTS, alignment, gemm_share, layer_time
 from elastictrain.planner.cost import step_time
 from elastictrain.planner.memory import memory_of, probability
@@ -129,11 +129,13 @@ def test_collectives() -> None:
     assert all_gather_s(40.0, 4, link) == 3 * 1.0 + 3 / 4 * 4.0
     assert all_reduce_s(40.0, 4, link) == 2 * all_gather_s(40.0, 4, link)
     assert all_reduce_s(40.0, 1, link) == 0.0
-    assert across_nodes(link, 8, 8, 1).beta_bytes_s == 80.0
-    assert across_nodes(link, 2, 8, 1).beta_bytes_s == 20.0  # a strided group has the ports of its own members only
-    assert across_nodes(link, 8, 8, 16).beta_bytes_s == 10.0
+    assert link.beta_bytes_s * share_across(link, 8, 8, 1) == 80.0
+    assert (
+        link.beta_bytes_s * share_across(link, 2, 8, 1) == 20.0
+    )  # a strided group has the ports of its own members only
+    assert link.beta_bytes_s * share_across(link, 8, 8, 16) == 10.0
     shared = link.model_copy(update={"per": "node"})
-    assert across_nodes(shared, 2, 8, 1).beta_bytes_s == 2.5
+    assert shared.beta_bytes_s * share_across(shared, 2, 8, 1) == 2.5
 
 
 def test_the_replay_agrees_with_the_closed_form_for_equal_stages() -> None:

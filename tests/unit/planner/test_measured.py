@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastictrain.errors import ConfigError
-from elastictrain.planner.collectives import across_nodes
+from elastictrain.planner.collectives import share_across
 from elastictrain.planner.compute import DEFAULTS, gemm_share
 from elastictrain.planner.measured import (
     NodeReading,
@@ -132,7 +132,7 @@ def test_crowding_is_what_all_lose_who_send_at_once() -> None:
     cluster = cluster_of([NODE] * 4, [*pairs, pair(2, 3, 8e9)])
     link = cluster.link(cluster.groups[0].inter)
     assert link.crowd == pytest.approx(1.0, rel=1e-3)
-    assert across_nodes(link, 2, 2, 4).beta_bytes_s == pytest.approx(2e9, rel=1e-2)
+    assert link.beta_bytes_s * share_across(link, 2, 2, 4) == pytest.approx(2e9, rel=1e-2)
     assert {"all-at-once-contiguous", "all-at-once-strided"} <= {link.name for link in cluster.links}
 
 
