@@ -33,6 +33,7 @@ from elastictrain_actors.reach import write_address
 if TYPE_CHECKING:
     from elastictrain.data.stages import Skip
     from elastictrain.engine.resume import Start
+    from elastictrain.planner.pace import Pace
 
 Faults = Sequence[Fault]
 Note = tuple[str, dict[str, Any]]
@@ -62,7 +63,7 @@ def run(
     """
     _check_faults(job, faults)
     watcher = observer or Blind()
-    job, planned = _planned(_replayed(job))
+    job, planned, pace = _planned(_replayed(job))
     resuming = resume or resume_step is not None
     if data_changed != "fail" and not resuming:
         raise ConfigError(
@@ -96,6 +97,7 @@ def run(
             token=secrets.token_hex(16),
             stages=start.stages,
             base_generation=base_generation,
+            pace=pace,
         )
         write_address(folder, order.namespace)
         outcome = _follow(order, watcher)
@@ -161,14 +163,14 @@ def _replayed(job: Job) -> Job:
     return job.model_copy(update={"redundancy": settings})
 
 
-def _planned(job: Job) -> tuple[Job, tuple[Note, ...]]:
-    """The job with what `plan: auto` chooses, and the line of events.jsonl that says so."""
+def _planned(job: Job) -> tuple[Job, tuple[Note, ...], Pace | None]:
+    """The job with what `plan: auto` chooses, the line of events.jsonl that says so, what the controller goes by."""
     if job.plan is None:
-        return job, ()
+        return job, (), None
     from elastictrain.engine.planned import plan_job  # imports torch
 
-    settled, note = plan_job(job)
-    return settled, (("plan_chosen", note),)
+    settled, note, pace = plan_job(job)
+    return settled, (("plan_chosen", note),), pace
 
 
 def _open_run_directory(job: Job, parameters: int, start: Start, planned: Sequence[Note] = ()) -> tuple[Path, int]:

@@ -22,6 +22,7 @@ from elastictrain.faults import Fault
 from elastictrain.job import Job
 from elastictrain.observe import RunDirectory
 from elastictrain.observe.standing import complete
+from elastictrain.planner.pace import Pace
 from elastictrain.protocol import ModelFacts, Restore, Stage, StepSignals
 from elastictrain_actors.driver import Driver, Outcome
 from elastictrain_actors.journal_file import JournalFile, Replaced
@@ -50,6 +51,7 @@ class RunOrder:
     token: str
     stages: tuple[Stage, ...] = ()
     base_generation: int = 0
+    pace: Pace | None = None
 
 
 class _Record:
@@ -104,7 +106,7 @@ class ControllerActor:
         self._folder = RunDirectory.resume(order.run_dir, order.job)
         self._record = _Record(self._folder, order.job.name)
         self._journal = JournalFile(Path(order.run_dir))
-        spec = machine_spec(order.job, order.facts, base_generation=order.base_generation)
+        spec = machine_spec(order.job, order.facts, base_generation=order.base_generation, pace=order.pace)
         lines = self._journal.lines()
         self._gone_s = self._journal.silent_for_s() if lines else 0.0
         self._machine, self._unsaid = bring_back(spec, lines)

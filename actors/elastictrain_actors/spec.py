@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from elastictrain.controller.facts import GradientSpec, MachineSpec, StragglerSpec
 from elastictrain.job import Job
+from elastictrain.planner.pace import Pace
 from elastictrain.protocol import ModelFacts
 
 
-def machine_spec(job: Job, facts: ModelFacts, *, base_generation: int = 0) -> MachineSpec:
-    """The controller's fixed facts of a run."""
+def machine_spec(job: Job, facts: ModelFacts, *, base_generation: int = 0, pace: Pace | None = None) -> MachineSpec:
+    """The controller's fixed facts of a run. `pace`: of a job that plans."""
     slow = job.stragglers
     workers, keep = job.workers, job.checkpoint.keep if job.checkpoint else None
     if job.checkpoint is not None and job.checkpoint.copy_to:
@@ -30,6 +31,7 @@ def machine_spec(job: Job, facts: ModelFacts, *, base_generation: int = 0) -> Ma
         bytes_per_held_element=facts.bytes_per_held_element,
         gradients=_gradients(job, facts),
         plans=job.plan == "auto",
+        pace=pace,
         domain_label=workers.domain_label,
         checkpoint=job.checkpoint is not None,
         checkpoints_kept=keep if isinstance(keep, int) else None,

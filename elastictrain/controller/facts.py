@@ -12,6 +12,7 @@ from elastictrain.controller.incidents import Incident
 from elastictrain.controller.nodes import Nodes
 from elastictrain.errors import ConfigError
 from elastictrain.layout import LaneOrder, Layout
+from elastictrain.planner.pace import Pace
 from elastictrain.protocol import Doubt, FormPlan, ParkReport, Restore
 from elastictrain.redundancy import Way
 
@@ -49,7 +50,8 @@ class MachineSpec:
     `fixed_bytes` and `bytes_per_held_element`: a worker needs `fixed_bytes + bytes_per_held_element x elements it
     holds` (owned and mirrored); 0 and 0 switch the memory check off. `gradients`: what it needs besides, where its
     lanes leave more than two sums of gradients at once; None: nothing. `plans`: every layout made afresh
-    gives each worker as many blocks as suit its memory. `checkpoint`: the job stores checkpoints.
+    gives each worker as many blocks as suit its memory. `pace`: what a step takes with how many workers, for a job that
+    plans; None: as many take part as may. `checkpoint`: the job stores checkpoints.
     `start_attempts`: failed starts in a row before the controller stops trying for `start_retry_s`. `deadline_s`: how
     long forming or parking may take, or 20 x the longest seen if that is more.
     `base_generation`: the newest generation of an earlier controller of this run; ours are above it. `domain_label`:
@@ -74,6 +76,7 @@ class MachineSpec:
     bytes_per_held_element: float = 0.0
     gradients: GradientSpec | None = None
     plans: bool = False
+    pace: Pace | None = None
     checkpoint: bool = False
     checkpoints_kept: int | None = None
     start_attempts: int = 3

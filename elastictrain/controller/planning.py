@@ -26,8 +26,9 @@ from elastictrain.controller.policies import (
     world_cap,
 )
 from elastictrain.controller.recovery import Standing
-from elastictrain.controller.speeds import with_and_without_speeds
+from elastictrain.controller.speeds import relative_speeds, with_and_without_speeds
 from elastictrain.layout import Layout, moves_between
+from elastictrain.planner.pace import best_size
 from elastictrain.protocol import FormPlan, ParkReport
 
 
@@ -81,7 +82,7 @@ def _plan_under(
         candidates = candidates[:least]
     elif len(candidates) < spec.min_workers:
         return _too_few(spec, len(candidates))
-    size = max(least, min(ledger.target, world_cap(spec)))
+    size = max(least, wanted(plain, ledger, candidates, least))
     if planned and not standing.behind and all(worker in known for worker in truth.workers):
         uneven = is_uneven(spec, truth, ledger.domains(), ledger.memory())
         # What the run has paused for was found with the plain spec too; with the learned one it might not be again.
@@ -124,14 +125,17 @@ def propose_now(
     room = min(ledger.target, world_cap(spec)) > truth.world_size and (first or ledger.workers.of(Role.READY))
     if not (room or rebalance or ledger.draining):
         return None  # asked at every event: nobody may come, nobody leaves
+    newcomers = [*first, *ledger.with_role(Role.READY)]
+    staying = [worker for worker in truth.workers if worker not in ledger.draining]
+    target = wanted(spec, ledger, [*staying, *newcomers], len(staying))
     for under in with_and_without_speeds(spec, ledger):
         proposal = propose(
             under,
             truth,
             generation,
-            newcomers=[*first, *ledger.with_role(Role.READY)],
+            newcomers=newcomers,
             draining=ledger.draining,
-            target=ledger.target,
+            target=target,
             domains=ledger.domains(),
             memory=ledger.memory(),
             rebalance=rebalance,
@@ -139,6 +143,31 @@ def propose_now(
         if proposal is not None:
             return proposal
     return None
+
+
+def wanted(spec: MachineSpec, ledger: Ledger, order: Sequence[int], least: int) -> int:
+    """How many workers should take part, at most; of those in `order` the first. `least` of them take part anyway.
+
+    A job that plans takes in nobody who would not make a step quicker by the cost model and the speeds learned so far:
+    they wait, as spares. Nobody is sent away for that: to hand over what a member holds costs more than it brings.
+    """
+    most = min(ledger.target, world_cap(spec))
+    there = order[:most]
+    floor = max(least, spec.min_workers, 2 if spec.mirrors else 1)
+    if spec.pace is None or not floor < len(there) < spec.initial_workers:
+        return most  # where all are there that were planned with, all take part
+    return best_size(spec.pace, spec.lane_count, relative_speeds(ledger.speeds, there), floor)
+
+
+def left_waiting(spec: MachineSpec, ledger: Ledger, members: Sequence[int]) -> dict[str, object] | None:
+    """What there is to tell of workers that wait because the plan has no use for them; None: there are none."""
+    room = min(ledger.target, world_cap(spec)) - len(members)
+    waiting = ledger.with_role(Role.READY)[: max(0, room)]
+    if spec.pace is None or not waiting:
+        return None
+    both = [relative_speeds(ledger.speeds, who) for who in (members, [*members, *waiting])]
+    with_members, with_all = (spec.pace.step_s(spec.lane_count, speeds) for speeds in both)
+    return {"workers": list(members), "waiting": waiting, "step_s": with_members, "all_s": with_all}
 
 
 def _candidates(ledger: Ledger, truth: Layout, reports: Mapping[int, ParkReport]) -> list[int]:
@@ -158,7 +187,7 @@ def _plan_restore(spec: MachineSpec, ledger: Ledger, reports: Mapping[int, ParkR
     waiting = sorted([*sorted(reports), *ledger.with_role(Role.READY)], key=lambda worker: worker in ledger.draining)
     if len(waiting) < spec.min_workers:
         return _too_few(spec, len(waiting))
-    size, reason = min(ledger.target, world_cap(spec)), ""
+    size, reason = wanted(spec, ledger, waiting, spec.min_workers), ""
     domains, memory = ledger.domains(), ledger.memory()
     while size <= world_cap(spec):
         layout = even_layout(spec, ledger.generation + 1, waiting[:size], domains, (), memory)

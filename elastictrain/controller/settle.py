@@ -26,7 +26,7 @@ from elastictrain.controller.incidents import Incident
 from elastictrain.controller.limits import end_round, failed, over_budget
 from elastictrain.controller.nodes import to_avoid
 from elastictrain.controller.phases import Ended, Finishing, Forming, Gathering, Parking, Phase, Running
-from elastictrain.controller.planning import Shortage, plan_next, propose_now
+from elastictrain.controller.planning import Shortage, left_waiting, plan_next, propose_now
 from elastictrain.controller.policies import is_uneven
 from elastictrain.controller.recovery import Standing, take_stock
 from elastictrain.controller.speeds import by_speed
@@ -307,6 +307,9 @@ def _form(core: Core, plan: FormPlan, reports: Mapping[int, ParkReport], now_s: 
     moved = sum(move.hi - move.lo for move in plan.moves)
     out.append(Announce("forming", data | {"joiners": list(plan.joiners), "blocks_moved": moved}))
     out.append(Form(plan))
+    waiting = left_waiting(core.spec, ledger, plan.layout.workers)
+    if waiting is not None:
+        out.append(Announce("workers_waiting", {"generation": plan.generation, **waiting}))
 
 
 def _note_plan(core: Core, incident: Incident, plan: FormPlan, now_s: float) -> None:

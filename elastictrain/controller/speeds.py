@@ -9,7 +9,9 @@ out by the speeds that came with it.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from statistics import median
 
 from elastictrain.controller import events as ev
 from elastictrain.controller.commands import Announce, Command, OfferLanes
@@ -30,6 +32,12 @@ def by_speed(spec: MachineSpec, ledger: Ledger) -> MachineSpec:
     """The spec with what has been learned about speed in place of `workers.lane_shares`."""
     known = {worker: share for worker, share in ledger.speeds.items() if worker in ledger.workers}
     return replace(spec, lane_shares=known) if known else spec  # relative to others' speeds, so not mixed with shares
+
+
+def relative_speeds(speeds: Mapping[int, float], workers: Sequence[int]) -> tuple[float, ...]:
+    """Of these workers, the median of those that are known counting as 1, and so whoever is not known."""
+    usual = median(speeds.values()) if speeds else 1.0
+    return tuple(speeds.get(worker, usual) / usual for worker in workers)
 
 
 def with_and_without_speeds(spec: MachineSpec, ledger: Ledger) -> tuple[MachineSpec, ...]:

@@ -10,13 +10,15 @@ from elastictrain.engine.describe import describe
 from elastictrain.errors import CapacityError, RecipeError
 from elastictrain.job import Job
 from elastictrain.planner.advice import smallest_help
-from elastictrain.planner.auto import choose_workers, told
+from elastictrain.planner.auto import choose_workers, pace_of, told
+from elastictrain.planner.pace import Pace
 from elastictrain.planner.profiles import Cluster, load_cluster
 from elastictrain.planner.workload import Workload
 
 
-def plan_job(job: Job) -> tuple[Job, dict[str, Any]]:
-    """The job with `workers.max` as chosen, and what there is to tell: `workers`, `step_s`, `said` (sentences).
+def plan_job(job: Job) -> tuple[Job, dict[str, Any], Pace]:
+    """The job with `workers.max` as chosen, and what there is to tell: `workers`, `step_s`, `said` (sentences). Then
+    what the controller goes by when the world changes.
 
     Nothing of the mathematics changes, so neither do the bits. Raises ConfigError (the cluster file), RecipeError (a
     model that cannot be looked at without data), CapacityError (it fits nowhere).
@@ -44,7 +46,7 @@ def plan_job(job: Job) -> tuple[Job, dict[str, Any]]:
         "workers": choice.workers, "step_s": choice.split.step_s, "said": told(choice, cluster, limits.max),
         "others": {str(count): seconds for count, seconds in sorted(choice.others.items())},
     }  # fmt: skip
-    return job.model_copy(update={"workers": workers}), note
+    return job.model_copy(update={"workers": workers}), note, pace_of(work, cluster, choice)
 
 
 def look_at(job: Job) -> Workload:

@@ -297,10 +297,19 @@ def _incident(data: Data) -> str:
 _ENDED = {"finished": "has finished", "failed": "has failed", "stopped": "was stopped"}
 
 
+def _waiting(data: Data) -> str:
+    waiting, workers = data.get("waiting") or [], data.get("workers") or []
+    who = f"worker {waiting[0]} waits as a spare" if len(waiting) == 1 else f"{len(waiting)} workers wait as spares"
+    here, with_all = data.get("step_s"), data.get("all_s")
+    why = f": {here:.3g} s a step, {with_all:.3g} s with all" if here is not None and with_all is not None else ""
+    return f"plan: auto: {len(workers)} workers take part, {who}{why} (cost model, and speeds learned so far)"
+
+
 SENTENCES: dict[str, Callable[[Data], str]] = {
     "run_started": _started,
     "run_resumed": lambda data: _join("run resumed", _fact(data, "step", " at step {}"), _world(data)),
     "plan_chosen": lambda data: "; ".join(data.get("said") or ["plan: auto"]),
+    "workers_waiting": _waiting,
     "stage": _stage,
     "data_changed": lambda data: (
         _join("the data have changed, and are a new stage of the order", _fact(data, "step", " after step {}"))

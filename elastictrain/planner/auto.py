@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from elastictrain.planner.compute import DEFAULTS, Constants
 from elastictrain.planner.lanes import LanePlan
+from elastictrain.planner.pace import Pace
 from elastictrain.planner.profiles import Cluster
 from elastictrain.planner.shapes import fewest_workers
-from elastictrain.planner.workload import Workload, plan_counts, workers_of
+from elastictrain.planner.workload import Workload, plan_counts, teams_of, workers_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,18 @@ def _better(step_s: float, count: int, than: Choice) -> bool:
     if step_s < than.split.step_s * (1 - 1e-9):
         return True
     return count < than.workers and step_s <= than.split.step_s * (1 + 1e-9)
+
+
+def pace_of(work: Workload, cluster: Cluster, choice: Choice, *, constants: Constants = DEFAULTS) -> Pace:
+    """What the controller goes by later: up to the chosen number of workers, each number where it exchanges best."""
+    rest_s = [math.inf] * choice.workers
+    for counts in workers_of(cluster, 1, choice.workers):
+        fixed_s = max(way.fixed_s for team in teams_of(work, cluster, tuple(counts), constants, counts)
+                      for way in team.ways)  # fmt: skip
+        at = sum(counts.values()) - 1
+        rest_s[at] = min(rest_s[at], fixed_s)
+    speed = sum(team.count / way.lane_s for team, way in zip(choice.split.teams, choice.split.ways, strict=True))
+    return Pace(choice.workers / speed, tuple(rest_s))
 
 
 def told(choice: Choice, cluster: Cluster, most: int) -> list[str]:

@@ -53,13 +53,15 @@ def job(devices: int, workers: dict[str, Any], recipe: str = "Tiny", **device: A
 
 def test_only_the_number_of_workers_changes() -> None:
     before = job(12, {"min": 2, "max": 12})
-    after, note = plan_job(before)
+    after, note, pace = plan_job(before)
     assert 2 <= after.workers.max < 12  # a tiny model does not pay for its exchange
     assert after.model_copy(update={"workers": before.workers}) == before
     assert after.workers.model_copy(update={"max": 12}) == before.workers
     assert note["workers"] == after.workers.max
     assert SENTENCES["plan_chosen"](note).startswith(f"plan: auto: {after.workers.max} workers (")
     assert json.loads(json.dumps(note)) == note
+    assert len(pace.rest_s) == after.workers.max
+    assert pace.step_s(12, (1.0,) * after.workers.max) == pytest.approx(note["step_s"])
 
 
 def test_what_cannot_be_is_said() -> None:

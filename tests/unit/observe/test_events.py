@@ -17,6 +17,7 @@ NOW = datetime(2026, 11, 22, 10, 0, 0, 123456, tzinfo=UTC)
 CHANGE = {"seconds": 0.314, "steps_redone": 1, "world_before": 3, "world_after": 2, "cause": "killed by signal 9"}
 NODE = "0a1b2c3d" + "e" * 48
 
+FOUR_TAKE_PART, BY_MODEL = "plan: auto: 4 workers take part", "(cost model, and speeds learned so far)"
 SAID: list[tuple[str, dict[str, Any], str]] = [
     ("run_started", {"name": "gpt", "world": 3, "steps": 50}, "run started (gpt) with 3 workers, 50 steps"),
     ("run_resumed", {"step": 7}, "run resumed at step 7"),
@@ -317,6 +318,11 @@ SAID: list[tuple[str, dict[str, Any], str]] = [
         "worker 3 is too slow and gives its place to a spare; 8 s of computation a step, expected 5 s: x",
     ),
     ("straggler_leaves", {"action": "leave_out", "worker": 3}, "worker 3 is too slow and is left out"),
+    (
+        "workers_waiting",
+        {"workers": [0, 1, 2, 4], "waiting": [5], "step_s": 0.5, "all_s": 0.51},
+        f"{FOUR_TAKE_PART}, worker 5 waits as a spare: 0.5 s a step, 0.51 s with all {BY_MODEL}",
+    ),
     (
         "lanes_refused",
         {"lanes": {"0": 6, "2": 2}, "reason": "worker 0 has 7 bytes", "step": 9},
