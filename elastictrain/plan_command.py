@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from elastictrain.planner.model import Transformer
     from elastictrain.planner.plan import Found, Plan
     from elastictrain.planner.profiles import Cluster
+    from elastictrain.planner.workload import Workload
 
 
 NARROW_COLUMNS = 110
@@ -45,10 +46,13 @@ def plan(
     from elastictrain.planner.profiles import load_cluster
 
     job, there = load_job(job_file), load_cluster(cluster)
-    if model is None:
-        found = now = _by_recipe(job, there)
+    shape, work = (None, _looked_at(job)) if model is None else (load_model(model), None)
+    shape = work.decoder if work is not None else shape
+    if shape is None:
+        assert work is not None
+        found = now = _by_recipe(work, there)
     else:
-        found, now = _searched(job, load_model(model), there, seconds)
+        found, now = _searched(job, shape, there, seconds)
     if picture is not None:
         from elastictrain.observe.plan_view import draw_plan
 
@@ -114,14 +118,22 @@ def _after(seconds: float) -> Callable[[], bool]:
     return lambda: time.monotonic() > end
 
 
-def _by_recipe(job: Job, cluster: Cluster) -> Found:
+def _looked_at(job: Job) -> Workload:
+    """The recipe's model; what was recognised in it is said on standard error."""
     from elastictrain.engine.planned import look_at
+
+    work = look_at(job)
+    less = "; only lanes and blocks are planned. Describe a decoder in a file for more: --model model.yaml"
+    typer.echo(work.decoder_said + ("" if work.decoder else less), err=True)
+    return work
+
+
+def _by_recipe(work: Workload, cluster: Cluster) -> Found:
     from elastictrain.errors import CapacityError
     from elastictrain.planner.advice import smallest_help
     from elastictrain.planner.plan import Found
     from elastictrain.planner.workload import found_of, plan_workload, workload_plans
 
-    work = look_at(job)
     best = workload_plans(work, cluster)
     if not best:
         helps = smallest_help(lambda other: plan_workload(work, other) is not None, cluster)

@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from elastictrain.engine.anatomy import anatomy
 from elastictrain.errors import ElasticTrainError, RecipeError
 from elastictrain.job import Job
 from elastictrain.planner.workload import Workload
@@ -62,6 +63,7 @@ def describe(job: Job, batch: Mapping[str, np.ndarray[Any, Any]]) -> Workload:
             with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor), flops, counted:
                 loss = recipe.loss(model, samples)
                 (loss[0] if isinstance(loss, tuple) else loss).backward()
+            found = anatomy(model, lambda: recipe.loss(model, samples))
     except ElasticTrainError:
         raise
     except Exception as error:
@@ -77,6 +79,8 @@ def describe(job: Job, batch: Mapping[str, np.ndarray[Any, Any]]) -> Workload:
         operations=counted.operations * job.micro_batches,
         dtype=job.numerics.compute_dtype,
         mirrors=job.mirrors,
+        decoder=found.model,
+        decoder_said=found.said,
     )
 
 

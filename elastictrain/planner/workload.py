@@ -10,6 +10,7 @@ from elastictrain.planner.compute import DEFAULTS, Constants
 from elastictrain.planner.cost import OPTIMIZER_BYTES
 from elastictrain.planner.lanes import LanePlan, Team, Way, plan_lanes
 from elastictrain.planner.memory import MEMORY, probability
+from elastictrain.planner.model import Transformer
 from elastictrain.planner.plan import SPREAD_BYTES, Plan
 from elastictrain.planner.profiles import Cluster, Dtype
 from elastictrain.planner.shapes import deals, slowest_ring_s, subsets
@@ -18,7 +19,8 @@ from elastictrain.planner.shapes import deals, slowest_ring_s, subsets
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     """`params`: of the model. `lane_flops`: of one lane, forward and backward. `kept_bytes`: activations that one
-    backward pass needs. `lanes` of a step; `operations` of one lane (each costs the host a launch).
+    backward pass needs. `lanes` of a step; `operations` of one lane (each costs the host a launch). `decoder`: what is
+    inside, where it was recognised as that; `decoder_said`: what was found, or why not.
     """
 
     params: int
@@ -28,6 +30,8 @@ class Workload:
     operations: int = 0
     dtype: Dtype = "f32"
     mirrors: bool = True
+    decoder: Transformer | None = None
+    decoder_said: str = ""
 
 
 LAUNCH_S = 1e-5

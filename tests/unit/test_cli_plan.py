@@ -48,7 +48,43 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+DECODER = """
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(64, 192, bias=False), nn.Linear(64, 64, bias=False)
+        self.up, self.down = nn.Linear(64, 256), nn.Linear(256, 64)
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v))
+        return x + self.down(self.up(x))
+
+class Decoder(Tiny):
+    def model(self):
+        return nn.Sequential(nn.Embedding(320, 64), *(Block() for _ in range(4)), nn.Linear(64, 320))
+"""
 PLAN = ["plan", "job.yaml", "--cluster", "cluster.yaml"]
+
+
+def test_a_decoder_is_recognised_in_the_recipe(folder: Path) -> None:
+    (folder / "tiny.py").write_text(RECIPE + DECODER)
+    job = (folder / "job.yaml").read_text()
+    (folder / "job.yaml").write_text(job.replace("tiny.py:Tiny", "tiny.py:Decoder"))
+    done = CliRunner().invoke(app, [*PLAN, "--json"])
+    assert done.exit_code == 0, done.output
+    said = "found in the recipe's model: 4 layers of width 64, MLP 256, 320 tokens, sequences of 17, flash2"
+    assert said in done.stderr, done.stderr
+    found = json.loads(done.stdout)
+    shape = {"layers": 4, "hidden": 64, "heads": 1, "sequence": 17, "vocab": 320, "ffn": 256, "fused_norm": False}
+    (folder / "model.yaml").write_text(yaml.safe_dump(shape))
+    told = CliRunner().invoke(app, [*PLAN, "--json", "--model", "model.yaml"])
+    assert found == json.loads(told.stdout), "as from a file that says the same"
+    (folder / "job.yaml").write_text(job)
+    done = CliRunner().invoke(app, [*PLAN, "--json"])
+    assert done.exit_code == 0, done.output
+    assert done.stderr.startswith("the recipe's model was not recognised as a decoder: no nn.ModuleList")
+    assert "only lanes and blocks are planned. Describe a decoder in a file for more: --model model.yaml" in done.stderr
+    assert {plan["family"] for plan in json.loads(done.stdout)["plans"]} == {"lanes"}
 
 
 def test_json_says_what_can_be_used_now_as_settings_of_a_job(folder: Path) -> None:
