@@ -89,7 +89,7 @@ def search(
         plan = node.work_out(worst)
         if plan is None:
             continue
-        bound = min(bound, plan.bound_s)
+        bound = min(bound, max(plan.bound_s, promise))  # either holds, where the pipeline's search was cut off
         alike = next((other for other in plans if _alike(plan, other)), None)
         if alike is None or plan.step_s < alike.step_s:
             plans = sorted([*(p for p in plans if p is not alike), plan], key=lambda plan: plan.step_s)[:keep]
