@@ -342,7 +342,7 @@ def place_stages(
     *,
     borders: Mapping[tuple[int, int], float] | None = None,
     better_than_s: float = math.inf,
-    limit: int = 2_000,
+    limit: int = 6_000,
     bubble: float = 1.0,
     in_flight: Sequence[float] | None = None,
     order: Sequence[int] | None = None,
