@@ -253,8 +253,8 @@ class _Search:
         return self.reach.most([min(self.most_s(0.0, 0, 0), LONG_S)])[0] < self.layers
 
     def guess(self) -> list[Stage] | None:
-        """A good pipeline to measure others by: the order of kinds whose places hold all layers in the least time, or the
-        one that is settled.
+        """A good pipeline to measure others by: in the order that is settled, or in that of kinds whose places hold all
+        layers in the least time.
         """
         if self.order is not None:
             return self.in_order(self.order, 60 if len(self.kinds) == 1 else 12)
