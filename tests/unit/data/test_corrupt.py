@@ -243,12 +243,12 @@ def test_a_tokenizer_that_gives_other_tokens_than_its_index(tmp_path: Path, monk
     write(tmp_path, "parquet")
     spec: dict[str, Any] = {"text_column": "text", "sequence_length": 8}
     opened(tmp_path, "parquet", **spec)
-    original = tokenizers._binary
+    original = tokenizers._one_array
 
     def other(documents: Any) -> Any:
         return pc.replace_substring(original(documents).cast(pa.large_string()), "e", "E").cast(pa.large_binary())
 
-    monkeypatch.setattr(tokenizers, "_binary", other)
+    monkeypatch.setattr(tokenizers, "_one_array", other)
     source: Source = opened(tmp_path, "parquet", **spec)  # the index is from the cache
     with pytest.raises(DataError, match=r"row group 0: its text is not .*, or the tokenizer gives other tokens"):
         source.read_block(0)
