@@ -102,9 +102,10 @@ def _answer(
 ) -> Answer:
     since: list[Event] = []
     while True:
+        seen = _glance(handle)  # first: what led to it has been written by then, so that its event tells more
         new = parse_events(events.more())
         since += new
-        found = answer(request, before, since, _glance(handle))
+        found = answer(request, before, since, seen)
         if found is not None:
             return found
         if request.kind != "add" and any(event.kind == "controller_back" for event in new):

@@ -75,6 +75,15 @@ def test_done(paper: Paper, run: RunDirectory) -> None:
     assert paper.requests == [("resize", 3)]
 
 
+def test_an_event_that_comes_just_before_the_view_is_told_rather_than_the_view(paper: Paper, run: RunDirectory) -> None:
+    """The controller writes what has happened, and then shows how things stand."""
+    three = VIEW | {"world": 3, "target": 3}
+    paper.on_status = [lambda: VIEW, lambda: change(run, "resized", 5, 40, (2, 3), joined=[7]) or three]
+    found = reach.ask(run, Request("resize", 3))
+    assert found is not None
+    assert found.words == "worker 7 joined; world 2 → 3, a pause of 0.25 s, no step redone"
+
+
 def test_only_what_comes_after_the_request_answers_it(paper: Paper, run: RunDirectory) -> None:
     """The story has seen a worker 3 join and a worker 0 leave already."""
     run.event("refused", {"request": "drain", "reason": "an old one"})
@@ -87,6 +96,7 @@ def test_only_what_comes_after_the_request_answers_it(paper: Paper, run: RunDire
 def test_it_waits_and_says_why(paper: Paper, run: RunDirectory) -> None:
     said: list[str] = []
     paper.on_status = [
+        lambda: VIEW,
         lambda: VIEW,
         lambda: run.event("slow_start", {"worker": 7, "asked": {"cpus": 1}, "free": {}}) and VIEW,
         raising(GetTimeoutError()),
