@@ -27,6 +27,7 @@ class Played:
         self.watch = PipelineWatch(made.work, made.placements, 10_000, price=CHEAP, **more)  # type: ignore[arg-type]
         self.findings: list[StageFinding] = []
         self.actions: list[str] = []
+        self.changed_at: list[int] = []
         self.step = 0
 
     def play(
@@ -47,6 +48,7 @@ class Played:
             self.findings += verdict.findings
             if verdict.decision is not None:
                 self.actions.append(verdict.decision.action)
+                self.changed_at.append(self.step)
                 self.watch.enter(verdict.decision.placements)
         return self
 
@@ -172,6 +174,63 @@ def test_nonsense_leads_to_nothing() -> None:
 def test_steps_with_an_excuse_do_not_count() -> None:
     run = Played(scenario(pipelines=1)).play(20).play(6, {1: 3.0}, flags=FLAG_CHECKPOINT).play(20)
     assert run.named == []
+
+
+def test_nor_do_they_when_a_change_is_judged() -> None:
+    run = Played(scenario(pipelines=1), allowed=("move_layers",)).play(20)
+    while not run.actions:
+        run.play(1, {1: 2.0})
+    run.play(30, {1: 2.0}, flags=FLAG_CHECKPOINT, longer=3.0)
+    assert run.watch.decider.outcomes == []
+    run.play(30, {1: 2.0})
+    assert run.watch.decider.outcomes == ["confirmed"]
+    assert run.actions == ["move_layers"]
+
+
+def test_nothing_is_done_at_a_step_that_makes_no_sense() -> None:
+    def until(step: int) -> Played:
+        run = Played(scenario(pipelines=1)).play(20)
+        return run.play(step - 20, {1: 2.0})
+
+    (due,) = until(30).changed_at
+    run = until(due - 1)
+    busy = run.made.work.busy_s(run.made.placements[0])
+    assert run.watch.feed(due, busy, math.nan).decision is None
+
+
+def test_some_steps_lie_between_two_changes() -> None:
+    run = Played(scenario(pipelines=1), policy=Policy(hold_steps=60), allowed=("move_layers",)).play(20)
+    run.play(30, {1: 2.0})
+    assert run.watch.decider.outcomes == ["confirmed"]
+    run.play(100, {1: 2.0, 0: 2.0})
+    first, second = run.changed_at
+    assert second - first > 60
+    assert run.findings[-1].worker == 0
+    assert second - run.findings[-1].step > 20, "it was known long before"
+
+
+def test_who_is_fast_again_is_not_trusted_at_once() -> None:
+    run = Played(scenario(pipelines=1), policy=Policy(hold_steps=60), allowed=("move_layers",)).play(20)
+    run.play(130, {1: 2.0}).play(120)
+    assert [one.kind for one in run.findings] == ["slow", "recovered"]
+    assert run.changed_at[1] - run.findings[1].step >= 59
+
+
+def test_another_stage_is_learned_anew() -> None:
+    """Layers of the last stage take longer than the planner thinks, whoever has them."""
+
+    class Biased(Played):
+        def play(self, steps: int, factors: dict[int, float] | None = None, **more: object) -> Played:  # type: ignore[override]
+            for _ in range(steps):
+                last = self.watch.placements[0].seats[-1]
+                known = factors or {}
+                super().play(1, known | {last: 1.3 * known.get(last, 1.0)})
+            return self
+
+    run = Biased(scenario(pipelines=1), allowed=("swap_roles",)).play(20).play(60, {2: 3.0})
+    assert run.actions == ["swap_roles"]
+    assert run.watch.placements[0].seats[-1] != 2
+    assert run.named == [("slow", 2, 0, 2)]
 
 
 def test_other_workers_than_those_with_stages_are_refused() -> None:
