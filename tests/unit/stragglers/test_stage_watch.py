@@ -195,7 +195,7 @@ def test_nothing_is_done_at_a_step_that_makes_no_sense() -> None:
     (due,) = until(30).changed_at
     run = until(due - 1)
     busy = run.made.work.busy_s(run.made.placements[0])
-    assert run.watch.feed(due, busy, math.nan).decision is None
+    assert run.watch.feed(due, busy | {1: 2.0 * busy[1]}, math.nan).decision is None
 
 
 def test_some_steps_lie_between_two_changes() -> None:
