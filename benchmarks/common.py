@@ -142,6 +142,11 @@ class Results:
         self.figures[name] = {"value": value, "target": target, "verdict": reached}
         print(f"-> {name}: {_shown(value)} (target {target}: {reached})", flush=True)
 
+    def judge(self, name: str, value: float, target: float, *, at_most: bool) -> None:
+        """A figure that is to be at least (or, `at_most`, at most) so much."""
+        wanted = f"{target:g} or {'less' if at_most else 'more'}"
+        self.figure(name, value, wanted, verdict(value, target, at_most=at_most))
+
     def write(self) -> Path:
         self.out.mkdir(parents=True, exist_ok=True)
         name = f"{self.name}-quick" if self.quick else self.name

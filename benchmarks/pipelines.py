@@ -2,7 +2,8 @@
 
 Every figure comes from the detector, decision and planner of stages; pipelines and time are virtual, since the engine
 runs none. A step is the schedule replayed with what every stage really takes: layers differ from the planner's model by
-3 %. Seeds from 0 on were looked at while it was built; the figures are of seeds that were held back (`HELD_BACK` on).
+3 %. Seeds from 0 on were looked at while it was built; the figures are of seeds that were held back (from
+`stragglers.HELD_BACK` on).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from elastictrain.sim import draws
 from elastictrain.sim.pipelines import PipelineOutcome, PipelineScenario, run_pipelines
 from elastictrain.sim.speeds import Slowness
 from elastictrain.stragglers.stage_ways import ACTIONS, Price, StageAction, changes_of, ways_of
-from stragglers import HELD_BACK, LATE
+from stragglers import LATE, arguments_with_seeds
 
 MODEL = parse_model({"layers": 32, "hidden": 4096, "heads": 32, "sequence": 4096, "vocab": 32000, "gated": True})
 STEPS = 400
@@ -161,11 +162,7 @@ def thinking(results: common.Results) -> None:
 
 
 def main() -> None:
-    options = common.arguments(__doc__, lambda parser: (
-        parser.add_argument("--first-seed", type=int, default=HELD_BACK),
-        parser.add_argument("--seeds", type=int, default=None, help="runs of the main kind (default 300)"),
-        parser.add_argument("--processes", type=int, default=1, help="side by side; figures do not depend on it"),
-    ))  # fmt: skip
+    options = arguments_with_seeds(__doc__, "runs of the main kind (default 300)")
     results = common.Results("pipelines", "Slow places of virtual pipelines: named, and what is done", options)
     first, seeds = options.first_seed, options.seeds or (12 if options.quick else 300)
     side = options.processes
@@ -182,8 +179,7 @@ def main() -> None:
         ("pipelines: runs with two reversals or more for which no speed has changed", swings, 0, True),
     )  # fmt: skip
     for name, value, target, at_most in verdicts:
-        wanted = f"{target:g} or {'less' if at_most else 'more'}"
-        results.figure(name, value, wanted, common.verdict(value, target, at_most=at_most))
+        results.judge(name, value, target, at_most=at_most)
     healthy(results, first, 2_000 if options.quick else 20_000)
     thinking(results)
     results.notes += [

@@ -256,12 +256,17 @@ def cost(results: common.Results) -> None:
         results.row(what="a step of the watch", workers=workers, **{"processor ms": 1e3 * float(np.median(taken))})
 
 
-def main() -> None:
-    options = common.arguments(__doc__, lambda parser: (
+def arguments_with_seeds(about: str | None, seeds: str) -> Any:
+    """Of a benchmark over drawn cases; `seeds`: what they are, and how many without being told."""
+    return common.arguments(about, lambda parser: (
         parser.add_argument("--first-seed", type=int, default=HELD_BACK),
-        parser.add_argument("--seeds", type=int, default=None, help="virtual runs of the first kind (default 1000)"),
+        parser.add_argument("--seeds", type=int, default=None, help=seeds),
         parser.add_argument("--processes", type=int, default=1, help="side by side; figures do not depend on it"),
     ))  # fmt: skip
+
+
+def main() -> None:
+    options = arguments_with_seeds(__doc__, "virtual runs of the first kind (default 1000)")
     results = common.Results("stragglers", "Slow workers: detection and moves on virtual devices", options)
     first, seeds = options.first_seed, options.seeds or (60 if options.quick else 1000)
     side = options.processes
@@ -277,8 +282,7 @@ def main() -> None:
          mixed["runs that swing"] + weak["runs that swing"] + every["runs that swing"], 0, True),
     )  # fmt: skip
     for name, value, target, at_most in verdicts:
-        wanted = f"{target:g} or {'less' if at_most else 'more'}"
-        results.figure(name, value, wanted, common.verdict(value, target, at_most=at_most))
+        results.judge(name, value, target, at_most=at_most)
     healthy(results, first, 10_000 if options.quick else HEALTHY_STEPS)
     greyhound(results, range(first, first + (2 if options.quick else 9)))
     at_scale(results, 1_000 if options.quick else 10_000)

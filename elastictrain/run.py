@@ -62,14 +62,14 @@ def run(
     the observer is told no more, and output goes to driver.log in the run directory.
     """
     _check_faults(job, faults)
-    watcher = observer or Blind()
-    job, planned, pace = _planned(_replayed(job))
     resuming = resume or resume_step is not None
     if data_changed != "fail" and not resuming:
         raise ConfigError(
             f"data_changed={data_changed!r} (--data-changed) is about a run that is taken up; add --resume, or leave "
             "it out"
         )
+    watcher = observer or Blind()
+    job, planned, pace = _planned(_replayed(job))
     with sheltered(), connected(job, address, lambda: inspect(job)) as (job, environment, facts):
         check_gpus(job)
         from elastictrain.engine.resume import find_start, older_offer  # imports torch, like `inspect`

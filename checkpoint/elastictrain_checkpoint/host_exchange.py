@@ -81,9 +81,8 @@ class HostExchange:
         try:
             try:
                 file = os.memfd_create("exchange", os.MFD_CLOEXEC)
-                os.posix_fallocate(
-                    file, 0, SLOTS * room
-                )  # full memory is an error here, not a signal at a page's touch
+                # Full memory is an error here, not a signal at a page's touch.
+                os.posix_fallocate(file, 0, SLOTS * room)
                 mine, why = (os.getpid(), file, room, pipes.inboxes), ""
             except OSError as error:
                 mine, why = (0, 0, room, []), str(error)

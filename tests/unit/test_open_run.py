@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+import elastictrain as et
 from elastictrain.engine.resume import Start
+from elastictrain.errors import ConfigError
 from elastictrain.job import parse_job
 from elastictrain.observe.rundir import RunDirectory
 from elastictrain.protocol import Restore
@@ -30,3 +34,10 @@ def test_a_run_that_goes_on_from_an_earlier_step_takes_back_the_rows_after_it(tm
         assert not run.row({"step": 3, "generation": 2}), "of the run before"
         assert run.row({"step": 3, "generation": 4})
         assert [(row.step, row.generation) for row in run.metrics()] == [(1, 1), (2, 1), (3, 4)]
+
+
+def test_a_choice_about_changed_data_is_for_a_run_that_is_taken_up() -> None:
+    """Said before the recipe, the data or a cluster are looked at: here there are none."""
+    job = parse_job({"recipe": "a:B", "data": {"kind": "jsonl", "path": "x"}, "steps": 9})
+    with pytest.raises(ConfigError, match=r"--data-changed.*add --resume"):
+        et.run(job, data_changed="new_stage")

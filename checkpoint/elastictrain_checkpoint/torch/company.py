@@ -24,10 +24,9 @@ from elastictrain_checkpoint.together import read_together
 from elastictrain_checkpoint.torch.exchange import (
     GroupExchange,
     exchanges_host_memory,
-    gather_objects,
+    over_host,
     place_here,
     share_a_host,
-    timeout_s_of,
 )
 from elastictrain_checkpoint.torch.filling import Filling, prepare, put, read_alone
 from elastictrain_checkpoint.torch.finding import Asked, fit_of
@@ -156,9 +155,7 @@ def _plan(reader: Reader, everybody: _Everybody, ranks: Ranks) -> tuple[ReadPlan
     """
     plan = plan_reads(reader.manifest, everybody.wants)
     if share_a_host(everybody.places):
-        exchange = HostExchange(
-            ranks.rank, ranks.size, lambda value: gather_objects(ranks.group, value), timeout_s_of(ranks.group)
-        )
+        exchange = over_host(ranks.group)
         with suppress(OSError):  # of any rank, on all ranks
             exchange.make_room(most_shared_bytes(plan))
             return plan, exchange

@@ -67,12 +67,13 @@ def host_exchange(group: dist.ProcessGroup | None = None) -> HostExchange | None
 
     ``make_room`` is to be called before its first use. It waits as long as the group does.
     """
-    here = gather_objects(group, place_here())
-    if not share_a_host(here):
-        return None
-    return HostExchange(
-        dist.get_rank(group), len(here), lambda value: gather_objects(group, value), timeout_s_of(group)
-    )
+    return over_host(group) if share_a_host(gather_objects(group, place_here())) else None
+
+
+def over_host(group: dist.ProcessGroup | None) -> HostExchange:
+    """As `host_exchange`, where it is known that all workers are on this host."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    return HostExchange(rank, size, lambda value: gather_objects(group, value), timeout_s_of(group))
 
 
 def gather_objects(group: dist.ProcessGroup | None, value: Any) -> list[Any]:

@@ -12,8 +12,9 @@ from elastictrain.sim.pipelines import PipelineScenario, run_pipelines
 from elastictrain.sim.speeds import Slowness
 from elastictrain.stragglers.decision import Policy
 from elastictrain.stragglers.signals import FLAG_CHECKPOINT
+from elastictrain.stragglers.stage_decision import StageDecider, StageDecision, StageSituation
 from elastictrain.stragglers.stage_watch import PipelineWatch, StageFinding
-from elastictrain.stragglers.stage_ways import Price
+from elastictrain.stragglers.stage_ways import Price, changes_of, ways_of
 from tests.support.stage_scenarios import scenario, work
 
 CHEAP = Price(0.05, 1e12)
@@ -214,6 +215,42 @@ def test_who_is_fast_again_is_not_trusted_at_once() -> None:
     run.play(130, {1: 2.0}).play(120)
     assert [one.kind for one in run.findings] == ["slow", "recovered"]
     assert run.changed_at[1] - run.findings[1].step >= 59
+
+
+def test_a_small_correction_of_the_last_change_is_not_made() -> None:
+    """Back and forth for a few percent is how things swing: it must win twice as much as any other change."""
+    made = scenario(pipelines=1)
+    decider = StageDecider(made.work, price=CHEAP, allowed=("move_layers",))
+    placements, step = made.placements, 0
+
+    def play(steps: int, slowness: float, slow: dict[int, int]) -> list[StageDecision]:
+        nonlocal placements, step
+        found = []
+        for _ in range(steps):
+            step += 1
+            factors = (1.0, slowness, *made.work.healthy()[2:])
+            took_s = decider.fleet_s(placements, factors)
+            now = StageSituation(step, placements, factors, took_s, float(step), 10_000, slow)
+            decision = decider.decide(now)
+            if decision is not None:
+                found.append(decision)
+                placements = decision.placements
+        return found
+
+    def gain(slowness: float) -> float:
+        factors = (1.0, slowness, *made.work.healthy()[2:])
+        ways = [ways_of(made.work, one, factors, slow=[1], allowed=("move_layers",), price=CHEAP) for one in placements]
+        least_s = min((change.step_s for change in changes_of(ways, CHEAP)), default=math.inf)
+        return 1.0 - least_s / decider.fleet_s(placements, factors)
+
+    play(10, 1.0, {})
+    assert [one.action for one in play(40, 3.0, {1: 11})] == ["move_layers"]
+    assert decider.outcomes == ["confirmed"]
+    gains = {1.0 + n / 100: gain(1.0 + n / 100) for n in range(20, 200)}
+    small = next(slowness for slowness, won in gains.items() if 0.035 < won < 0.055)
+    large = next(slowness for slowness, won in gains.items() if won > 0.07)
+    assert play(60, small, {1: 11}) == []
+    assert len(play(60, large, {1: 11})) == 1
 
 
 def test_another_stage_is_learned_anew() -> None:
