@@ -55,6 +55,17 @@ def test_a_newcomer_that_lowers_nothing_is_not_worth_a_pause_and_two_are() -> No
     assert replay(scene.machine.spec, [dump_event(event) for event in scene.log]) == scene.machine
 
 
+def test_a_loss_that_changes_nothing_leaves_who_waits_waiting() -> None:
+    """12 lanes: of six workers to eleven somebody has two."""
+    scene = begun(9, lane_count=12, initial_workers=9, max_workers=9)
+    lose(scene, 7, 8)
+    scene.seal()
+    scene.send(ev.ResizeRequested(1.0, 9))
+    assert every(cm.AskPause, scene.ready(9)) == []
+    plan = only(cm.Form, lose(scene, 6, applied=9)).plan
+    assert plan.layout.workers == (0, 1, 2, 3, 4, 5)
+
+
 def test_who_waits_is_said_when_a_generation_forms_and_stands_in_at_the_next_loss() -> None:
     """Nothing is held after going back, so that all are counted anew: of seven, six take part."""
     scene = begun(8, mirrors=False)
