@@ -138,6 +138,40 @@ def stages(mesh: Any, rank: int, folder: Path) -> tuple[Any, ...]:
     return said, report, other["step"]
 
 
+def load_over_a_save(mesh: Any, rank: int, folder: Path) -> tuple[str, str]:
+    """Load into what is being saved, before the storage has taken any of it; digests: what was saved, what is stored."""
+    import threading
+
+    import elastictrain_checkpoint.torch as checkpoint
+    from elastictrain_checkpoint import posix
+
+    del rank
+    loaded, create = threading.Event(), posix.PosixBackend.create
+
+    def late(self: Any, path: str, blocks: Any) -> int:
+        assert loaded.wait(60)
+        return create(self, path, blocks)
+
+    posix.PosixBackend.create = late  # type: ignore[method-assign]
+    state = columns_of(mesh)
+    wanted = digest_of(state)
+    handle = checkpoint.async_save(state, folder / "d", step=1)
+    checkpoint.load(state, folder / "c")
+    assert digest_of(state) != wanted
+    loaded.set()
+    handle.result()
+    checkpoint.load(state, folder / "d")
+    return wanted, digest_of(state)
+
+
+def test_what_is_being_saved_is_kept_from_a_load_into_it(tmp_path: Path) -> None:
+    import elastictrain_checkpoint.torch as checkpoint
+
+    checkpoint.save(whole_state(), tmp_path / "c", step=4)
+    for wanted, stored in on_ranks(2, tmp_path, load_over_a_save):
+        assert stored == wanted
+
+
 def test_ranks_with_different_keys_load_strictly_what_they_have_between_them(tmp_path: Path) -> None:
     import elastictrain_checkpoint.torch as checkpoint
 
