@@ -139,7 +139,7 @@ def stages(mesh: Any, rank: int, folder: Path) -> tuple[Any, ...]:
 
 
 def load_over_a_save(mesh: Any, rank: int, folder: Path) -> tuple[str, str]:
-    """Load into what is being saved, before the storage has taken any of it; digests: what was saved, what is stored."""
+    """Load into what is being saved, before the storage has any of it; digests: what was saved, what is stored."""
     import threading
 
     import elastictrain_checkpoint.torch as checkpoint
