@@ -84,10 +84,11 @@ def loaders(rank: int, folder: Path, outs: dict[str, Any], side: int) -> dict[st
     import elastictrain_checkpoint.torch as checkpoint
     from elastictrain_checkpoint import Reader, Store
     from elastictrain_checkpoint import load as load_step
-    from elastictrain_checkpoint.reshard import Want, plan_reads
+    from elastictrain_checkpoint.reshard import plan_reads
     from elastictrain_checkpoint.rounds import most_shared_bytes
     from elastictrain_checkpoint.together import read_boxes, read_together
     from elastictrain_checkpoint.torch.exchange import GroupExchange, host_exchange
+    from elastictrain_checkpoint.wants import Want
 
     mesh = init_device_mesh("cpu", (LOADING,))
     wide = side // LOADING

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
-from operator import attrgetter
 
 import numpy as np
 
@@ -22,20 +20,12 @@ from elastictrain_checkpoint.collector import no_collections
 from elastictrain_checkpoint.dtypes import item_bytes
 from elastictrain_checkpoint.errors import InvalidPiece
 from elastictrain_checkpoint.manifest import Manifest
+from elastictrain_checkpoint.wants import Numbering, Want
 
 SPAN_BYTES = 2 << 20
 """Chunks are cut into spans of rows of about this size: small enough to share out evenly and to stay in cache."""
 _WHOLE = 4
 """A chunk of less than a span over this is not cut: nothing is gained for it, and there may be very many."""
-
-
-@dataclass(frozen=True)
-class Want:
-    """A box of a tensor (or alias) that one worker wants; sizes and offsets in elements, one per dimension."""
-
-    name: str
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +111,7 @@ def plan_reads(manifest: Manifest, wants: Sequence[Sequence[Want]], *, span_byte
         span=span[order],
         worker=worker[order],
         want=want[order],
-        bounds=np.searchsorted(span[order], np.arange(len(kept) + 1)),
+        bounds=np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(np.bincount(span, minlength=len(kept)))]),
     )
 
 
@@ -149,57 +139,47 @@ class _Wants:
 
 
 def _columns(manifest: Manifest, wants: Sequence[Sequence[Want]]) -> list[_Wants]:
-    number = {name: number for number, name in enumerate(manifest.table.names)}
-    number |= {alias: number[target] for alias, target in manifest.alias.items()}
-    shapes = [manifest.tensors[name][1] for name in manifest.table.names]
-    everything = [want for mine in wants for want in mine]
-    try:
-        found = map(number.__getitem__, map(attrgetter("name"), everything))
-        tensor = np.fromiter(found, dtype=np.int64, count=len(everything))
-    except KeyError as error:
-        raise KeyError(f"step {manifest.step} has no tensor {error.args[0]!r}") from None
+    numbering = Numbering(manifest)
+    each = [numbering.columns(mine) for mine in wants]
+    tensor, corners = (_joined(columns) for columns in zip(*each, strict=True)) if each else (_joined([]), _joined([]))
     counts = [len(mine) for mine in wants]
     worker = np.repeat(np.arange(len(wants)), counts)
-    at = np.concatenate([np.zeros(0, dtype=np.int64), *(np.arange(count) for count in counts)])
-    ndims = np.fromiter(map(len, shapes), dtype=np.int64, count=len(shapes))
-    wanted = np.bincount(tensor, minlength=len(shapes)) > 0
+    at = _joined([np.arange(count) for count in counts])
+    ndims = numbering.ndims
+    begin = np.cumsum(2 * ndims[tensor]) - 2 * ndims[tensor]
+    wanted = np.bincount(tensor, minlength=len(ndims)) > 0
     out = []
     for ndim in np.unique(ndims[wanted]).tolist():
-        rows = np.flatnonzero((ndims == ndim)[tensor])
-        these = everything if len(rows) == len(everything) else [everything[row] for row in rows.tolist()]
-        offsets, sizes = _corners(these, ndim, shapes, tensor[rows])
-        # Shapes once per tensor: there are as many wants as tensors times workers.
         used = np.flatnonzero(wanted & (ndims == ndim))
-        place = np.zeros(len(shapes), dtype=np.int64)
-        place[used] = np.arange(len(used))
-        shape = np.array([shapes[i] for i in used.tolist()], dtype=np.int64).reshape(len(used), ndim)
-        shape = shape[place[tensor[rows]]]
-        wrong = ((offsets < 0) | (sizes < 0) | (sizes > shape - offsets)).any(axis=1)
+        rows, both, of = np.arange(len(tensor)), corners, tensor
+        if len(used) < np.count_nonzero(wanted):
+            rows = np.flatnonzero((ndims == ndim)[tensor])
+            both, of = corners[_ranges(begin[rows], begin[rows] + 2 * ndim)[1]], tensor[rows]
+        offsets, sizes = both.reshape(len(rows), 2, ndim).swapaxes(0, 1)
+        # Shapes once per tensor, and axis by axis: there are as many wants as tensors times workers.
+        shape = np.zeros((ndim, len(ndims)), dtype=np.int64)
+        shape[:, used] = (
+            np.array([numbering.shapes[i] for i in used.tolist()], dtype=np.int64).reshape(len(used), ndim).T
+        )
+        filled, wrong = np.ones(len(rows), dtype=np.bool_), np.zeros(len(rows), dtype=np.bool_)
+        for axis in range(ndim):
+            wrong |= (
+                (offsets[:, axis] < 0) | (sizes[:, axis] < 0) | (sizes[:, axis] > shape[axis][of] - offsets[:, axis])
+            )
+            filled &= sizes[:, axis] > 0
         if wrong.any():
-            want = these[int(np.argmax(wrong))]
+            row = int(rows[int(np.argmax(wrong))])
+            want = wants[int(worker[row])][int(at[row])]
             raise InvalidPiece(
                 f"{want.name}: box {want.offsets} {want.sizes} does not lie in shape "
-                f"{manifest.tensors[manifest.resolve(want.name)][1]}"
+                f"{numbering.shapes[int(tensor[row])]}"
             )
-        filled = (sizes > 0).all(axis=1)
+        if filled.all():
+            out.append(_Wants(of, worker[rows], at[rows], offsets, sizes))
+            continue
         kept = rows[filled]
         out.append(_Wants(tensor[kept], worker[kept], at[kept], offsets[filled], sizes[filled]))
     return out
-
-
-def _corners(wants: Sequence[Want], ndim: int, shapes: Sequence[tuple[int, ...]], tensor: Ints) -> tuple[Ints, Ints]:
-    """Offsets and sizes of boxes, shape [wants, ndim]."""
-    columns = []
-    for corner in (list(map(attrgetter("offsets"), wants)), list(map(attrgetter("sizes"), wants))):
-        if set(map(len, corner)) - {ndim}:
-            place = next(place for place, one in enumerate(corner) if len(one) != ndim)
-            want = wants[place]
-            raise InvalidPiece(
-                f"{want.name}: box {want.offsets} {want.sizes} is not of shape {shapes[int(tensor[place])]}"
-            )
-        values = np.fromiter(chain.from_iterable(corner), dtype=np.int64, count=len(wants) * ndim)
-        columns.append(values.reshape(len(wants), ndim))
-    return columns[0], columns[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,13 +197,15 @@ class _Met:
 def _meet(manifest: Manifest, wants: _Wants, span_bytes: int) -> _Met:
     table = manifest.table
     ndim = wants.sizes.shape[1]
-    used = np.unique(wants.tensor)
+    used = np.flatnonzero(np.bincount(wants.tensor))
     rows = _ranges(table.bounds[used], table.bounds[used + 1])[1]
     offsets, sizes = table.boxes.corners(rows, ndim)
     # Where each tensor's chunks begin in these columns.
     count = table.bounds[used + 1] - table.bounds[used]
     begin = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(count)])
-    at = np.searchsorted(used, wants.tensor)
+    place = np.zeros(len(table.bounds), dtype=np.int64)
+    place[used] = np.arange(len(used))
+    at = place[wants.tensor]
     low, high = begin[at], begin[at + 1]
     if ndim:
         low, high = _near(offsets[:, 0], sizes[:, 0], begin, wants, at)

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from elastictrain_checkpoint.boxes import Ints
-from elastictrain_checkpoint.reshard import ReadPlan, Want
+from elastictrain_checkpoint.reshard import ReadPlan
 from elastictrain_checkpoint.table import ChunkTable
+from elastictrain_checkpoint.wants import Want
 
 Slices = tuple[slice, ...]
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from elastictrain_checkpoint.dtypes import item_bytes
 from elastictrain_checkpoint.errors import CheckpointError, CorruptData, InvalidPiece
 from elastictrain_checkpoint.reader import Reader
-from elastictrain_checkpoint.reshard import ReadPlan, Want, plan_reads
+from elastictrain_checkpoint.reshard import ReadPlan, plan_reads
 from elastictrain_checkpoint.rounds import (
     MESSAGE_BYTES,
     ROUND_BYTES,
@@ -28,6 +28,7 @@ from elastictrain_checkpoint.rounds import (
     rounds_of,
 )
 from elastictrain_checkpoint.slabs import Slab, slabs
+from elastictrain_checkpoint.wants import Want
 
 Exchange = Callable[[Sequence[Sequence[NDArray[Any]]], Sequence[int]], Sequence[memoryview]]
 """``exchange(sent, sizes)``: hands the arrays ``sent[w]``, row-major and one after the other, to worker ``w``, and

@@ -27,8 +27,9 @@ from elastictrain_checkpoint import CheckpointError, CorruptData, Found, Reader,
 from elastictrain_checkpoint.boxes import flat_range_to_boxes
 from elastictrain_checkpoint.documents import pack_documents, unpack_documents
 from elastictrain_checkpoint.errors import InvalidManifest
-from elastictrain_checkpoint.reshard import Want, plan_reads
+from elastictrain_checkpoint.reshard import plan_reads
 from elastictrain_checkpoint.together import lay_out, read_together
+from elastictrain_checkpoint.wants import Want
 
 _SOUND, _CORRUPT, _FAILED = range(3)
 _SIZE_BYTES = 8

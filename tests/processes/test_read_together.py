@@ -15,10 +15,11 @@ import pytest
 import torch.distributed as dist
 
 from elastictrain_checkpoint import CorruptData, Manifest, Reader, Store, load
-from elastictrain_checkpoint.reshard import Want, plan_reads
+from elastictrain_checkpoint.reshard import plan_reads
 from elastictrain_checkpoint.rounds import most_sent_bytes
 from elastictrain_checkpoint.together import read_together
 from elastictrain_checkpoint.torch.exchange import GroupExchange, host_exchange
+from elastictrain_checkpoint.wants import Want
 from tests.unit.checkpoint.build import flip, make_state, save
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]

@@ -16,7 +16,7 @@ from elastictrain_checkpoint.documents import pack_documents, unpack_documents
 from elastictrain_checkpoint.errors import CorruptData, InvalidManifest
 from elastictrain_checkpoint.host_exchange import HostExchange
 from elastictrain_checkpoint.reader import Reader
-from elastictrain_checkpoint.reshard import ReadPlan, Want, plan_reads
+from elastictrain_checkpoint.reshard import ReadPlan, plan_reads
 from elastictrain_checkpoint.rounds import most_shared_bytes
 from elastictrain_checkpoint.store import Store
 from elastictrain_checkpoint.tiers import Found
@@ -35,6 +35,7 @@ from elastictrain_checkpoint.torch.places import choose, with_older
 from elastictrain_checkpoint.torch.ranks import Ranks
 from elastictrain_checkpoint.torch.report import LoadReport, check, said_by_all
 from elastictrain_checkpoint.torch.saving import before_mutation
+from elastictrain_checkpoint.wants import Columns, Numbering, WantColumns
 
 BESIDE_BYTES = 1 << 20
 """Documents of so many bytes, for all ranks together, travel with the first agreement; larger ones by a broadcast."""
@@ -124,7 +125,7 @@ class _Mine:
 class _Everybody:
     """What each rank wants, and where it is; what does not fit between all of them."""
 
-    wants: list[list[Want]]
+    wants: list[WantColumns]
     places: list[tuple[str, ...]]
     said: Said
 
@@ -132,18 +133,20 @@ class _Everybody:
 def _fit(stores: Sequence[Store], told: _Told, state_dict: Any, asked: Asked, ranks: Ranks) -> tuple[_Mine, _Everybody]:
     fit, filling = Fit(), Filling()
     problem: Exception | None = None
+    columns: Columns | None = None
     try:
         found = Found(unpack_documents(told.documents, told.step), tuple(stores[number] for number in told.order))
         reader = found.reader()
         fit = fit_of(reader, state_dict, asked.choice())
         filling = prepare(reader, fit, boxes=True)
+        numbering = Numbering(found.manifest)
+        columns = numbering.columns(filling.wants)
         before_mutation()  # here, since a save that does not end must be everybody's error
     except Exception as error:  # as a state dict of the caller's may raise
         problem = error
-    wants = [(want.name, want.offsets, want.sizes) for want in filling.wants]
-    everybody = ranks.agree((fit.said, wants, place_here()), problem)
+    everybody = ranks.agree((fit.said, columns, place_here()), problem)
     return _Mine(found, reader, fit, filling), _Everybody(
-        [[Want(*want) for want in wanted] for _, wanted, _ in everybody],
+        [WantColumns(numbering, wanted) for _, wanted, _ in everybody],
         [here for _, _, here in everybody],
         said_by_all([one for one, _, _ in everybody]),
     )

@@ -10,10 +10,10 @@ from torch.distributed.tensor import DTensor
 from elastictrain_checkpoint.dtypes import num_elements
 from elastictrain_checkpoint.layouts import Held, boxes_of, runs_of
 from elastictrain_checkpoint.reader import Reader, Request
-from elastictrain_checkpoint.reshard import Want
 from elastictrain_checkpoint.together import read_boxes
 from elastictrain_checkpoint.torch.fitting import Fit
 from elastictrain_checkpoint.torch.tree import as_buffer
+from elastictrain_checkpoint.wants import Want
 
 FEW_RUNS = 16
 """So many flat ranges of a tensor, at most, are read one by one; more are read as boxes, with the bytes in between."""

@@ -27,9 +27,10 @@ from elastictrain_checkpoint import commit as commit_function
 from elastictrain_checkpoint.host_exchange import HostExchange
 from elastictrain_checkpoint.manifest import parse_manifest
 from elastictrain_checkpoint.pack import BoxData, write_pack
-from elastictrain_checkpoint.reshard import ReadPlan, Want, plan_reads
+from elastictrain_checkpoint.reshard import ReadPlan, plan_reads
 from elastictrain_checkpoint.rounds import most_sent_bytes, most_shared_bytes
 from elastictrain_checkpoint.together import Exchange, read_boxes, read_together
+from elastictrain_checkpoint.wants import Want
 from tests.unit.checkpoint.build import State, flip, make_state, memory_store, save, sign
 from tests.unit.checkpoint.workers import Workers
 

@@ -21,8 +21,8 @@ from elastictrain_checkpoint import (
 )
 from elastictrain_checkpoint import commit as commit_function
 from elastictrain_checkpoint.dtypes import num_elements
-from elastictrain_checkpoint.reshard import Want
 from elastictrain_checkpoint.together import read_boxes
+from elastictrain_checkpoint.wants import Want
 from tests.unit.checkpoint.build import State, make_state, save
 
 BLOCK = 4096
