@@ -123,6 +123,10 @@ class Pulse:
         """The calling thread is the training thread from now on."""
         _THREAD.pack_into(self._memory, _THREAD_AT, threading.get_native_id())
 
+    @property
+    def activity(self) -> Activity:
+        return Activity(self._activity)
+
     def beat(self) -> None:
         """Progress, of whatever kind. About a microsecond: call it for every gradient."""
         count = self._count = self._count + 1

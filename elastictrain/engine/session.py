@@ -19,6 +19,7 @@ from elastictrain.controller import events as ev
 from elastictrain.engine.collective import GroupSet, connect, hang_up, meet
 from elastictrain.engine.commit import Committed
 from elastictrain.engine.commons import Commons
+from elastictrain.engine.compiling import COMPILER
 from elastictrain.engine.forming import enter_generation
 from elastictrain.engine.guard import Guard
 from elastictrain.engine.inquest import Knowledge
@@ -245,16 +246,17 @@ class Session:
     def run(self) -> None:
         """Work until `stop`. Never raises: what happens leaves as events."""
         self.pulse.adopt()
-        while (plan := self._next_plan()) is not None:
-            try:
-                self._generation(plan)
-            except Parked:
-                pass
-            except BaseException as error:
-                problem = self._explain(plan.generation, error)
-                if problem is not None:  # before peers are let go, who then say what they have to say
-                    self.emit(problem)
-            self._leave(plan.generation)
+        with COMPILER.shown_in(self.pulse):
+            while (plan := self._next_plan()) is not None:
+                try:
+                    self._generation(plan)
+                except Parked:
+                    pass
+                except BaseException as error:
+                    problem = self._explain(plan.generation, error)
+                    if problem is not None:  # before peers are let go, who then say what they have to say
+                        self.emit(problem)
+                self._leave(plan.generation)
 
     def _next_plan(self) -> FormPlan | None:
         self.pulse.at(self.generation, self.committed.step, Activity.IDLE)

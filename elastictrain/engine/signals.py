@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from elastictrain.engine.compiling import COMPILER
 from elastictrain.stragglers.signals import (
     FLAG_CHECKPOINT,
     FLAG_COLLECTION,
@@ -50,7 +51,7 @@ class StepClock:
     def __init__(self) -> None:
         COLLECTOR.listen()
         self._voted_at = self._begun_at = self._arrived_at = time.perf_counter()
-        self._collected_s = COLLECTOR.total_s
+        self._collected_s, self._compiled = COLLECTOR.total_s, COMPILER.count
         self._before: Mapping[str, float] = {}
         self._first = True
 
@@ -59,6 +60,7 @@ class StepClock:
         self._first = True
 
     def begin(self) -> None:
+        COMPILER.listen()
         self._arrived_at = 0.0
 
     def arrive(self) -> None:
@@ -75,7 +77,8 @@ class StepClock:
         data_s = sum(data_wait.values())
         compute_s = max(0.0, seconds.get("compute_s", 0.0) - data_s)
         collected_s, self._collected_s = COLLECTOR.total_s - self._collected_s, COLLECTOR.total_s
-        flags = FLAG_CHECKPOINT * stores | FLAG_EVALUATION * evaluates | FLAG_COMPILE * self._first
+        compiles, self._compiled = COMPILER.count > self._compiled, COMPILER.count
+        flags = FLAG_CHECKPOINT * stores | FLAG_EVALUATION * evaluates | FLAG_COMPILE * (self._first or compiles)
         if collected_s > NOTICEABLE * compute_s:
             flags |= FLAG_COLLECTION
         self._first = False
