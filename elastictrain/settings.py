@@ -29,14 +29,23 @@ PositiveInt = Annotated[int, BeforeValidator(not_a_switch), Field(ge=1)]
 
 
 class _SaysWhichSetting(_ModelType):
-    """`Workers(min=0)` in Python raises the same ConfigError as `workers: {min: 0}` in YAML.
+    """`Workers(min=0)` in Python raises the same ConfigError as `workers: {min: 0}` in YAML. A text without
+    a name is the first setting, where that is a text.
 
     On the metaclass, because pydantic would call an `__init__` of ours for nested settings too, and lose their path.
     """
 
     def __call__(self, *args: Any, **settings: Any) -> Any:
+        if args:  # `Checkpoint("s3://bucket/run")` says what it means; numbers or two texts would not
+            first, field = next(iter(cast("type[BaseModel]", self).model_fields.items()))
+            if len(args) > 1 or first in settings or field.annotation is not str or not isinstance(args[0], str):
+                raise ConfigError(
+                    f"{self.__name__}: expected settings by name, such as {self.__name__}({first}=...) "
+                    f"(got {', '.join(map(repr, args))} without a name)"
+                )
+            settings[first] = args[0]
         try:
-            return super().__call__(*args, **settings)
+            return super().__call__(**settings)
         except ValidationError as error:
             raise ConfigError(explain(error, cast("type[BaseModel]", self), self.__name__)) from None
 
