@@ -113,6 +113,10 @@ class World:
     other: Store
     states: dict[int, State] = field(default_factory=dict)
 
+    @property
+    def both(self) -> tuple[Store, Store]:
+        return self.store, self.other
+
     def kept(self) -> Kept:
         """All that it holds, to be held by others."""
         return Kept((contents(self.store), contents(self.other)), dict(self.states))
@@ -122,7 +126,7 @@ class World:
         """A new world that holds what another one held: that was made once, and is copied for every point."""
         other = open_store(kind, folder.with_name(f"{folder.name}-other"))
         made = cls(open_store(kind, folder), other, dict(kept.states))
-        for store, before in zip((made.store, made.other), kept.stores, strict=True):
+        for store, before in zip(made.both, kept.stores, strict=True):
             for path, data in before.items():
                 store.put(path, data)
         return made
@@ -140,7 +144,7 @@ class World:
 
     def check(self, *must: int) -> None:
         """Whatever is there is whole, and so is what must be there."""
-        for store in (self.store, self.other):
+        for store in self.both:
             for step in list_steps(store):
                 manifest = load(store, step)
                 assert verify(store, manifest) == []

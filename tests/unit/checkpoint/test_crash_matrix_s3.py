@@ -1,11 +1,13 @@
 """The crash matrix against a server that speaks S3: every call of a protocol goes over HTTP, and is harmed in turn.
 
 What is left in the bucket is judged as everywhere, in a copy of it in memory: that is the same bytes, and much faster.
+What a kill before a call leaves is what is there before that call: one run that nobody kills shows it for all calls.
+(In memory, on disk and through fsspec each call is really the last one: `test_crash_matrix`.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,26 @@ from tests.unit.checkpoint.test_crash_matrix import (
 pytestmark = pytest.mark.timeout(600)
 CASES = [(protocol, way) for protocol, way in EVERY_CASE if protocol != "pin" and (protocol, way) != ("prune", "fails")]
 """The others differ in nothing that is S3's."""
+CHANGES = ("create", "replace", "publish", "put", "remove")
+
+
+class Watching(CountingBackend):
+    """Says it when a call that may change something is over."""
+
+    def __init__(self, backend: Any, changed: Callable[[], None]) -> None:
+        super().__init__(backend)
+        self.changed = changed
+
+    def __getattr__(self, name: str) -> Any:
+        real = super().__getattr__(name)
+
+        def call(*args: Any) -> Any:
+            found = real(*args)
+            if name in CHANGES:
+                self.changed()
+            return found
+
+        return call
 
 
 class Bucket:
@@ -56,7 +78,7 @@ class Bucket:
 
     def judged(self, world: World, folder: Path) -> World:
         held = []
-        for store in (world.store, world.other):
+        for store in world.both:
             backend: Any = store._backend
             backend.system.invalidate_cache()
             paths = backend.system.find(backend.root)
@@ -80,19 +102,37 @@ def test_the_matrix_has_at_least_200_points_on_s3(
     assert sum(points.values()) >= 200
 
 
-@pytest.mark.parametrize(("protocol", "way"), CASES)
-def test_harm_at_every_call(place: Bucket, tmp_path: Path, protocol: str, way: str) -> None:
-    _, run, must, finally_, least = PROTOCOLS[protocol]
+def killed(place: Bucket, folder: Path, protocol: str) -> Iterator[tuple[World, bool]]:
+    """What there is before every call and at the end; whether that is the end."""
+    world = place.world(prepared(protocol))
+    found: list[World] = [place.judged(world, folder)]
+    watched = [Watching(store._backend, lambda: found.append(place.judged(world, folder))) for store in world.both]
+    store, other = (Store("watched", backend=backend) for backend in watched)  # type: ignore[arg-type]
+    PROTOCOLS[protocol][1](World(store, other, world.states), store)
+    assert len(watched[0].verbs) > PROTOCOLS[protocol][-1]
+    yield from ((left, False) for left in found)
+    yield place.judged(world, folder), True
+
+
+def failing(place: Bucket, folder: Path, protocol: str, way: str) -> Iterator[tuple[World, bool]]:
+    """What is left after harm at every call and at none; whether the protocol came to its end."""
     kept = prepared(protocol)
     points = points_of(place.verbs_of(protocol), way)
-    assert way == "torn" or len(points) > least
-    returned = False
+    assert way == "torn" or len(points) > PROTOCOLS[protocol][-1]
     for at in [*points, NEVER]:
         world = place.world(kept)
-        returned = harm(world, run, at, way)
-        judged = place.judged(world, tmp_path)
-        judged.check(*(finally_ if returned else must))
-        run(judged, judged.store)  # whoever comes next does it again
-        judged.tidy(judged.store, len(finally_))
-        judged.check(*finally_)
+        returned = harm(world, PROTOCOLS[protocol][1], at, way)
+        yield place.judged(world, folder), returned
+
+
+@pytest.mark.parametrize(("protocol", "way"), CASES)
+def test_harm_at_every_call(place: Bucket, tmp_path: Path, protocol: str, way: str) -> None:
+    _, run, must, finally_, _ = PROTOCOLS[protocol]
+    returned = False
+    left = killed(place, tmp_path, protocol) if way == "before" else failing(place, tmp_path, protocol, way)
+    for world, returned in left:
+        world.check(*(finally_ if returned else must))
+        run(world, world.store)  # whoever comes next does it again
+        world.tidy(world.store, len(finally_))
+        world.check(*finally_)
     assert returned
