@@ -144,6 +144,15 @@ def test_make_test_runs_every_check() -> None:
     assert "--constraint constraints.txt" in text("Makefile")
 
 
+def test_a_commit_is_checked_by_what_make_runs() -> None:
+    """Else a commit passes here and is refused by CI."""
+    made = re.findall(r"^\t\$\(BIN\)/((?:ruff|mypy|lint-imports).*?)(?: \.)?$", text("Makefile"), re.M)
+    hooks = yaml.safe_load(text(".pre-commit-config.yaml"))["repos"][0]["hooks"]
+    entries = [hook["entry"].removesuffix(" --force-exclude") for hook in hooks]
+    assert entries == [f".venv/bin/{command}" for command in made]
+    assert ".venv/bin/pre-commit install" in text("CONTRIBUTING.md")
+
+
 def test_every_marker_of_the_tests_is_known_and_run() -> None:
     known = {line.partition(":")[0] for line in project()["tool"]["pytest"]["ini_options"]["markers"]}
     used = {mark for file in python_files("tests") for mark in re.findall(r"pytest\.mark\.(\w+)", file.read_text())}
