@@ -1,4 +1,6 @@
-"""The digits example through `et.run` and through the command line: the same bits whatever happens to the workers."""
+"""The digits example through `et.run` and through the command line: the same bits whatever happens to the workers,
+and as on plain processes.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +18,7 @@ import yaml
 import elastictrain as et
 from elastictrain.observe import RunDirectory
 from elastictrain_checkpoint import Store, digest, load
+from tests.support.process_cluster import run_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -56,16 +59,16 @@ def test_killed_and_joined_against_undisturbed(tmp_path: Path) -> None:
     disturbed = et.run(
         et.Job(**settings(tmp_path / "disturbed", workers=workers)), faults=[KILLED, et.faults.add(KILLED.step + 5)]
     )
-    alone = et.run(et.Job(**settings(tmp_path / "alone", workers={"max": 1})))
-    assert disturbed.outcome == alone.outcome == "finished"
+    alone = run_job(et.Job(**settings(tmp_path / "alone", workers={"max": 1})))
+    assert disturbed.outcome == alone.outcome.outcome == "finished"
     assert disturbed.digest == alone.digest
-    assert alone.world_sizes == [1]
     assert disturbed.world_sizes == [2, 1, 2], "one lost, one joined"
     assert [r.steps_redone for r in disturbed.recoveries] == [1]
     assert "killed or crashed" in disturbed.recoveries[0].cause
     assert len(disturbed.resizes) == 1
-    assert (disturbed.evaluation or {})["accuracy"] == (alone.evaluation or {})["accuracy"] > 0.95
-    assert disturbed.last_loss == alone.last_loss
+    evaluated = [row["evaluation"] for row in alone.record.rows if "evaluation" in row]
+    assert (disturbed.evaluation or {})["accuracy"] == evaluated[-1]["accuracy"] > 0.95
+    assert disturbed.last_loss == alone.losses[STEPS]
     check_folder(tmp_path / "disturbed", disturbed)
 
 
@@ -101,7 +104,7 @@ def check_folder(folder: Path, summary: et.Summary) -> None:
 
 
 @pytest.mark.usefixtures("prepared")
-def test_command_line_gives_the_same_digest(tmp_path: Path, shared_ray: None) -> None:
+def test_command_line_gives_the_same_digest(tmp_path: Path) -> None:
     """With an embedded Ray of its own, a kill on the way, and nothing but JSON on standard output."""
     file, faults = tmp_path / "job.yaml", tmp_path / "faults.yaml"
     short = {"steps": 60, "recipe_args": {"total_steps": 60}, "workers": {"max": 2}, "evaluate_every": 30}
@@ -114,7 +117,7 @@ def test_command_line_gives_the_same_digest(tmp_path: Path, shared_ray: None) ->
     )
     assert found.returncode == 0, found.stderr
     summary = json.loads(found.stdout)  # one object and nothing beside it
-    here = et.run(et.Job(**settings(tmp_path / "here", **short)))
+    here = run_job(et.Job(**settings(tmp_path / "here", **short)))
     assert summary["digest"] == here.digest
     assert [set(r) for r in summary["recoveries"]] == [{"cause", "generation", "seconds", "steps_redone"}]
     assert summary["run_dir"] == str(tmp_path / "cli")
