@@ -7,6 +7,7 @@ import re
 import subprocess
 import tomllib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
@@ -37,28 +38,44 @@ def python_files(*folders: str) -> list[Path]:
     return sorted(file for folder in folders or SOURCES for file in (ROOT / folder).rglob("*.py"))
 
 
-@cache
-def tree_of(file: Path) -> ast.Module:
-    return ast.parse(file.read_text(encoding="utf-8"))
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    """All in a file, in functions too; what is inside of expressions is no statement."""
+    for part in ("body", "orelse", "finalbody", "handlers", "cases"):
+        for child in getattr(node, part, ()):
+            yield child
+            yield from statements(child)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """`imports`: every module that a file imports anywhere. `evaluates`: it defines things, and evaluates annotations.
+
+    The trees themselves are two million objects, which the garbage collector would search in every test that follows.
+    """
+
+    imports: frozenset[str]
+    evaluates: bool
 
 
 @cache
-def imports(file: Path) -> frozenset[str]:
-    """Every module that a file imports anywhere, inside functions too."""
+def facts_of(file: Path) -> Facts:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
     found: set[str] = set()
-    for node in ast.walk(tree_of(file)):
+    for node in statements(tree):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             found.add(node.module)
-    return frozenset(found)
+    futures = any(isinstance(node, ast.ImportFrom) and node.module == "__future__" for node in tree.body)
+    defines = any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in tree.body)
+    return Facts(frozenset(found), defines and not futures)
 
 
 def importers(package: str, files: list[Path]) -> set[str]:
     return {
         file.relative_to(ROOT).as_posix()
         for file in files
-        if any(name == package or name.startswith(package + ".") for name in imports(file))
+        if any(name == package or name.startswith(package + ".") for name in facts_of(file).imports)
     }
 
 
@@ -103,12 +120,7 @@ def test_no_file_is_too_long() -> None:
 
 
 def test_annotations_are_not_evaluated() -> None:
-    lacking = []
-    for file in python_files():
-        tree = tree_of(file)
-        futures = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
-        if not futures and any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in tree.body):
-            lacking.append(file.relative_to(ROOT).as_posix())
+    lacking = [file.relative_to(ROOT).as_posix() for file in python_files() if facts_of(file).evaluates]
     assert lacking == []
 
 
