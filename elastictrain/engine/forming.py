@@ -77,10 +77,11 @@ def _check_memory(session: Session) -> None:
     changed = session.guard.verify() if session.job.integrity.state else ""
     session.guard.forget()
     if changed:
-        session.corrupt = f"its memory has changed while it was parked: {changed}"
-        failed = f"CorruptWorker: {session.corrupt}"
+        corrupt = f"its memory has changed while it was parked: {changed}"
+        failed = f"CorruptWorker: {corrupt}"
         session.emit(ev.WorkerFailed(0.0, session.generation, session.worker, "corrupt", failed))
-        raise CorruptWorker(session.corrupt)
+        session.corrupt = corrupt  # only now: see `inquest`
+        raise CorruptWorker(corrupt)
 
 
 def _roll_forward(session: Session, plan: FormPlan) -> None:

@@ -221,9 +221,10 @@ def convict(session: Session, named: Mapping[int, str], doubt: Doubt | None) -> 
     with session.apply_lock:
         session.check()
         session.doubt = doubt
+        # Said before it is so: who is corrupt and asked to park then is ended, with all that it has not said.
+        for worker, reason in sorted(named.items()):
+            session.emit(ev.WorkerFailed(0.0, session.generation, worker, "corrupt", f"CorruptWorker: {reason}", doubt))
         session.corrupt = named.get(session.worker, "")
-    for worker, reason in sorted(named.items()):
-        session.emit(ev.WorkerFailed(0.0, session.generation, worker, "corrupt", f"CorruptWorker: {reason}", doubt))
     if session.worker in named:
         raise CorruptWorker(named[session.worker])
     said = "; ".join(f"worker {worker}: {reason}" for worker, reason in sorted(named.items()))

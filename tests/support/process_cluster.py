@@ -22,6 +22,7 @@ from elastictrain.controller.journal import read_events
 from elastictrain.controller.machine import Machine
 from elastictrain.engine.host import WorkerHost, start_error
 from elastictrain.engine.worker_model import inspect
+from elastictrain.errors import InternalError
 from elastictrain.faults import kills_for
 from elastictrain.job import Job
 from elastictrain.observe.metrics import Happened
@@ -68,20 +69,30 @@ def worker_main(
         return
     send(ready)
 
+    over = threading.Event()
+
     def pump() -> None:
-        number = 0
-        while True:
+        number, last = 0, False
+        while not last:
+            last = over.is_set()
             number, messages = host.outbox.after(number, 0.05)
             for message in messages:
                 send(message)
 
-    threading.Thread(target=pump, daemon=True).start()
+    pumping = threading.Thread(target=pump, daemon=True)
+    pumping.start()
     while True:
         command = pipe.recv()
         if isinstance(command, cmd.Form):
             host.form(command.plan)
         elif isinstance(command, cmd.Park):
-            send(ev.WorkerParked(0.0, command.generation, host.park(command.generation)))
+            try:
+                report = host.park(command.generation)
+            except InternalError:  # on Ray the call fails, and what was said before arrives all the same
+                over.set()
+                pumping.join()
+                raise
+            send(ev.WorkerParked(0.0, command.generation, report))
         elif isinstance(command, cmd.AskPause):
             host.ask_pause(command.generation, command.store)
         elif isinstance(command, cmd.OfferLanes):

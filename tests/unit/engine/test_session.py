@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +15,11 @@ import pytest
 from elastictrain.controller import events as ev
 from elastictrain.engine import restoring, session
 from elastictrain.engine.collective import Rendezvous, connect
+from elastictrain.engine.inquest import convict
 from elastictrain.engine.probes import InjectedFault, Probes
 from elastictrain.engine.session import Session
 from elastictrain.engine.worker_model import build
-from elastictrain.errors import InternalError
+from elastictrain.errors import CorruptWorker, InternalError
 from elastictrain.faults import LoseNode, fail, lose_node
 from elastictrain.job import Checkpoint, Copy
 from elastictrain.layout import Layout, Shard
@@ -202,3 +204,19 @@ def test_a_connection_that_park_has_cut_is_not_cut_again(running: Running, monke
         assert here._stop_asking() == "host:1"  # as `park` does
     late.join(30)
     assert cut == []
+
+
+def test_who_is_corrupt_has_said_so_when_it_can_promise_nothing() -> None:
+    """Asked to park in between, it would be ended for that, and nobody would hear who was wrong."""
+    found: list[tuple[int, str, bool]] = []
+
+    def emit(said: ev.WorkerFailed) -> None:
+        found.append((said.worker, one.corrupt, one.apply_lock.locked()))
+
+    one = SimpleNamespace(
+        worker=2, generation=3, corrupt="", doubt=None, apply_lock=threading.Lock(), check=lambda: None, emit=emit
+    )
+    with pytest.raises(CorruptWorker, match="its sums differ"):
+        convict(one, {1: "another", 2: "its sums differ"}, None)  # type: ignore[arg-type]
+    assert found == [(1, "", True), (2, "", True)]
+    assert one.corrupt == "its sums differ"
