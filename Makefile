@@ -44,8 +44,7 @@ processes:
 	$(BIN)/python -m pytest tests/processes -m 'processes and not alone' -n 2 --dist loadfile
 	$(BIN)/python -m pytest tests/processes -m 'processes and alone'
 
-# Two files at a time here too, each with clusters of its own: processes that start wait for each other more than for a
-# processor.
+# Two files at a time here too, each with clusters of its own.
 ray:
 	$(BIN)/python -m pytest tests/ray tests/packaging -m ray -n 2 --dist loadfile
 
