@@ -93,8 +93,7 @@ class Scratch(threading.local):
 
 
 of_blocks = Buffers()
-"""For decoded blocks that are copied anyway, of whatever source of the process. What Arrow decodes stays in its memory:
-to copy it costs more than to get such memory fresh."""
+"""For decoded blocks, of whatever source of the process: what Arrow decodes is copied here (see `columns.stack`)."""
 of_batches = Buffers(kept_bytes=16 << 20)
 of_gathers = Buffers(kept_bytes=64 << 20)
 """Where a batch is what was gathered, of tables and of narrow integers, as much as lies ready comes back here."""

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from elastictrain.data.buffers import of_blocks
 from elastictrain.data.byte_tokens import END_OF_DOCUMENT, STANDS_FOR_END
-from elastictrain.data.columns import is_documents
+from elastictrain.data.columns import is_documents, own_copy
 from elastictrain.data.packing import TokenArray
 from elastictrain.errors import DataError
 
@@ -242,8 +242,8 @@ class StoredTokens:
         if nulls := sum(part.null_count for part in parts):
             raise DataError(f"{nulls} null(s) among the tokens of documents that are tokenised already")
         tokens = np.zeros(0, dtype=np.int32)
-        if parts:  # one part, as a row group has, is not copied
-            tokens = np.concatenate([np.asarray(part) for part in parts]) if len(parts) > 1 else np.asarray(parts[0])
+        if parts:
+            tokens = own_copy([np.asarray(part) for part in parts])
         starts = np.zeros(len(documents) + 1, dtype=np.int64)
         np.cumsum(np.asarray(pc.list_value_length(documents)), out=starts[1:])
         last = tokens[starts[1:] - 1] if len(tokens) else tokens

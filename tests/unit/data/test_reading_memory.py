@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from elastictrain.data import LaneReader, open_source
+from elastictrain.data.tokenizers import BytesTokenizer, tokens_record
 from elastictrain.job import Data
 
 LANES = 6
@@ -92,3 +96,25 @@ def test_prepared_batches_of_a_lane_that_left_are_forgotten(tmp_path: Path) -> N
     for step in range(3 * LANES):
         reader.batch(step % reader.source.steps_per_epoch, 0)
     assert set(reader._runs) <= {0}
+
+
+@pytest.mark.parametrize("column", ["numbers", "rows", "tokens"])
+def test_what_is_decoded_does_not_stay_in_arrows_memory(column: str, tmp_path: Path) -> None:
+    numbers = np.arange(40_000, dtype=np.uint16) % 250
+    columns = {
+        "numbers": pa.array(numbers),
+        "rows": pa.FixedSizeListArray.from_arrays(pa.array(numbers), 8),
+        "tokens": pa.array([[*numbers[at : at + 99], 256] for at in range(0, 40_000, 100)], pa.list_(pa.uint16())),
+    }
+    pq.write_table(pa.table({column: columns[column]}), tmp_path / "a.parquet")
+    (tmp_path / "_tokenizer.json").write_text(json.dumps(tokens_record(BytesTokenizer())))
+    text = {"text_column": "tokens", "sequence_length": 99, "tokenizer": str(tmp_path / "_tokenizer.json")}
+    spec = Data(kind="parquet", path=str(tmp_path / "*.parquet"), **(text if column == "tokens" else {}))
+    source = open_source(spec, seed=3, lanes=1, lane_batch_size=2)
+    source.read_block(0)
+    gc.collect()
+    before = pa.total_allocated_bytes()
+    arrays = source.read_block(0)
+    assert sum(array.nbytes for array in arrays.values()) > 70_000
+    assert pa.total_allocated_bytes() - before < 10_000
+    source.close()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,3 +143,16 @@ def test_a_reader_that_is_closed_hands_out_nothing_not_even_what_was_made(folder
     for call in (reader.batch, reader.take):
         with pytest.raises(RuntimeError, match="the LaneReader is closed"):
             call(3, 0)
+
+
+def test_what_becomes_of_a_batch_goes_with_whoever_has_it(folder: Path) -> None:
+    reader = reader_of(folder)
+    with Feeder(reader) as feeder:
+        feeder.batch(0, 0)
+        batch = feeder.batch(1, 0)
+        assert reader._runs[0].count > 2, "more of the same run are to come"
+        tensor = weakref.ref(batch["n"])
+        del batch
+        gc.collect()
+        assert tensor() is None
+        np.testing.assert_array_equal(feeder.batch(2, 0)["n"].numpy(), reader_of(folder).batch(2, 0)["n"])
