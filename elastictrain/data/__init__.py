@@ -76,8 +76,9 @@ def open_data(
     return open_source(spec, seed=seed, lanes=lanes, lane_batch_size=lane_batch_size, progress=progress)
 
 
-def mixture(sources: Mapping[str, Data], **settings: Any) -> Mixture:
-    """`Job.data` from several sources by name.
+def mixture(sources: Mapping[str, Data | Mapping[str, Any]], **settings: Any) -> Mixture:
+    """`Job.data` from several sources by name: what `parquet` and the others return, or settings as in a job file, to
+    which the mixture's `sequence_length` is handed down.
 
     `settings`: `weights`, `epochs` or `temperature`, `sequence_length`, `stages`. Raises ConfigError.
     """

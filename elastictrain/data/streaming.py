@@ -52,7 +52,9 @@ class Stream(IterableDataset[dict[str, torch.Tensor]]):
     ) -> None:
         super().__init__()
         self._lanes = lanes if lanes is not None else _default_lanes(batch_size, world)
-        if batch_size < 1 or self._lanes < 1 or batch_size % self._lanes:
+        if batch_size < 1 or self._lanes < 1:
+            raise ConfigError(f"batch_size={batch_size}, lanes={self._lanes}: expected at least 1 of each")
+        if batch_size % self._lanes:
             raise ConfigError(f"batch_size={batch_size} is not a multiple of lanes={self._lanes}; change one of them")
         if not 0 <= rank < world or world > self._lanes:
             raise ConfigError(

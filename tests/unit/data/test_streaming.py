@@ -143,7 +143,8 @@ def test_a_mixture_goes_on_with_other_proportions(folder: Path) -> None:
     ("settings", "expected"),
     [
         ({"lanes": 5}, r"batch_size=12 is not a multiple of lanes=5"),
-        ({"batch_size": 0}, r"batch_size=0"),
+        ({"batch_size": 0}, r"batch_size=0, lanes=\d+: expected at least 1 of each"),
+        ({"lanes": 0}, r"lanes=0: expected at least 1 of each"),
         ({"lanes": 2, "world": 3}, r"rank=0, world=3, lanes=2: expected rank < world <= lanes"),
         ({"rank": 2, "world": 2}, r"rank=2, world=2"),
     ],
@@ -156,3 +157,12 @@ def test_settings_that_do_not_fit(folder: Path, settings: dict[str, Any], expect
 def test_epochs_of_a_mixture_are_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"epochs: the sources of a mixture have epochs of their own"):
         et.data.stream(et.data.mixture({"a": et.data.parquet(str(folder))}), batch_size=4, epochs=1)
+
+
+def test_sources_of_a_mixture_may_be_settings_as_in_a_job_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a few words of text\n" * 40, encoding="utf-8")
+    made = et.data.text(str(tmp_path / "a.txt"), sequence_length=8)
+    plain = {"kind": "text", "path": str(tmp_path / "a.txt"), "text_column": "text"}
+    mixed = et.data.mixture({"a": plain, "b": made}, sequence_length=8)
+    assert mixed == et.data.mixture({"a": made, "b": made}, sequence_length=8)
+    assert next(iter(et.data.stream(mixed, batch_size=4, lanes=2)))["tokens"].shape == (4, 9)
