@@ -44,8 +44,7 @@ def stack(column: pa.ChunkedArray, where: str) -> npt.NDArray[Any]:
     """Return a column of `n` numbers, or of lists of equal length, as an array of shape [n, …], in memory of our own.
 
     Arrow's memory is let go of at once, and is then what it decodes the next row group into. Where decoded row groups
-    stay in it, every next one is decoded into fresh memory, which takes more than half as long again, and several times
-    as long as this copy.
+    stay in it, every next one is decoded into fresh memory, which costs more than this copy.
 
     Raises DataError, beginning with `where`, for nulls and for lists of different lengths.
     """
