@@ -174,10 +174,15 @@ class Detector:
         learned = usable & (self._seen >= self.tuning.warm_up)
         learned[WORK] = usable[WORK]
         self._lately.add(values, learned)
-        theirs = np.where(learned & ~back_to_best(change, self.level, self._best, self.tuning.verified), change, np.nan)
+        theirs = np.where(learned, change, np.nan)
+        back = back_to_best(change, self.level, self._best, self.tuning.verified)
         sure = not self.model.by_length or self._lengths_seen > 3 * _LENGTHS  # else levels are not known well
         lately = self._lately if sure else None
-        self.common = in_common(theirs, self._groups, lately=lately, level=self.level, noise=self._noise)
+        anew = np.where(usable & ~learned & np.isfinite(self._best), change, np.nan)
+        anew[WORK] = np.nan
+        self.common = in_common(
+            theirs, self._groups, changed=back, anew=anew, lately=lately, level=self.level, noise=self._noise
+        )
         rest = change - self.common
         self._learn_lengths(rest[WORK], usable[WORK])
         learned[WORK] &= self._seen[WORK] >= self.tuning.warm_up

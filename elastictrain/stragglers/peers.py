@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from elastictrain.stragglers.alarms import COMPUTE
 from elastictrain.stragglers.robust import middle
 from elastictrain.stragglers.signals import Flags, Floats
 
 _LATELY = 5
 _NOISY = 0.15
 """Noise (of a logarithm) from which one step does not say which of two workers has changed."""
+_APART = math.log(1.11)
+"""Changes in the middle that differ by more are of two kinds: half of the workers have changed, and half have not."""
 _DROP = 0.5
 """A device may become slow; that it is faster than ever, without having been slow, is less likely: of two workers, one
 whose time has dropped by more than noise must differ by twice as much from its usual time to be the one changed."""
@@ -58,19 +62,31 @@ def in_common(
     change: Floats,
     groups: Sequence[npt.NDArray[np.int64]],
     *,
+    changed: Flags | None = None,
+    anew: Floats | None = None,
     lately: Lately | None = None,
     level: Floats | None = None,
     noise: Floats | None = None,
 ) -> Floats:
     """What all peers of a worker share in this step, shape as `change` [causes, workers]; 0 where nobody is to be
-    compared with. `groups`: places of those that are peers.
+    compared with. `groups`: places of those that are peers; what is NaN is not there.
 
-    Of more than two it is the median. Of two it is the change that is nearer to none; where their `noise` is large, not
-    that of this step alone but of the last few (`lately`, against `level`).
+    Of three and more that are there it is their median. Of two it is the change that is nearer to none; where the
+    `noise` of a group of two is large, not that of this step alone but of the last few (`lately`, against `level`).
+    Who is known to have `changed` itself is there, and counts for nobody else. Who would be alone is held against those
+    whose level is learned `anew`, too (same shape: against the one before; NaN of all others). Are there none, it has
+    only its own history in its computation; of waiting and transfers, which one host or network may well make longer
+    for all, it is not told whether it is its own.
     """
     common = np.zeros_like(change)
     for group in groups:
         part = change[:, group]
+        alone = np.count_nonzero(~np.isnan(part), axis=1) == 1
+        if anew is not None and len(group) > 1:
+            part = np.where(alone[:, None] & np.isnan(part), anew[:, group], part)
+            alone &= np.count_nonzero(~np.isnan(part), axis=1) == 1
+        if changed is not None:
+            part = np.where(changed[:, group], np.nan, part)
         if len(group) <= 2:
             far = np.abs(part)
             if len(group) == 2 and lately is not None and level is not None and noise is not None:
@@ -81,6 +97,7 @@ def in_common(
             if len(group) == 1:  # nobody to compare with: its own history alone
                 shared = np.zeros(len(part))
         else:
-            shared = middle(part)
+            shared = middle(part, _APART)
+        shared[COMPUTE] *= not alone[COMPUTE]
         common[:, group] = shared[:, None]
     return common

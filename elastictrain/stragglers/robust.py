@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from math import inf, sqrt
 from statistics import stdev
 
 import numpy as np
@@ -22,15 +22,21 @@ def spread(samples: Floats) -> float:
     return 1.4826 * float(np.median(np.abs(samples - np.median(samples))))
 
 
-def middle(rows: Floats) -> Floats:
-    """The median of each row without its NaN; 0 where nothing else is there. (NumPy's is slow for short rows.)"""
+def middle(rows: Floats, apart: float) -> Floats:
+    """The median of each row without its NaN; 0 where nothing else is there. (NumPy's is slow for short rows.)
+
+    Of an even number whose middle two differ by more than `apart`, and of two in any case, it is the one of these that
+    is nearer to 0: their mean would be nobody's.
+    """
     ordered = np.sort(rows, axis=1)  # NaN last
     count = (~np.isnan(rows)).sum(axis=1)
     each = np.arange(len(rows))
-    found = (ordered[each, np.maximum(count - 1, 0) // 2] + ordered[each, np.maximum(count, 1) // 2 * (count > 1)]) / 2
+    low, high = ordered[each, np.maximum(count - 1, 0) // 2], ordered[each, np.maximum(count, 1) // 2 * (count > 1)]
+    nearer = np.where(np.abs(low) <= np.abs(high), low, high)
+    found = np.where((high - low > apart) | (count == 2), nearer, (low + high) / 2)
     return np.asarray(np.where(count > 0, found, 0.0))
 
 
 def median_error(measured: Sequence[float]) -> float:
     """How well the median of these is known (its standard error, were they normal); their unit."""
-    return 1.25 * stdev(measured) / sqrt(len(measured)) if len(measured) > 1 else inf
+    return 1.25 * stdev(measured) / math.sqrt(len(measured)) if len(measured) > 1 else math.inf

@@ -68,6 +68,8 @@ class PipelineWatch:
         self.decider = StageDecider(work, policy, price=price, allowed=allowed)
         self.factors = list(work.healthy())
         self.slow: dict[int, int] = {}
+        self._healthy: dict[int, float] = {}
+        """Of whoever has become slow: its level before that, wherever it sat."""
         self._elapsed_s = 0.0
         self._fresh = True
         self.placements: tuple[Placement, ...] = ()
@@ -88,6 +90,9 @@ class PipelineWatch:
                 len(seats), tuning=self.tuning, roles=[seats[worker][1] for worker in sorted(seats)],
                 known=[known.get(worker, math.nan) for worker in sorted(seats)],
             )  # fmt: skip
+            for place, worker in enumerate(sorted(seats)):
+                if not math.isnan(known.get(worker, math.nan)):  # who is fast again is not slow in another way
+                    self._detector.remember_best(place, known[worker] - math.log(self.factors[worker]))
         self.placements, self._seats, self._fresh = tuple(placements), seats, True
 
     def _level(self, worker: int) -> float:
@@ -144,6 +149,11 @@ class PipelineWatch:
         assert alarm.worker is not None
         worker = sorted(self._seats)[alarm.worker]
         before, now = self.factors[worker], self.factors[worker] * alarm.factor
+        level = self._level(worker)
+        if before == 1.0:
+            self._healthy[worker] = level - math.log(alarm.factor)
+        elif alarm.factor < 1 and worker in self._healthy:  # a product of changes adds up their errors
+            now = min(now, math.exp(level - self._healthy[worker]))
         if now < _SLOW:
             now = 1.0
             self.slow.pop(worker, None)

@@ -140,8 +140,15 @@ def test_what_all_share_while_lanes_move_is_no_part_of_the_new_levels(hiccup):
 @given(st.lists(st.lists(st.one_of(st.just(float("nan")), st.floats(-5, 5)), min_size=5, max_size=5), min_size=1))
 def test_the_middle_is_the_median_of_what_is_there(rows):
     values = np.array(rows)
-    wanted = [np.median(row[~np.isnan(row)]) if (~np.isnan(row)).any() else 0.0 for row in values]
-    assert np.allclose(middle(values), wanted)
+    there = [np.sort(row[~np.isnan(row)]) for row in values]
+    wanted = [np.median(row) if len(row) else 0.0 for row in there]
+    found = middle(values, 1e9)
+    assert np.allclose([one for one, row in zip(found, there, strict=True) if len(row) != 2],
+                       [one for one, row in zip(wanted, there, strict=True) if len(row) != 2])  # fmt: skip
+    for one, row in zip(middle(values, 0.0), there, strict=True):
+        low, high = (row[(len(row) - 1) // 2], row[len(row) // 2]) if len(row) else (0.0, 0.0)
+        assert one in (low, high)
+        assert abs(one) == min(abs(low), abs(high))
 
 
 def test_spread_and_variance_are_those_of_normal_numbers():

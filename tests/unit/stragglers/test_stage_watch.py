@@ -108,6 +108,31 @@ def test_a_slowness_outlasts_a_swap_of_roles() -> None:
     assert [one.kind for one in run.findings] == ["slow", "recovered"]
 
 
+def test_a_stage_changes_hands_as_another_worker_of_it_becomes_fast_again() -> None:
+    """Of three with the same stage one is new then: the other two are not half as fast and half as slow each."""
+    run = Played(scenario(stages=2, pipelines=3), allowed=("swap_roles",)).play(20)
+    while not run.actions:
+        run.play(1, {2: 1.4})
+    run.play(30, {2: 1.4})
+    while len(run.actions) < 2:
+        run.play(1, {2: 1.4, 5: 2.5})
+    run.play(40, {5: 2.5})
+    assert run.actions[:2] == ["swap_roles", "swap_roles"]
+    assert [(one.kind, one.worker) for one in run.findings] == [("slow", 2), ("slow", 5), ("recovered", 2)]
+
+
+def test_errors_of_a_slowness_do_not_add_up() -> None:
+    """It becomes less little by little, which nobody says; that it is over is known by what it was before."""
+    run = Played(scenario(pipelines=1), allowed=()).play(60).play(10, {1: 1.7})
+    for factor in (1.62, 1.55, 1.48, 1.42):
+        run.play(60, {1: factor})
+    run.play(40)
+    assert run.findings[0].slowness == pytest.approx(1.7, rel=0.03)
+    assert [one.kind for one in run.findings] == ["slow", "recovered"]
+    assert run.watch.factors[1] == 1.0
+    assert run.watch.slow == {}
+
+
 def test_a_spare_takes_the_place_and_a_cap_keeps_the_second_one_out() -> None:
     made = scenario(pipelines=2, spares=2)
     policy = Policy(per_s=1e9)
