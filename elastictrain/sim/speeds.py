@@ -48,6 +48,7 @@ class SpeedScenario:
     """A training of `workers` with `lanes` in all. `lane_s`: of a mean lane on a device of speed 1. `speeds`: of the
     devices, default equal. `noise`: standard deviation of the logarithm of a worker's time in a step. `hiccup_every`,
     `collect_every`: mean steps of a worker between such. `lengths`: coefficient of variation of a lane's length.
+    `nonsense`: workers, each with the step from which nothing that it says can be true.
     """
 
     workers: int = 16
@@ -63,6 +64,7 @@ class SpeedScenario:
     evaluate_every: int = 250
     lengths: float = 0.0
     slowness: tuple[Slowness, ...] = ()
+    nonsense: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(slots=True)
@@ -205,7 +207,8 @@ def run_speeds(scenario: SpeedScenario, policy: Policy | None = None, room: Room
         report.ours_s += taken_s
         report.none_s += taken_s if lanes == first else _take(devices, slowness, np.array(first), drawn).total_s
         report.oracle_s += taken_s if lanes == oracle else _take(devices, slowness, np.array(oracle), drawn).total_s
-        verdict = watch.feed(1, workers, step, _records(took, lanes, drawn), room=room, splits=(lanes,))
+        babble = [worker for worker, begin in scenario.nonsense if step >= begin]
+        verdict = watch.feed(1, workers, step, _records(took, lanes, drawn, babble), room=room, splits=(lanes,))
         report.findings += verdict.findings
         report.refused += [] if verdict.refused is None else [verdict.refused]
         decision = verdict.decision
@@ -263,10 +266,10 @@ def _take(devices: _Devices, slowness: Sequence[Slowness], lanes: npt.NDArray[np
     )
 
 
-def _records(took: _Step, lanes: Sequence[int], drawn: _Drawn) -> bytes:
-    """What the workers would say of it."""
+def _records(took: _Step, lanes: Sequence[int], drawn: _Drawn, babble: Sequence[int] = ()) -> bytes:
+    """What the workers would say of it, and `babble` instead."""
     arrive, counts = took.arrive, np.array(lanes)
-    return table(
+    said = table(
         lanes=counts,
         compute_s=took.compute,
         data_s=took.data,
@@ -275,4 +278,7 @@ def _records(took: _Step, lanes: Sequence[int], drawn: _Drawn) -> bytes:
         tokens=counts * drawn.tokens,
         squares=counts * drawn.squares,
         flags=drawn.flags,
-    ).tobytes()
+    )
+    for number, name in enumerate(("compute_s", "arrive_s", "exchange_s", "data_s")):
+        said[name][list(babble)] = (np.nan, -1.0, 1e30, np.inf)[number]
+    return said.tobytes()

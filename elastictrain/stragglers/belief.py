@@ -18,22 +18,29 @@ from elastictrain.stragglers.signals import Flags, Records, checked, counted, de
 _KEPT_STEPS = 15
 
 
-def believed(records: Records, splits: Sequence[tuple[int, ...]]) -> Flags:
-    """Whether each record can be true, its lanes included. Shape [workers].
+def in_force(records: Records, splits: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
+    """The split that the workers are at: lanes by place; None when nobody here knows it.
 
-    `splits`: lanes of all workers, of every split that may be in force, the newest first; with none lanes are believed.
-    All switch at the same step, so it is the split that most of them name. If that is not even a half of them, and what
-    they say are all the lanes there are, it is a split of which nobody here knows, and no sign of nonsense.
+    `splits`: of every one that may be in force, the newest first. All switch at the same step, so it is the split that
+    most of them name. If that is not even a half of them, and what they say are all the lanes there are, it is another.
     """
-    sound, own = checked(records), dealt(records)
+    own = dealt(records)
     fitting = [split for split in splits if len(split) == len(own)]
     if not fitting:
+        return None
+    best = max(fitting, key=lambda split: int((own == np.asarray(split)).sum()))  # of equal ones the newest
+    few = 2 * int((own == np.asarray(best)).sum()) <= len(own)
+    return None if few and int(own.sum()) == sum(fitting[0]) else best
+
+
+def believed(records: Records, splits: Sequence[tuple[int, ...]]) -> Flags:
+    """Whether each record can be true, its lanes included (`in_force`; where nobody knows the split, lanes are
+    believed). Shape [workers].
+    """
+    sound, split = checked(records), in_force(records, splits)
+    if split is None:
         return sound
-    agreed = [own == np.asarray(split) for split in fitting]
-    best = max(agreed, key=lambda one: int(one.sum()))  # of equal ones the newest
-    if 2 * int(best.sum()) <= len(own) and int(own.sum()) == sum(fitting[0]):
-        return sound
-    return np.asarray(sound & (best | ~counted(records)))
+    return np.asarray(sound & ((dealt(records) == np.asarray(split)) | ~counted(records)))
 
 
 class Arrival:

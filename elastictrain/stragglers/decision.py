@@ -64,7 +64,8 @@ class Situation:
     computed its lanes in this step; None if the step says nothing (a checkpoint, an evaluation). `elapsed_s`: since the
     start, as the steps add up. `left_steps`: of the run. `work`: of this step's lanes, in mean lanes (default: their
     number). `slow`: whose slowness is known, with the step of its onset. `spares`: that wait. `least_workers`: fewer
-    must not be left. `room`: which splits there is memory for.
+    must not be left. `room`: which splits there is memory for. `frozen`: who cannot be believed at this step; it keeps
+    its lanes and its place, except that a move which has brought nothing is taken back as a whole.
     """
 
     step: int
@@ -79,6 +80,7 @@ class Situation:
     least_workers: int = 1
     own_s: tuple[float, ...] = ()
     room: Room = PLENTY
+    frozen: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,19 +195,18 @@ class Decider:
 
     def _split(self, now: Situation, before_s: float, *, patient: bool = True) -> Found:
         """The best split, and the best that fits, if it wins enough for anybody to ask."""
-        units, least = (
-            self._patience.trusted(now.step, now.slow, now.unit_s, patient=patient),
-            [min(1, lanes) for lanes in now.lanes],
-        )
+        units = self._patience.trusted(now.step, now.slow, now.unit_s, patient=patient)
         total = sum(now.lanes)
-        wanted = split_affine(total, [0.0] * self.workers, units, least=least, before=now.lanes).parts
+        least = [lanes if place in now.frozen else min(1, lanes) for place, lanes in enumerate(now.lanes)]
+        most = [lanes if place in now.frozen else total for place, lanes in enumerate(now.lanes)]
+        wanted = split_affine(total, [0.0] * self.workers, units, least=least, most=most, before=now.lanes).parts
         if now.room is PLENTY or not self._wins(before_s, makespan_s(now.unit_s, wanted)):
             return Found(wanted, wanted, None)
         what, about = ("lanes", patient), _about(now)
         known = self._answers.get(what, about, now.step)
         if known is not None and (known.lack is not None or known.wanted == wanted):
             return known
-        found = best_with_room(total, units, now.room.split, least=least, before=now.lanes)
+        found = best_with_room(total, units, now.room.split, least=least, most=most, before=now.lanes)
         return self._answers.keep(what, about, now.step, found)
 
     def _wins(self, before_s: float, after_s: float, times: float = 1.0) -> bool:
@@ -328,7 +329,7 @@ class Decider:
         if not self.policy.evict or self.workers < 2:
             return []
         options: list[tuple[float, Action, int, float]] = []
-        for worker in sorted(now.slow):
+        for worker in sorted(set(now.slow) - now.frozen):
             if now.spares:
                 options.append((self.policy.replace_cost_s, "replace", worker, self._replaced(now, worker)))
             if self.workers > max(1, now.least_workers):
@@ -366,4 +367,4 @@ class Decider:
 
 def _about(now: Situation) -> object:
     """While this is the same, so is what there is room for."""
-    return now.lanes, frozenset(now.slow), now.spares
+    return now.lanes, frozenset(now.slow), now.spares, now.frozen

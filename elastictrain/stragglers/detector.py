@@ -22,7 +22,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from elastictrain.stragglers.alarms import (
     CAUSES,
@@ -98,7 +97,7 @@ class Detector:
         self._spiked = np.zeros(workers, dtype=bool)
         self._counted = np.zeros(workers, dtype=np.int64)
         self._more_lanes = np.zeros(workers, dtype=np.int64)
-        self._lanes: npt.NDArray[np.int64] | None = None
+        self.lanes = np.zeros(workers, dtype=np.int64)  # 0: not known, or none
         self._lately = Lately(4, workers, self._groups)
         self._together = Together(self.tuning)
         self._turn = 0
@@ -203,18 +202,16 @@ class Detector:
         """A worker with another number of lanes: what a step costs it whatever its lanes shifts its time per lane,
         which is no slowness. Its level is learned anew, in the next few steps.
         """
-        lanes = dealt(records)
-        if self._lanes is not None:
-            lanes = np.where(sound, lanes, self._lanes)
-            moved = (lanes != self._lanes) & (self._seen[COMPUTE] >= self.tuning.warm_up)
-            if moved.any():
-                self._more_lanes = np.where(moved, np.sign(lanes - self._lanes), self._more_lanes)
-                self._seen[:3, moved] = np.minimum(self._seen[:3, moved], self.tuning.warm_up - 3)
-                self._warm[:3, moved] = np.nan
-                self._up[:, moved] = self._down[:, moved] = 0.0
-                self._recent[:, :, moved] = np.nan
-                self._lately.forget(moved)
-        self._lanes = lanes
+        lanes = np.where(sound, dealt(records), self.lanes)
+        moved = (lanes != self.lanes) & (self.lanes > 0) & (self._seen[COMPUTE] >= self.tuning.warm_up)
+        if moved.any():
+            self._more_lanes = np.where(moved, np.sign(lanes - self.lanes), self._more_lanes)
+            self._seen[:3, moved] = np.minimum(self._seen[:3, moved], self.tuning.warm_up - 3)
+            self._warm[:3, moved] = np.nan
+            self._up[:, moved] = self._down[:, moved] = 0.0
+            self._recent[:, :, moved] = np.nan
+            self._lately.forget(moved)
+        self.lanes = lanes
 
     def _not_excused(self, records: Records) -> Flags:
         flagged = (records["flags"] & EXCUSED) != 0

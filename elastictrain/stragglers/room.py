@@ -97,16 +97,25 @@ def makespan_s(unit_s: Sequence[float], lanes: Sequence[float]) -> float:
 
 
 def best_with_room(
-    total: int, unit_s: Sequence[float], fits: Fits, *, least: Sequence[int], before: tuple[int, ...] | None = None
+    total: int,
+    unit_s: Sequence[float],
+    fits: Fits,
+    *,
+    least: Sequence[int],
+    most: Sequence[int] | None = None,
+    before: tuple[int, ...] | None = None,
 ) -> Found:
-    """The split of `total` lanes with the smallest makespan that fits. `before`: the one in force, which fits."""
-    wanted = split_affine(total, [0.0] * len(unit_s), unit_s, least=least, before=before).parts
+    """The split of `total` lanes with the smallest makespan that fits, between `least` and `most` of each worker.
+    `before`: the one in force, which fits.
+    """
+    most = [total] * len(unit_s) if most is None else most
+    wanted = split_affine(total, [0.0] * len(unit_s), unit_s, least=least, most=most, before=before).parts
     lack = None if wanted == before else fits(wanted)
     if lack is None:
         return Found(wanted, wanted, None)
-    found = [_with_limits(total, unit_s, fits, least, before, wanted, lack)]
+    found = [_with_limits(total, unit_s, fits, least, most, before, wanted, lack)]
     if before is not None:
-        found.append(_step_by_step(unit_s, fits, least, before))
+        found.append(_step_by_step(unit_s, fits, least, most, before))
     there = [lanes for lanes in found if lanes is not None]
     best = min(there, key=lambda lanes: makespan_s(unit_s, lanes), default=None)
     return Found(best, wanted, lack)
@@ -117,11 +126,11 @@ def _most_asked(workers: int) -> int:
 
 
 def _with_limits(
-    total: int, unit_s: Sequence[float], fits: Fits, least: Sequence[int], before: tuple[int, ...] | None,
-    lanes: tuple[int, ...], lack: NoRoom,
+    total: int, unit_s: Sequence[float], fits: Fits, least: Sequence[int], most: Sequence[int],
+    before: tuple[int, ...] | None, lanes: tuple[int, ...], lack: NoRoom,
 ) -> tuple[int, ...] | None:  # fmt: skip
     """From the best split of all downwards: whoever has no room gets a lane less (or gives up one less)."""
-    low, high = list(least), [total] * len(unit_s)
+    low, high = list(least), list(most)
     known: NoRoom | None = lack
     for _ in range(_most_asked(len(unit_s))):
         short = None if known is None else known.worker
@@ -142,7 +151,7 @@ def _with_limits(
 
 
 def _step_by_step(
-    unit_s: Sequence[float], fits: Fits, least: Sequence[int], before: tuple[int, ...]
+    unit_s: Sequence[float], fits: Fits, least: Sequence[int], most: Sequence[int], before: tuple[int, ...]
 ) -> tuple[int, ...]:
     """From the split in force upwards: lanes of the last worker to the one that is done first with them, as many as
     make the step shortest, while that fits.
@@ -153,7 +162,7 @@ def _step_by_step(
         now_s, better = unit_s[last] * lanes[last], list[tuple[float, int, tuple[int, ...]]]()
         for to in range(len(lanes)):
             for more in range(1, lanes[last] - least[last] + 1 if to != last else 1):
-                if unit_s[to] * (lanes[to] + more) >= now_s:
+                if unit_s[to] * (lanes[to] + more) >= now_s or lanes[to] + more > most[to]:
                     break
                 after = list(lanes)
                 after[last], after[to] = lanes[last] - more, lanes[to] + more

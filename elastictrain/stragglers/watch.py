@@ -14,11 +14,11 @@ from statistics import median
 import numpy as np
 
 from elastictrain.stragglers.alarms import COMPUTE, Alarm, Tuning
-from elastictrain.stragglers.belief import Arrival, believed
+from elastictrain.stragglers.belief import Arrival, believed, in_force
 from elastictrain.stragglers.decision import Decider, Decision, Policy, Refused, Situation
 from elastictrain.stragglers.detector import Detector
 from elastictrain.stragglers.room import PLENTY, Room
-from elastictrain.stragglers.signals import EXCUSED, RECORD_BYTES, Flags, Records, as_dealt, decode
+from elastictrain.stragglers.signals import EXCUSED, RECORD_BYTES, Flags, Floats, Records, as_dealt, decode
 from elastictrain.stragglers.work import WorkModel
 
 _NONSENSE = 3
@@ -103,13 +103,16 @@ class StragglerWatch:
 
     def dealt_speeds(self) -> dict[int, float]:
         """As `speeds`, for dealing lanes out: who cannot be told from its peers counts as the median one. Nothing while
-        anybody's is unknown.
+        anybody's is unknown, except of those who talk nonsense.
         """
-        if self.detector is None or not np.isfinite(self.detector.dealt_unit_s).all():
+        if self.detector is None:
             return {}
-        units = self.detector.dealt_unit_s.tolist()
-        middle = median(units)
-        return {worker: middle / unit for worker, unit in zip(self.workers, units, strict=True)}
+        units = dict(zip(self.workers, self.detector.dealt_unit_s.tolist(), strict=True))
+        known = {worker: unit for worker, unit in units.items() if unit == unit}
+        if not known or units.keys() - known.keys() - self._accused:
+            return {}
+        middle = median(known.values())
+        return {worker: middle / unit for worker, unit in known.items()}
 
     def feed(
         self,
@@ -144,7 +147,7 @@ class StragglerWatch:
         findings = [*self._nonsense(step, records), *(self._finding(alarm) for alarm in alarms)]
         if not acts:
             return Verdict(tuple(findings))
-        decision, refused = self._decide(step, records, sound, spares, least_workers, room)
+        decision, refused = self._decide(step, records, sound, in_force(records, splits), spares, least_workers, room)
         return Verdict(tuple(findings), decision, refused)
 
     def _nonsense(self, step: int, records: Records) -> list[Finding]:
@@ -180,34 +183,45 @@ class StragglerWatch:
         return Finding(kind, alarm.step, worker, alarm.cause, alarm.factor, alarm.onset, words)
 
     def _decide(
-        self, step: int, records: Records, sound: Flags, spares: int, least_workers: int, room: Room
-    ) -> tuple[Decision | None, Refused | None]:
+        self, step: int, records: Records, sound: Flags, split: tuple[int, ...] | None, spares: int,
+        least_workers: int, room: Room,
+    ) -> tuple[Decision | None, Refused | None]:  # fmt: skip
+        """`split`: in force; None: not known. Who is not `sound` keeps its lanes, and what was known of it stays."""
         assert self.detector is not None
         assert self.decider is not None
-        units = self.detector.dealt_unit_s
-        quiet = bool(sound.all() and (records["lanes"] > 0).all()) and not bool((records["flags"] & EXCUSED).any())
+        quiet = bool(sound.any() and (records["lanes"] > 0)[sound].all())
+        quiet &= not bool((records["flags"] & EXCUSED)[sound].any())
         said = records
         records = as_dealt(records)  # lanes that were taken over within the step stay dealt out as they are
         arrived = None
         if quiet:
-            computed_s = float((records["compute_s"] + records["data_s"]).max())
-            arrived = self._arrival.last_s(computed_s, said, judging=self.decider.judges)
+            computed_s = float((records["compute_s"] + records["data_s"])[sound].max())
+            arrived = self._arrival.last_s(computed_s, said[sound], judging=self.decider.judges)
         self._elapsed_s += arrived or 0.0
-        if not np.isfinite(units).all() or not sound.all():
+        usual, own = (_filled(units, sound) for units in (self.detector.dealt_unit_s, self.detector.unit_s))
+        if not np.isfinite(usual).all():
             return None, None
+        lanes = self.detector.lanes if split is None else np.asarray(split)
         places = {worker: place for place, worker in enumerate(self.workers)}
         situation = Situation(
             step=step,
-            lanes=tuple(int(n) for n in records["lanes"]),
-            unit_s=tuple(float(unit) for unit in units),
+            lanes=tuple(int(n) for n in lanes),
+            unit_s=tuple(float(unit) for unit in usual),
             arrived_s=arrived,
             elapsed_s=self._elapsed_s,
             left_steps=max(0, self.steps - step),
-            work=tuple(float(work) for work in self._model.work(records)),
+            work=tuple(float(work) for work in np.where(sound, self._model.work(records), lanes)),
             slow={places[worker]: since for worker, since in self._slow.items() if worker in places},
             spares=spares,
             least_workers=least_workers,
-            own_s=tuple(float(unit) for unit in self.detector.unit_s),
+            own_s=tuple(float(unit) for unit in own),
             room=room,
+            frozen=frozenset(np.flatnonzero(~sound).tolist()),
         )
         return self.decider.decide(situation), self.decider.refused
+
+
+def _filled(units: Floats, sound: Flags) -> Floats:
+    """Of whoever is not believed and was never known: as the others at the median."""
+    known = units[np.isfinite(units)]
+    return np.where(sound | np.isfinite(units), units, np.median(known) if len(known) else np.nan)

@@ -202,6 +202,24 @@ def test_a_broken_clock_is_ignored_and_told_once(folder, undisturbed):
     assert not run.record.of("lanes_moved")
 
 
+def babbles(who: int, worker: int) -> None:
+    """Worker 2 becomes slow; of `who` nothing can be believed from then on."""
+    says({2: 2.0}, since=FIRST)(worker)
+    if worker == who:
+        _says({who: 1000.0}, FIRST, 10**9, "data_s", worker)
+
+
+def test_who_talks_nonsense_keeps_its_lanes_and_those_of_others_move(folder, undisturbed):
+    run = run_job(straggling_job(folder), patch=partial(babbles, 1))
+    assert run.digest == undisturbed.digest
+    assert run.losses == undisturbed.losses
+    assert {(said["worker"], said["what"]) for said in run.record.of("straggler")} == {(1, "nonsense"), (2, "slow")}
+    (move,) = run.record.of("lanes_moved")
+    assert move["action"] == "move_lanes"
+    assert lanes_of(run) == [5, 4, 2, 5]
+    assert lanes_said(run)[STEPS] == (5, 4, 2, 5), "and that is what they compute"
+
+
 def test_a_worker_that_is_far_too_slow_gives_its_place_to_a_spare(folder, undisturbed_long):
     job = straggling_job(folder, {"max": 4, "min": 2, "spares": 1, "replace": True}, "evict", steps=LONG)
     run = run_job(job, patch=says({2: 100.0}, since=FIRST), all_ready_first=True)

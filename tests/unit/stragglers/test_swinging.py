@@ -109,3 +109,17 @@ def test_a_correction_that_wins_enough_is_made_and_so_is_a_move_for_another_chan
         assert lanes == (5, 10, 9, 8)
         found = [decider.decide(situation(step, units, lanes=lanes, slow=slow)) for step in range(30, 33)]
         assert any(found) == moved
+
+
+def test_one_that_talks_nonsense_costs_the_others_nothing_of_what_lanes_win():
+    """It keeps its own lanes, whether its speed was known before or not; what the slow one loses goes to the others."""
+    for since in (1, 100):
+        slow = Slowness(2, "compute", 3.0, 150, 1000)
+        scenario = SpeedScenario(8, 64, 300, 3, slowness=(slow,), nonsense=((5, since),))
+        report = run_speeds(scenario)
+        assert [one.worker for one in report.findings if one.kind == "nonsense"] == [5]
+        assert [one.worker for one in report.findings if one.kind == "slow"] == [2]
+        assert report.lanes[5] == 8
+        assert report.lanes[2] <= 4
+        assert report.share_of_oracle > 0.75
+        assert "taken back" not in report.outcomes
