@@ -51,7 +51,7 @@ class Redundancy(Settings):
     """
     depth: Annotated[int, BeforeValidator(not_a_switch), Field(ge=1, le=127)] = 2
     """With `take_over` and `first_result`: so many lanes of each worker, its last ones, have a second holder, which
-    reads their data too. A worker's signal has room for 127 lanes of others."""
+    reads their data too."""
     group: Annotated[int, BeforeValidator(not_a_switch), Field(ge=2)] = 2
     """With `coded`: how many workers have the same lanes."""
     drop_at_most: Annotated[int, BeforeValidator(not_a_switch), Field(ge=1, le=127)] = 1

@@ -28,13 +28,15 @@ LEFT_OUT = FLAG_CHECKPOINT | FLAG_EVALUATION | FLAG_COMPILE
 """Steps that `whatif` leaves out; the collector is a cause of its own there."""
 
 _FLAGS = 0xFF
-"""The upper half of the flags says how many lanes more than its own a worker has computed, as a signed byte."""
+"""The upper half of the flags says how many lanes more than its own a worker has computed, as a signed byte. What does
+not fit there stands in `more`, and in older records nowhere.
+"""
 _MOST_MORE = 127
 
 LONGEST_S = 86_400.0
 """No duration of one step is longer than a day; whoever says so has a broken clock."""
 
-_RECORD = struct.Struct("<HHffffffffdd")
+_RECORD = struct.Struct("<HHffffffffddi")
 RECORD_BYTES = 64
 """Room in the vote for each worker; what the fields leave of it is zero."""
 _PADDING = bytes(RECORD_BYTES - _RECORD.size)
@@ -43,10 +45,10 @@ RECORD = np.dtype(
     {
         "names": [
             "flags", "lanes", "data_s", "compute_s", "arrive_s", "exchange_s", "vote_s", "gather_s", "step_s",
-            "collected_s", "tokens", "squares",
+            "collected_s", "tokens", "squares", "more",
         ],
-        "formats": ["<u2", "<u2", *["<f4"] * 8, "<f8", "<f8"],
-        "offsets": [0, 2, *range(4, 36, 4), 36, 44],
+        "formats": ["<u2", "<u2", *["<f4"] * 8, "<f8", "<f8", "<i4"],
+        "offsets": [0, 2, *range(4, 36, 4), 36, 44, 52],
         "itemsize": RECORD_BYTES,
     }
 )  # fmt: skip
@@ -98,6 +100,7 @@ class Signal:
                 ),
                 self.tokens,
                 self.squares,
+                self.more if abs(self.more) >= _MOST_MORE else 0,
             )
             + _PADDING
         )  # fmt: skip
@@ -161,16 +164,25 @@ def checked(records: Records) -> Flags:
 
 
 def counted(records: Records) -> Flags:
-    """Whether a record has room for the number of lanes that were dealt out (`dealt`). Shape [workers]."""
+    """Whether a record says how many lanes were dealt out (`dealt`): those of older versions have no room for more than
+    126 lanes of others, and none has for 65,535 lanes. Shape [workers].
+    """
     upper = records["flags"] >> 8
     at_the_end = (upper == _MOST_MORE) | (upper == 256 - _MOST_MORE)
-    return np.asarray(~at_the_end & (records["lanes"] < 0xFFFF))
+    return np.asarray((~at_the_end | (_more(records) != 0)) & (records["lanes"] < 0xFFFF))
+
+
+def _more(records: Records) -> npt.NDArray[np.int64]:
+    """What did not fit into the flags; 0 of what did, and in a run directory of an older version."""
+    there = "more" in (records.dtype.names or ())
+    return records["more"].astype(np.int64) if there else np.zeros(len(records), dtype=np.int64)
 
 
 def dealt(records: Records) -> npt.NDArray[np.int64]:
     """How many lanes were dealt out to each worker, whoever has computed them. Shape [workers]."""
     upper = (records["flags"] >> 8).astype(np.int64)
-    return np.asarray(records["lanes"].astype(np.int64) - np.where(upper > _MOST_MORE, upper - 256, upper))
+    upper, more = np.where(upper > _MOST_MORE, upper - 256, upper), _more(records)
+    return np.asarray(records["lanes"].astype(np.int64) - np.where(more != 0, more, upper))
 
 
 def as_dealt(records: Records) -> Records:
@@ -185,6 +197,8 @@ def as_dealt(records: Records) -> Records:
     for name in ("compute_s", "data_s", "collected_s", "tokens", "squares"):
         found[name] = np.clip(records[name] * times, -_LARGEST, _LARGEST)  # nonsense may be as large as a float is
     found["lanes"], found["flags"] = own, records["flags"] & _FLAGS
+    if "more" in (found.dtype.names or ()):
+        found["more"] = 0
     return found
 
 

@@ -7,7 +7,18 @@ import math
 import numpy as np
 import pytest
 
-from elastictrain.stragglers.signals import RECORD_BYTES, Signal, as_dealt, checked, dealt, decode, parts, table
+from elastictrain.stragglers.belief import believed
+from elastictrain.stragglers.signals import (
+    RECORD_BYTES,
+    Signal,
+    as_dealt,
+    checked,
+    counted,
+    dealt,
+    decode,
+    parts,
+    table,
+)
 
 
 def test_a_record_has_64_bytes_and_comes_back():
@@ -81,4 +92,21 @@ def test_lanes_of_others_are_told_apart_from_those_that_were_dealt_out():
     assert found["flags"].tolist() == [5, 2, 0, 0]
     alone = decode(said[2].encode())
     assert as_dealt(alone) is alone
-    assert dealt(decode(Signal(500, 1.0, more=300).encode())).tolist() == [373], "no more than can be said"
+
+
+@pytest.mark.parametrize("more", [126, 127, 128, 300, -126, -127, -128, -300])
+def test_any_number_of_lanes_of_others_can_be_told(more):
+    """With coded lanes a worker computes those of its whole group."""
+    records = decode(Signal(500, 50.0, arrive_s=50.0, flags=5, more=more).encode())
+    assert counted(records).all()
+    assert dealt(records).tolist() == [500 - more]
+    found = as_dealt(records)
+    assert (found["lanes"][0], found["flags"][0]) == (500 - more, 5)
+    assert found["compute_s"][0] == pytest.approx(0.1 * (500 - more))
+    assert dealt(found).tolist() == [500 - more]
+    assert believed(records, [(500 - more,)]).all()
+
+
+def test_records_of_older_versions_may_not_say_it():
+    records = table(lanes=[500, 4], compute_s=[50.0, 0.4], flags=[127 << 8, 2 << 8])
+    assert counted(records).tolist() == [False, True]
