@@ -195,7 +195,7 @@ class StragglerWatch:
         records = as_dealt(records)  # lanes that were taken over within the step stay dealt out as they are
         arrived = None
         if quiet:
-            computed_s = float((records["compute_s"] + records["data_s"])[sound].max())
+            computed_s = float((records["compute_s"][sound] + records["data_s"][sound]).max())
             arrived = self._arrival.last_s(computed_s, said[sound], judging=self.decider.judges)
         self._elapsed_s += arrived or 0.0
         usual, own = (_filled(units, sound) for units in (self.detector.dealt_unit_s, self.detector.unit_s))
