@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from elastictrain.errors import ClusterError, ConfigError
 from elastictrain.planner.plan import Found, Plan
-from elastictrain.planner.schedule import replay
+from elastictrain.planner.schedule import replay, sends
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 FORWARD, BACKWARD, WEIGHTS, EXCHANGE = "#56b4e9", "#0072b2", "#009e73", "#e69f00"
+SENT, SENT_BACK = "#666666", "#d55e00"
+_EDGE = 0.4
+"""Half of a bar's height."""
 SHOWN_MICRO_BATCHES = 12
 
 
@@ -177,15 +180,14 @@ def draw_plan(plan: Plan, out: Path) -> Path:
     figure = Figure(figsize=(11, 2.4 + 0.3 * max(len(plan.layers), 4)), layout="constrained")
     FigureCanvasAgg(figure)
     panel = figure.subplots()
+    about = "" if plan.cut is None else f": {draw_pipeline(panel, plan)}"
     if plan.cut is None:
         _draw_lanes(panel, plan)
-    else:
-        _draw_pipeline(panel, plan)
-    panel.set_xlabel("seconds")
+    panel.set_xlabel(f"seconds{about}")
     panel.spines[["top", "right"]].set_visible(False)
     panel.invert_yaxis()
     figure.suptitle(how(plan), fontsize=10, x=0.01, ha="left")
-    panel.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8, frameon=False)
+    panel.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=5, fontsize=8, frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     try:
@@ -195,23 +197,36 @@ def draw_plan(plan: Plan, out: Path) -> Path:
     return out
 
 
-def _draw_pipeline(panel: Any, plan: Plan) -> None:
-    """A third of a stage's time is its forward; with everything computed again, a quarter."""
-    cut = plan.cut
+def draw_pipeline(panel: Any, plan: Plan) -> str:
+    """Draw what the plan was replayed with, and return what of it is shown. A send is a line from the end of what is
+    sent to when it is there.
+    """
+    from matplotlib.collections import LineCollection
+
+    cut, work = plan.cut, plan.work
     assert cut is not None
-    forward = [
-        s / (4 if more == count else 3) for s, more, count in zip(plan.stage_s, plan.again, plan.layers, strict=True)
-    ]
-    backward = [s - f for s, f in zip(plan.stage_s, forward, strict=True)]
+    assert work is not None
     count = min(cut.micro_batches, max(SHOWN_MICRO_BATCHES // cut.pipeline, 1) * cut.pipeline)
-    operations = replay(forward, backward, count, schedule=cut.schedule, chunks=cut.chunks)
+    operations = replay(
+        work.forward_s, work.backward_s, count, send_s=work.send_s, wrap_s=work.wrap_s, schedule=cut.schedule,
+        chunks=cut.chunks,
+    )  # fmt: skip
+    sent = sends(operations, send_s=work.send_s, wrap_s=work.wrap_s, chunks=cut.chunks)
+    for kind, colour, said in (("forward", SENT, "sent on"), ("backward", SENT_BACK, "sent back")):
+        lines = [
+            [(one.begin_s, one.sender + _EDGE * down), (one.end_s, one.receiver - _EDGE * down)]
+            for one in sent if one.kind == kind
+            for down in (1 if one.receiver > one.sender else -1,)
+        ]  # fmt: skip
+        if lines:
+            panel.add_collection(LineCollection(lines, colors=colour, linewidths=0.9, label=said, zorder=3))
     colours = {"forward": FORWARD, "backward": BACKWARD, "weight": WEIGHTS}
     names_of = {"forward": "forward", "backward": "backward", "weight": "backward of the weights"}
     named = set()
     for op in operations:
         label = None if op.kind in named else names_of[op.kind]
         named.add(op.kind)
-        panel.barh(op.stage, op.end_s - op.begin_s, left=op.begin_s, height=0.8, color=colours[op.kind],
+        panel.barh(op.stage, op.end_s - op.begin_s, left=op.begin_s, height=2 * _EDGE, color=colours[op.kind],
                    edgecolor="white", linewidth=0.6, label=label)  # fmt: skip
     names = [
         f"stage {j} · {n} layers · group {g}"
@@ -219,7 +234,7 @@ def _draw_pipeline(panel: Any, plan: Plan) -> None:
     ]
     panel.set_yticks(range(len(names)), names, fontsize=8)
     some = f"the first {count} of {cut.micro_batches} micro-batches; " if count < cut.micro_batches else ""
-    panel.set_title(f"{some}computation: sends and the exchange of gradients are not drawn", fontsize=9, loc="left")
+    return f"{some}the exchange of gradients after them is not drawn"
 
 
 def _draw_lanes(panel: Any, plan: Plan) -> None:

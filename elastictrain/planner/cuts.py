@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import product, starmap
 
@@ -29,7 +29,7 @@ from elastictrain.planner.memory import (
     stage_memory,
 )
 from elastictrain.planner.model import Checkpointing, Cut, Schedule
-from elastictrain.planner.plan import Plan, Task
+from elastictrain.planner.plan import Plan, StageWork, Task
 from elastictrain.planner.profiles import Cluster
 from elastictrain.planner.reach import Problem, least_s
 from elastictrain.planner.schedule import bubble_share, in_flight, replayed_s
@@ -46,15 +46,6 @@ _LEAST_MIXED_BUBBLE = 1 / 3
 MOST_MIXED_STAGES = 24
 _FAR = 1.05
 """Variants of a shape whose bounds are larger than this many times the smallest wait for being looked at."""
-
-
-@dataclass(frozen=True, slots=True)
-class StageWork:
-    """Seconds of each stage for one micro-batch; `send_s[j]` lies between stages j and j + 1, either way."""
-
-    forward_s: tuple[float, ...]
-    backward_s: tuple[float, ...]
-    send_s: tuple[float, ...]
 
 
 class Cuts:
@@ -267,15 +258,15 @@ class Cuts:
             stage_groups=groups, stage_s=tuple(stage.time_s for stage in pipeline.stages),
         )  # fmt: skip
 
-    def replayed_s(self, plan: Plan) -> float:
-        """Seconds of a plan's step when its schedule is replayed, operation by operation."""
+    def replayed(self, plan: Plan) -> Plan:
+        """A plan, with the seconds of its step when its schedule is replayed, operation by operation."""
         cut, groups = plan.cut, plan.stage_groups
         assert cut is not None
         work = self.stage_work(plan)
-        wrap = self.kinds.between_s(groups[-1], groups[0], cut) / 2
         held = stage_params(self.task.model, cut, plan.layers)
         rest = max(self.kinds.rest_s(number, cut, params) for number, params in zip(groups, held, strict=True))
-        return replayed_s(work.forward_s, work.backward_s, cut, send_s=work.send_s, wrap_s=wrap) + rest
+        seconds = replayed_s(work.forward_s, work.backward_s, cut, send_s=work.send_s, wrap_s=work.wrap_s) + rest
+        return replace(plan, replayed_s=seconds, work=work)
 
     def stage_work(self, plan: Plan) -> StageWork:
         """What the stages of a plan do for one micro-batch."""
@@ -293,7 +284,8 @@ class Cuts:
             backward.append(work - forward[-1])
             if j:
                 sends.append(self.kinds.between_s(groups[j - 1], number, cut) / 2)
-        return StageWork(tuple(forward), tuple(backward), tuple(sends))
+        wrap_s = self.kinds.between_s(groups[-1], groups[0], cut) / 2
+        return StageWork(tuple(forward), tuple(backward), tuple(sends), wrap_s)
 
     def staged(
         self, chosen: tuple[int, ...], places: tuple[int, ...], cut: Cut, worst: float

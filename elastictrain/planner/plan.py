@@ -30,10 +30,22 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
+class StageWork:
+    """Seconds of each stage for one micro-batch; `send_s[j]` lies between stages j and j + 1, either way, and `wrap_s`
+    between the last and the first, where there are chunks.
+    """
+
+    forward_s: tuple[float, ...]
+    backward_s: tuple[float, ...]
+    send_s: tuple[float, ...]
+    wrap_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """`groups`: which of the cluster's groups it uses. `layers`, `stage_groups`: per stage; `again`: how many of its
     layers are computed again in the backward. `fits`: the probability. `replayed_s`: of a pipeline, the step when its
-    schedule is replayed operation by operation.
+    schedule is replayed operation by operation, of what its stages do (`work`).
     """
 
     family: Family
@@ -49,6 +61,7 @@ class Plan:
     stage_s: tuple[float, ...] = ()
     again: tuple[int, ...] = ()
     replayed_s: float | None = None
+    work: StageWork | None = None
     lane_plan: LanePlan | None = None
     ways: tuple[str, ...] = ()
 

@@ -140,6 +140,37 @@ def replay(
 
 
 @dataclass(frozen=True, slots=True)
+class Send:
+    """Of a micro-batch, from one stage to another: activations after a forward, their gradients after a backward."""
+
+    kind: Step
+    micro_batch: int
+    sender: int
+    receiver: int
+    begin_s: float
+    end_s: float
+
+
+def sends(
+    operations: Sequence[Operation], *, send_s: Sequence[float], wrap_s: float = 0.0, chunks: int = 1
+) -> tuple[Send, ...]:
+    """What lies between the operations of a replay; the arguments as there."""
+    last, way = len(send_s), [*send_s, wrap_s]
+    found = []
+    for op in operations:
+        if op.kind == "weight":
+            continue
+        forward = op.kind == "forward"
+        wraps = op.stage == (last if forward else 0)
+        if wraps and (op.chunk == chunks - 1 if forward else op.chunk == 0):
+            continue  # the loss, and the data
+        to = (op.stage + 1) % (last + 1) if forward else (op.stage - 1) % (last + 1)
+        took_s = way[op.stage if forward else to]
+        found.append(Send(op.kind, op.micro_batch, op.stage, to, op.end_s, op.end_s + took_s))
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
 class _Way:
     """What lies between operations. `send_s[j]`: after stage j; the last entry leads back to the first stage."""
 

@@ -110,7 +110,7 @@ def search_and_replay(
     keep_all = max(keep, FINALISTS)
     found = search(task, cluster, constants=constants, keep=keep_all, limit=limit, beside=2 * FINALISTS, enough=enough)
     cuts = Cuts(task, cluster, constants)
-    plans = [plan if plan.cut is None else replace(plan, replayed_s=cuts.replayed_s(plan)) for plan in found.plans]
+    plans = [plan if plan.cut is None else cuts.replayed(plan) for plan in found.plans]
     # The one that is best in closed form stays, for the gap.
     plans = sorted(plans, key=lambda plan: (plan.seconds, plan.step_s))
     best = min(plans, key=lambda plan: plan.step_s, default=None)

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from elastictrain.cli import app
 from elastictrain.job import parse_job
+from elastictrain.observe.plan_view import draw_pipeline
+from elastictrain.planner.model import Cut
+from elastictrain.planner.plan import Plan, StageWork
 
 RECIPE = """
 import torch
@@ -107,6 +111,24 @@ def test_words_for_people_and_a_picture(folder: Path) -> None:
                   "What a job can use today", "lane_shares:", "block_shares:"):  # fmt: skip
         assert words in done.stdout
     assert (folder / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_the_timeline_of_a_pipeline_shows_what_is_sent_between_stages(chunks: int) -> None:
+    figure = Figure()
+    work = StageWork((1.0, 1.0, 1.0), (2.0, 2.0, 2.0), (0.25, 0.5), 0.75)
+    cut = Cut(pipeline=3, micro_batches=24, chunks=chunks)
+    plan = Plan("grid", 1.0, 1.0, (0,), 3, 1.0, "", cut, (4, 4, 4), (0, 0, 0), (3.0,) * 3, (0,) * 3, 1.0, work)
+    panel = figure.subplots()
+    said = draw_pipeline(panel, plan)
+    assert said == "the first 12 of 24 micro-batches; the exchange of gradients after them is not drawn"
+    there = {one.get_label(): one.get_segments() for one in panel.collections}
+    assert {label: len(lines) for label, lines in there.items()} == dict.fromkeys(
+        ("sent on", "sent back"), 12 * (3 * chunks - 1)
+    )
+    (first, *_), last = there["sent on"], there["sent back"][-1]
+    assert [tuple(point) for point in first] == [(1.0 / chunks, 0.4), (1.0 / chunks + 0.25, 0.6)]
+    assert last[0][1] > last[1][1]
 
 
 @pytest.mark.parametrize("options", [[], ["--model", "model.yaml"]])

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from elastictrain.planner.model import Cut, Schedule
-from elastictrain.planner.schedule import Operation, bubble_share, in_flight, order_of, replay, replayed_s
+from elastictrain.planner.schedule import Operation, bubble_share, in_flight, order_of, replay, replayed_s, sends
 
 SCHEDULES: list[tuple[Schedule, int]] = [("1f1b", 1), ("gpipe", 1), ("zb-h1", 1), ("1f1b", 2), ("1f1b", 4)]
 sizes = st.tuples(st.integers(2, 6), st.integers(1, 18), st.sampled_from(SCHEDULES))
@@ -88,6 +88,31 @@ def test_many_micro_batches_are_foreseen_from_the_first(
     done = replay(forward, backward, cut.micro_batches, send_s=send, wrap_s=0.1, schedule=schedule, chunks=chunks)
     found = replayed_s(forward, backward, cut, send_s=send, wrap_s=0.1)
     assert found == pytest.approx(max(op.end_s for op in done), rel=0.02)
+
+
+@given(
+    size=sizes,
+    times=st.lists(st.tuples(st.floats(0.1, 4), st.floats(0.1, 4), st.floats(0, 1)), min_size=6, max_size=6),
+    wrap=st.floats(0, 1),
+)
+@settings(deadline=None, max_examples=60)
+def test_whatever_crosses_a_border_is_sent_once_and_there_in_time(
+    size: tuple[int, int, tuple[Schedule, int]], times: list[tuple[float, float, float]], wrap: float
+) -> None:
+    stages, count, (schedule, chunks) = size
+    cut = shaped(stages, count, schedule, chunks)
+    forward, backward, send = ([one[n] for one in times[:stages]] for n in (0, 1, 2))
+    done = replay(forward, backward, cut.micro_batches, send_s=send[1:], wrap_s=wrap, schedule=schedule, chunks=chunks)
+    sent = sends(done, send_s=send[1:], wrap_s=wrap, chunks=chunks)
+    assert len(sent) == 2 * (stages * chunks - 1) * cut.micro_batches
+    ends = {(op.stage, op.kind, op.micro_batch, op.end_s) for op in done}
+    for one in sent:
+        assert (one.sender, one.kind, one.micro_batch, one.begin_s) in ends
+        way = [*send[1:], wrap][(one.sender if one.kind == "forward" else one.receiver) % stages]
+        assert one.end_s == pytest.approx(one.begin_s + way)
+        assert (one.receiver - one.sender) % stages == (1 if one.kind == "forward" else stages - 1) % stages
+        theirs = [op for op in done if (op.stage, op.kind, op.micro_batch) == (one.receiver, one.kind, one.micro_batch)]
+        assert any(op.begin_s >= one.end_s - 1e-9 for op in theirs)
 
 
 def test_interleaving_wants_a_multiple_of_the_stages() -> None:

@@ -73,7 +73,7 @@ def test_what_is_found_fits_and_one_layer_less_computed_again_does_not(tight: li
 
 def test_a_replay_is_near_the_closed_form(tight: list[Plan]) -> None:
     for plan in tight:
-        assert tight_cuts().replayed_s(plan) == pytest.approx(plan.step_s, rel=0.12)
+        assert tight_cuts().replayed(plan).seconds == pytest.approx(plan.step_s, rel=0.12)
 
 
 def test_zero_stages_trade_memory_for_traffic() -> None:

@@ -40,7 +40,7 @@ def test_a_healthy_pipeline_is_the_planners(stages: int, device: str) -> None:
     assert placement is not None
     assert (placement.layers, placement.again) == (plan.layers, plan.again)
     # The forward's share is that of a layer; the head has another one, and the exchange here is that of an even cut.
-    assert made.step_s(placement, made.healthy()) == pytest.approx(cuts.replayed_s(plan), rel=0.01)
+    assert made.step_s(placement, made.healthy()) == pytest.approx(cuts.replayed(plan).seconds, rel=0.01)
 
 
 def test_a_slow_place_has_fewer_layers_and_its_memory_bounds_the_others() -> None:
