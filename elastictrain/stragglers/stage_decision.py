@@ -38,7 +38,8 @@ class StageSituation:
     long as its device it takes. `slow`: who of those in a pipeline is known to be slow, with the step of its onset.
     `took_s`: this step; None when it says nothing (a checkpoint, the first one after a change). `elapsed_s`: since the
     start. `left_steps`: of the run. `spares`: who waits. `unsettled`: somebody else may have become slow, or fast, too;
-    that is known in a few steps.
+    that is known in a few steps. `frozen`: who cannot be believed at this step; a pipeline with one of them stays as it
+    is, except that a change which has brought nothing is taken back as a whole.
     """
 
     step: int
@@ -50,6 +51,7 @@ class StageSituation:
     slow: Mapping[int, int] = field(default_factory=dict)
     spares: tuple[int, ...] = ()
     unsettled: bool = False
+    frozen: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,11 +178,11 @@ class StageDecider:
         """Every change worth a look; worked out anew when anything of it is another."""
         may_evict = self._may_evict(now)
         allowed = tuple(action for action in self.allowed if may_evict or action not in _EVICTIONS)
-        about = now.placements, tuple(trusted), tuple(sorted(now.slow)), now.spares, allowed
+        about = now.placements, tuple(trusted), tuple(sorted(now.slow)), now.spares, allowed, now.frozen
         if self._changes[0] != about:
             each: list[list[Way]] = [
-                ways_of(self.work, placement, trusted, slow=sorted(now.slow), spares=now.spares, allowed=allowed,
-                        price=self.price)
+                ways_of(self.work, placement, trusted, slow=sorted(now.slow), spares=now.spares, price=self.price,
+                        allowed=() if now.frozen & set(placement.seats) else allowed)
                 for placement in now.placements
             ]  # fmt: skip
             self._changes = about, changes_of(each, self.price)

@@ -120,7 +120,8 @@ class PipelineWatch:
         records = self._records(busy_s, flags or {})
         alarms = self._detector.observe(step, records)
         findings = tuple(self._finding(alarm) for alarm in alarms if alarm.cause == "compute")
-        sound = bool(checked(records).all()) and 0 < took_s < math.inf
+        believed, sound = checked(records), 0 < took_s < math.inf
+        frozen = frozenset(w for w, true in zip(sorted(self._seats), believed, strict=True) if not true)
         quiet = sound and not self._fresh and not bool((records["flags"] & EXCUSED).any())
         self._fresh = False
         self._elapsed_s += took_s if sound else 0.0
@@ -129,7 +130,7 @@ class PipelineWatch:
         situation = StageSituation(
             step, self.placements, tuple(self.factors), took_s if quiet else None, self._elapsed_s,
             max(0, self.steps - step), {w: since for w, since in self.slow.items() if w in self._seats}, tuple(spares),
-            unsettled=bool(self._detector.suspected.any()),
+            unsettled=bool(self._detector.suspected.any()), frozen=frozen,
         )  # fmt: skip
         return StageVerdict(findings, self.decider.decide(situation))
 

@@ -197,6 +197,25 @@ def test_nonsense_leads_to_nothing() -> None:
     assert run.play(30, {1: 2.0}).named == [("slow", 1, 0, 1)]
 
 
+@pytest.mark.parametrize("first", [1, 15])
+def test_who_talks_nonsense_keeps_the_layers_of_its_own_pipeline_alone(first: int) -> None:
+    run = Played(scenario(), lies=math.nan, allowed=("move_layers",)).play(first).play(20 - first, lying=0)
+    run.play(40, {4: 2.0}, lying=0)
+    assert run.named == [("slow", 4, 1, 1)]
+    assert run.actions == ["move_layers"]
+    assert run.watch.placements[0] == run.made.placements[0]
+    assert run.watch.placements[1] != run.made.placements[1]
+    assert run.watch.decider.outcomes == ["confirmed"]
+
+
+def test_in_its_own_pipeline_nothing_moves_until_it_talks_sense() -> None:
+    run = Played(scenario(pipelines=1), lies=-1.0).play(20).play(40, {1: 2.0}, lying=0)
+    assert run.named == [("slow", 1, 0, 1)]
+    assert run.actions == []
+    run.play(20, {1: 2.0})
+    assert len(run.actions) == 1
+
+
 def test_steps_with_an_excuse_do_not_count() -> None:
     run = Played(scenario(pipelines=1)).play(20).play(6, {1: 3.0}, flags=FLAG_CHECKPOINT).play(20)
     assert run.named == []
