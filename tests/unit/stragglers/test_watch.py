@@ -198,3 +198,12 @@ def test_peers_are_those_of_the_same_role():
     assert told[()] == {("faster", 0), ("faster", 1), ("faster", 2), ("faster", 3), ("slow", 8)}
     with pytest.raises(ValueError, match="2 roles for 3 workers"):
         StragglerWatch(10).enter(1, (0, 1, 2), (0, 1))
+
+
+def test_speeds_to_deal_lanes_out_by_do_not_wait_for_who_talks_nonsense():
+    """A planned job is dealt out by them in its next generation; who is not known counts as the median one there."""
+    watch = StragglerWatch(1000)
+    feed(watch, range(1, 3), (1, float("nan"), 2, 1))
+    assert watch.dealt_speeds() == {}
+    feed(watch, range(3, 20), (1, float("nan"), 2, 1))
+    assert watch.dealt_speeds() == pytest.approx({3: 1.0, 8: 0.5, 9: 1.0}, rel=0.02)
