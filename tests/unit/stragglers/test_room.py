@@ -173,3 +173,14 @@ def test_in_a_simulated_run_what_there_is_room_for_is_won(more, share):
     assert report.share_of_oracle >= share
     assert [one.instead for one in report.refused] == {0: ["nothing"], 1: [], 4: []}[more]
     assert report.reversals == 0
+
+
+def test_step_by_step_too_nobody_gets_more_than_it_may():
+    def fits(lanes: tuple[int, ...]) -> NoRoom | None:
+        return NoRoom(None, "not that one") if lanes == (4, 1, 3) else None
+
+    found = best_with_room(8, [1.0] * 3, fits, least=(1, 1, 1), most=(8, 1, 8), before=(6, 1, 1))
+    assert found.wanted == (4, 1, 3)
+    assert found.lanes is not None
+    assert found.lanes[1] == 1
+    assert sum(found.lanes) == 8
