@@ -15,7 +15,7 @@ import itertools
 import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
@@ -29,6 +29,18 @@ have to be made first, and would not stay in the processor's cache.
 """
 _ALIGN = 4096
 _FILLED, _READ = b"f", b"r"
+
+
+class Offer(NamedTuple):
+    """Memory of a worker's that others may open: its process, numbers of its file and pipes there, or why there is
+    none.
+    """
+
+    process: int
+    file: int
+    room_bytes: int
+    inboxes: list[int]
+    why_not: str = ""
 
 
 class HostExchange:
@@ -55,7 +67,8 @@ class HostExchange:
         self._others = [other for other in range(workers) if other != worker]
         self._gather = gather
         self._timeout_s = timeout_s
-        self._room = 0
+        self._room = self._joined = 0
+        self._file = -1
         self._maps: list[mmap.mmap] = []
         self._pipes = Pipes(0, 1)
         self._begin()
@@ -75,42 +88,74 @@ class HostExchange:
             InvalidPiece: workers ask for different room.
 
         """
+        try:
+            said = self._gather(self.offer(most_bytes))
+            self.settle(self._gather(self.join(said)))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def room_bytes(self) -> int:
+        """How much a worker may send, or fill in a turn: see `make_room`. 0 before it, and when a call has failed."""
+        return max(0, self._room - 8 * self._workers)
+
+    def offer(self, most_bytes: int) -> Offer:
+        """The first part of `make_room`, for who gathers by other means: make this worker's memory. What it gives all
+        others need, to `join`.
+        """
         self.close()
         room = -(-(most_bytes + 8 * self._workers) // _ALIGN) * _ALIGN
-        pipes, maps, file = Pipes(self._worker, self._workers), list[mmap.mmap](), -1
+        self._pipes = Pipes(self._worker, self._workers)
         try:
-            try:
-                file = os.memfd_create("exchange", os.MFD_CLOEXEC)
-                # Full memory is an error here, not a signal at a page's touch.
-                os.posix_fallocate(file, 0, SLOTS * room)
-                mine, why = (os.getpid(), file, room, pipes.inboxes), ""
-            except OSError as error:
-                mine, why = (0, 0, room, []), str(error)
-            places = self._agree(mine, why)
-            if any(place[2] != room for place in places):
-                raise InvalidPiece(f"workers share {sorted({place[2] for place in places})} bytes, expected one size")
-            try:
-                maps = [self._map(pid, number, SLOTS * room) for pid, number, *_ in places]
-                pipes.connect([(pid, inboxes) for pid, _, _, inboxes in places])
-            except (OSError, ValueError) as error:  # mmap: a file that is too short
-                why = str(error)
-            self._agree(None, why)
-        except BaseException:
-            pipes.close()
-            raise
-        finally:
-            if file >= 0:
-                os.close(file)
-        self._maps, self._room, self._pipes = maps, room, pipes
+            self._file = os.memfd_create("exchange", os.MFD_CLOEXEC)
+            # Full memory is an error here, not a signal at a page's touch.
+            os.posix_fallocate(self._file, 0, SLOTS * room + _ALIGN)
+        except OSError as error:
+            return Offer(0, 0, room, [], str(error))
+        return Offer(os.getpid(), self._file, room, self._pipes.inboxes)
+
+    def join(self, offers: Sequence[Offer]) -> str:
+        """The second part: open the memory of all. Gives why that is not possible, or nothing; all others need that, to
+        `settle`.
+
+        Raises:
+            InvalidPiece: workers ask for different room.
+
+        """
+        room = offers[self._worker].room_bytes
+        if any(one.room_bytes != room for one in offers):
+            raise InvalidPiece(f"workers share {sorted({o.room_bytes for o in offers})} bytes, expected one size")
+        for worker, one in enumerate(offers):
+            if one.why_not:
+                return f"worker {worker} cannot share memory with the others: {one.why_not}"
+        try:
+            self._maps = [self._map(one.process, one.file, SLOTS * room + _ALIGN) for one in offers]
+            self._pipes.connect([(one.process, one.inboxes) for one in offers])
+        except (OSError, ValueError) as error:  # mmap: a file that is too short
+            return f"worker {self._worker} cannot share memory with the others: {error}"
+        self._joined = room
+        return ""
+
+    def settle(self, whys: Sequence[str]) -> None:
+        """The last part: what `join` has given to each worker.
+
+        Raises:
+            OSError: one of them could not.
+
+        """
+        failed = next(filter(None, whys), "")
+        if failed:
+            self.close()
+            raise OSError(failed)
+        self._close_file()  # all have opened it
+        self._room = self._joined
         self._begin()
 
-    def _agree(self, value: Any, why: str) -> list[Any]:
-        """Everybody's value, unless one has failed: then all do, and nobody waits for who has given up."""
-        said = self._gather((value, why))
-        for worker, (_, failed) in enumerate(said):
-            if failed:
-                raise OSError(f"worker {worker} cannot share memory with the others: {failed}")
-        return [value for value, _ in said]
+    def _close_file(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
     def __call__(self, sent: Sequence[Sequence[NDArray[Any]]], sizes: Sequence[int]) -> list[memoryview]:
         """Exchange. What is given lies in the others' memory, and is to be used before the next call."""
@@ -169,15 +214,30 @@ class HostExchange:
         that it has given up.
         """
         self._pipes.close()
+        self._close_file()
         self._maps, self._room = [], 0
 
     @contextlib.contextmanager
     def _or_give_up(self) -> Iterator[None]:
         try:
             yield
-        except BaseException:
+        except BaseException as error:
+            self._say_why(error)
             self.close()
             raise
+
+    def _say_why(self, error: BaseException) -> None:
+        """Where the others find it when this worker's pipes have ended."""
+        with contextlib.suppress(Exception):
+            name = "" if isinstance(error, ConnectionError | TimeoutError) else f"{type(error).__name__}: "
+            words = f"{name}{error}".encode()[: _ALIGN - 1]
+            end = SLOTS * self._room
+            self._maps[self._worker][end : end + len(words)] = words
+
+    def _why(self, other: int) -> str:
+        """What another worker has said, if it has given up; nothing if it has died."""
+        words = bytes(self._maps[other][SLOTS * self._room :])
+        return words.partition(b"\0")[0].decode(errors="replace")
 
     def _next(self, sizes: Sequence[int], what: str) -> int:
         """Begin turns of so many bytes, done with what the last call gave; gives the number of the first."""
@@ -224,7 +284,9 @@ class HostExchange:
         ]
         gone = [other for other in needed if other in self._pipes.gone]
         if gone:
-            raise ConnectionError(f"worker {gone[0]} is gone, or has given up: what it was to read does not come")
+            why = self._why(gone[0])
+            said = f"has given up: {why}" if why else "is gone, or has given up: what it was to read does not come"
+            raise ConnectionError(f"worker {gone[0]} {said}")
         if not self._listen(self._timeout_s):
             raise TimeoutError(f"workers {needed} have not got on for {self._timeout_s:g} s")
 

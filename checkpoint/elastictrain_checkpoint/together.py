@@ -6,18 +6,14 @@ taking part until the end, when everybody learns of it: nobody is left waiting f
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from elastictrain_checkpoint.dtypes import item_bytes
-from elastictrain_checkpoint.errors import CheckpointError, CorruptData, InvalidPiece
+from elastictrain_checkpoint.errors import CheckpointError, CorruptData, LoadFailed
 from elastictrain_checkpoint.reader import Reader
 from elastictrain_checkpoint.reshard import ReadPlan, plan_reads
 from elastictrain_checkpoint.rounds import (
@@ -27,8 +23,8 @@ from elastictrain_checkpoint.rounds import (
     STATE_BYTES,
     rounds_of,
 )
-from elastictrain_checkpoint.slabs import Slab, slabs
 from elastictrain_checkpoint.wants import Want
+from elastictrain_checkpoint.worker_share import WorkerShare
 
 Exchange = Callable[[Sequence[Sequence[NDArray[Any]]], Sequence[int]], Sequence[memoryview]]
 """``exchange(sent, sizes)``: hands the arrays ``sent[w]``, row-major and one after the other, to worker ``w``, and
@@ -60,19 +56,27 @@ class Shares(Protocol):
 
 
 @runtime_checkable
-class Begins(Protocol):
-    """An exchange that may be under way while this worker reads on and places what has come before."""
+class Posts(Protocol):
+    """An exchange that is under way while this worker reads on, and brings what comes to where it belongs."""
 
-    def begin(self, sent: Sequence[Sequence[NDArray[Any]]], sizes: Sequence[int]) -> Callable[[], Sequence[memoryview]]:
-        """As a call of an `Exchange`, but what it gives is to be waited for: by a call of what this gives. It may be
-        begun before the one before it has been waited for, and is to be used before the second next is begun. The
-        arrays ``sent`` are not needed any more when this returns.
+    def make_room(self, sent_bytes: int, come_bytes: int) -> None:
+        """Make the memory for turns in which no more than this is sent to, and comes from, all others together."""
+
+    def expect(self, come: Sequence[Sequence[NDArray[Any]]]) -> Callable[[], None]:
+        """Begin a turn: the arrays ``come[w]`` are for what worker ``w`` sends in it, and are filled when a call of
+        what this gives returns. No more than `TURNS` may be expected and not waited for.
+        """
+
+    def send(self, sent: Sequence[Sequence[NDArray[Any]]]) -> None:
+        """Hand the arrays ``sent[w]`` to worker ``w``, which expects as many of these shapes and types in this turn.
+        They are not needed any more when this returns.
         """
 
 
-_SOUND, _DAMAGED, _FAILED = range(3)
+TURNS = 3
+"""Of an exchange that `Posts`: one that is read, the one before, which is under way, and one that others may begin."""
+_SOUND, _DAMAGED, _FAILED, _OTHER = range(4)
 """What a worker says at the end of its share."""
-_ELEMENTS: dict[int, np.dtype[Any]] = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8")}
 
 
 def read_boxes(reader: Reader, wants: Sequence[Want], outs: Sequence[Any]) -> None:
@@ -105,6 +109,14 @@ def lay_out(parts: Sequence[NDArray[Any]], out: memoryview) -> None:
         at += part.nbytes
 
 
+def take_out(data: memoryview, parts: Sequence[NDArray[Any]]) -> None:
+    """Inverse of `lay_out`: fill arrays, whatever their strides, from a flat buffer of exactly their bytes."""
+    at = 0
+    for part in parts:
+        part[...] = np.frombuffer(data[at : at + part.nbytes], dtype=part.dtype).reshape(part.shape)
+        at += part.nbytes
+
+
 def read_together(
     reader: Reader,
     plan: ReadPlan,
@@ -133,237 +145,143 @@ def read_together(
     Raises:
         CorruptData: somebody found damage; raised on every worker. Buffers may be partly filled.
         OSError: somebody's storage failed, which says nothing of what is stored; raised on every worker too.
+        LoadFailed: another worker could not read for any other reason (no memory), which it raises itself.
         ConnectionError, TimeoutError: a worker is gone, or does not get on, where memory is shared. Other exchanges
             raise what they do.
         InvalidPiece: a buffer does not fit; raised before anything is exchanged.
 
     """
-    job = _Job(reader, plan, wants, worker)
-    targets = job.targets(outs)
-    shared: Any = exchange
-    if isinstance(shared, Shares):
-        error = _in_shared_memory(job, plan, targets, shared, round_bytes or SHARED_ROUND_BYTES)
-    else:
-        most = min(ROUND_BYTES, MESSAGE_BYTES * plan.workers) if isinstance(shared, Begins) else ROUND_BYTES
-        error = _by_sending(job, plan, targets, exchange, round_bytes or most)
-    message = f"{error}".encode()[: STATE_BYTES - 1] if error else b""
-    found_here = _SOUND if error is None else _FAILED if isinstance(error, OSError) else _DAMAGED
-    state = np.frombuffer((bytes([found_here]) + message).ljust(STATE_BYTES), dtype=np.uint8)
-    states = exchange([[state]] * plan.workers, [STATE_BYTES] * plan.workers)
-    if error:
-        raise error
-    for owner, found_there in enumerate(states):
-        if found_there[0] != _SOUND:
-            said = bytes(found_there[1:]).rstrip().decode(errors="replace")
-            kind = OSError if found_there[0] == _FAILED else CorruptData
-            raise kind(f"worker {owner} could not read its share: {said}")
+    Together(reader, plan, wants, outs, worker=worker, round_bytes=round_bytes).read(exchange)
 
 
-_Error = CheckpointError | OSError | None
+class Together:
+    """As `read_together`, in two parts: what can be refused, or needs memory, is done by the first, alone.
 
+    Args:
+        reader, plan, wants, outs, worker, round_bytes: see `read_together`.
 
-def _by_sending(job: _Job, plan: ReadPlan, targets: Sequence[_Target], exchange: Exchange, round_bytes: int) -> _Error:
-    """Round by round: read, hand on, place what comes. Gives what went wrong here; the others take part even so.
+    Raises:
+        InvalidPiece: a buffer does not fit.
 
-    Where an exchange can be begun, the next round is read meanwhile, and what came before is placed.
     """
-    error: _Error = None
-    overlaps: Any = exchange if isinstance(exchange, Begins) else None
-    coming: deque[tuple[list[range], Callable[[], Sequence[memoryview]]]] = deque()
 
-    def place() -> None:
-        spans, come = coming.popleft()
-        for owner, (theirs, data) in enumerate(zip(spans, come(), strict=True)):
-            if owner != job.worker:
-                job.place(theirs, data, targets)
-
-    for spans in rounds_of(plan, round_bytes):
-        sent: list[list[NDArray[Any]]] = [[] for _ in range(plan.workers)]
-        mine = spans[job.worker]
-        scratch = job.room(mine)
-        try:
-            job.read(mine, scratch, targets, damaged=error is not None)
-        except (CheckpointError, OSError) as found:
-            error = found
-        job.hand_on(mine, scratch, targets, sent)
-        sizes = [job.coming_bytes(theirs) if owner != job.worker else 0 for owner, theirs in enumerate(spans)]
-        if overlaps is None:
-            coming.append((spans, partial(_given, exchange(sent, sizes))))
-            place()
-        else:
-            coming.append((spans, overlaps.begin(sent, sizes)))
-            if len(coming) > 1:
-                place()
-    if coming:
-        place()
-    return error
-
-
-def _given(came: Sequence[memoryview]) -> Sequence[memoryview]:
-    return came
-
-
-def _in_shared_memory(
-    job: _Job, plan: ReadPlan, targets: Sequence[_Target], exchange: Shares, round_bytes: int
-) -> _Error:
-    """As `_by_sending`, but everybody reads into memory that all see, and takes what it wants from there."""
-    rounds, errors = rounds_of(plan, round_bytes), list[CheckpointError | OSError]()
-
-    def fill(number: int, memory: memoryview) -> None:
-        scratch = np.frombuffer(memory, dtype=np.uint8)
-        try:
-            job.read(rounds[number][job.worker], scratch, targets, damaged=bool(errors))
-        except (CheckpointError, OSError) as error:
-            errors.append(error)
-
-    def take(number: int, owner: int, memory: memoryview) -> None:
-        job.take(rounds[number][owner], memory, targets)
-
-    exchange.stream([job.size_bytes(spans[job.worker]) for spans in rounds], fill, take)
-    return errors[0] if errors else None
-
-
-@dataclass(frozen=True)
-class _Target:
-    """A buffer, as bytes and as elements in the shape of its box."""
-
-    flat: memoryview
-    box: NDArray[Any]
-
-
-class _Job:
-    """One worker's share of a plan: what it reads, and what it takes from others."""
-
-    def __init__(self, reader: Reader, plan: ReadPlan, wants: Sequence[Sequence[Want]], worker: int) -> None:
-        self._reader = reader
-        self._plan = plan
-        self._wants = wants
-        self.worker = worker
-        table = reader.manifest.table
-        self._scratch = np.empty(0, dtype=np.uint8)
-        self._ends: list[int] = [0, *np.cumsum(plan.size_bytes).tolist()]
-        for_me = plan.worker == worker
-        self._slabs = slabs(plan, table, wants, np.flatnonzero(for_me | (plan.owner[plan.span] == worker)))
-        self._mine = np.flatnonzero(for_me)
-        self._workers, self._bounds, self._spans = plan.worker.tolist(), plan.bounds.tolist(), plan.span.tolist()
-        items = np.array([item_bytes(manifest_dtype) for manifest_dtype in _dtypes(reader)], dtype=np.int64)
-        self._items = items[table.tensor[plan.row]].tolist()
-
-    def targets(self, outs: Sequence[Any]) -> list[_Target]:
-        """The buffers of this worker's wants."""
-        mine = self._wants[self.worker]
-        if len(outs) != len(mine):
-            raise InvalidPiece(f"{len(outs)} buffers for {len(mine)} wants")
-        made = []
-        for want, out in zip(mine, outs, strict=True):
-            view = memoryview(out)
-            item = item_bytes(self._reader.tensors[want.name][0])
-            size = math.prod(want.sizes) * item
-            if view.readonly or not view.c_contiguous or view.nbytes != size:
-                raise InvalidPiece(
-                    f"{want.name}: out must be a writable contiguous buffer of {size} bytes, "
-                    f"got {view.nbytes} bytes{', read-only' if view.readonly else ''}"
-                )
-            flat = view.cast("B") if size else memoryview(bytearray())
-            made.append(_Target(flat, np.frombuffer(flat, dtype=_ELEMENTS[item]).reshape(want.sizes)))
-        return made
-
-    def room(self, spans: range) -> NDArray[np.uint8]:
-        """Memory of this worker's own for spans; used again by the next ones."""
-        need = self.size_bytes(spans)
-        if len(self._scratch) < need:
-            self._scratch = np.empty(need, dtype=np.uint8)
-        return self._scratch
-
-    def size_bytes(self, spans: range) -> int:
-        """Bytes of spans."""
-        return self._ends[spans.stop] - self._ends[spans.start]
-
-    def read(self, spans: range, scratch: NDArray[np.uint8], targets: Sequence[_Target], *, damaged: bool) -> None:
-        """Read this worker's spans to where they belong, or else into ``scratch``, each at its place among them.
-
-        If ``damaged``, nothing is read: what lies there has its size and no meaning.
-        """
-        plan, reads, at = self._plan, [], 0
-        for span in () if damaged else spans:
-            size = int(plan.size_bytes[span])
-            straight = self._straight(span, targets)
-            into = scratch[at : at + size].data if straight is None else straight
-            reads.append((int(plan.file[span]), int(plan.start[span]), into))
-            at += size
-        self._reader.read_spans(reads)
-
-    def hand_on(
+    def __init__(
         self,
-        spans: range,
-        scratch: NDArray[np.uint8],
-        targets: Sequence[_Target],
-        sent: list[list[NDArray[Any]]],
+        reader: Reader,
+        plan: ReadPlan,
+        wants: Sequence[Sequence[Want]],
+        outs: Sequence[Any],
+        *,
+        worker: int,
+        round_bytes: int | None = None,
     ) -> None:
-        """Fill the targets that are here from this worker's spans; add what others want to ``sent``."""
-        for span in spans:
-            if self._straight(span, targets) is not None:
-                continue
-            for number in range(self._bounds[span], self._bounds[span + 1]):
-                slab, part = self._part(number, scratch, spans.start)
-                if self._workers[number] == self.worker:
-                    targets[slab.want].box[slab.into] = part
-                else:
-                    sent[self._workers[number]].append(part)
+        self._share = WorkerShare(reader, plan, wants, outs, worker)
+        self._plan = plan
+        self._round_bytes = round_bytes
+        self._ready_for: Any = None
+        self._rounds: list[list[range]] = []
+        self._error: Exception | None = None
 
-    def take(self, spans: range, memory: memoryview, targets: Sequence[_Target]) -> None:
-        """Fill the targets that are here from one worker's spans, which lie in its memory one after the other."""
-        numbers = self._coming(spans)
-        if not numbers:
+    def get_ready(self, exchange: Exchange) -> None:
+        """Cut the plan into rounds, and make all the memory that this exchange needs; nothing is exchanged."""
+        if self._ready_for is exchange:
             return
-        scratch, own = np.frombuffer(memory, dtype=np.uint8), self._plan.owner[spans.start] == self.worker
-        for number in numbers:
-            if own and self._straight(self._spans[number], targets) is not None:
-                continue  # it was read to where it belongs
-            slab, part = self._part(number, scratch, spans.start)
-            targets[slab.want].box[slab.into] = part
+        other: Any = exchange
+        most = SHARED_ROUND_BYTES if isinstance(other, Shares) else ROUND_BYTES
+        if isinstance(other, Posts):
+            most = min(ROUND_BYTES, MESSAGE_BYTES * self._plan.workers)
+        self._rounds = rounds_of(self._plan, self._round_bytes or most)
+        if not isinstance(other, Shares):
+            self._share.make_room(self._rounds)
+        if isinstance(other, Posts):
+            other.make_room(*self._share.most_handed_on_bytes(self._rounds))
+        self._ready_for = exchange
 
-    def coming_bytes(self, spans: range) -> int:
-        """Bytes that the owner of these spans sends here."""
-        return sum(self._slab_bytes(number) for number in self._coming(spans))
+    def read(self, exchange: Exchange) -> None:
+        """Read, hand on and fill; see `read_together` for what is raised."""
+        self.get_ready(exchange)
+        other: Any = exchange
+        if isinstance(other, Shares):
+            self._in_shared_memory(other)
+        elif isinstance(other, Posts):
+            self._by_posting(other)
+        else:
+            self._by_sending(exchange)
+        self._agree(exchange)
 
-    def place(self, spans: range, data: memoryview, targets: Sequence[_Target]) -> None:
-        """Put what came from the owner of these spans where it belongs."""
-        at = 0
-        for number in self._coming(spans):
-            slab, size = self._slabs[number], self._slab_bytes(number)
-            part = np.frombuffer(data[at : at + size], dtype=_ELEMENTS[self._items[self._spans[number]]])
-            targets[slab.want].box[slab.into] = part.reshape(slab.sizes)
-            at += size
+    def _agree(self, exchange: Exchange) -> None:
+        """Raise what went wrong, here or elsewhere."""
+        error, workers = self._error, self._plan.workers
+        name = "" if isinstance(error, CheckpointError | OSError) else f"{type(error).__name__}: "
+        message = f"{name}{error}".encode()[: STATE_BYTES - 1] if error else b""
+        state = np.frombuffer((bytes([_kind(error)]) + message).ljust(STATE_BYTES), dtype=np.uint8)
+        states = exchange([[state]] * workers, [STATE_BYTES] * workers)
+        if error:
+            raise error
+        for owner, found in enumerate(states):
+            if found[0] != _SOUND:
+                said = bytes(found[1:]).rstrip().decode(errors="replace")
+                raise _KINDS[found[0]](f"worker {owner} could not read its share: {said}")
 
-    def _part(self, number: int, memory: NDArray[np.uint8], first: int) -> tuple[Slab, NDArray[Any]]:
-        """What a delivery hands on, from memory in which spans lie from ``first`` on."""
-        slab, span = self._slabs[number], self._spans[number]
-        begin, end = self._ends[span] - self._ends[first], self._ends[span + 1] - self._ends[first]
-        return slab, memory[begin:end].view(_ELEMENTS[self._items[span]]).reshape(slab.shape)[slab.inside]
+    def _read(self, spans: range, into: NDArray[np.uint8]) -> None:
+        """Read this worker's spans. What goes wrong is kept until all hear of it: whatever it is, others wait here."""
+        try:
+            self._share.read(spans, into, damaged=self._error is not None)
+        except Exception as error:
+            self._error = error
 
-    def _coming(self, spans: range) -> list[int]:
-        """Deliveries that these spans have for this worker."""
-        if not spans:
-            return []
-        low, high = np.searchsorted(self._mine, [self._bounds[spans.start], self._bounds[spans.stop]]).tolist()
-        numbers: list[int] = self._mine[low:high].tolist()
-        return numbers
+    def _by_sending(self, exchange: Exchange) -> None:
+        """Round by round: read, hand on, place what comes."""
+        share = self._share
+        for spans in self._rounds:
+            self._read(spans[share.worker], share.scratch)
+            share.keep(spans[share.worker])
+            sent = share.leaving(spans[share.worker], damaged=self._error is not None)
+            coming = self._coming(spans)
+            came = exchange(sent, [sum(part.nbytes for part in parts) for parts in coming])
+            for parts, data in zip(coming, came, strict=True):
+                take_out(data, parts)
 
-    def _slab_bytes(self, number: int) -> int:
-        return math.prod(self._slabs[number].sizes) * int(self._items[self._spans[number]])
+    def _by_posting(self, exchange: Posts) -> None:
+        """The same; the next round is read while one is under way, and what comes is expected before it is sent."""
+        share, coming, expected = self._share, deque[Callable[[], None]](), 0
+        for number, spans in enumerate(self._rounds):
+            while expected < min(number + TURNS - 1, len(self._rounds)):
+                coming.append(exchange.expect(self._coming(self._rounds[expected])))
+                expected += 1
+            self._read(spans[share.worker], share.scratch)
+            exchange.send(share.leaving(spans[share.worker], damaged=self._error is not None))
+            share.keep(spans[share.worker])
+            if number:
+                coming.popleft()()
+        while coming:
+            coming.popleft()()
 
-    def _straight(self, span: int, targets: Sequence[_Target]) -> memoryview | None:
-        """Where the whole span can be read to without a copy, if only this worker wants it and it lies in one run."""
-        number = self._bounds[span]
-        if self._bounds[span + 1] != number + 1 or self._workers[number] != self.worker:
-            return None
-        slab, item = self._slabs[number], self._items[span]
-        if slab.run < 0:
-            return None
-        return targets[slab.want].flat[slab.run * item : slab.run * item + math.prod(slab.sizes) * item]
+    def _coming(self, spans: Sequence[range]) -> list[list[NDArray[Any]]]:
+        """Where what each of the others hands on belongs."""
+        worker = self._share.worker
+        return [self._share.coming(theirs) if owner != worker else [] for owner, theirs in enumerate(spans)]
+
+    def _in_shared_memory(self, exchange: Shares) -> None:
+        """Everybody reads into memory that all see, and takes what it wants from there."""
+        rounds, share = self._rounds, self._share
+
+        def fill(number: int, memory: memoryview) -> None:
+            self._read(rounds[number][share.worker], np.frombuffer(memory, dtype=np.uint8))
+
+        def take(number: int, owner: int, memory: memoryview) -> None:
+            try:
+                share.take(rounds[number][owner], memory)
+            except Exception as error:  # the others still depend on this worker's turns
+                self._error = error
+
+        exchange.stream([share.size_bytes(spans[share.worker]) for spans in rounds], fill, take)
 
 
-def _dtypes(reader: Reader) -> list[str]:
-    """Of each tensor of the manifest's table."""
-    return [reader.manifest.tensors[name][0] for name in reader.manifest.table.names]
+_KINDS: dict[int, type[Exception]] = {_DAMAGED: CorruptData, _FAILED: OSError, _OTHER: LoadFailed}
+
+
+def _kind(error: Exception | None) -> int:
+    if error is None:
+        return _SOUND
+    return _DAMAGED if isinstance(error, CheckpointError) else _FAILED if isinstance(error, OSError) else _OTHER

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from elastictrain_checkpoint.documents import pack_documents, unpack_documents
-from elastictrain_checkpoint.errors import CorruptData, InvalidManifest
-from elastictrain_checkpoint.host_exchange import HostExchange
+from elastictrain_checkpoint.errors import CorruptData, InvalidManifest, LoadFailed
+from elastictrain_checkpoint.host_exchange import HostExchange, Offer
 from elastictrain_checkpoint.reader import Reader
-from elastictrain_checkpoint.reshard import ReadPlan, plan_reads
-from elastictrain_checkpoint.rounds import most_shared_bytes
+from elastictrain_checkpoint.reshard import SPAN_BYTES, plan_reads
+from elastictrain_checkpoint.rounds import SHARED_ROUND_BYTES, most_shared_bytes
 from elastictrain_checkpoint.store import Store
 from elastictrain_checkpoint.tiers import Found
-from elastictrain_checkpoint.together import read_together
+from elastictrain_checkpoint.together import Together
 from elastictrain_checkpoint.torch.exchange import (
     GroupExchange,
     exchanges_host_memory,
@@ -39,30 +39,39 @@ from elastictrain_checkpoint.wants import Columns, Numbering, WantColumns
 
 BESIDE_BYTES = 1 << 20
 """Documents of so many bytes, for all ranks together, travel with the first agreement; larger ones by a broadcast."""
+_ROOM_BYTES = SHARED_ROUND_BYTES + SPAN_BYTES // 4
+"""What is offered to share before there is a plan: enough unless rows are very long (`most_shared_bytes`)."""
 
 
 def load_together(state_dict: Any, asked: Asked, ranks: Ranks) -> LoadReport:
-    """See `loading.load`; every rank calls it, and all get the same report, or the same error."""
-    stores, told = _open(asked, ranks)
-    mine, everybody = _fit(stores, told, state_dict, asked, ranks)
+    """See `loading.load`; every rank calls it, and all get the same report, or the same kind of error."""
+    memory = over_host(ranks.group)
+    try:
+        return _load(state_dict, asked, ranks, memory)
+    finally:
+        memory.close()
+
+
+def _load(state_dict: Any, asked: Asked, ranks: Ranks, memory: HostExchange) -> LoadReport:
+    stores, told, found, offers = _open(asked, ranks, memory)
+    mine, everybody = _fit(stores, told, found, state_dict, asked, ranks, memory, offers)
     reader, said = mine.reader, everybody.said
     check(said, asked.said(told.step, mine.found.stores[0]), strict=asked.strict)
-    plan, exchange = _plan(reader, everybody, ranks)
+    reading, exchange = _get_ready(mine, everybody, ranks, memory)
     problem: Exception | None = None
     try:
-        if exchange is None:
+        if reading is None or exchange is None:
             read_alone(reader, mine.filling)
         else:
-            read_together(reader, plan, everybody.wants, mine.filling.outs, worker=ranks.rank, exchange=exchange)
+            reading.read(exchange)
         put(mine.fit, mine.filling)
     except Exception as error:
-        if exchange is not None and exchange.broken:
-            raise  # a rank is gone: nothing can be agreed on any more
+        if exchange is not None and exchange.broken:  # nothing can be agreed on any more
+            if isinstance(error, ConnectionError | TimeoutError | RuntimeError):
+                raise LoadFailed(f"the ranks cannot go on loading: {error}") from error
+            raise
         if not (isinstance(error, CorruptData) and not error.file):  # else it is another rank's, which says it itself
             problem = error
-    finally:
-        if isinstance(exchange, HostExchange):
-            exchange.close()
     try:
         healed = ranks.agree(reader.healed, problem)
     except CorruptData as error:
@@ -83,14 +92,19 @@ class _Told:
     passed_over: dict[int, str]
 
 
-def _open(asked: Asked, ranks: Ranks) -> tuple[list[Store], _Told]:
-    """The checkpoint that rank 0 has chosen; storage is asked for its manifest once."""
+def _open(asked: Asked, ranks: Ranks, memory: HostExchange) -> tuple[list[Store], _Told, Found | None, list[Offer]]:
+    """The checkpoint that rank 0 has chosen; storage is asked for its manifest once. Also what it was read into, on
+    rank 0, and the memory that all offer to share, if they are on one host.
+    """
     stores, called = list[Store](), ""
     told: _Told | None = None
+    chosen: Found | None = None
+    offer: Offer | None = None
     problem: Exception | None = None
     try:
         stores = asked.stores()
         called = f"step={asked.step}, strict={asked.strict}, {asked.choice()}, {len(stores)} places"
+        offer = memory.offer(_ROOM_BYTES)
         if ranks.rank == 0:
             passed_over: dict[int, str] = {}
             chosen = choose(stores, asked.step, passed_over)
@@ -100,8 +114,10 @@ def _open(asked: Asked, ranks: Ranks) -> tuple[list[Store], _Told]:
         problem = error
     beside = told if told is not None and len(told.documents) * ranks.size <= BESIDE_BYTES else None
     with ranks.patient("load"):
-        first = ranks.same(called, beside, problem)[0]
-    return stores, ranks.from_first(told) if first is None else first
+        said = ranks.same(called, (beside, place_here(), offer), problem)
+    told = said[0][0] or ranks.from_first(told)
+    offers = [offer for _, _, offer in said] if share_a_host([place for _, place, _ in said]) else []
+    return stores, told, chosen, offers
 
 
 def _documents(found: Found) -> bytes:
@@ -123,19 +139,32 @@ class _Mine:
 
 @dataclass(frozen=True, slots=True)
 class _Everybody:
-    """What each rank wants, and where it is; what does not fit between all of them."""
+    """What each rank wants; what does not fit between all of them."""
 
     wants: list[WantColumns]
-    places: list[tuple[str, ...]]
     said: Said
 
 
-def _fit(stores: Sequence[Store], told: _Told, state_dict: Any, asked: Asked, ranks: Ranks) -> tuple[_Mine, _Everybody]:
+def _fit(
+    stores: Sequence[Store],
+    told: _Told,
+    found: Found | None,
+    state_dict: Any,
+    asked: Asked,
+    ranks: Ranks,
+    memory: HostExchange,
+    offers: Sequence[Offer],
+) -> tuple[_Mine, _Everybody]:
     fit, filling = Fit(), Filling()
     problem: Exception | None = None
     columns: Columns | None = None
+    why_not = "not all on one host"
     try:
-        found = Found(unpack_documents(told.documents, told.step), tuple(stores[number] for number in told.order))
+        if offers:
+            why_not = memory.join(offers)
+        if found is None:
+            stores = tuple(stores[number] for number in told.order)
+            found = Found(unpack_documents(told.documents, told.step), stores)
         reader = found.reader()
         fit = fit_of(reader, state_dict, asked.choice())
         filling = prepare(reader, fit, boxes=True)
@@ -144,22 +173,45 @@ def _fit(stores: Sequence[Store], told: _Told, state_dict: Any, asked: Asked, ra
         before_mutation()  # here, since a save that does not end must be everybody's error
     except Exception as error:  # as a state dict of the caller's may raise
         problem = error
-    everybody = ranks.agree((fit.said, columns, place_here()), problem)
+    everybody = ranks.agree((fit.said, columns, why_not), problem)
+    assert found is not None  # else there was a problem
+    with suppress(OSError):  # of any rank, on all ranks
+        memory.settle([why_not for _, _, why_not in everybody])
+        ranks.through = memory
     return _Mine(found, reader, fit, filling), _Everybody(
         [WantColumns(numbering, wanted) for _, wanted, _ in everybody],
-        [here for _, _, here in everybody],
         said_by_all([one for one, _, _ in everybody]),
     )
 
 
-def _plan(reader: Reader, everybody: _Everybody, ranks: Ranks) -> tuple[ReadPlan, HostExchange | GroupExchange | None]:
+def _get_ready(
+    mine: _Mine, everybody: _Everybody, ranks: Ranks, memory: HostExchange
+) -> tuple[Together | None, HostExchange | GroupExchange | None]:
     """Who reads what, and how it is handed on: through shared memory on one host, else over the group; if that moves
-    nothing of the host's (nccl), not at all.
+    nothing of the host's (nccl), not at all. All memory for it is made here: who has none says so before others wait.
     """
-    plan = plan_reads(reader.manifest, everybody.wants)
-    if share_a_host(everybody.places):
-        exchange = over_host(ranks.group)
-        with suppress(OSError):  # of any rank, on all ranks
-            exchange.make_room(most_shared_bytes(plan))
-            return plan, exchange
-    return plan, GroupExchange(ranks.group) if exchanges_host_memory(ranks.group) else None
+    exchange: HostExchange | GroupExchange | None = None
+    if ranks.through is not None:
+        exchange = memory
+    elif exchanges_host_memory(ranks.group):
+        exchange = GroupExchange(ranks.group)
+    reading: Together | None = None
+    while True:
+        room, problem = 0, None
+        try:
+            if exchange is not None:
+                plan = plan_reads(mine.reader.manifest, everybody.wants)
+                reading = Together(mine.reader, plan, everybody.wants, mine.filling.outs, worker=ranks.rank)
+                room = most_shared_bytes(plan)
+                reading.get_ready(exchange)
+        except Exception as error:
+            problem = error
+        room = max(ranks.agree(room, problem))
+        if exchange is not memory or room <= memory.room_bytes:
+            return reading, exchange
+        ranks.through = None
+        try:
+            memory.make_room(room)
+            ranks.through = memory
+        except OSError:  # of any rank, on all ranks
+            exchange = GroupExchange(ranks.group) if exchanges_host_memory(ranks.group) else None

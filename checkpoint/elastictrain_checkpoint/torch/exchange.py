@@ -4,22 +4,36 @@ that are imported by name, like this one.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+import pickle
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
 from elastictrain_checkpoint.host_exchange import HostExchange
-from elastictrain_checkpoint.together import lay_out
+from elastictrain_checkpoint.together import TURNS, lay_out, take_out
+
+_MESSAGE_BYTES = 256 << 10
+"""Less than this is sent together, and copied once more where it arrives."""
+_GATHERED_BYTES, _LEAST_GATHERED_BYTES, _LENGTH_BYTES = 64 << 10, 1 << 10, 8
+"""What a first gather of objects takes of all ranks together, of one at least, and to say how long each is."""
+_TAG = 0x656C
+"""So that messages meet no others of the group's."""
 
 
 class GroupExchange:
-    """An all-to-all of a process group for the CPU, such as gloo's; its timeout is the deadline of every call. What a
-    call gives is overwritten by the second next: memory that is new in every round would cost as much as sending it.
+    """An exchange over a process group for the CPU, such as gloo's; its timeout is the deadline of every call. Calls
+    are an all-to-all of small things; what is posted goes in messages, larger ones straight to where they belong.
+    Memory is made once: if it were new in every round, that would cost as much as sending.
 
     Attributes:
         broken: whether a call has failed; then no other can be made.
@@ -29,37 +43,103 @@ class GroupExchange:
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.broken = False
         self._group = group
-        self._memory = [[torch.empty(0, dtype=torch.uint8) for _ in range(2)] for _ in range(2)]
+        self._others = [w for w in range(dist.get_world_size(group)) if w != dist.get_rank(group)]
+        self._leaving, self._arriving = deque[torch.Tensor](), deque[torch.Tensor]()
+        self._under_way = deque[list[dist.Work]]()
 
     def __call__(self, sent: Sequence[Sequence[NDArray[Any]]], sizes: Sequence[int]) -> list[memoryview]:
         """Exchange, and wait for it."""
-        return self.begin(sent, sizes)()
-
-    def begin(self, sent: Sequence[Sequence[NDArray[Any]]], sizes: Sequence[int]) -> Callable[[], list[memoryview]]:
-        """See `elastictrain_checkpoint.together.Begins`; two may be under way."""
-        lengths = [sum(part.nbytes for part in parts) for parts in sent]
-        self._memory.reverse()
-        data, out = self._room(0, sum(lengths)), self._room(1, sum(sizes))
-        lay_out([part for parts in sent for part in parts], memoryview(data.numpy()))  # type: ignore[arg-type]
-        self.broken = True
-        work = dist.all_to_all_single(out, data, list(sizes), lengths, group=self._group, async_op=True)
-        self.broken = False
-
-        def wait() -> list[memoryview]:
-            self.broken = True
-            work.wait()
-            self.broken = False
-            came = memoryview(out.numpy())  # type: ignore[arg-type]
+        with self._or_broken():
+            while self._under_way:
+                _wait(self._under_way.popleft())
+            lengths = [sum(part.nbytes for part in parts) for parts in sent]
+            data, out = (torch.empty(sum(each), dtype=torch.uint8) for each in (lengths, sizes))
+            lay_out([part for parts in sent for part in parts], _view(data))
+            dist.all_to_all_single(out, data, list(sizes), lengths, group=self._group)
             ends = [0, *itertools.accumulate(sizes)]
-            return [came[begin:end] for begin, end in itertools.pairwise(ends)]
+            return [_view(out)[begin:end] for begin, end in itertools.pairwise(ends)]
+
+    def make_room(self, sent_bytes: int, come_bytes: int) -> None:
+        """See `elastictrain_checkpoint.together.Posts`."""
+        self._leaving = deque(torch.empty(sent_bytes, dtype=torch.uint8) for _ in range(TURNS - 1))
+        self._arriving = deque(torch.empty(come_bytes, dtype=torch.uint8) for _ in range(TURNS))
+
+    def expect(self, come: Sequence[Sequence[NDArray[Any]]]) -> Callable[[], None]:
+        """See `elastictrain_checkpoint.together.Posts`."""
+        works: list[dist.Work] = []
+        copies: list[tuple[memoryview, list[NDArray[Any]]]] = []
+        with self._or_broken():
+            self._arriving.rotate(-1)
+            beside, at = self._arriving[0], 0
+            for other in self._others:
+                for parts in _messages(come[other]):
+                    size = sum(part.nbytes for part in parts)
+                    if len(parts) == 1 and parts[0].flags.c_contiguous:
+                        place = torch.from_numpy(parts[0].reshape(-1).view(np.uint8))
+                    else:
+                        place, at = beside[at : at + size], at + size
+                        copies.append((_view(place), parts))
+                    works.append(_work(dist.irecv(place, group=self._group, group_src=other, tag=_TAG)))
+
+        def wait() -> None:
+            with self._or_broken():
+                _wait(works)
+            for data, parts in copies:
+                take_out(data, parts)
 
         return wait
 
-    def _room(self, which: int, size_bytes: int) -> torch.Tensor:
-        memory = self._memory[0]
-        if len(memory[which]) < size_bytes:
-            memory[which] = torch.empty(size_bytes, dtype=torch.uint8)
-        return memory[which][:size_bytes]
+    def send(self, sent: Sequence[Sequence[NDArray[Any]]]) -> None:
+        """See `elastictrain_checkpoint.together.Posts`."""
+        with self._or_broken():
+            if len(self._under_way) == len(self._leaving):
+                _wait(self._under_way.popleft())
+            self._leaving.rotate(-1)
+            data, at, works = self._leaving[0], 0, list[dist.Work]()
+            for other in self._others:
+                for parts in _messages(sent[other]):
+                    size = sum(part.nbytes for part in parts)
+                    message, at = data[at : at + size], at + size
+                    lay_out(parts, _view(message))
+                    works.append(_work(dist.isend(message, group=self._group, group_dst=other, tag=_TAG)))
+            self._under_way.append(works)
+
+    @contextlib.contextmanager
+    def _or_broken(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.broken = True
+            raise
+
+
+def _messages(parts: Sequence[NDArray[Any]]) -> Iterator[list[NDArray[Any]]]:
+    """What goes together: as much as makes a message of `_MESSAGE_BYTES`; the same for who sends and who expects it."""
+    found: list[NDArray[Any]] = []
+    size = 0
+    for part in parts:
+        if found and size + part.nbytes > _MESSAGE_BYTES:
+            yield found
+            found, size = [], 0
+        found.append(part)
+        size += part.nbytes
+    if size:
+        yield found
+
+
+def _wait(works: Sequence[dist.Work]) -> None:
+    for work in works:
+        work.wait()
+
+
+def _work(work: dist.Work | None) -> dist.Work:
+    if work is None:
+        raise RuntimeError("this process is not in the group")
+    return work
+
+
+def _view(data: torch.Tensor) -> memoryview:
+    return memoryview(data.numpy())  # type: ignore[arg-type]
 
 
 def host_exchange(group: dist.ProcessGroup | None = None) -> HostExchange | None:
@@ -77,10 +157,42 @@ def over_host(group: dist.ProcessGroup | None) -> HostExchange:
 
 
 def gather_objects(group: dist.ProcessGroup | None, value: Any) -> list[Any]:
-    """Everybody's object, in the order of the ranks; all ranks call this."""
-    found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, value, group=group)
-    return found
+    """Everybody's object, in the order of the ranks; all ranks call this. One gather where all are small."""
+    size = dist.get_world_size(group)
+    if not exchanges_host_memory(group):
+        found: list[Any] = [None] * size
+        dist.all_gather_object(found, value, group=group)
+        return found
+
+    return gather_pickled(value, partial(gather_bytes, group), max(_GATHERED_BYTES // size, _LEAST_GATHERED_BYTES))
+
+
+def gather_bytes(group: dist.ProcessGroup | None, data: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+    """Everybody's bytes, equally many, in the order of the ranks; of a group that moves tensors of the CPU."""
+    came = [torch.empty(len(data), dtype=torch.uint8) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(came, torch.from_numpy(data), group=group)
+    return [one.numpy() for one in came]
+
+
+def gather_pickled(
+    value: Any, gather: Callable[[NDArray[np.uint8]], Sequence[NDArray[np.uint8]]], first_bytes: int
+) -> list[Any]:
+    """Everybody's object by gathers of equally many bytes: one of ``first_bytes``, a second if that is too little."""
+    mine = pickle.dumps(value)
+    sent = np.zeros(first_bytes, dtype=np.uint8)
+    sent[:_LENGTH_BYTES].view(np.int64)[0] = len(mine)
+    begun = min(len(mine), first_bytes - _LENGTH_BYTES)
+    sent[_LENGTH_BYTES : _LENGTH_BYTES + begun] = np.frombuffer(mine, dtype=np.uint8, count=begun)
+    came = [one.tobytes() for one in gather(sent)]
+    lengths = [int.from_bytes(one[:_LENGTH_BYTES], sys.byteorder) for one in came]
+    found = [one[_LENGTH_BYTES : _LENGTH_BYTES + length] for one, length in zip(came, lengths, strict=True)]
+    more = max(lengths) + _LENGTH_BYTES - first_bytes
+    if more > 0:
+        rest = np.zeros(more, dtype=np.uint8)
+        rest[: len(mine) - begun] = np.frombuffer(mine, dtype=np.uint8, offset=begun)
+        came = [one.tobytes() for one in gather(rest)]
+        found = [begin + end[: length - len(begin)] for begin, end, length in zip(found, came, lengths, strict=True)]
+    return [pickle.loads(one) for one in found]  # from ranks of this job, as all_gather_object does
 
 
 def place_here() -> tuple[str, ...]:

@@ -8,11 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import numpy as np
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from elastictrain_checkpoint import errors
 from elastictrain_checkpoint.errors import CheckpointError, CorruptData, InvalidPiece, LoadFailed, StateMismatch
-from elastictrain_checkpoint.torch.exchange import gather_objects
+from elastictrain_checkpoint.host_exchange import HostExchange
+from elastictrain_checkpoint.rounds import STATE_BYTES
+from elastictrain_checkpoint.torch.exchange import gather_bytes, gather_objects, gather_pickled
 
 Group = dist.ProcessGroup | Literal["world"] | None
 WAITS_S = 30.0
@@ -31,12 +35,18 @@ def group_of(group: Group) -> dist.ProcessGroup | None:
 
 
 class Ranks:
-    """All ranks of a group, seen from one. Every method is a collective of the group."""
+    """All ranks of a group, seen from one. Every method is a collective of the group.
+
+    Attributes:
+        through: memory that they share, if they do: what they say goes through it, and the group is left in peace.
+
+    """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
+        self.through: HostExchange | None = None
 
     def agree(self, value: Any, problem: Exception | None) -> list[Any]:
         """Everybody's value, in the order of the ranks.
@@ -44,15 +54,32 @@ class Ranks:
         Raises:
             Exception: the problem of this rank, as it is; else that of the first rank that has one: of the same kind if
                 it is an error of this library or of storage, else `LoadFailed`. The message names that rank.
+            LoadFailed: a rank is gone, or has not come within the group's timeout.
 
         """
-        said = gather_objects(self.group, (None if problem is not None else value, _packed(problem)))
+        try:
+            said = self._gather((None if problem is not None else value, _packed(problem)))
+        except (RuntimeError, ConnectionError, TimeoutError) as error:
+            raise LoadFailed(f"the ranks cannot go on loading: {error}") from (problem or error)
         if problem is not None:
             raise problem
         for rank, (_, there) in enumerate(said):
             if there is not None:
                 raise _unpacked(rank, there)
         return [value for value, _ in said]
+
+    def _gather(self, value: Any) -> list[Any]:
+        through = self.through
+        if through is None or through.broken:
+            return gather_objects(self.group, value)
+
+        def gather(data: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+            if data.nbytes * self.size > through.room_bytes:  # equally long everywhere
+                return gather_bytes(self.group, data)
+            came = through([[data]] * self.size, [data.nbytes] * self.size)
+            return [np.frombuffer(one, dtype=np.uint8) for one in came]
+
+        return gather_pickled(value, gather, STATE_BYTES)
 
     def same(self, called: str, value: Any, problem: Exception | None) -> list[Any]:
         """As `agree`; how a function was called must be equal everywhere.

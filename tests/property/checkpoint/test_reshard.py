@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import queue
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -29,7 +31,7 @@ from elastictrain_checkpoint.manifest import parse_manifest
 from elastictrain_checkpoint.pack import BoxData, write_pack
 from elastictrain_checkpoint.reshard import ReadPlan, plan_reads
 from elastictrain_checkpoint.rounds import most_sent_bytes, most_shared_bytes
-from elastictrain_checkpoint.together import Exchange, read_boxes, read_together
+from elastictrain_checkpoint.together import TURNS, Exchange, read_boxes, read_together
 from elastictrain_checkpoint.wants import Want
 from tests.unit.checkpoint.build import State, flip, make_state, memory_store, save, sign
 from tests.unit.checkpoint.workers import Workers
@@ -147,7 +149,7 @@ def test_every_wanted_element_is_delivered_once_and_every_span_read_once(
     assert plan.owned_bytes().sum() == plan.read_bytes
 
 
-HOW = ("sent", "begun", "shared")
+HOW = ("sent", "posted", "shared")
 
 
 class Threads(Workers):
@@ -171,31 +173,40 @@ class Threads(Workers):
         return call
 
 
-class Begun:
-    """An exchange that is waited for later, and whose memory is used again when the second next is begun."""
+class Posted:
+    """An exchange in which what comes is expected before it is sent, and put where it belongs when it is waited for."""
 
-    def __init__(self, exchange: Exchange) -> None:
-        self._exchange = exchange
-        self._given: list[list[bytearray]] = []
+    def __init__(self, worker: int, exchange: Exchange, boxes: dict[tuple[int, int], queue.SimpleQueue[bytes]]) -> None:
+        self._worker, self._exchange, self._boxes = worker, exchange, boxes
+        self._room = (0, 0)
+        self._expected = 0
 
     def __call__(self, sent: Sequence[Sequence[np.ndarray]], sizes: Sequence[int]) -> Sequence[memoryview]:
         return self._exchange(sent, sizes)
 
-    def begin(self, sent: Sequence[Sequence[np.ndarray]], sizes: Sequence[int]) -> Callable[[], list[memoryview]]:
-        copies = [[part.copy() for part in parts] for parts in sent]
-        for part in (part for parts in sent for part in parts if part.ndim):
-            part[...] = 0x5A  # it is not needed any more
-        came: list[bytearray] = []
-        self._given.append(came)
-        if len(self._given) > 2:
-            for data in self._given.pop(0):
-                data[:] = b"\xa5" * len(data)
+    def make_room(self, sent_bytes: int, come_bytes: int) -> None:
+        self._room = sent_bytes, come_bytes
 
-        def wait() -> list[memoryview]:
-            came.extend(bytearray(data) for data in self._exchange(copies, sizes))
-            return [memoryview(data) for data in came]
+    def expect(self, come: Sequence[Sequence[np.ndarray]]) -> Callable[[], None]:
+        self._expected += 1
+        assert self._expected <= TURNS
+        assert sum(part.nbytes for parts in come for part in parts) <= self._room[1]
+
+        def wait() -> None:
+            self._expected -= 1
+            for other, parts in enumerate(come):
+                for part in parts:
+                    data = self._boxes[other, self._worker].get(timeout=30)
+                    part[...] = np.frombuffer(data, dtype=part.dtype).reshape(part.shape)
 
         return wait
+
+    def send(self, sent: Sequence[Sequence[np.ndarray]]) -> None:
+        assert sum(part.nbytes for parts in sent for part in parts) <= self._room[0]
+        assert not sent[self._worker]
+        for other, parts in enumerate(sent):
+            for part in parts:
+                self._boxes[self._worker, other].put(part.tobytes())
 
 
 def load_together(
@@ -204,13 +215,16 @@ def load_together(
     """What each worker got, how many bytes all have read, and how many were planned."""
     plan = plan_reads(manifest, wants, span_bytes=SPAN)
     threads = Threads(len(wants))
+    boxes: dict[tuple[int, int], Any] = {
+        pair: queue.SimpleQueue() for pair in itertools.product(range(len(wants)), repeat=2)
+    }
     readers = [Reader(store, manifest) for _ in wants]
 
     def work(worker: int) -> list[bytes]:
         outs = [bytearray(size(manifest, want)) for want in wants[worker]]
         exchange: Any = threads.exchange(worker)
-        if how == "begun":
-            exchange = Begun(exchange)
+        if how == "posted":
+            exchange = Posted(worker, exchange, boxes)
         if how == "shared":
             exchange = HostExchange(worker, len(wants), threads.gather(worker))
             exchange.make_room(most_shared_bytes(plan, **more))

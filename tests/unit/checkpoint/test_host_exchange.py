@@ -173,7 +173,8 @@ def test_who_gives_up_is_not_waited_for(kind: str) -> None:
     first, second = Host(2).run_with_exchange(work)
     assert isinstance(first, ZeroDivisionError if kind == "stream" else InvalidPiece)
     assert isinstance(second, ConnectionError)
-    assert str(second) == "worker 0 is gone, or has given up: what it was to read does not come"
+    why = "integer division or modulo by zero" if kind == "stream" else first
+    assert str(second) == f"worker 0 has given up: {type(first).__name__}: {why}"
 
 
 def test_who_does_not_get_on_is_waited_for_until_a_deadline() -> None:
@@ -192,7 +193,7 @@ def test_who_does_not_get_on_is_waited_for_until_a_deadline() -> None:
 
     assert host.run(work) == [
         "workers [1] have not got on for 0.05 s",
-        "worker 0 is gone, or has given up: what it was to read does not come",
+        "worker 0 has given up: workers [1] have not got on for 0.05 s",
     ]
 
 
