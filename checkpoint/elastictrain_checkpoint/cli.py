@@ -41,12 +41,14 @@ from elastictrain_checkpoint.cli_common import (
 )
 from elastictrain_checkpoint.commit import list_steps, load
 from elastictrain_checkpoint.difference import statistics
-from elastictrain_checkpoint.dtypes import item_bytes, num_elements
+from elastictrain_checkpoint.dtypes import num_elements
 from elastictrain_checkpoint.errors import CheckpointError, InvalidMapping
 from elastictrain_checkpoint.manifest import Manifest
 from elastictrain_checkpoint.reader import Reader
 from elastictrain_checkpoint.retain import pinned
+from elastictrain_checkpoint.source import Source, tensor_bytes
 from elastictrain_checkpoint.store import Store
+from elastictrain_checkpoint.true_types import TrueTypes
 
 SHOWN_VALUES = 10
 
@@ -138,14 +140,15 @@ def show(
         document = json.loads(manifest.raw)
         keys = ("step", "attempt", "generation", "time", "info", "alias", "tree", "base")
         shown = {key: document[key] for key in keys}
-        tensors = {name: {"dtype": d, "shape": list(s)} for name, (d, s) in manifest.tensors.items()}
+        seen = TrueTypes(Reader(place, manifest)).tensors
+        tensors = {name: {"dtype": d, "shape": list(s)} for name in manifest.tensors for d, s in [seen[name]]}
         files = [{"path": p, "bytes": f.size_bytes} for p, f in zip(manifest.paths, manifest.files, strict=True)]
         print_json({**shown, "digest": manifest.digest, "tensors": tensors, "files": files})
     else:
-        _show_all(manifest)
+        _show_all(manifest, TrueTypes(Reader(place, manifest)))
 
 
-def _show_all(manifest: Manifest) -> None:
+def _show_all(manifest: Manifest, seen: Source) -> None:
     console = Console(highlight=False)
     console.print(
         f"step [bold]{manifest.step}[/] · attempt {manifest.attempt} · generation {manifest.generation} · "
@@ -159,9 +162,9 @@ def _show_all(manifest: Manifest) -> None:
     for title in ("bytes", "chunks"):
         table.add_column(title, justify="right", no_wrap=True)
     for number, name in enumerate(manifest.table.names):
-        dtype, shape = manifest.tensors[name]
+        dtype, shape = seen.tensors[name]
         chunks = manifest.table.bounds[number + 1] - manifest.table.bounds[number]
-        size = num_elements(shape) * item_bytes(dtype)
+        size = tensor_bytes(seen, name)
         table.add_row(escape(name), dtype, escape(str(list(shape))), decimal(size), str(chunks))
     for alias, target in manifest.alias.items():
         table.add_row(escape(f"{alias} → {target}"), "", "", "", "")
@@ -173,7 +176,7 @@ def _show_all(manifest: Manifest) -> None:
 
 
 def _show_tensor(place: Store, manifest: Manifest, name: str, span: str | None, *, as_json: bool) -> None:
-    reader = Reader(place, manifest)
+    reader = TrueTypes(Reader(place, manifest))
     manifest.resolve(name)
     dtype, shape = reader.tensors[name]
     count = num_elements(shape)
@@ -190,7 +193,7 @@ def _show_tensor(place: Store, manifest: Manifest, name: str, span: str | None, 
         return
     console = Console(highlight=False)
     tied = f" → {manifest.alias[name]}" if name in manifest.alias else ""
-    size = decimal(count * item_bytes(dtype))
+    size = decimal(tensor_bytes(reader, name))
     console.print(f"step {manifest.step} · {name}{tied}\n{dtype} {list(shape)}, {size}", markup=False)
     for key, value in (facts or {}).items():
         if value is not None:

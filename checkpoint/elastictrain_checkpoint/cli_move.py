@@ -47,6 +47,7 @@ from elastictrain_checkpoint.mapping import Mapped, apply_rules
 from elastictrain_checkpoint.reader import Reader
 from elastictrain_checkpoint.source import Source
 from elastictrain_checkpoint.transfer import copy_checkpoint
+from elastictrain_checkpoint.true_types import TrueTypes
 
 Other = Annotated[
     list[str] | None,
@@ -89,7 +90,7 @@ def diff_command(
         fits = re.compile(only)
     except re.error as error:
         fail(f"--only {only!r} is not a regular expression: {error}", 2)
-    one, two = (_chosen(_source_at(*place), fits) for place in ((a, first), (b, second)))
+    one, two = (TrueTypes(_chosen(_source_at(*place), fits)) for place in ((a, first), (b, second)))
     with bar("comparing", quiet=as_json) as progress:
         found = list(diff(one, two, progress))
     different = [entry for entry in found if not _equal(entry, tolerance)]

@@ -147,7 +147,8 @@ class Statistics:
 
     Attributes:
         elements, nan, infinite, zeros: counts.
-        minimum, maximum, mean, deviation, l2: None where there are no finite values, or the type has none.
+        minimum, maximum, mean, deviation, l2: None where there are no finite values, or the type has none; of complex
+            numbers only l2.
 
     """
 
@@ -172,14 +173,25 @@ def statistics(source: Source, name: str, progress: Progress | None = None) -> S
     """
     dtype, shape = source.tensors[name]
     count = num_elements(shape)
-    nan = infinite = zeros = held = 0
+    nan = infinite = zeros = held = complex_held = 0
     low, high, mean, spread, squares = math.inf, -math.inf, 0.0, 0.0, 0.0
     for start in range(0, count, STEP_ELEMENTS):
         stop = min(start + STEP_ELEMENTS, count)
         found = values(source.read_flat(name, start, stop), dtype)
         if progress:
             progress(stop, count)
-        if found is None or found.dtype.kind == "c":
+        if found is None:
+            continue
+        if found.dtype.kind == "c":
+            with np.errstate(invalid="ignore", over="ignore"):
+                size = np.abs(found.astype(np.complex128))
+            sizes = size[np.isfinite(size)]
+            nan, infinite = (
+                nan + int(np.count_nonzero(np.isnan(size))),
+                infinite + int(np.count_nonzero(np.isinf(size))),
+            )
+            zeros, complex_held = zeros + int(np.count_nonzero(size == 0)), complex_held + len(sizes)
+            squares += float(np.square(sizes).sum())
             continue
         with np.errstate(invalid="ignore"):
             wide = found.astype(np.float64)
@@ -196,6 +208,8 @@ def statistics(source: Source, name: str, progress: Progress | None = None) -> S
         mean += gap * len(finite) / both
         squares += float(np.square(finite).sum())
         held = both
+    if complex_held:
+        return Statistics(count, nan, infinite, zeros, l2=math.sqrt(squares))
     if not held:
         return Statistics(count, nan, infinite, zeros)
     return Statistics(count, nan, infinite, zeros, low, high, mean, math.sqrt(spread / held), math.sqrt(squares))

@@ -29,6 +29,9 @@ ITEM_BYTES = {
 """Bytes of one element. Types of less than a byte (F4, F6) are refused: a flat range of them has no byte
 address."""
 
+_SHOWN_BYTES = {"C128": 16, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1}
+"""Types that packs do not have, but tensors may be seen as (`true_types`)."""
+
 MAX_ELEMENTS = 1 << 56
 """No tensor is larger, so that element and byte counts fit into 64 bits with room to spare."""
 
@@ -44,6 +47,11 @@ def item_bytes(dtype: str) -> int:
         return ITEM_BYTES[dtype]
     except KeyError:
         raise InvalidPiece(f"dtype {dtype!r} is not one of {', '.join(sorted(ITEM_BYTES))}") from None
+
+
+def width_of(dtype: str) -> int:
+    """Bytes of one element, of types that packs do not have as well. Raises InvalidPiece: there is no such type."""
+    return _SHOWN_BYTES.get(dtype) or item_bytes(dtype)
 
 
 def num_elements(shape: Sequence[int]) -> int:

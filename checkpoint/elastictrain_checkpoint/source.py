@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from elastictrain_checkpoint.dtypes import item_bytes, num_elements
+from elastictrain_checkpoint.dtypes import item_bytes, num_elements, width_of
 from elastictrain_checkpoint.errors import InvalidPiece
 
 Bytes = NDArray[np.uint8]
@@ -83,7 +83,7 @@ def check_range(name: str, shape: Shape, start: int, stop: int) -> None:
 def tensor_bytes(source: Source, name: str) -> int:
     """Bytes of one whole tensor."""
     dtype, shape = source.tensors[name]
-    return num_elements(shape) * item_bytes(dtype)
+    return num_elements(shape) * width_of(dtype)
 
 
 def total_bytes(source: Source) -> int:
