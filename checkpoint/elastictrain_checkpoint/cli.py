@@ -74,7 +74,10 @@ def ls(store: Where, option: Options = None, as_json: AsJson = False) -> None:
         print_json(rows)
     else:
         console = Console(soft_wrap=True, highlight=False)
-        console.print(_steps_table(rows, narrow=console.width < NARROW_COLUMNS), soft_wrap=False)
+        if rows:
+            console.print(_steps_table(rows, narrow=console.width < NARROW_COLUMNS), soft_wrap=False)
+        else:
+            console.print(f"{place.url} holds no checkpoint of this format", markup=False)
         for row in rows:
             if not row["whole"]:
                 console.print(f"step {row['step']}: {row['problem']}", markup=False)

@@ -18,12 +18,13 @@ from elastictrain_checkpoint.cli_common import (
     Options,
     Step,
     Where,
+    fail,
     guarded,
     open_store,
     parse_options,
-    pick,
     print_json,
 )
+from elastictrain_checkpoint.commit import list_steps
 from elastictrain_checkpoint.errors import InvalidPiece
 from elastictrain_checkpoint.policies import Best, EverySteps, Newest, Policy, Spaced, Younger
 from elastictrain_checkpoint.rehearsal import Rehearsal
@@ -138,10 +139,16 @@ def _say_pinned(steps: list[int], *, as_json: bool) -> None:
 def heal_command(
     store: Where, others: Others, step: Step = None, option: Options = None, as_json: AsJson = False
 ) -> None:
-    """Read every byte of a step and write what is damaged or missing anew, from whole copies in other stores."""
+    """Read every byte of a step and write what is damaged or missing anew, from whole copies in other stores.
+
+    Without --step it is the newest that has a manifest, however damaged.
+    """
     options = parse_options(option)
     place, copies = open_store(store, options), [open_store(other, options) for other in others]
-    number = step if step is not None else pick(place, None).step
+    # The newest that is sound would be the one step that needs nothing.
+    number = step if step is not None else max(list_steps(place), default=None)
+    if number is None:
+        fail(f"{place.url} has no checkpoint", 2)
     done = heal(place, number, copies)
     if as_json:
         print_json({"step": number, **asdict(done)})

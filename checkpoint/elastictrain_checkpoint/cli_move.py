@@ -46,7 +46,8 @@ from elastictrain_checkpoint.errors import InvalidMapping
 from elastictrain_checkpoint.mapping import Mapped, apply_rules
 from elastictrain_checkpoint.reader import Reader
 from elastictrain_checkpoint.source import Source
-from elastictrain_checkpoint.transfer import copy_checkpoint
+from elastictrain_checkpoint.store import Store
+from elastictrain_checkpoint.transfer import Copied, copy_checkpoint
 from elastictrain_checkpoint.true_types import TrueTypes
 
 Other = Annotated[
@@ -163,11 +164,15 @@ def cp(
     first, second = _both_options(source, target, option, to_option)
     here, there = open_store(source, first), make_store(target, second)
     steps: list[int | None] = [*list_steps(here)] if every else [step]
-    done = []
+    done, damaged = [], 0
     for number in steps:
-        manifest = pick(here, number)
-        with offering_older(here, manifest), bar(f"step {manifest.step}", quiet=as_json) as progress:
-            copied = copy_checkpoint(here, manifest, there, check=check, progress=progress)
+        try:
+            copied = _copy(here, there, number, check=check, quiet=as_json)
+        except typer.Exit as failed:  # damaged, and said: the others are copied all the same
+            if not every or failed.exit_code != 1:
+                raise
+            damaged += 1
+            continue
         done.append(asdict(copied))
         if not as_json:
             state = "copied" if copied.committed else "was there already"
@@ -177,6 +182,14 @@ def cp(
             )
     if as_json:
         print_json(done)
+    if damaged:
+        fail(f"{counted(damaged, 'step')} of {len(steps)} not copied: damaged in {here.url}", 1)
+
+
+def _copy(here: Store, there: Store, step: int | None, *, check: bool, quiet: bool) -> Copied:
+    manifest = pick(here, step)
+    with offering_older(here, manifest), bar(f"step {manifest.step}", quiet=quiet) as progress:
+        return copy_checkpoint(here, manifest, there, check=check, progress=progress)
 
 
 @guarded

@@ -116,7 +116,8 @@ def _make_way(target: Store, there: bytes, manifest: Manifest, replace_older: bo
         raise AlreadyCommitted(
             f"{target.url} has another checkpoint of step {manifest.step}; it is not overwritten. It has step "
             f"{manifest.step} of {what}; the one to copy is of attempt {manifest.attempt}, generation "
-            f"{manifest.generation}. discard(store, {manifest.step}) removes the one that is there"
+            f"{manifest.generation}. In Python, elastictrain_checkpoint.discard(store, {manifest.step}) removes what "
+            "is there"
         )
     discard(target, manifest.step, keep_attempt=manifest.attempt)
 

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as dcp
 
 from elastictrain_checkpoint.convert import torch_files
+from elastictrain_checkpoint.convert.undo import removing
 from elastictrain_checkpoint.source import Source, read_whole, tensor_bytes
 from elastictrain_checkpoint.store import Store
 
@@ -43,7 +44,7 @@ def write(
     waiting = sorted(places)
     for name in waiting:  # all types are looked at before anything is written
         torch_files.to_tensor(_nothing(), source.tensors[name][0], (0,), name)
-    number = 0
+    number, made = 0, list[str]()
     while waiting or (extras and not number):
         file = f"__0_{number}.distcp"
 
@@ -74,7 +75,9 @@ def write(
                 if progress:
                     progress(done, total)
 
-        store.create(file, stream())
+        with removing(store, made):
+            store.create(file, stream())
+        made.append(file)
         number += 1
     planner = {_flat(place): place for place in [*places.values(), *extras]}
     found = dcp.Metadata(records, planner_data=planner, storage_data=stored)

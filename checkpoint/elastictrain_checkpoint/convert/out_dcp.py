@@ -61,7 +61,7 @@ def export_dcp(
         FileExistsError: the folder holds such a checkpoint.
         ForeignFormat: two tensors in one place, or a type that torch has not.
         MissingExtra: torch is not installed.
-        CorruptData: stored bytes are not those that were written.
+        CorruptData: stored bytes are not those that were written; the files that were written are removed.
 
     """
     try:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from elastictrain_checkpoint.cast import FLOATS
 from elastictrain_checkpoint.convert.in_safetensors import INDEX
+from elastictrain_checkpoint.convert.undo import removing
 from elastictrain_checkpoint.dtypes import item_bytes
 from elastictrain_checkpoint.errors import ForeignFormat, InvalidMapping
 from elastictrain_checkpoint.mapping import Mapped, apply_rules
@@ -77,7 +78,7 @@ def export_safetensors(
         FileExistsError: a file is there.
         InvalidMapping: no such cast.
         ForeignFormat: a name that the format reserves, or nothing to write.
-        CorruptData: stored bytes are not those that were written; the file that was being written is removed.
+        CorruptData: stored bytes are not those that were written; the files that were written are removed.
 
     """
     seen = source if cast is None else cast_floats(source, cast)
@@ -92,13 +93,16 @@ def export_safetensors(
     clash = sorted(set(store.list()).intersection([*files, INDEX]))
     if clash:
         raise FileExistsError(f"{store.url} already holds {clash[0]}; export into an empty folder")
+    made: list[str] = []
     for file, names in zip(files, shards, strict=True):
 
         def moved(count: int, before: int = done) -> None:
             if progress:
                 progress(before + count, total)
 
-        store.create(file, _stream(seen, names, {"format": "pt", **(metadata or {})}, moved))
+        with removing(store, made):
+            store.create(file, _stream(seen, names, {"format": "pt", **(metadata or {})}, moved))
+        made.append(file)
         done += sum(sizes[name] for name in names)
     if len(files) > 1:
         index = {

@@ -61,6 +61,12 @@ def test_ls(store: Store) -> None:
     assert [row["whole"] for row in run_json("ls", store.url, code=1)] == [False, True]
 
 
+def test_ls_of_what_holds_no_checkpoint_says_so(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"another format")
+    assert run("ls", str(tmp_path)) == f"{Store(tmp_path).url} holds no checkpoint of this format\n"
+    assert run_json("ls", str(tmp_path)) == []
+
+
 def test_show(store: Store) -> None:
     text = run("show", store.url, "--step", "10")
     for part in ("step 10", "attempt a1", "model/embed.weight", "[300, 100]", "BF16", "model/head", "betas", "world"):

@@ -98,3 +98,19 @@ def test_heal_takes_from_elsewhere_what_is_damaged_here(store: Store, tmp_path: 
     assert found["rewritten"] == []
     assert found["left"]
     assert "damaged everywhere" in run("heal", store.url, "--from", far.url, code=1)
+
+
+def test_heal_is_for_the_newest_step_however_damaged(store: Store, tmp_path: Path) -> None:
+    """The newest that is sound needs nothing: to say that it is whole would be no answer."""
+    far = Store(tmp_path / "far")
+    copy_step(store, far, 40)
+    path = load(store, 40).paths[0]
+    store.remove(path)
+    assert f"written anew: {path}" in run("heal", store.url, "--from", far.url)
+    assert verify(store, load(store, 40)) == []
+    flip(store, "step-00000040/MANIFEST.json", 60)
+    assert "written anew: step-00000040/MANIFEST.json" in run("heal", store.url, "--from", far.url)
+    assert verify(store, load(store, 40)) == []
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    assert "has no checkpoint" in run("heal", str(tmp_path / "other"), "--from", far.url, code=2)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from elastictrain_checkpoint import Store, list_steps, load
+from elastictrain_checkpoint import Store, convert, list_steps, load
 from elastictrain_checkpoint.cli import app
 from elastictrain_checkpoint.cli_common import parse_options
 from elastictrain_checkpoint.convert import import_checkpoint
@@ -125,6 +125,21 @@ def test_cp_refuses(store: Store, tmp_path: Path) -> None:
     assert "NotADirectoryError" in run("cp", store.url, str(tmp_path / "file"), "--step", "10", code=2)
 
 
+def test_cp_of_all_leaves_out_what_is_damaged_and_copies_the_rest(store: Store, tmp_path: Path) -> None:
+    put(store, 15, model__w=[1])
+    put(store, 17, model__w=[2])
+    flip(store, "step-00000015/a15/import-00.safetensors", 4097)
+    store.remove("step-00000017/a17/import-00.safetensors")
+    result = CliRunner().invoke(app, ["cp", store.url, str(tmp_path / "there"), "--all"])
+    assert result.exit_code == 1
+    assert list_steps(Store(tmp_path / "there")) == [10, 20]
+    assert "step-00000015/a15/import-00.safetensors, block 0" in result.stderr
+    assert "step-00000017/a17/import-00.safetensors" in result.stderr
+    assert result.stderr.splitlines()[-1] == f"2 steps of 4 not copied: damaged in {store.url}"
+    told = run_json("cp", store.url, str(tmp_path / "there"), "--all", code=1)
+    assert [one["step"] for one in told] == [10, 20]
+
+
 # --- import and export ---
 
 
@@ -198,6 +213,25 @@ def test_export_into_shards_and_not_over_another(store: Store, tmp_path: Path) -
         "model.safetensors.index.json",
     ]
     assert "export into an empty folder" in run("export", store.url, str(tmp_path), code=2)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "dcp"])
+def test_an_export_of_what_is_damaged_leaves_nothing_behind(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the older step that is offered can go to the same place."""
+    place, out = Store(tmp_path / "ckpt"), tmp_path / "out"
+    monkeypatch.setattr(
+        convert.export_dcp, "__kwdefaults__", convert.export_dcp.__kwdefaults__ | {"file_bytes": 1 << 20}
+    )
+    for step in (1, 2):
+        put(place, step, model__a=np.full(600_000, step), model__b=np.full(600_000, step))
+    flip(place, "step-00000002/a2/import-00.safetensors", 4_500_000)
+    options = ["--format", kind, *(["--shard-size", "3MB"] if kind == "safetensors" else [])]
+    run("export", place.url, str(out), *options, code=1)
+    assert not list(out.rglob("*.*"))
+    told = run_json("export", place.url, str(out), *options, "--step", "1")
+    assert len(told["files"]) > 2
 
 
 def test_import_of_nothing_and_of_damage(tmp_path: Path) -> None:
