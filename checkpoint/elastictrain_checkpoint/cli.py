@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from difflib import get_close_matches
 from typing import Annotated, Any
 
 import typer
@@ -38,6 +39,7 @@ from elastictrain_checkpoint.cli_common import (
     pick,
     pick_or_problem,
     print_json,
+    why_of,
 )
 from elastictrain_checkpoint.commit import list_steps, load
 from elastictrain_checkpoint.difference import statistics
@@ -80,7 +82,7 @@ def ls(store: Where, option: Options = None, as_json: AsJson = False) -> None:
             console.print(f"{place.url} holds no checkpoint of this format", markup=False)
         for row in rows:
             if not row["whole"]:
-                console.print(f"step {row['step']}: {row['problem']}", markup=False)
+                console.print(f"step {row['step']}: {why_of(row['step'], row['problem'])}", markup=False)
     raise typer.Exit(0 if all(row["whole"] for row in rows) else 1)
 
 
@@ -180,7 +182,11 @@ def _show_all(manifest: Manifest, seen: Source) -> None:
 
 def _show_tensor(place: Store, manifest: Manifest, name: str, span: str | None, *, as_json: bool) -> None:
     reader = TrueTypes(Reader(place, manifest))
-    manifest.resolve(name)
+    if name not in reader.tensors:
+        near = get_close_matches(name, reader.tensors, 3)
+        raise KeyError(
+            f"step {manifest.step} has no tensor {name!r}" + (f"; there are {', '.join(near)}" if near else "")
+        )
     dtype, shape = reader.tensors[name]
     count = num_elements(shape)
     start, stop = (0, min(count, SHOWN_VALUES)) if span is None else _parse_span(span, count)
@@ -229,14 +235,19 @@ def _parse_span(text: str, count: int) -> tuple[int, int]:
 def verify(
     store: Where, step: Step = None, every: All = False, option: Options = None, as_json: AsJson = False
 ) -> None:
-    """Read every byte and compare it with its hash; damage is named by file, block and tensors."""
+    """Read every byte and compare it with its hash; damage is named by file, block and tensors.
+
+    Without --step it is the newest that is whole as far as sizes tell; newer ones that are not count as damaged.
+    """
     place = open_store(store, parse_options(option))
     found: list[dict[str, Any]] = []
+    passed_over = False
     for number in list_steps(place) if every else [step]:
         manifest, broken = pick_or_problem(place, number)
         if manifest is None:
             found.append({"step": number, "sound": False, "problems": [broken]})
             continue
+        passed_over = number is None and manifest.step != list_steps(place)[-1]
         with bar(f"step {manifest.step}", quiet=as_json) as progress:
             problems = check.verify(place, manifest, progress)
         shown = [{"file": p.file, "block": p.block, "tensors": list(p.tensors), "message": p.message} for p in problems]
@@ -251,7 +262,7 @@ def verify(
         damaged = {problem["file"] for problem in entry["problems"]}
         if damaged and (offer := older_step(place, entry["step"], damaged)):
             console.print(offer, markup=False)
-    raise typer.Exit(0 if all(entry["sound"] for entry in found) else 1)
+    raise typer.Exit(0 if all(entry["sound"] for entry in found) and not passed_over else 1)
 
 
 @app.command("digest", epilog=EXIT_CODES)

@@ -66,6 +66,11 @@ def guarded(command: Callable[_P, _R]) -> Callable[_P, _R]:
     return run
 
 
+def why_of(step: int, why: str) -> str:
+    """A reason, for behind the number of the step with which some begin."""
+    return why.removeprefix(f"step {step}: ")
+
+
 def fail(message: str, code: int) -> NoReturn:
     """End the command with a sentence on standard error."""
     typer.echo(message, err=True)
@@ -159,7 +164,7 @@ def pick_or_problem(store: Store, step: int | None) -> tuple[Manifest | None, di
     skipped: list[Skipped] = []
     manifest = newest(store, skipped)
     for passed in skipped:
-        typer.echo(f"passed over step {passed.step}: {passed.why}", err=True)
+        typer.echo(f"passed over step {passed.step}: {why_of(passed.step, passed.why)}", err=True)
     if manifest is None:
         fail(f"{store.url} has no sound checkpoint", 1 if skipped else 2)
     return manifest, {}

@@ -23,6 +23,7 @@ from elastictrain_checkpoint.cli_common import (
     open_store,
     parse_options,
     print_json,
+    why_of,
 )
 from elastictrain_checkpoint.commit import list_steps
 from elastictrain_checkpoint.errors import InvalidPiece
@@ -72,7 +73,7 @@ def prune_command(
     policies += [] if spaced is None else [Spaced(parse_age(spaced, "--spaced"))]
     policies += [] if best is None else [parse_best(best)]
     done = prune(Rehearsal(place) if dry_run else place, reduce(or_, policies), lease_s=lease_h * 3600)
-    unsound = [{"step": one.step, "why": one.why} for one in done.unsound]
+    unsound = [{"step": one.step, "why": why_of(one.step, one.why)} for one in done.unsound]
     if as_json:
         shown = {"kept": done.kept, "removed": done.removed, "garbage": done.garbage, "unsound": unsound}
         print_json({**shown, "dry_run": dry_run})

@@ -58,6 +58,7 @@ Other = Annotated[
         help="For the second place. Without it, --storage-option is for both, or the one that is no local folder.",
     ),
 ]
+_EVERY = "(?s:.*)"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -73,7 +74,7 @@ def register(app: typer.Typer) -> None:
 def diff_command(
     a: Annotated[str, typer.Argument(metavar="A[@STEP]", help="Store, or a checkpoint of another format.")],
     b: Annotated[str, typer.Argument(metavar="B[@STEP]", help="The same, to compare with A.")],
-    only: Annotated[str, typer.Option("--only", metavar="REGEX", help="Only names that this fits, whole.")] = "(?s:.*)",
+    only: Annotated[str, typer.Option("--only", metavar="REGEX", help="Only names that this fits, whole.")] = _EVERY,
     tolerance: Annotated[
         float, typer.Option("--tolerance", min=0, help="A relative difference up to this counts as none.")
     ] = 0.0,
@@ -92,6 +93,8 @@ def diff_command(
     except re.error as error:
         fail(f"--only {only!r} is not a regular expression: {error}", 2)
     one, two = (TrueTypes(_chosen(_source_at(*place), fits)) for place in ((a, first), (b, second)))
+    if only != _EVERY and not one.tensors and not two.tensors:
+        raise InvalidMapping(f"--only {only!r} fits no tensor of either, whole: nothing was compared")
     with bar("comparing", quiet=as_json) as progress:
         found = list(diff(one, two, progress))
     different = [entry for entry in found if not _equal(entry, tolerance)]

@@ -106,8 +106,8 @@ class HostExchange:
         """
         self.close()
         room = -(-(most_bytes + 8 * self._workers) // _ALIGN) * _ALIGN
-        self._pipes = Pipes(self._worker, self._workers)
         try:
+            self._pipes = Pipes(self._worker, self._workers)
             self._file = os.memfd_create("exchange", os.MFD_CLOEXEC)
             # Full memory is an error here, not a signal at a page's touch.
             os.posix_fallocate(self._file, 0, SLOTS * room + _ALIGN)

@@ -9,7 +9,7 @@ an attempt that is still being written.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -83,7 +83,8 @@ def prune(
 ) -> Pruned:
     """Keep the sound checkpoints that ``keep`` asks for, remove the others, and garbage.
 
-    Nothing is removed unless one of those kept is verified, every byte, first. Pinned steps stay. Packs that a kept
+    Nothing is removed unless one of those kept is verified, every byte, first, and of its history nothing that is newer
+    than that one. Pinned steps stay. Packs that a kept
     step refers to stay; the rest of a removed step goes. A step all of whose packs stay anyway stays too: it costs
     nothing.
 
@@ -122,9 +123,10 @@ def prune(
     # Whatever a policy says, the newest stays: a store is never emptied.
     kept = kept or counted[-1:]
     old = [manifest for manifest in sound if manifest not in kept]
-    if old and not any(m.step in verified or not verify(store, m) for m in reversed(kept)):
-        result.unsound += [Skipped(manifest.step, "its bytes are damaged") for manifest in kept]
-        kept, old = sound, []
+    whole = _newest_verified(store, kept, verified, result) if old else None
+    # What is newer than all that are known to be whole is what one would go back to (unless it has not happened).
+    kept = kept + [m for m in old if whole is None or (m.step > whole.step and m not in given_up)]
+    old = [m for m in old if m not in kept]
     used = {path for manifest in kept for path in manifest.paths} | foreign
     free = [m for m in old if m.own_paths and used.issuperset(m.paths)]
     kept = kept + free
@@ -169,6 +171,21 @@ def _read_all(store: Store, result: Pruned, abandoned: Callable[[str], bool]) ->
             result.unsound.append(Skipped(step, str(error)))
             foreign.update(manifest.paths if manifest is not None else ())
     return sound, foreign
+
+
+def _newest_verified(
+    store: Store, kept: Sequence[Manifest], verified: Collection[int], result: Pruned
+) -> Manifest | None:
+    """The newest of these of which every byte is as written; those before it, which are not, are added as unsound."""
+    whole = None
+    damaged: list[Skipped] = []
+    for manifest in reversed(kept):
+        if manifest.step in verified or not verify(store, manifest):
+            whole = manifest
+            break
+        damaged.insert(0, Skipped(manifest.step, "its bytes are damaged"))
+    result.unsound += damaged
+    return whole
 
 
 def _believed(store: Store, step: int) -> Manifest | None:

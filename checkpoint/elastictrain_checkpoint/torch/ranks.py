@@ -98,7 +98,10 @@ class Ranks:
     def from_first(self, value: Any) -> Any:
         """What rank 0 has."""
         told = [value]
-        dist.broadcast_object_list(told, group=self.group, group_src=0)
+        try:
+            dist.broadcast_object_list(told, group=self.group, group_src=0)
+        except RuntimeError as error:
+            raise LoadFailed(f"the ranks cannot go on loading: {error}") from error
         return told[0]
 
     @contextmanager

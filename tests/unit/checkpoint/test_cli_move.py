@@ -78,6 +78,11 @@ def test_diff_of_the_same_of_some_and_within_a_tolerance(store: Store) -> None:
     assert "has no checkpoint of step 11" in run("diff", f"{store.url}@11", store.url, code=2)
 
 
+def test_to_compare_nothing_by_mistake_is_no_equality(store: Store) -> None:
+    said = run("diff", f"{store.url}@10", f"{store.url}@20", "--only", "modle/.*", code=2)
+    assert "--only 'modle/.*' fits no tensor of either" in said
+
+
 def test_no_tolerance_covers_nan(tmp_path: Path) -> None:
     store = Store(tmp_path)
     put(store, 1, t=[1, 2])

@@ -17,6 +17,7 @@ from elastictrain_checkpoint import (
     list_steps,
     load,
     newest,
+    pin,
     prune,
     verify,
     withdraw,
@@ -58,6 +59,16 @@ def test_nothing_is_removed_while_none_of_the_kept_is_verified(store: Store) -> 
 def test_one_verified_among_the_kept_is_enough(store: Store) -> None:
     flip(store, "step-00000040/a1/w0000-00.safetensors", 4100)
     assert prune(store, 2).removed == [10, 20]
+
+
+def test_what_is_newer_than_all_that_are_whole_stays(store: Store) -> None:
+    """The newest is damaged and an old one pinned: what lies between is what one would go back to."""
+    pin(store, 20)
+    flip(store, "step-00000040/a1/w0000-00.safetensors", 4100)
+    result = prune(store, 1)
+    assert (result.kept, result.removed) == ([20, 30, 40], [10])
+    assert [(one.step, one.why) for one in result.unsound] == [(40, "its bytes are damaged")]
+    assert prune(store, 1, current=20).removed == []  # of the same generation: it has happened
 
 
 def test_what_the_caller_has_verified_is_not_read_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
