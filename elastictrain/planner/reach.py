@@ -99,9 +99,14 @@ def most_layers(each: Floats, flights: Floats, within_s: Floats) -> Floats:
         some_again = np.where(saved > 0, np.minimum(some_again, all_again), -np.inf)
         count = np.fmax(count, some_again)
         count = np.fmin(count, np.where(layer > 0, spare / layer, np.where(spare >= 0, np.inf, -np.inf)))
-        params = most_held * _MORE - first_held * at_first - last_held * at_last
-        count = np.fmin(count, np.where(held > 0, params / held, np.where(params >= 0, np.inf, -np.inf)))
-    count = np.minimum(np.floor(count + 1e-6), 1e6)
+        count = np.minimum(np.floor(count + 1e-6), 1e6)
+        # Whole layers are computed again: where their last one takes too long, one layer less is always enough.
+        short = np.ceil((count * whole - room + working) / saved - 1e-6)
+        count -= (count * whole > room) & (count * layer + short * again_s > spare * _MORE)
+        # Nearly nothing is given away here: the search asks for a little less than the last exchange.
+        params = most_held - first_held * at_first - last_held * at_last
+        most = np.where(held > 0, np.floor(params / held + 1e-10), np.where(params >= 0, np.inf, -np.inf))
+        count = np.fmin(count, most)
     return np.where((count >= 1) & (spare >= 0), count, _NONE)
 
 
