@@ -29,12 +29,13 @@ from elastictrain.planner.memory import (
     stage_memory,
 )
 from elastictrain.planner.model import Checkpointing, Cut, Schedule
+from elastictrain.planner.places import Pipeline
 from elastictrain.planner.plan import Plan, StageWork, Task
 from elastictrain.planner.profiles import Cluster
-from elastictrain.planner.reach import Problem, least_s
+from elastictrain.planner.reach import Problem, beyond, least_s
 from elastictrain.planner.schedule import bubble_share, in_flight, replayed_s
 from elastictrain.planner.shapes import Branch, Candidate, Shape, divisors, fewest_workers, memory_bytes
-from elastictrain.planner.stages import Pipeline, place_stages
+from elastictrain.planner.stages import place_stages
 
 EXCHANGE = "the links between workers (gradients and parameters)"
 _TENSORS = (1, 2, 4, 8, 16)
@@ -125,11 +126,11 @@ class Cuts:
             cut = self._cut(shape, few)
             cuts = self.variants(cut, one_group=len(chosen) == 1)
             places = self._places(chosen, cut)
-            return Branch(bound, lambda: self._opened(chosen, places, cuts), len(cuts))
+            return Branch(bound, partial(self._opened, chosen, places, cuts), len(cuts))
         middle = len(counts) // 2
         halves = counts[:middle], counts[middle:]
         size = sum(self._variants_of(chosen, shape, count) for count in counts)
-        return Branch(bound, lambda: [self._branch(chosen, shape, half) for half in halves], size)
+        return Branch(bound, lambda _: [self._branch(chosen, shape, half) for half in halves], size)
 
     def _variants_of(self, chosen: tuple[int, ...], shape: Shape, workers: int) -> int:
         """How many `variants` there are."""
@@ -161,7 +162,9 @@ class Cuts:
         bound = math.inf
         for zero in (1, 2, 3) if many > 1 else (1,):
             # With fewer workers than a node has room for, or on one node, more of them may exchange in less time.
-            least = [replace(most, workers=self._across(n, shape, few), zero_stage=zero) for n in chosen]
+            across = [self._across(n, shape, few) for n in chosen]
+            cuts = {count: replace(most, workers=count, zero_stage=zero) for count in set(across)}
+            least = [cuts[count] for count in across]
             whole = [self.kinds.all_s(n, cut) for n, cut in zip(chosen, least, strict=True)]
             exchange = min(
                 self.kinds.exchange_s(n, cut, self.kinds.even_params(cut)) for n, cut in zip(chosen, least, strict=True)
@@ -185,17 +188,17 @@ class Cuts:
         return workers if beyond else 1
 
     def _opened(
-        self, chosen: tuple[int, ...], places: tuple[int, ...], cuts: Sequence[Cut]
+        self, chosen: tuple[int, ...], places: tuple[int, ...], cuts: Sequence[Cut], worst: float
     ) -> list[Branch | Candidate]:
         """The candidates that promise most, and a branch of the others: few of them will be looked at."""
         promises = [(self._promise(chosen, places, cut), cut) for cut in cuts if self._holds(chosen, places, cut)]
         least = min((promise for promise, _ in promises), default=math.inf)
         near = [cut for promise, cut in promises if promise <= least * _FAR]
         far = [cut for promise, cut in promises if promise > least * _FAR]
-        found: list[Branch | Candidate] = [*self._candidates(chosen, places, near)]
+        found = self._candidates(chosen, places, near, worst)
         if far:
             bound = min(promise for promise, _ in promises if promise > least * _FAR)
-            found.append(Branch(bound, lambda: self._candidates(chosen, places, far), len(far)))
+            found.append(Branch(bound, partial(self._candidates, chosen, places, far), len(far)))
         return found
 
     def _promise(self, chosen: tuple[int, ...], places: tuple[int, ...], cut: Cut) -> float:
@@ -203,15 +206,29 @@ class Cuts:
         whole = [self.kinds.all_s(n, cut) for n in chosen]
         return self._working(whole, places, cut, bubble_share(cut)) + self._least_rest(chosen, cut)
 
-    def _candidates(self, chosen: tuple[int, ...], places: tuple[int, ...], cuts: Sequence[Cut]) -> list[Candidate]:
-        """With bounds that know what memory lets the places hold."""
-        if not cuts:
-            return []
-        bounds = least_s([self._problem(chosen, places, cut) for cut in cuts])
-        return [
-            Candidate(least + self._least_rest(chosen, cut), partial(self._work_out, chosen, places, cut))
-            for cut, least in zip(cuts, bounds, strict=True)
-        ]
+    def _candidates(
+        self, chosen: tuple[int, ...], places: tuple[int, ...], cuts: Sequence[Cut], worst: float
+    ) -> list[Branch | Candidate]:
+        """With bounds that know what memory lets the places hold. Those that cannot take less than `worst` stay a
+        branch, whose bounds are worked out when they are asked for.
+        """
+        problems = [self._problem(chosen, places, cut) for cut in cuts]
+        rests = [self._least_rest(chosen, cut) for cut in cuts]
+        late = [False] * len(cuts)
+        if cuts and worst < math.inf:
+            late = beyond(problems, [worst - rest for rest in rests])
+        found: list[Branch | Candidate] = []
+        left = [cut for cut, is_late in zip(cuts, late, strict=True) if is_late]
+        if left:
+            found.append(Branch(worst, lambda _: self._candidates(chosen, places, left, math.inf), len(left)))
+        near = [n for n, is_late in enumerate(late) if not is_late]
+        if near:
+            bounds = least_s([problems[n] for n in near])
+            found += [
+                Candidate(least + rests[n], partial(self._work_out, chosen, places, cuts[n]))
+                for n, least in zip(near, bounds, strict=True)
+            ]
+        return found
 
     def _problem(self, chosen: tuple[int, ...], places: tuple[int, ...], cut: Cut) -> Problem:
         kinds = [self.kinds.kind(number, cut, count) for number, count in zip(chosen, places, strict=True)]

@@ -17,10 +17,10 @@ from elastictrain.planner.memory import (
     working_bytes,
 )
 from elastictrain.planner.model import Checkpointing, Cut
+from elastictrain.planner.places import Kind
 from elastictrain.planner.plan import SPREAD_BYTES, Task
 from elastictrain.planner.profiles import Cluster
 from elastictrain.planner.shapes import memory_bytes, place_of
-from elastictrain.planner.stages import Kind
 
 
 class _Kept(NamedTuple):

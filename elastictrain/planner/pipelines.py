@@ -15,10 +15,11 @@ from elastictrain.planner.compute import DEFAULTS, Constants
 from elastictrain.planner.kinds import Kinds
 from elastictrain.planner.memory import even_layers
 from elastictrain.planner.model import Cut, Transformer
+from elastictrain.planner.places import Kind
 from elastictrain.planner.plan import Task
 from elastictrain.planner.profiles import Cluster, Group
 from elastictrain.planner.schedule import bubble_share, in_flight, replayed_s
-from elastictrain.planner.stages import Kind, place_stages
+from elastictrain.planner.stages import place_stages
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from elastictrain.planner.places import Kind
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from elastictrain.planner.stages import Kind
 
     Floats = NDArray[np.float64]
 
@@ -129,6 +129,39 @@ def _least_sum(ranked: Sequence[Floats], each: Floats, layers: Floats) -> Floats
     return seconds
 
 
+class _Many:
+    """Problems in arrays, one to a row. All have the same number of kinds and of stages, and the same places."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.layers = np.array([len(problem.kinds[0].layer_s) for problem in problems], dtype=float)[:, None]
+        self.each = np.array([[ends(kind) for kind in problem.kinds] for problem in problems])
+        self.flights = np.array([problem.flights for problem in problems], dtype=float)
+        self.received = np.array([problem.received_s for problem in problems])
+        self.counts = [kind.count for kind in problems[0].kinds]
+        self.low = np.array([problem.even_s for problem in problems])[:, None]
+        self.share = np.array([problem.bubble for problem in problems])[:, None]
+        self.more = np.array([problem.micro_batches for problem in problems])[:, None] - self.share
+        self.least = np.array([problem.least_s for problem in problems])[:, None]
+
+    def sums(self, times: Floats) -> Floats:
+        """Seconds of all stages together at least, when none takes longer than these times (pipelines, times);
+        infinite where the places hold too little.
+        """
+        stages = self.flights.shape[1]
+        later = np.arange(stages)[:, None] > 0
+        within = times[:, :, None, None] - self.received[:, None, None, :] * later
+        ranked = _ranked(most_layers(self.each[:, None], self.flights[:, None], within), self.counts)
+        there = np.concatenate(ranked, axis=-1)
+        best = -np.sort(-there, axis=-1)[..., :stages].sum(axis=-1)
+        short = (best < self.layers) | (there.shape[-1] < stages)
+        return np.where(short, np.inf, np.maximum(_least_sum(ranked, self.each[:, None], self.layers), self.least))
+
+    def between(self, times: Floats) -> Floats:
+        """Seconds at least when the slowest stage takes from one of these times to the next (pipelines, times - 1)."""
+        seconds: Floats = self.share * self.sums(times)[:, 1:] + self.more * times[:, :-1]
+        return seconds
+
+
 def least_s(problems: Sequence[Problem]) -> list[float]:
     """Seconds that the micro-batches of each pipeline take at least; infinite where its layers fit nowhere. All
     problems have the same number of kinds and of stages, and the same places.
@@ -136,36 +169,29 @@ def least_s(problems: Sequence[Problem]) -> list[float]:
     Of the times that the slowest stage may take: none is possible in which the places hold too little; and the shorter
     it is, the fewer layers are on the quickest kinds, so that the sum over all stages is larger.
     """
-    layers = np.array([len(problem.kinds[0].layer_s) for problem in problems], dtype=float)[:, None]
-    each = np.array([[ends(kind) for kind in problem.kinds] for problem in problems])
-    flights = np.array([problem.flights for problem in problems], dtype=float)
-    received = np.array([problem.received_s for problem in problems])
-    counts = [kind.count for kind in problems[0].kinds]
-    low = np.array([problem.even_s for problem in problems])[:, None]
-    share = np.array([problem.bubble for problem in problems])[:, None]
-    more = np.array([problem.micro_batches for problem in problems])[:, None] - share
-    least = np.array([problem.least_s for problem in problems])[:, None]
-    stages = flights.shape[1]
-    later = np.arange(stages)[:, None] > 0
-
-    def between(times: Floats) -> Floats:
-        """Seconds at least when the slowest stage takes from one of these times to the next (pipelines, times - 1)."""
-        within = times[:, :, None, None] - received[:, None, None, :] * later
-        ranked = _ranked(most_layers(each[:, None], flights[:, None], within), counts)
-        there = np.concatenate(ranked, axis=-1)
-        best = -np.sort(-there, axis=-1)[..., :stages].sum(axis=-1)
-        short = (best < layers) | (there.shape[-1] < stages)
-        sums = np.maximum(_least_sum(ranked, each[:, None], layers), least)
-        return np.where(short[:, 1:], np.inf, share * sums[:, 1:] + more * times[:, :-1])
-
+    many = _Many(problems)
+    low = many.low
     times = np.concatenate([low * _STEPS, np.full((len(low), 1), 1e300)], axis=1)
-    found = between(times)
+    found = many.between(times)
     rows = np.arange(len(low))
     at = np.argmin(found, axis=1)
-    finer = between(times[rows, at][:, None] + (times[rows, at + 1] - times[rows, at])[:, None] * _FINER)
+    finer = many.between(times[rows, at][:, None] + (times[rows, at + 1] - times[rows, at])[:, None] * _FINER)
     found[rows, at] = np.where(times[rows, at + 1] >= 1e300, found[rows, at], finer.min(axis=1))
     bounds: list[float] = found.min(axis=1).tolist()
     return bounds
+
+
+def beyond(problems: Sequence[Problem], limits_s: Sequence[float]) -> list[bool]:
+    """Which of these pipelines take at least so many seconds, by one look at the time that is left for the slowest
+    stage: the places hold too little in it, or all stages together take too long.
+    """
+    many, limits = _Many(problems), np.array(limits_s)[:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        longest = (limits - many.share * many.least) / many.more
+    longest = np.where(many.more > 0, np.maximum(longest, 0.0), 1e300)
+    sums = many.sums(longest)
+    late: list[bool] = (many.share * sums + many.more * many.low >= limits)[:, 0].tolist()
+    return late
 
 
 @lru_cache(maxsize=256)
@@ -219,6 +245,12 @@ class Reach:
                 np.maximum(below, beyond[:, leads[k], k, None] + held[:, None, :, place, k], out=below)
             tables.append(below)
         return tables[::-1]
+
+    def each(self, within_s: float) -> list[list[float]]:
+        """For every place, by kind: layers at most of a stage there or later, whatever is before it."""
+        held = self._held(np.array([within_s]))[0].max(axis=0)
+        later: list[list[float]] = np.maximum.accumulate(held[::-1], axis=0)[::-1].tolist()
+        return later
 
     def most(self, within_s: Sequence[float]) -> list[float]:
         """Layers at most on all places, for each of these times that no stage exceeds."""

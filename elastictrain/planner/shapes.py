@@ -36,10 +36,12 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """Candidates of which none takes less than `bound_s`, `size` of them; in further branches where they are many."""
+    """Candidates of which none takes less than `bound_s`, `size` of them; in further branches where they are many.
+    `open(worst)`: those that take `worst` seconds or more, as far as that is soon known, stay a branch.
+    """
 
     bound_s: float
-    open: Callable[[], Sequence[Branch | Candidate]]
+    open: Callable[[float], Sequence[Branch | Candidate]]
     size: int
 
 

@@ -18,55 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+from elastictrain.planner.places import Kind, Pipeline, Stage
 from elastictrain.planner.reach import Reach
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """Places for stages that are alike. `count`: how many. `layer_s`: seconds of each layer for one micro-batch,
-    forward and backward. `fixed_s`: more for each stage. `keep_bytes`: what each layer keeps (parameters and state).
-    `live_bytes`: activations of each layer for one micro-batch in flight. `memory_bytes`: what a stage may use.
-    `params` of each layer: a stage may have `most_params` at most (a limit on its exchange of gradients).
-
-    `again_s`, `again_bytes`: more seconds of each layer when its activations are computed again, and what it then keeps
-    instead of `live_bytes` (not more than that). `working_bytes`: more for the one layer that is being computed again.
-    Empty: nothing is computed again.
-    """
-
-    count: int
-    layer_s: tuple[float, ...]
-    keep_bytes: tuple[float, ...]
-    live_bytes: tuple[float, ...]
-    memory_bytes: float
-    fixed_s: float = 0.0
-    params: tuple[float, ...] = ()
-    most_params: float = math.inf
-    again_s: tuple[float, ...] = ()
-    again_bytes: tuple[float, ...] = ()
-    working_bytes: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """Layers `lo .. hi-1` on a place of this kind; `time_s` for one micro-batch with what it receives. `again`: so many
-    of the layers, from the first on, are computed again.
-    """
-
-    kind: int
-    lo: int
-    hi: int
-    time_s: float
-    again: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Pipeline:
-    """`time_s` of all micro-batches. `exact`: False when the search was cut off; `bound_s` says how good it is then."""
-
-    stages: tuple[Stage, ...]
-    time_s: float
-    bound_s: float
-    exact: bool
 
 
 @dataclass(slots=True)
@@ -110,6 +63,11 @@ class _Search:
     rest: list[float] = field(default_factory=list)
     quickness: list[float] = field(default_factory=list)
     quickest: float = 0.0
+    border: float = 0.0
+    layer_s: list[float] = field(default_factory=list)
+    by_layer: list[int] = field(default_factory=list)
+    last_more: float = 0.0
+    caps: list[list[float]] = field(default_factory=list)
     powers: dict[tuple[int, ...], float] = field(default_factory=dict)
     left: list[dict[tuple[int, ...], list[float]]] = field(default_factory=list)
 
@@ -131,6 +89,10 @@ class _Search:
         for kind in self.kinds:
             self.quickness.append(max((a / b for a, b in zip(least, kind.layer_s, strict=True) if b > 0), default=1.0))
         self.quickest = min(kind.fixed_s for kind in self.kinds)
+        self.border = min(self.borders.values(), default=0.0)
+        self.layer_s = [min(kind.layer_s) for kind in self.kinds]
+        self.by_layer = sorted(range(len(self.kinds)), key=self.layer_s.__getitem__)
+        self.last_more = min(kind.layer_s[-1] - least for kind, least in zip(self.kinds, self.layer_s, strict=True))
 
     def value(self, total: float, worst: float) -> float:
         return self.bubble * total + (self.micro_batches - self.bubble) * worst
@@ -146,14 +108,30 @@ class _Search:
             self.powers[used] = sum(free[:left])
         return self.powers[used]
 
-    def bound(self, total: float, worst: float, used: tuple[int, ...], place: int, layers: int) -> float:
-        """No pipeline that goes on from here takes less: at best the places left share the layers left evenly."""
+    def ahead(self, used: tuple[int, ...], place: int, at: int) -> tuple[float, float]:
+        """Of the places left, with the layers left: seconds of all together at least, and of the slowest."""
         left = self.stages - place
-        if left:
-            fixed = self.quickest
-            worst = max(worst, self.rest[layers] / self.power(used) + fixed)
-            total += self.rest[layers] + left * fixed
-        return self.value(total, worst)
+        if not left:
+            return 0.0, 0.0
+        fixed, least = self.quickest + (self.border if place else 0.0), self.rest[at]
+        if self.caps:
+            least = max(least, self.filled(used, place, self.layers - at))
+        return least + left * fixed, self.rest[at] / self.power(used) + fixed
+
+    def filled(self, used: tuple[int, ...], place: int, layers: float) -> float:
+        """Seconds of so many layers: the quickest places take as many as they hold."""
+        seconds, held = self.last_more, self.caps[place]
+        for kind in self.by_layer:
+            taken = min(layers, (self.kinds[kind].count - used[kind]) * held[kind])
+            if taken > 0:
+                seconds += taken * self.layer_s[kind]
+                layers -= taken
+        return seconds if layers <= 0 else math.inf
+
+    def bound(self, total: float, worst: float, used: tuple[int, ...], place: int, at: int) -> float:
+        """No pipeline that goes on from here takes less."""
+        more, slowest = self.ahead(used, place, at)
+        return self.value(total + more, max(worst, slowest))
 
     def fewest_again(self, kind: int, lo: int, hi: int, place: int) -> int | None:
         """How many of the layers must be computed again so that they fit; None when all are not enough."""
@@ -240,17 +218,28 @@ class _Search:
                 best = found
         return best
 
-    def most_s(self, total: float, at: int, place: int) -> float:
+    def most_s(self, total: float, used: tuple[int, ...], place: int, at: int) -> float:
         """No stage of a pipeline that is better than the best one takes longer, when `total` went into its first
         `place` stages, with `at` layers.
         """
-        least = total + self.rest[at] + (self.stages - place) * self.quickest
         more = self.micro_batches - self.bubble
-        return (self.best - self.bubble * least) / more if more > 0 else math.inf
+        if more <= 0:
+            return math.inf
+        return (self.best - self.bubble * (total + self.ahead(used, place, at)[0])) / more
+
+    def longest(self) -> float:
+        """The same of all stages. What places hold in that time makes the sum of all stages longer, and so the time
+        shorter.
+        """
+        none = (0,) * len(self.kinds)
+        within = min(self.most_s(0.0, none, 0, 0), LONG_S)
+        self.caps = self.reach.each(within)
+        return min(self.most_s(0.0, none, 0, 0), within)
 
     def hopeless(self) -> bool:
         """Whether the places hold too little, whatever their order, in the time that a better pipeline has."""
-        return self.reach.most([min(self.most_s(0.0, 0, 0), LONG_S)])[0] < self.layers
+        within = self.longest()
+        return within <= 0 or self.reach.most([within])[0] < self.layers
 
     def guess(self) -> list[Stage] | None:
         """A good pipeline to measure others by: in the order that is settled, or in that of kinds whose places hold all
@@ -262,7 +251,7 @@ class _Search:
             return self.in_order([0] * self.stages)
         low = self.rest[0] / self.power((0,) * len(self.kinds))
         longest = max(self.time[k][-1] + self.again[k][-1] + kind.fixed_s for k, kind in enumerate(self.kinds))
-        high = min(self.most_s(0.0, 0, 0), longest + max(self.borders.values(), default=0.0))
+        high = min(self.longest(), longest + max(self.borders.values(), default=0.0))
         for _ in range(_ROUNDS):
             times = [low + (high - low) * n / _PARTS for n in range(1, _PARTS)]
             enough = bisect_left(self.reach.most(times), self.layers)
@@ -283,7 +272,7 @@ class _Search:
         place = sum(used)
         final = place == self.stages - 1
         # No stage of a pipeline that is better may take longer than this.
-        most = self.most_s(min(label.total for label in labels), at, place)
+        most = self.most_s(min(label.total for label in labels), used, place, at)
         for kind, here in enumerate(self.kinds):
             if used[kind] == here.count or (self.order is not None and self.order[place] != kind):
                 continue
@@ -293,22 +282,26 @@ class _Search:
                 stage = self.stage(last, kind, at, hi, place)
                 if stage is None or stage.time_s > most:
                     break
-                for label in labels:
-                    self.offer(label, stage, (taken, kind, hi), place + 1, after)
+                self.offer(labels, stage, (taken, kind, hi), place + 1, after)
 
-    def offer(self, label: _Label, stage: Stage, state: _State, place: int, after: dict[_State, list[_Label]]) -> None:
-        total, worst = label.total + stage.time_s, max(label.worst, stage.time_s)
-        if self.bound(total, worst, state[0], place, stage.hi) >= self.best:
-            return
-        grown = _Label(total, worst, stage, label)
-        if place == self.stages:
-            self.best, self.winner = self.value(total, worst), grown
-            return
-        kept = after.setdefault(state, [])
-        if any(other.total <= total and other.worst <= worst for other in kept):
-            return
-        kept[:] = [other for other in kept if not (total <= other.total and worst <= other.worst)]
-        kept.append(grown)
+    def offer(
+        self, labels: list[_Label], stage: Stage, state: _State, place: int, after: dict[_State, list[_Label]]
+    ) -> None:
+        more, slowest = self.ahead(state[0], place, stage.hi)
+        kept: list[_Label] | None = None
+        for label in labels:
+            total, worst = label.total + stage.time_s, max(label.worst, stage.time_s)
+            if self.value(total + more, max(worst, slowest)) >= self.best:
+                continue
+            grown = _Label(total, worst, stage, label)
+            if place == self.stages:
+                self.best, self.winner = self.value(total, worst), grown
+                continue
+            kept = after.setdefault(state, []) if kept is None else kept
+            if any(other.total <= total and other.worst <= worst for other in kept):
+                continue
+            kept[:] = [other for other in kept if not (total <= other.total and worst <= other.worst)]
+            kept.append(grown)
 
     def thin(self, states: dict[_State, list[_Label]], place: int) -> dict[_State, list[_Label]]:
         """Over the limit: only the labels that promise most go on; the bound of the others is remembered."""
@@ -376,7 +369,7 @@ def place_stages(
         guess = None
     if settled:
         return None if guess is None else Pipeline(tuple(guess), search.best, search.best, exact=True)
-    search.left = search.reach.left(min(search.most_s(0.0, 0, 0), LONG_S))
+    search.left = search.reach.left(search.longest())
     states: dict[_State, list[_Label]] = {((0,) * len(kinds), -1, 0): [_Label(0.0, 0.0, None, None)]}
     for place in range(1, stages + 1):
         after: dict[_State, list[_Label]] = {}

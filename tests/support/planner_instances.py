@@ -12,10 +12,11 @@ from itertools import product
 from random import Random
 
 from elastictrain.planner.lanes import Team, Way, plan_lanes
+from elastictrain.planner.places import Kind
 from elastictrain.planner.reach import Problem, Reach, least_s
 from elastictrain.planner.shapes import Branch, Candidate
 from elastictrain.planner.split import fill_whole, split_affine, split_tables
-from elastictrain.planner.stages import Kind, place_stages
+from elastictrain.planner.stages import place_stages
 
 
 def leaves(node: Branch | Candidate, bound_s: float = 0.0) -> Iterator[tuple[float, Candidate]]:
@@ -24,7 +25,7 @@ def leaves(node: Branch | Candidate, bound_s: float = 0.0) -> Iterator[tuple[flo
     if isinstance(node, Candidate):
         yield bound_s, node
         return
-    for child in node.open():
+    for child in node.open(math.inf):
         yield from leaves(child, bound_s)
 
 

@@ -12,7 +12,7 @@ from random import Random
 
 from elastictrain.planner.model import Cut
 from elastictrain.planner.pipelines import Pipelines, Placement
-from elastictrain.planner.stages import Kind
+from elastictrain.planner.places import Kind
 from tests.support.planner_instances import divisions, stage_least_s
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from elastictrain.planner.model import Cut
 from elastictrain.planner.pipelines import Pipelines
-from elastictrain.planner.stages import Kind
+from elastictrain.planner.places import Kind
 from elastictrain.sim.pipelines import PipelineScenario
 
 MODEL: dict[str, Any] = {

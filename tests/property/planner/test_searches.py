@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from elastictrain.errors import CapacityError
 from elastictrain.planner.lanes import Team, Way, plan_lanes
+from elastictrain.planner.places import Kind
 from elastictrain.planner.split import fill, fill_whole, split_affine, split_tables
-from elastictrain.planner.stages import Kind, place_stages
+from elastictrain.planner.stages import place_stages
 from tests.support.planner_instances import CHECKS, check
 
 SLICE = 150
