@@ -186,9 +186,15 @@ def fit_memory(runs: Sequence[Run], start: MemoryConstants = COUNTED) -> MemoryC
 
 
 def ranks(values: Sequence[float]) -> np.ndarray:
-    order = np.argsort(np.asarray(values), kind="stable")
+    """What is equal (but for rounding) shares the mean of its ranks."""
+    each = np.asarray(values)
+    order = np.argsort(each, kind="stable")
+    first = np.concatenate([[True], np.diff(each[order]) > 1e-9 * np.abs(each[order][1:])])
+    tied = np.cumsum(first) - 1
+    places = np.arange(len(order))
+    means = np.bincount(tied, places) / np.bincount(tied)
     found = np.empty(len(order))
-    found[order] = np.arange(len(order))
+    found[order] = means[tied]
     return found
 
 

@@ -13,7 +13,7 @@ from random import Random
 
 from elastictrain.planner.lanes import Team, Way, plan_lanes
 from elastictrain.planner.places import Kind
-from elastictrain.planner.reach import Problem, Reach, least_s
+from elastictrain.planner.reach import Problem, Reach, beyond, least_s
 from elastictrain.planner.shapes import Branch, Candidate
 from elastictrain.planner.split import fill_whole, split_affine, split_tables
 from elastictrain.planner.stages import place_stages
@@ -227,9 +227,14 @@ def _as_good_as_brute_force(random: Random, kinds: list[Kind], stages: int, micr
     truth = brute_stages(kinds, stages, micro_batches, borders, bubble, flights, settled)
     even = sum(min(kind.layer_s[n] for kind in kinds) for n in range(layers)) / stages
     received = [min(borders[a, b] for a in many) for b in many]
-    (least,) = least_s([Problem(kinds, flights, received, even, 0.0, bubble, micro_batches)])
-    if least > truth * (1 + 1e-9):
+    problem = Problem(kinds, flights, received, even, 0.0, bubble, micro_batches)
+    if least_s([problem])[0] > truth * (1 + 1e-9) or (truth < math.inf and beyond([problem], [truth * (1 + 1e-6)])[0]):
         return False
+    if truth < math.inf:  # also where nearly as good a pipeline is known
+        near = place_stages(kinds, stages, micro_batches, borders=borders, bubble=bubble, in_flight=flights,
+                            order=settled, better_than_s=truth * (1 + 1e-6))  # fmt: skip
+        if near is None or not _close(near.time_s, truth):
+            return False
     found = place_stages(kinds, stages, micro_batches, borders=borders, bubble=bubble, in_flight=flights, order=settled)
     if found is None:
         return math.isinf(truth)

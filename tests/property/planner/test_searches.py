@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from elastictrain.errors import CapacityError
 from elastictrain.planner.lanes import Team, Way, plan_lanes
 from elastictrain.planner.places import Kind
+from elastictrain.planner.reach import Reach
 from elastictrain.planner.split import fill, fill_whole, split_affine, split_tables
 from elastictrain.planner.stages import place_stages
 from tests.support.planner_instances import CHECKS, check
@@ -112,6 +113,15 @@ def test_what_cannot_hold_the_layers_is_not_searched(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("elastictrain.planner.stages._Search.extend", never)
     monkeypatch.setattr("elastictrain.planner.stages._Search.guess", never)
     assert place_stages(kinds, 4, 8) is None
+
+
+def test_places_hold_whole_layers_that_are_computed_again_and_no_more_parameters_than_they_may() -> None:
+    again = Kind(1, (1.0,) * 8, (0.0,) * 8, (1.0,) * 8, 5.5, again_s=(0.5,) * 8, again_bytes=(0.0,) * 8)
+    # six layers: half a layer too much to keep, so that a whole one is computed again, in half a second
+    assert Reach([again], {}, [1.0]).most([6.3, 6.5]) == [5.0, 6.0]
+    limited = Kind(1, (1.0,) * 8, (0.0,) * 8, (0.0,) * 8, 1.0, params=(1.0,) * 8, most_params=3.0 * (1 - 1e-9))
+    assert Reach([limited], {}, [1.0]).most([8.0]) == [2.0]
+    assert Reach([replace(limited, most_params=3.0)], {}, [1.0]).most([8.0]) == [3.0]
 
 
 def test_a_worker_that_takes_more_time_gets_fewer_lanes_and_full_ones_fewer_blocks() -> None:

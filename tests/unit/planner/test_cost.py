@@ -37,6 +37,11 @@ def test_the_defaults_explain_the_published_layouts() -> None:
     assert rank_correlation(found, truth) > 0.95
 
 
+def test_runs_that_are_foreseen_alike_share_a_rank() -> None:
+    assert rank_correlation([1.0, 2.0, 3.0], [5.0, 5.0, 9.0]) == pytest.approx(0.75**0.5)
+    assert rank_correlation([1.0, 2.0, 3.0], [5.0, 6.0, 9.0]) == pytest.approx(1.0)
+
+
 def test_the_defaults_know_which_layouts_fit() -> None:
     runs = layouts()
     fits = [memory_of(run.model, run.cut, A100.device).fits > 0.5 for run in runs]

@@ -16,7 +16,7 @@ from elastictrain.planner.model import Cut, Transformer
 from elastictrain.planner.plan import SURE, Plan, Task
 from elastictrain.planner.profiles import LINKS, parse_cluster
 from elastictrain.planner.search import search
-from elastictrain.planner.shapes import place_of
+from elastictrain.planner.shapes import Candidate, place_of
 from tests.support.planner_cases import A100
 from tests.support.planner_instances import leaves
 
@@ -69,6 +69,23 @@ def test_what_is_found_fits_and_one_layer_less_computed_again_does_not(tight: li
             if again and plan.cut.chunks == 1 and plan.cut.checkpointing != "every_layer":
                 fewer = stage_memory(UNFUSED, plan.cut, 17e9, layers=layers, stage=stage, again=again - 1)
                 assert fewer.fits < SURE
+
+
+def test_what_one_look_rules_out_takes_no_less(tight: list[Plan]) -> None:
+    best, cuts = min(plan.step_s for plan in tight), tight_cuts()
+    late = 0
+    for branch in cuts.grid():
+        waiting = [branch]
+        while waiting:
+            for child in waiting.pop().open(best * 1.02):
+                if isinstance(child, Candidate):
+                    continue
+                waiting += [child] if child.bound_s < best * 1.02 else []
+                for _, candidate in leaves(child) if child.bound_s == best * 1.02 else ():
+                    late += 1
+                    plan = candidate.work_out(math.inf)
+                    assert plan is None or plan.step_s >= best * 1.02 * (1 - 1e-9)
+    assert late > 10
 
 
 def test_a_replay_is_near_the_closed_form(tight: list[Plan]) -> None:
