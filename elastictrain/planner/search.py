@@ -80,16 +80,9 @@ def search(
         if proven and (beside == 0 or len(plans) >= keep or promise >= best * NEAR):
             break
         if isinstance(node, Branch):
-            children = node.open(best)
-            # Until there is a plan to measure others by, the first candidate that comes up is worked out at once.
-            soon = [] if plans else [child for child in children if isinstance(child, Candidate)]
-            at_once = min(soon, key=lambda child: child.bound_s, default=None)
-            for child in children:
-                if child is not at_once:
-                    heappush(waiting, (child.bound_s, next(numbers), child))
-            if at_once is None or at_once.bound_s == math.inf:
-                continue
-            node, promise = at_once, at_once.bound_s
+            for child in node.open(best):
+                heappush(waiting, (child.bound_s, next(numbers), child))
+            continue
         examined += 1
         beside -= proven
         worst = min(plans[keep - 1].step_s if len(plans) >= keep else math.inf, best * NEAR)

@@ -14,11 +14,11 @@ from elastictrain.planner.advice import smallest_help
 from elastictrain.planner.compute import DEFAULTS
 from elastictrain.planner.cuts import Cuts
 from elastictrain.planner.model import Cut, Transformer
-from elastictrain.planner.plan import SURE, Plan, Task
+from elastictrain.planner.plan import SURE, Task
 from elastictrain.planner.profiles import GIB, Cluster, parse_cluster
 from elastictrain.planner.schedule import bubble_share, in_flight
 from elastictrain.planner.search import fits, nodes, search, search_and_replay
-from elastictrain.planner.shapes import Branch, Candidate, memory_bytes
+from elastictrain.planner.shapes import memory_bytes
 from elastictrain.planner.workload import Workload, found_of, plan_workload
 from tests.support.planner_instances import leaves, stage_least_s
 
@@ -32,25 +32,6 @@ MIXED = parse_cluster(
         ]
     }
 )
-
-
-def test_the_first_candidate_is_worked_out_at_once_to_measure_others_by(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[float] = []
-
-    def branch(bound_s: float, step_s: float) -> Branch:
-        plan = Plan("grid", step_s, step_s, (0,), 1, 1.0, "compute", layers=(int(step_s),))
-
-        def opened(worst: float) -> list[Candidate]:
-            asked.append(worst)
-            return [Candidate(5.0, lambda _: plan)]
-
-        return Branch(bound_s, opened, 1)
-
-    monkeypatch.setattr("elastictrain.planner.search.nodes", lambda *_: iter([branch(1.0, 7.0), branch(2.0, 6.0)]))
-    found = search(Task(model=SMALL, lanes=1), MIXED, families=("grid",))
-    assert asked == [math.inf, 7.0]
-    assert [plan.step_s for plan in found.plans] == [6.0, 7.0]
-    assert found.bound_s == 6.0
 
 
 def random_task(seed: int) -> tuple[Task, Cluster]:
