@@ -55,13 +55,25 @@ def test_a_kill_in_any_phase_changes_no_sample(folder, calm, phase):
     assert hashes(run_job(byte_job(folder), [kill(1, 4, phase)])) == calm
 
 
-@pytest.mark.parametrize("workers", [2, 3, 5, 7])
+@pytest.mark.parametrize("workers", [2, 3, 5, 7, 8])
 def test_kills_joins_and_drains_in_worlds_of_many_sizes(folder, calm, workers):
     faults = [kill(0, 2, "vote"), add(3), drain(1, 5), kill(workers, 7, "compute")]
     job = byte_job(folder, workers={"max": workers + 1, "start": workers, "min": 1, "replace": True})
     run = run_job(job, faults)
     assert hashes(run) == calm
     assert audited(job, happened(run)).agrees
+
+
+def test_kills_joins_and_drains_in_a_world_of_thirteen(folder):
+    """More workers than the other runs' eleven lanes: nobody to compare with, the audit says what the ids are."""
+    workers = {"max": 14, "start": 13, "min": 1, "replace": True}
+    run = run_job(
+        byte_job(folder, lanes=14, workers=workers), [kill(0, 2, "vote"), add(3), drain(1, 5), kill(12, 7, "compute")]
+    )
+    verdict = audited(byte_job(folder, lanes=14), happened(run))
+    assert (verdict.agrees, verdict.steps, verdict.samples) == (True, 8, 8 * 28)
+    assert verdict.running == verdict.running_recorded
+    assert 13 in {row["world"] for row in run.record.rows}
 
 
 def test_a_mixture_whose_shares_and_lengths_change_is_used_exactly_once(folder, tmp_path):
