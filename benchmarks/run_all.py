@@ -55,6 +55,7 @@ ALL = {
     "data_throughput_prepared": ["data/tokens_per_s.py", "--case", "prepared"],
     "data_throughput_table": ["data/tokens_per_s.py", "--case", "table"],
     "exactly_once": ["exactly_once.py"],
+    "data_order": ["data_order.py"],
     "data_position": ["data/position.py"],
     "data_live": ["data/live.py"],
     "data_steady": ["data/steady.py"],

@@ -120,7 +120,7 @@ def main() -> None:
     results = common.Results("data_steady", "Data: memory over 20 epochs, and waiting for data", options)
     with common.scratch("data") as place:
         os.environ["XDG_CACHE_HOME"] = str(place / "cache")
-        folder = write_data(place, 48 if options.quick else 128)["text"]
+        folder = write_data(place, "text", 48 if options.quick else 128)
         for warm in (False, True):
             peaks = in_a_process(folder, warm)
             growth = max(peaks[-5:]) / max(peaks[1:6]) - 1  # the first epoch fills the caches
