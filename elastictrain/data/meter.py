@@ -19,6 +19,8 @@ STAGES = ("store", "retry", "decode", "tokenise", "pack", "copy", "arrival", "fe
 `feeder`: the node's feeder was asked for a decoded block."""
 OTHER = "other"
 """Waited for nothing that a stage says: the interpreter's lock, a thread that had no processor."""
+CALL = "call"
+"""Not waited for: what it takes to ask for a batch and to be handed it."""
 
 _thread = threading.local()
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from elastictrain.data.meter import CALL
 from elastictrain.data.seeds import lane_seed
 from elastictrain.engine.flat import FlatModel
 from elastictrain.engine.integrity import LaneSum
@@ -21,6 +22,14 @@ from elastictrain.signs import Activity
 
 DRAG_S = 0.005
 """How often an injected slowness looks whether anybody wants this worker to stop."""
+
+
+def lost_to_data(waited: Mapping[str, float], asking_s: float) -> dict[str, float]:
+    """What a lane lost to its data by cause, from what its batch was waited for and all the seconds in which it was
+    asked for. Pure. A batch that lies ready costs a call, too: that is `CALL`.
+    """
+    rest_s = asking_s - sum(waited.values())
+    return {**waited, CALL: rest_s} if rest_s > 0 else dict(waited)
 
 
 class Batches(Protocol):
@@ -42,7 +51,7 @@ def seed_everything(seed: int) -> None:
 @dataclass(frozen=True, slots=True)
 class LaneResult:
     """`total`, `weight`: the loss sum and its weight. `tokens`: that the lane has learned from. `samples_hash`: of the
-    ids of its samples (`data.ids`), 0 where the batches have none. `waited`: seconds that they were waited for, by
+    ids of its samples (`data.ids`), 0 where the batches have none. `waited`: seconds that it lost to them, by
     stage of feeding (`data.meter`). `squares`: Σ of the squared lengths of its sequences.
     """
 
@@ -85,6 +94,7 @@ class OneLane:
         self._enter(Activity.DATA)
         begun = time.perf_counter()
         batch = self._batches.batch(step, lane)
+        waited = lost_to_data(getattr(batch, "waited", {}), time.perf_counter() - begun)
         dragged_s = self._drag(step, "data", begun)
         self._enter(Activity.COMPUTE)
         begun = time.perf_counter()
@@ -103,9 +113,8 @@ class OneLane:
         self._drag(step, "compute", begun)
         tokens = batch.get("tokens")
         rows, length = (tokens.shape[0], tokens.shape[1] - 1) if tokens is not None and tokens.dim() == 2 else (0, 0)
-        waited = getattr(batch, "waited", {})
         if dragged_s:
-            waited = {**waited, "dragged": dragged_s}
+            waited["dragged"] = dragged_s
         samples_hash = getattr(batch, "samples_hash", 0)
         return LaneResult(total, weight, rows * length, samples_hash, waited, float(rows * length * length))
 

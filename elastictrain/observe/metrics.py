@@ -30,8 +30,8 @@ class MetricsRow(BaseModel):
     `tokens`, `samples`: of this step alone, over all lanes; `samples_hash`: of the ids of these samples, the same
     whoever had which lane (`elastictrain data audit` computes it again). `step_s`: from commit to commit. `phases`:
     see PHASE_KEYS.
-    `data_wait`: of the publisher's compute, waited for its batches, by what held them up (store, decode, tokenise,
-    pack, copy, other).
+    `data_wait`: of the publisher's compute, lost to its batches: waited for them, by what held them up (store, decode,
+    tokenise, pack, copy, other), and spent in asking for them (call).
     `loss` and `grad_norm` are None when they were not finite. `skipped`: why the step changed nothing, or None.
     `taken_over`, where lanes are shared (`redundancy`): how many `lanes` others have computed than those whom they were
     dealt out to, `from` whom and `by` whom (worker: lanes), and how many were begun `in_vain`. `lanes_dropped`, where
@@ -120,7 +120,7 @@ def tokens_per_s(rows: Iterable[MetricsRow]) -> float | None:
 
 
 def data_wait(rows: Iterable[MetricsRow]) -> tuple[float, dict[str, float]] | None:
-    """Share of the steps' seconds that was waited for data, and its seconds by cause, largest first; None where no row
+    """Share of the steps' seconds that was lost to data, and its seconds by cause, largest first; None where no row
     says it.
     """
     told = [(row.data_wait, row.step_s) for row in rows if row.step_s and "data_wait" in row.model_fields_set]

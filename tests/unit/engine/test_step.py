@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -241,3 +242,35 @@ def test_seeding_is_that_of_torch_without_its_stack_trace(monkeypatch: pytest.Mo
     seed_everything(5)
     assert torch.equal(torch.rand(3), expected)
     assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("waited", "asking_s", "lost"),
+    [
+        ({}, 0.5, {"call": 0.5}),
+        ({"decode": 0.25}, 0.5, {"decode": 0.25, "call": 0.25}),
+        ({"decode": 0.5}, 0.5, {"decode": 0.5}),
+        ({"decode": 0.25, "other": 0.5}, 0.5, {"decode": 0.25, "other": 0.5}),
+    ],
+)
+def test_a_lane_loses_all_the_time_of_the_call_to_its_data(
+    monkeypatch: pytest.MonkeyPatch, waited: dict[str, float], asking_s: float, lost: dict[str, float]
+) -> None:
+    """Also that of a batch which lies ready, for which nobody waited."""
+    now_s = 0.0
+
+    class Slow(Numbers):
+        def batch(self, step: int, lane: int) -> Mapping[str, torch.Tensor]:
+            nonlocal now_s
+            now_s += asking_s
+            batch = Told(super().batch(step, lane))
+            batch.waited = waited
+            return batch
+
+    class Told(dict[str, torch.Tensor]):
+        waited: dict[str, float]
+
+    monkeypatch.setattr("elastictrain.engine.one_lane.time", SimpleNamespace(perf_counter=lambda: now_s))
+    worker = alone(make_job(NetRecipe(), lanes=1), Slow())
+    worker.compute(1)
+    assert worker.runner.data_wait == lost
