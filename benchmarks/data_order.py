@@ -98,7 +98,7 @@ def beside_mosaic(results: common.Results, ours: dict[int, float], *, quick: boo
                 json.loads(
                     subprocess.run(command, capture_output=True, check=True, env=common.child_environment()).stdout
                 )
-                for _ in range(3 if samples < 10**8 else 1)
+                for _ in range(3 if samples < 10**7 else 1)
             ]
             took_s[samples] = median(run["set_up_s"] for run in runs)
             results.row(case=f"mosaicml-streaming, {algorithm}: {samples:.0e} samples in {samples // PEER_ROWS} shards",
