@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from elastictrain.data.index import Progress
     from elastictrain.data.inspection import Estimate, Inspection
+    from elastictrain.data.quality import Mixing
     from elastictrain.data_settings import Data
     from elastictrain.job import Job
 
@@ -44,7 +45,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Say what data hold: columns, sizes, lengths of documents, advice, and how long they last for a job."""
-    from elastictrain.data.inspection import advice, estimate, inspect_data
+    from elastictrain.data.inspection import advice, estimate, inspect_data, mixing_of
 
     job = _job_of(source)
     data = _data_of(job, name)
@@ -61,6 +62,7 @@ def inspect(
             settings=data,
         )
     told = estimate(found, job, tokens_per_s) if job and whole else None  # of a mixture it depends on the shares
+    mixed = mixing_of(found, job) if job and whole else None
     picture = None
     if out is not None and found.texts is not None:
         from elastictrain.observe.lengths_plot import plot_lengths
@@ -72,9 +74,10 @@ def inspect(
     said = advice(found, job)
     if as_json:
         record = found.as_json() | {"advice": said, "estimate": asdict(told) if told else None}
+        record["mixing"] = asdict(mixed) | {"quality": mixed.quality} if mixed else None
         typer.echo(json.dumps(record | {"picture": str(picture) if picture else None}))
         return
-    _print(found, told, said)
+    _print(found, told, mixed, said)
     if picture is not None:
         typer.echo(f"picture  {picture}")
 
@@ -103,7 +106,7 @@ def _data_of(job: Job | None, name: str | None) -> Data | None:
     return data.sources[name]
 
 
-def _print(found: Inspection, told: Estimate | None, said: list[str]) -> None:
+def _print(found: Inspection, told: Estimate | None, mixed: Mixing | None, said: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -112,6 +115,8 @@ def _print(found: Inspection, told: Estimate | None, said: list[str]) -> None:
     table.add_column(style="dim")
     for name, words in _facts(found, told):
         table.add_row(name, words)
+    if mixed is not None:
+        table.add_row("mixing", mixed.words)
     console.print(table)
     if found.texts is not None:
         for line in bar_chart(found):

@@ -20,7 +20,9 @@ from elastictrain.data.files import SUFFIXES, find_files
 from elastictrain.data.formats import first_schema, open_blocks
 from elastictrain.data.index import BlockFormat, Progress, read_texts
 from elastictrain.data.order import derive_key, permutation
+from elastictrain.data.quality import Mixing, mixing
 from elastictrain.data.retry import RETRY_LIMIT_S
+from elastictrain.data.source import lay_down
 from elastictrain.data.tokenizers import Tokenizer, load_tokenizer
 from elastictrain.data_settings import Data, Mixture
 from elastictrain.errors import DataError
@@ -84,10 +86,12 @@ class Inspection:
     block_bytes: Sizes
     texts: Texts | None
     samples: tuple[str, ...]
+    rows_of_blocks: Lengths = field(default_factory=lambda: np.zeros(0, dtype=np.int64), repr=False)
 
     def as_json(self) -> dict[str, Any]:
         """For programs; of the lengths their quantiles."""
         record = asdict(self)
+        del record["rows_of_blocks"]
         if self.texts is not None:
             record["texts"] = {k: v for k, v in record["texts"].items() if k != "lengths"}
             record["texts"]["lengths"] = quantiles(self.texts.lengths)
@@ -165,6 +169,7 @@ def inspect_data(
             block_bytes=Sizes.of(table.stop - table.start),
             texts=texts,
             samples=samples,
+            rows_of_blocks=table.rows,
         )
     finally:
         blocks.close()
@@ -255,6 +260,22 @@ def estimate(found: Inspection, job: Job, tokens_per_s: float | None = None) -> 
         read_s=tokens / speed if speed else None,
         train_s=tokens / tokens_per_s if tokens_per_s and tokens else None,
     )
+
+
+def mixing_of(found: Inspection, job: Job) -> Mixing | None:
+    """How well the job's order mixes these data; None where it does not shuffle, or the order is not one of blocks (a
+    mixture, a live source), or they fill no step. Of text the samples of a block are worked out from its documents.
+    """
+    data = job.data
+    if isinstance(data, Mixture) or data.is_live or data.shuffle != "window":
+        return None
+    samples = found.rows_of_blocks
+    if found.texts is not None:
+        each = found.texts.tokens / max(1, found.rows) / ((data.sequence_length or 0) + 1)
+        samples = np.diff(np.floor(np.cumsum(samples) * each).astype(np.int64), prepend=0)
+    if samples.sum() < job.lanes * job.lane_batch_size:
+        return None
+    return mixing(lay_down(data, samples, seed=job.seed, lanes=job.lanes, lane_batch_size=job.lane_batch_size))
 
 
 def advice(found: Inspection, job: Job | None = None) -> list[str]:

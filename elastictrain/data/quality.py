@@ -14,6 +14,9 @@ import numpy as np
 
 from elastictrain.data.order import LaneOrder, StrictOrder
 
+GOOD = 0.5
+"""From here on a step sees half as many blocks as in a full shuffle, or more: said to be good (a choice)."""
+
 
 @dataclass(frozen=True)
 class Mixing:
@@ -26,6 +29,18 @@ class Mixing:
     def quality(self) -> float:
         """Blocks per step as a fraction of a full shuffle's."""
         return self.blocks_per_step / self.full_shuffle
+
+    @property
+    def words(self) -> str:
+        """A sentence with what is good, and what helps where it is not."""
+        judged = (
+            "good" if self.quality >= GOOD else
+            "little: raise data.window_row_groups, have more lanes or smaller row groups, or shuffle the rows before"
+        )  # fmt: skip
+        return (
+            f"{self.quality:.2f} of a full shuffle: a step's samples come from {self.blocks_per_step:.0f} blocks, of a "
+            f"full shuffle from {self.full_shuffle:.0f} (1 is best, {GOOD} or more is good). It is {judged}"
+        )
 
 
 def mixing(order: LaneOrder | StrictOrder, *, steps: int = 8) -> Mixing:

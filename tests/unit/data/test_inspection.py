@@ -25,8 +25,11 @@ from elastictrain.data.inspection import (
     estimate,
     histogram,
     inspect_data,
+    mixing_of,
     quantiles,
 )
+from elastictrain.data.order import LaneOrder
+from elastictrain.data.quality import mixing
 from elastictrain.errors import DataError
 from elastictrain.job import Job, dump_job, parse_job
 
@@ -147,6 +150,39 @@ def test_the_estimate() -> None:
 def test_advice(changes: dict[str, Any], words: str) -> None:
     assert advice(facts(), job_of("x")) == []
     assert re.search(words, "\n".join(advice(facts(**changes), job_of("x"))))
+
+
+def test_how_well_a_job_mixes_is_shown_with_what_is_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path / "d", group=10, n=list(range(2000)))
+    table = {"kind": "parquet", "path": path}
+
+    def record(*arguments: str, **changes: Any) -> str:
+        job = job_of(path, **{"data": table, "lanes": 2, "lane_batch_size": 32} | changes)
+        (tmp_path / "job.yaml").write_text(dump_job(job))
+        return CliRunner().invoke(app, ["data", "inspect", "job.yaml", *arguments]).output
+
+    shown = json.loads(record("--json"))["mixing"]
+    order = LaneOrder([10] * 200, seed=job_of(path).seed, lanes=2, lane_batch_size=32)
+    assert shown == {"quality": mixing(order).quality, **dataclasses.asdict(mixing(order))}
+    assert shown["quality"] < 0.5
+    little = " ".join(record().split())
+    assert f"mixing {shown['quality']:.2f} of a full shuffle" in little
+    assert "1 is best, 0.5 or more is good). It is little: raise data.window_row_groups" in little
+    assert "is good). It is good" in " ".join(record(data=table | {"window_row_groups": 40}).split())
+    assert "mixing" not in record(data=table | {"shuffle": "none"})
+    assert "mixing" not in record(lanes=64), "no step is filled"
+    assert json.loads(record("--json", data=table | {"shuffle": "none"}))["mixing"] is None
+
+
+def test_the_mixing_of_text_goes_by_the_sequences_that_its_documents_make() -> None:
+    found = facts(rows_of_blocks=np.full(64, 100), rows=6400, texts=dataclasses.replace(facts().texts, tokens=70_400))
+    job = job_of("x", lanes=4, lane_batch_size=8)
+    order = LaneOrder([100] * 64, seed=job.seed, lanes=4, lane_batch_size=8)  # eleven tokens a document, and a row
+    assert mixing_of(found, job) == mixing(order)
+    few = dataclasses.replace(found, texts=dataclasses.replace(found.texts, tokens=1408))
+    order = LaneOrder([2] * 64, seed=job.seed, lanes=4, lane_batch_size=8)
+    assert mixing_of(few, job) == mixing(order) != mixing_of(found, job)
 
 
 def test_lengths_are_counted_once_each() -> None:
