@@ -59,6 +59,7 @@ ALL = {
     "data_position": ["data/position.py"],
     "data_live": ["data/live.py"],
     "data_steady": ["data/steady.py"],
+    "data_waiting": ["data/waiting.py"],
     "data_ray_data": ["data/ray_data.py"],
     "data_node_feeder": ["data/node_feeder.py"],
 }

@@ -41,7 +41,12 @@ def states(folder: Path) -> Iterator[tuple[str, bytes]]:
     yield "one source", far_state(spec)
     for count in (2, 8):
         sources = {f"src{number}": spec for number in range(count)}
-        yield f"a mixture of {count}", far_state(et.data.mixture(sources, weights=dict.fromkeys(sources, 1.0)))
+        yield (
+            f"a mixture of {count}",
+            far_state(
+                et.data.mixture(sources, sequence_length=spec.sequence_length, weights=dict.fromkeys(sources, 1.0))
+            ),
+        )
 
 
 def far_state(data: Data | Mixture) -> bytes:

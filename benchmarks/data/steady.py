@@ -1,5 +1,5 @@
-"""A long run of feeding: memory over 20 epochs, and the time that a step waits for data when it is 20 % slower than the
-reader.
+"""A long run of feeding: memory over 20 epochs; and the shortest of steps, below a millisecond, 20 % slower than the
+reader: what they wait for data and what asking for them takes. (A real run's steps: waiting.py.)
 """
 
 from __future__ import annotations
@@ -129,16 +129,16 @@ def main() -> None:
             results.figure(f"memory over 20 epochs grows, {name}", growth, "<= 0.02",
                            common.verdict(growth, 0.02, at_most=True))  # fmt: skip
         shares: list[float] = []
+        asking: list[float] = []
         sleep_exactly()
         for _ in range(3 if options.quick else 7):
             alone_s = read_alone(folder)
             found = waited(folder, 1.2 * alone_s)
             shares.append(found["waited"])
+            asking.append(found["asking"])
             results.row(what="step 20 % slower than the reader", step_ms=1.2e3 * alone_s, **found)
-        value = common.median(shares)
-        results.figure(
-            "waiting for data, share of the step", value, "<= 0.01", common.verdict(value, 0.01, at_most=True)
-        )
+        for name, parts in (("waiting for data", shares), ("asking for data", asking)):
+            results.figure(f"{name}, share of a step below a millisecond", common.median(parts), "none", "beside it")
     results.notes.append(
         "Waiting is measured from the second epoch on: in the first nothing can have been read before."
     )
