@@ -148,6 +148,10 @@ class LazySaver:
         self._thread.give(partial(self._run, job, frozen, later, copied | own, ready, dropped, base, names))
         return handle
 
+    def move_to(self, store: Store) -> None:
+        """Write to another place from now on, with the memory that there is; only while nothing runs."""
+        self._store = store
+
     @property
     def is_busy(self) -> bool:
         """Whether a save runs."""

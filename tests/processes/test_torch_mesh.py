@@ -13,6 +13,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 import elastictrain_checkpoint.torch as checkpoint
 from elastictrain_checkpoint import CheckpointError, Store, digest, load, verify
 from tests.support.gloo_ranks import on_ranks
+from tests.unit.checkpoint.test_torch import Gate
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
 
@@ -212,6 +213,15 @@ def full(state: Any) -> Any:
     return {name: value.clone() for name, value in whole.items()}
 
 
+def copied(state: Any) -> Any:
+    """The same with copies of whole tensors, in whatever containers."""
+    if isinstance(state, torch.Tensor):
+        return full({"": state})[""]
+    if isinstance(state, dict):
+        return {key: copied(value) for key, value in state.items()}
+    return [copied(value) for value in state] if isinstance(state, list) else state
+
+
 def train_and_save(mesh: Any, rank: int, folder: Path) -> list[dict[str, Any]]:
     """Train, save without waiting, train on; load into the same and the other kind of mesh."""
     import torch.distributed as dist
@@ -222,10 +232,17 @@ def train_and_save(mesh: Any, rank: int, folder: Path) -> list[dict[str, Any]]:
         step(model, optimizer, 0)
         saved = full(model.state_dict())
         place = folder / how
-        handle = checkpoint.async_save(state_of(model, optimizer), place, step=1)
-        handle.attach(optimizer)
-        step(model, optimizer, 1)
-        handle.result(60)
+        whole = {"model": saved, "optim": copied(optimizer.state_dict())}
+        gate = Gate(place)
+        handle = checkpoint.async_save(
+            state_of(model, optimizer),
+            checkpoint_id=Store(place, backend=gate),
+            process_group=dist.group.WORLD,
+            step=1,
+        )
+        step(model, optimizer, 1)  # nobody has attached anything
+        gate.opened.set()
+        assert handle.result(60).digest == checkpoint.save(whole, folder / f"{how}-{rank}", no_dist=True).digest
         dist.barrier()
         ended = full(model.state_dict())
         for other in (how, KINDS[number - 1]):

@@ -4,8 +4,7 @@
 import elastictrain_checkpoint.torch as checkpoint
 
 handle = checkpoint.async_save({"model": model.state_dict(), "optim": optimizer.state_dict()}, "/runs/a", step=100)
-handle.attach(optimizer)  # or checkpoint.before_mutation() before every change: nothing else stalls
-...
+...  # train on: steps of optimizers are heard of, and what is not written by then is copied first
 handle.result()
 checkpoint.load(state, "/runs/a")  # in place
 ```
@@ -15,10 +14,11 @@ The only part of the library that imports torch.
 
 from __future__ import annotations
 
+from elastictrain_checkpoint.torch.dropin import async_save, save
 from elastictrain_checkpoint.torch.loading import load
 from elastictrain_checkpoint.torch.outcome import TorchHandle
 from elastictrain_checkpoint.torch.report import LoadReport
-from elastictrain_checkpoint.torch.saving import AsyncSaver, async_save, before_mutation, save
+from elastictrain_checkpoint.torch.saving import AsyncSaver, before_mutation
 from elastictrain_checkpoint.torch.taking import EAGER
 
 __all__ = ["EAGER", "AsyncSaver", "LoadReport", "TorchHandle", "async_save", "before_mutation", "load", "save"]

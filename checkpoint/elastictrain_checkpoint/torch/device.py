@@ -8,7 +8,7 @@ thread; what changes the state waits on the host until all is through. The first
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -33,30 +33,38 @@ class Staging:
         """Pinned memory."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
-    def begin(self, tensors: Mapping[str, torch.Tensor], *, fresh: bool) -> dict[str, torch.Tensor]:
-        """Begin to copy; the result may be read after `wait`.
+    def begin(
+        self, tensors: Mapping[str, torch.Tensor], *, fresh: bool, at_once: Collection[str] = ()
+    ) -> dict[str, torch.Tensor]:
+        """Begin to copy; the result may be read after `copied`.
 
         Args:
             tensors: all on the device; what the current stream has enqueued for them comes first.
             fresh: an earlier save may still read the buffers of the last call: use others.
+            at_once: names of what may change after this call without `order`: the current stream copies it itself.
 
         """
         if fresh:
             self._buffers = {}
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        found = {}
+        current = torch.cuda.current_stream(self._device)
+        with torch.cuda.device(self._device), torch.no_grad():
+            for name in at_once:
+                self._buffer(name, tensors[name]).copy_(tensors[name].detach(), non_blocking=True)
+        self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream), torch.no_grad():
             for name, tensor in tensors.items():
-                buffer = self._buffers.get(name)
-                if buffer is None or buffer.dtype != tensor.dtype or buffer.shape != tensor.shape:
-                    buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-                    self._buffers[name] = buffer
-                buffer.copy_(tensor.detach(), non_blocking=True)
-                tensor.record_stream(self._stream)  # the allocator must not give its memory away before the copy
-                found[name] = buffer
+                if name not in at_once:
+                    self._buffer(name, tensor).copy_(tensor.detach(), non_blocking=True)
+                    tensor.record_stream(self._stream)  # the allocator must not give its memory away before the copy
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record(self._stream)
-        return found
+        return {name: self._buffers[name] for name in tensors}
+
+    def _buffer(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.dtype != tensor.dtype or buffer.shape != tensor.shape:
+            buffer = self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return buffer
 
     def order(self) -> None:
         """What the current stream does from here on comes after the copy; the host does not wait."""
@@ -110,11 +118,17 @@ class CudaEngine:
 
 
 class _Passing:
-    """A thread that brings tensors through the pages."""
+    """A thread that brings tensors through the pages; `wait_urgent` waits for `urgent_bytes`, the first ones."""
 
     def __init__(
-        self, engine: Engine, pages: Sequence[torch.Tensor], sources: list[torch.Tensor], outs: list[torch.Tensor]
+        self,
+        engine: Engine,
+        pages: Sequence[torch.Tensor],
+        sources: list[torch.Tensor],
+        outs: list[torch.Tensor],
+        urgent_bytes: int,
     ) -> None:
+        self._left_bytes, self._urgent = urgent_bytes, threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(
             target=self._run, args=(engine, pages, sources, outs), name="elastictrain-bounce", daemon=True
@@ -129,15 +143,26 @@ class _Passing:
 
         def take_out(chunk: Chunk, page: torch.Tensor) -> None:
             outs[chunk.source][chunk.start : chunk.stop].copy_(page[: chunk.stop - chunk.start])
+            self._left_bytes -= chunk.stop - chunk.start
+            if self._left_bytes <= 0:
+                self._urgent.set()
 
         try:
             pass_through(pages, chunks([s.numel() for s in sources], pages[0].numel()), begin, engine.wait, take_out)
         except BaseException as error:  # it is raised where somebody waits for the copies
             self._error = error
+        finally:
+            self._urgent.set()
 
     def wait(self, deadline_s: float) -> None:
         self._thread.join(deadline_s)
-        if self._thread.is_alive():
+        self._check(not self._thread.is_alive(), deadline_s)
+
+    def wait_urgent(self, deadline_s: float) -> None:
+        self._check(self._urgent.wait(deadline_s), deadline_s)
+
+    def _check(self, came: bool, deadline_s: float) -> None:
+        if not came:
             raise SaveTimeout(f"the state has not come from its device after {deadline_s:g} s")
 
     def synchronize(self, deadline_s: float | None = None) -> None:
@@ -174,13 +199,17 @@ class Bounced:
         """Pinned pages, and the memory of the copies."""
         return sum(one.nbytes for one in (*self._pages, *self._buffers.values()))
 
-    def begin(self, tensors: Mapping[str, torch.Tensor], *, fresh: bool) -> dict[str, torch.Tensor]:
-        """As `Staging.begin`. What an earlier call has begun is waited for: it needs the pages."""
+    def begin(
+        self, tensors: Mapping[str, torch.Tensor], *, fresh: bool, at_once: Collection[str] = ()
+    ) -> dict[str, torch.Tensor]:
+        """As `Staging.begin`. What an earlier call has begun is waited for, since it needs the pages, and so is what is
+        to be copied at once.
+        """
         self.order()
         if fresh:
             self._buffers = {}
         sources, outs = [], []
-        for name, tensor in tensors.items():
+        for name, tensor in sorted(tensors.items(), key=lambda item: item[0] not in at_once):
             buffer = self._buffers.get(name)
             if buffer is None or buffer.dtype != tensor.dtype or buffer.shape != tensor.shape:
                 buffer = self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
@@ -188,7 +217,11 @@ class Bounced:
                 sources.append(tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8))
                 outs.append(buffer.reshape(-1).view(torch.uint8))
         self._engine.follow()
-        self._passing = _Passing(self._engine, self._pages, sources, outs)
+        self._passing = _Passing(
+            self._engine, self._pages, sources, outs, sum(tensors[name].nbytes for name in at_once)
+        )
+        if at_once:
+            self._passing.wait_urgent(self._deadline_s)
         return {name: self._buffers[name] for name in tensors}
 
     def order(self) -> None:

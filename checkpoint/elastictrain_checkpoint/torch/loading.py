@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
+import torch.distributed as dist
+
 from elastictrain_checkpoint.errors import CorruptData
 from elastictrain_checkpoint.store import Store
 from elastictrain_checkpoint.torch.company import load_together
+from elastictrain_checkpoint.torch.dropin import group_meant
 from elastictrain_checkpoint.torch.filling import prepare, put, read_alone
 from elastictrain_checkpoint.torch.finding import Asked, fit_of
 from elastictrain_checkpoint.torch.places import choose, with_older
@@ -23,11 +26,14 @@ def load(
     *,
     checkpoint_id: str | FilePath | Store | None = None,
     group: Group = "world",
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
     step: int | None = None,
     strict: bool = True,
     only: Sequence[str] | None = None,
     renamed: Mapping[str, str] | None = None,
     others: Sequence[str | FilePath | Store] = (),
+    **more: Any,
 ) -> LoadReport:
     """Load a checkpoint into a state dict, in place: tensors are filled where they are, other values replaced.
 
@@ -50,6 +56,8 @@ def load(
         checkpoint_id: the same, as `torch.distributed.checkpoint` calls it.
         group: the ranks that load together. "world": the default group, if there is one. None: this process loads by
             itself, and nobody is waited for: for a load that not all ranks call, or places that not all of them see.
+        process_group: the same, as DCP calls it; None is the default group.
+        no_dist: as DCP has it: this process by itself, as with ``group=None``.
         step: which step; the newest that is whole if not given (the report says which newer ones were passed over).
         strict: refuse a checkpoint that has other keys, lengths, kinds, shapes or types, before anything is changed.
             False: load what fits; the rest is left as it is, and said in the report.
@@ -59,8 +67,10 @@ def load(
             patterns (``{"model/*.gamma": "model/*.weight"}``). `only` and the report are of the new keys.
         others: further places that may hold the same checkpoints, nearest first: what is damaged or missing in `path`
             is read from there.
+        more: nothing; DCP's ``storage_reader`` and ``planner`` are refused in words.
 
     Raises:
+        TypeError: a keyword that DCP knows and that has no meaning here; the message says what to use.
         StateMismatch: keys, lengths, kinds, shapes or types differ; all are named, and nothing was changed.
         NoCheckpoint: there is none, or not at that step.
         CorruptData: stored bytes are not those that were written, in any of the places; tensors may be partly filled.
@@ -71,7 +81,7 @@ def load(
 
     """
     asked = Asked(path, checkpoint_id, tuple(others), step, strict, only, renamed)
-    together = group_of(group)
+    together = group_of(group_meant("load", group, process_group, no_dist, more))
     if together is not None:
         return load_together(state_dict, asked, Ranks(together))
     choice, stores, passed_over = asked.choice(), asked.stores(), dict[int, str]()

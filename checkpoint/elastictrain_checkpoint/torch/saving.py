@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,13 +28,12 @@ from elastictrain_checkpoint.shares import Spread, plan_shares
 from elastictrain_checkpoint.store import Store
 from elastictrain_checkpoint.torch import meeting
 from elastictrain_checkpoint.torch.device import Bounced, CudaEngine, Staging
+from elastictrain_checkpoint.torch.optimizers import changed_by_steps, listen, unlisten
 from elastictrain_checkpoint.torch.outcome import TorchHandle
-from elastictrain_checkpoint.torch.places import place_of
+from elastictrain_checkpoint.torch.ranks import Group, group_of
 from elastictrain_checkpoint.torch.sharded import Agreed, Facts, agree, exchange, facts_of, spreads_of
 from elastictrain_checkpoint.torch.taking import EAGER, Changing, Taken, take_hosts
 from elastictrain_checkpoint.torch.tree import Flat, as_buffer, describe, flatten, stored_facts
-
-Group = dist.ProcessGroup | Literal["world"] | None
 
 
 class AsyncSaver:
@@ -64,9 +63,7 @@ class AsyncSaver:
         deadline_s: float = DEADLINE_S,
     ) -> None:
         self.store = path if isinstance(path, Store) else Store(path)
-        if group == "world":
-            group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-        self._group = group if group is not None and dist.get_world_size(group) > 1 else None
+        self._group = group_of(group)
         self._lazy = LazySaver(self.store, pool_bytes=pool_bytes, max_copy=max_copy, deadline_s=deadline_s)
         self._deadline_s = deadline_s
         self._last_step = -1
@@ -87,18 +84,20 @@ class AsyncSaver:
         state_dict: Mapping[str, Any],
         *,
         step: int | None = None,
-        lazy: bool = True,
+        lazy: bool | None = True,
         eager: Sequence[str] = EAGER,
         when_busy: WhenBusy = "wait",
     ) -> TorchHandle:
         """Begin to save a state dict. Until its outcome is known, call `before_mutation` before every change, or
-        `attach` the optimizer.
+        `attach` the optimizer; or let `lazy=None` see to it.
 
         Args:
             state_dict: nested mappings, lists and tuples of tensors, numbers, strings, bytes and None. Modules,
                 optimizers and whatever else keeps a state dict (DCP's `Stateful`) are asked for it.
             step: of the checkpoint; one after the newest if not given. A step that is there is not overwritten.
-            lazy: False copies everything now, for code that cannot announce its changes.
+            lazy: False copies everything now, for code that cannot announce its changes. None announces the steps of
+                every optimizer, and copies now what none of those in the state dict, or that have stepped before,
+                changes in its steps.
             eager: patterns (as in fnmatch) of the names of tensors that change in between: copied now.
             when_busy: while an earlier save runs: wait for it, skip this one, or give the earlier one up.
 
@@ -117,8 +116,10 @@ class AsyncSaver:
             self._lazy.check()
         except CheckpointError as error:
             problem = error
-        handle = self._begin(state_dict, step, eager, when_busy, problem)
-        if not lazy and handle.state is not SaveState.SKIPPED:  # another save that runs is none of its business
+        if lazy is None:
+            listen(self)
+        handle = self._begin(state_dict, step, lazy, eager, when_busy, problem)
+        if lazy is False and handle.state is not SaveState.SKIPPED:  # another save that runs is none of its business
             self._lazy.before_mutation(max_copy=1.0)
         return TorchHandle(handle, self)
 
@@ -126,6 +127,7 @@ class AsyncSaver:
         self,
         state_dict: Mapping[str, Any],
         step: int | None,
+        lazy: bool | None,
         eager: Sequence[str],
         when_busy: WhenBusy,
         problem: CheckpointError | None,
@@ -156,8 +158,7 @@ class AsyncSaver:
             handle._end(SaveState.SKIPPED)
             return handle
         with no_collections():
-            taken = self._take(flat, fresh=self._lazy.is_busy)
-        copied = self._copied_names(taken, eager)
+            taken, copied = self._take(flat, lazy, eager, fresh=self._lazy.is_busy)
         later: tuple[int, Callable[[], list[Piece]]] | None = None
         own = taken.own
         if self._group is None:
@@ -183,18 +184,6 @@ class AsyncSaver:
             when_busy=when_busy,
             later=later,
         )
-
-    def _copied_names(self, taken: Taken, eager: Sequence[str]) -> set[str]:
-        """What is copied at the call, and so may change after it."""
-        if self._changing.patterns != tuple(eager):
-            self._changing = Changing(eager)
-        copied = self._changing.among(taken.hosts)
-        if taken.staged:  # a state on devices: the little that is on the host is copied
-            copied = taken.hosts.keys() - taken.own
-        copied -= taken.own
-        if copied:
-            taken.watched = [one for one in taken.watched if one[0] not in copied]
-        return copied
 
     def before_mutation(self) -> None:
         """Call it right before the state changes; see `LazySaver.before_mutation`."""
@@ -224,8 +213,21 @@ class AsyncSaver:
             for hook in self._hooks.values():
                 hook.remove()
             self._hooks.clear()
+            unlisten(self)
             self._staging = self._staged = None
             _savers.discard(self)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save runs."""
+        return self._lazy.is_busy
+
+    def move_to(self, store: Store) -> None:
+        """Save to another place from now on, with the memory that there is; only while nothing runs."""
+        assert not self.is_busy, "a save that runs belongs to its place"
+        self.store = store
+        self._lazy.move_to(store)
+        self._last_step = -1
 
     @property
     def _writer(self) -> str:
@@ -258,15 +260,28 @@ class AsyncSaver:
             raise SaveFailed(f"rank 0 could not begin to save: {chosen[2]}")
         return chosen[0], chosen[1]
 
-    def _take(self, flat: Flat, *, fresh: bool) -> Taken:
-        """What is saved: live, or in a copy where it does not lie together."""
+    def _take(self, flat: Flat, lazy: bool | None, eager: Sequence[str], *, fresh: bool) -> tuple[Taken, set[str]]:
+        """What is saved: live, or in a copy where it does not lie together; and the names of what lies on the host and
+        is to be copied at the call. These may change after it, and so may what the device copies at the call.
+        """
         taken, on_device = take_hosts(flat)
+        if self._changing.patterns != tuple(eager):
+            self._changing = Changing(eager)
+        copied = self._changing.among([*taken.hosts, *on_device])
+        if lazy is None:
+            copied |= taken.names_beyond(changed_by_steps(flat.optimizers))
         if on_device:
+            at_once = set(on_device) if lazy is False else copied & on_device.keys()
             self._staging = self._staging or self._new_staging(next(iter(on_device.values())).device)
-            taken.hosts |= self._staging.begin(on_device, fresh=fresh)
+            staged = self._staging.begin(on_device, fresh=fresh, at_once=at_once)
+            copied = taken.hosts.keys() - taken.own  # the little that is on the host
+            taken.unwatch(at_once)
+            taken.hosts |= staged
             taken.own |= set(on_device)
             taken.staged, self._staged = True, taken
-        return taken
+        copied -= taken.own
+        taken.unwatch(copied)
+        return taken, copied
 
     def _new_staging(self, device: torch.device) -> Staging | Bounced:
         if self._bounce_bytes is None:
@@ -334,49 +349,7 @@ def _all_pieces(flat: Flat, taken: Taken) -> list[Piece]:
     return [Piece(name, *stored_facts(flat.tensors[name]), 0, data) for name, data in taken.buffers().items()]
 
 
-# --- functions, for who wants no object ---
-
 _savers: set[AsyncSaver] = set()
-_by_place: dict[tuple[str, int], AsyncSaver] = {}
-
-
-def async_save(
-    state_dict: Any,
-    path: str | Path | None = None,
-    *,
-    checkpoint_id: str | Path | None = None,
-    group: Group = "world",
-    step: int | None = None,
-    lazy: bool = True,
-    eager: Sequence[str] = EAGER,
-    when_busy: WhenBusy = "wait",
-) -> TorchHandle:
-    """Save in the background; as `AsyncSaver.save`, with one saver for every path (or ``checkpoint_id``) and group.
-
-    At the end of the process what still runs is waited for, and what has failed is warned of.
-    """
-    place = place_of(path, checkpoint_id)
-    key = (str(place), id(group) if isinstance(group, dist.ProcessGroup) else hash(group))
-    saver = _by_place.get(key)
-    if saver is None or saver not in _savers:
-        saver = _by_place[key] = AsyncSaver(place, group=group)
-    return saver.save(state_dict, step=step, lazy=lazy, eager=eager, when_busy=when_busy)
-
-
-def save(
-    state_dict: Any,
-    path: str | Path | Store | None = None,
-    *,
-    checkpoint_id: str | Path | Store | None = None,
-    group: Group = "world",
-    step: int | None = None,
-) -> Manifest:
-    """Save, and return when the checkpoint exists; raises as `AsyncSaver.save` and `TorchHandle.result`."""
-    saver = AsyncSaver(place_of(path, checkpoint_id), group=group)
-    try:
-        return saver.save(state_dict, step=step).result()
-    finally:
-        saver.close()
 
 
 def before_mutation() -> None:

@@ -7,13 +7,14 @@ the background.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import translate
 
 import torch
 from torch.distributed.tensor import DTensor
 
+from elastictrain_checkpoint.torch.optimizers import memory_of
 from elastictrain_checkpoint.torch.tree import Flat, as_buffer
 
 EAGER = ("*running_mean", "*running_var", "*num_batches_tracked", "*n_averaged")
@@ -42,6 +43,15 @@ class Taken:
     def buffers(self) -> dict[str, memoryview]:
         """The bytes of every tensor."""
         return {name: as_buffer(host) for name, host in self.hosts.items()}
+
+    def names_beyond(self, memories: Collection[int]) -> set[str]:
+        """Names of what is watched and is no view of these memories (addresses, as of `memory_of`)."""
+        return {name for name, tensor, _, _ in self.watched if memory_of(tensor) not in memories}
+
+    def unwatch(self, names: Collection[str]) -> None:
+        """These may change from now on."""
+        if names:
+            self.watched = [one for one in self.watched if one[0] not in names]
 
     def changed(self) -> str:
         """The first watched tensor that is not as it was. Edits of `.data` cannot be seen."""

@@ -47,6 +47,7 @@ class Flat:
         aliases: further name → name of the tensor that has the same memory.
         rest: the state dict, mappings as plain dicts, None in the place of tensors.
         spread: whether there are DTensors.
+        optimizers: those that stand in the state dict themselves.
 
     """
 
@@ -55,6 +56,7 @@ class Flat:
     aliases: dict[str, str] = field(default_factory=dict)
     rest: Any = None
     spread: bool = False
+    optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
 
 
 def flatten(state: Any) -> Flat:
@@ -111,6 +113,8 @@ def flatten(state: Any) -> Flat:
             items = [walk(item, (*path, number), f"{before}{number}") for number, item in enumerate(value)]
             return items if kind is list else tuple(items)
         if is_stateful(value):
+            if isinstance(value, torch.optim.Optimizer):
+                flat.optimizers.append(value)
             return walk(state_of(value, path), path, name)
         encode(value, _where(path))
         return value
