@@ -24,6 +24,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 import common
+from elastictrain.engine.saving import Owned
+from elastictrain.engine.to_host import ToHost
+from elastictrain_checkpoint import Store, commit
+from elastictrain_checkpoint.lazy import LazySaver
 from elastictrain_checkpoint.torch import AsyncSaver
 
 GIB = 1 << 30
@@ -83,6 +87,42 @@ class Ours:
     @property
     def done(self) -> bool:
         return self.handle.done()
+
+    def finish(self) -> None:
+        self.handle.result()
+
+
+class Run:
+    """What a worker of a run does, without its votes: blocks to the host, packs beside training, and the manifest."""
+
+    def __init__(self, training: Training, folder: Path) -> None:
+        self.training, self.step = training, 0
+        self.store = Store(folder)
+        self.lazy, self.to_host = LazySaver(self.store, max_copy=1.0), ToHost()
+
+    def save(self) -> None:
+        self.step += 1
+        owned = Owned(to_host=lambda tensors: self.to_host.begin(tensors, fresh=self.lazy.is_busy))
+        for name, tensor in self.training.tensors.items():
+            owned.add(name, tensor.shape, 0, tensor)
+        owned.stage()
+        names: dict[str, Any] = {"step": self.step, "attempt": f"g{self.step:06d}"}
+        self.handle = self.lazy.save(
+            owned.pieces,
+            **names,
+            writer="w0000",
+            stable=owned.copies,
+            ready=self.to_host.copied(),
+            finish=lambda part: commit(self.store, **names, generation=self.step, parts=[part]),
+        )
+
+    def before_update(self) -> None:
+        self.to_host.before_apply()
+        self.lazy.before_mutation()
+
+    @property
+    def done(self) -> bool:
+        return self.handle.done
 
     def finish(self) -> None:
         self.handle.result()
@@ -180,11 +220,14 @@ def main() -> None:
     least = 10 if options.quick else 40
     results = common.Results("checkpoint_gpu", "What a checkpoint of a device's state costs the training", options)
     training = Training(int(gib * GIB), options.step_ms)
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in ("none", "ours", "ours, bounced", "DCP, pinned")}
+    found: dict[str, list[dict[str, float]]] = {
+        name: [] for name in ("none", "ours", "a run", "ours, bounced", "DCP, pinned")
+    }
     with common.scratch("gpu") as folder:
         systems: dict[str, Any] = {
             "none": None,
             "ours": Ours(training, folder / "ours", None),
+            "a run": Run(training, folder / "run"),
             "ours, bounced": Ours(training, folder / "bounced", BOUNCE_BYTES),
             "DCP, pinned": Dcp(training, folder / "dcp"),
         }
@@ -212,7 +255,7 @@ def main() -> None:
         }
         for what, (value, most) in figures.items() if name != "none" else ():
             target, reached = f"{most} or less", common.verdict(value, most, at_most=True)
-            if name != "ours":
+            if name not in ("ours", "a run"):
                 target, reached = "none", "beside it"
             results.figure(f"{gib:g} GiB: {what}, {name}", value, target, reached)
     results.raw = found

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+ALIGNED_BYTES = 64
 _Page = TypeVar("_Page")
 _Chunk = TypeVar("_Chunk")
 _Token = TypeVar("_Token")
@@ -30,6 +31,31 @@ def chunks(sizes: Iterable[int], page_bytes: int) -> Iterator[Chunk]:
     for source, size in enumerate(sizes):
         for start in range(0, size, page_bytes):
             yield Chunk(source, start, min(start + page_bytes, size))
+
+
+def lay_out(sizes: Sequence[int], slab_bytes: int) -> tuple[list[int], list[tuple[int, int]]]:
+    """Places for buffers of these sizes in few slabs, in their order, each on a multiple of `ALIGNED_BYTES`.
+
+    Gives the sizes of the slabs, and (slab, start) for each buffer; (0, 0) for one of nothing. A slab is as large as it
+    is used, which is `slab_bytes` at most; what is not smaller than that has a slab of its own.
+    """
+    slabs: list[int] = []
+    places: list[tuple[int, int]] = []
+    shared, at = 0, slab_bytes
+    for size in sizes:
+        if not size:
+            places.append((0, 0))
+        elif size >= slab_bytes:
+            places.append((len(slabs), 0))
+            slabs.append(size)
+        else:
+            if at + size > slab_bytes:
+                shared, at = len(slabs), 0
+                slabs.append(0)
+            places.append((shared, at))
+            slabs[shared] = at + size
+            at += -(-size // ALIGNED_BYTES) * ALIGNED_BYTES
+    return slabs, places
 
 
 def pass_through(

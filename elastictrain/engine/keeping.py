@@ -17,7 +17,7 @@ from elastictrain.engine.collective import GroupSet
 from elastictrain.engine.committing import Account, Begun, Open, Statement, settled, still_lost
 from elastictrain.engine.reports import Storing
 from elastictrain.engine.saver import Saver
-from elastictrain.engine.saving import Owned
+from elastictrain.engine.saving import Copier, Owned
 from elastictrain.engine.vote import FLAG_COMMITTED, FLAG_STORING
 from elastictrain.job import Job
 from elastictrain.protocol import FormPlan
@@ -44,10 +44,11 @@ def metrics_of(row: Mapping[str, Any] | None, evaluation: Mapping[str, float] | 
 class Keeper:
     """For one member of one generation. A job without the setting `checkpoint` has nothing to keep.
 
-    `owned`: gives the state that this worker stores. `known_step`: the newest checkpoint that is known to be committed.
+    `owned`: gives the state that this worker stores, copied from its device by what it is given. `known_step`: the
+    newest checkpoint that is known to be committed.
     """
 
-    def __init__(self, session: Session, plan: FormPlan, groups: GroupSet, owned: Callable[[], Owned]) -> None:
+    def __init__(self, session: Session, plan: FormPlan, groups: GroupSet, owned: Callable[[Copier], Owned]) -> None:
         self._session, self._plan, self._groups, self._owned = session, plan, groups, owned
         self._storing: Storing | None = None
         self._lost: tuple[Account, ...] = ()
@@ -138,8 +139,9 @@ class Keeper:
         s.pulse.enter(Activity.STORE)
         self._metrics = metrics_of(s.committed.rows.get(step), evaluation)
         with s.pacing.storing(step):
+            owned = self._owned(self._saver.to_host)
             writing = self._saver.begin(
-                self._owned(), step=step, generation=self._plan.generation, worker=s.worker, known_step=self.known_step
+                owned, step=step, generation=self._plan.generation, worker=s.worker, known_step=self.known_step
             )
         self._storing = Storing(step, writing)
 

@@ -9,10 +9,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
+
 from elastictrain.engine.committing import STORE_DEADLINE_S, Account, Begun, Committer, Open
 from elastictrain.engine.copies import Copies
 from elastictrain.engine.retention import policy_of
 from elastictrain.engine.saving import Owned, open_store, stored_aliases
+from elastictrain.engine.to_host import ToHost
 from elastictrain.errors import ClusterError
 from elastictrain.job import Checkpoint, Keep
 from elastictrain_checkpoint import (
@@ -149,6 +152,7 @@ class Saver:
         self._probe = probe or (lambda _step, _phase: None)
         self._store = open_store(settings)
         self._lazy = LazySaver(self._store if probe is None else ProbedStore(settings, probe), max_copy=1.0)
+        self._to_host = ToHost()
         self._committer = Committer(self._store)
         self._bases = Bases(self._store, settings.full_every) if settings.incremental else None
         self.copies = Copies(settings, self._store)
@@ -157,6 +161,10 @@ class Saver:
         self.lost: tuple[Account, ...] = ()
         """Checkpoints that have come to nothing and are not settled yet; see `committing.still_lost`."""
         self._distrusted: list[tuple[int, int]] = []
+
+    def to_host(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Begin to copy state from a device, for the `begin` that comes next; see `Owned.to_host`."""
+        return self._to_host.begin(tensors, fresh=self._lazy.is_busy)
 
     def begin(self, owned: Owned, *, step: int, generation: int, worker: int, known_step: int = 0) -> Writing:
         """Begin to write this worker's packs, in the background: call `before_apply` before the state changes.
@@ -171,13 +179,15 @@ class Saver:
         with self._storage(step):
             # Each name has pieces of one kind: a tensor lies on a device, or on the host.
             handle = self._lazy.save(
-                owned.pieces, step=step, attempt=attempt, writer=writer, stable=owned.copies, base=base
-            )
+                owned.pieces, step=step, attempt=attempt, writer=writer, stable=owned.copies, base=base,
+                ready=self._to_host.copied() if owned.is_staged else None,
+            )  # fmt: skip
         self.begun = Begun(step, attempt, generation)
         return Writing(self, handle, attempt, dict(owned.numbers))
 
     def before_apply(self) -> None:
         """The state is about to change: copy what is not written yet. Never waits for storage."""
+        self._to_host.before_apply()
         self._lazy.before_mutation()
 
     def give_up(self) -> list[int]:

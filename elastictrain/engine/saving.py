@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from elastictrain.engine.flat import FlatModel
 from elastictrain.engine.held import HeldState
 from elastictrain.engine.space import Block
+from elastictrain.engine.to_host import is_staged
 from elastictrain.errors import CorruptCheckpoint
 from elastictrain.job import Checkpoint
 from elastictrain.layout import Shard
@@ -37,6 +38,7 @@ NAMES = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 TYPES = {name: dtype for dtype, name in NAMES.items()}
+Copier = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 
 
 def as_buffer(tensor: torch.Tensor) -> memoryview:
@@ -64,8 +66,13 @@ class Owned:
     pieces: list[Piece] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
     copies: set[str] = field(default_factory=set)
-    """Names of tensors that lie on a device: their pieces are copies already."""
+    """Names of tensors that lie on a device: their pieces are copies."""
+    to_host: Copier | None = None
+    """Begins to copy what lies on a device, and gives what will hold it; without it that is copied at once."""
+    is_staged: bool = False
+    """Whether it has: some copies may be read only when it says that they are there."""
 
+    _staged: list[tuple[torch.Tensor, list[memoryview], int]] = field(default_factory=list, repr=False)
     _ends: dict[tuple[str, str], tuple[int, list[memoryview]]] = field(default_factory=dict, repr=False)
 
     def add(self, name: str, shape: Sequence[int], start: int, value: torch.Tensor) -> None:
@@ -78,17 +85,38 @@ class Owned:
         if stop != start:
             buffers = []
             self.pieces.append(Piece(name, dtype, tuple(shape), start, buffers))
-        if value.device.type != "cpu":
+        staged = self.to_host is not None and is_staged(value)
+        if staged or value.device.type != "cpu":
             self.copies.add(name)
-        buffers.append(as_buffer(value))
+        if staged:
+            self._staged.append((value, buffers, len(buffers)))
+            buffers.append(memoryview(b""))  # `stage` puts the copy here
+        else:
+            buffers.append(as_buffer(value))
         self._ends[name, dtype] = (start + value.numel(), buffers)
 
+    def stage(self) -> None:
+        """Begin to copy what lies on a device, all of it in one call; nothing is added afterwards."""
+        if self._staged:
+            assert self.to_host is not None
+            hosts = self.to_host({str(number): value for number, (value, _, _) in enumerate(self._staged)})
+            for number, (_, buffers, place) in enumerate(self._staged):
+                buffers[place] = as_buffer(hosts[str(number)])
+            self._staged, self.is_staged = [], True
 
-def owned_state(flat: FlatModel, held: HeldState, shards: Iterable[Shard], *, with_counters: bool) -> Owned:
+
+def owned_state(
+    flat: FlatModel,
+    held: HeldState,
+    shards: Iterable[Shard],
+    *,
+    with_counters: bool,
+    to_host: Copier | None = None,
+) -> Owned:
     """The state of the blocks that this worker owns, without a copy on the CPU. Neighbouring blocks of one tensor are
-    one piece of several buffers, since each block lies in memory of its own.
+    one piece of several buffers, since each block lies in memory of its own. `to_host`: see `Owned`.
     """
-    owned = Owned()
+    owned = Owned(to_host=to_host)
     for shard in sorted(shards, key=lambda shard: shard.lo):
         for number in range(shard.lo, shard.hi):
             block = flat.space.blocks[number]
@@ -104,6 +132,7 @@ def owned_state(flat: FlatModel, held: HeldState, shards: Iterable[Shard], *, wi
     if with_counters:
         for name, value in flat.counters.items():
             owned.add(f"counter/{name}", value.shape, 0, value)
+    owned.stage()
     return owned
 
 

@@ -276,11 +276,10 @@ class Stepping:
         """
         self._commit_checkpoint(*self.keeper.finish_writing())
 
-    def _owned(self) -> saving.Owned:
+    def _owned(self, to_host: saving.Copier | None = None) -> saving.Owned:
         s = self.session
-        return saving.owned_state(
-            s.model.flat, s.model.held, self.layout.owned(s.worker), with_counters=self.runner.rank == 0
-        )
+        owned, counts = self.layout.owned(s.worker), self.runner.rank == 0
+        return saving.owned_state(s.model.flat, s.model.held, owned, with_counters=counts, to_host=to_host)
 
     def _evaluate(self) -> dict[str, float]:
         """On the committed parameters, in eval mode; whatever the recipe does to buffers or mode is undone."""

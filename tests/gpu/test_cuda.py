@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from elastictrain.engine.to_host import ToHost
 from elastictrain.faults import flip, kill
 from tests.support.process_cluster import byte_job, run_job
 
@@ -30,10 +31,34 @@ def test_a_run_on_a_device_repeats(tmp_path):
     assert run_job(byte_job(tmp_path, workers=1)).digest == run_job(byte_job(tmp_path, workers=1)).digest
 
 
-def test_a_device_dies_and_goes_on_from_its_checkpoint(tmp_path):
+def test_a_share_comes_while_the_device_is_busy_and_before_it_changes():
+    state = {str(number): torch.randn(1000, 1000, device="cuda") for number in range(20)}
+    expected = {name: value.cpu() for name, value in state.items()}
+    to_host = ToHost()
+    busy = torch.ones(8192, 8192, device="cuda")
+    for turn in range(3):
+        for _ in range(100):
+            busy = torch.tanh(busy @ busy)
+        hosts = to_host.begin(state, fresh=False)
+        copied = to_host.copied()
+        to_host.before_apply()
+        for value in state.values():
+            value.add_(1)
+        assert turn == 0 or not torch.cuda.current_stream().query(), "the host has waited for nothing"
+        copied()
+        for name, value in expected.items():
+            assert torch.equal(hosts[name], value), name
+            assert hosts[name].is_pinned()
+            value.add_(1)
+
+
+@pytest.mark.parametrize("every_steps", [1, 3])
+def test_a_device_dies_and_goes_on_from_its_checkpoint(tmp_path, every_steps):
     undisturbed = run_job(byte_job(tmp_path, workers=1))
     job = byte_job(
-        tmp_path, checkpoint={"path": str(tmp_path / "c"), "every_steps": 3}, workers={"max": 1, "replace": True}
+        tmp_path,
+        checkpoint={"path": str(tmp_path / "c"), "every_steps": every_steps},
+        workers={"max": 1, "replace": True},
     )
     assert run_job(job, [kill(0, 6, "compute")]).digest == undisturbed.digest
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +95,24 @@ def test_a_step_that_nobody_announced_fails_the_save(tmp_path: Path, bounce_byte
     with pytest.raises(StateChanged, match=r"has changed while it was copied from its device\. Call before_mutation"):
         handle.result(60)
     saver.close()
+
+
+@pytest.mark.parametrize("lazy", [None, False])
+@pytest.mark.parametrize("bounce_bytes", [None, 1 << 20])
+def test_a_script_for_dcp_trains_on_at_once(tmp_path: Path, bounce_bytes: int | None, lazy: bool | None) -> None:
+    """Nothing is announced: not the steps, not the statistics that a forward changes, not what is averaged by hand."""
+    model, optimizer = trained()
+    norm = torch.nn.BatchNorm1d(512).cuda()
+    average = {name: value.detach().clone() for name, value in model.named_parameters()}
+    for number in range(3):
+        state = state_of(model, optimizer) | {"norm": norm.state_dict(), "ema": average}
+        expected = checkpoint.save(copy.deepcopy(state), tmp_path / str(number), step=1).digest
+        handle = checkpoint.async_save(
+            state, checkpoint_id=tmp_path / "a", no_dist=True, lazy=lazy, bounce_bytes=bounce_bytes
+        )
+        norm(torch.randn(64, 512, device="cuda"))
+        for value in average.values():
+            value.mul_(0.9)
+        for _ in range(5):
+            train(model, optimizer)
+        assert handle.result(60).digest == expected

@@ -9,79 +9,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from elastictrain_checkpoint.bounce import Chunk, chunks, pass_through
+from elastictrain_checkpoint.bounce import Chunk, chunks, lay_out, pass_through
 from elastictrain_checkpoint.errors import SaveTimeout
 
-PAGE_BYTES = 16 << 20
-
-
-class Staging:
-    """Copies of device tensors on the host. Pinned memory of each tensor's size is used again by every save."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._buffers: dict[str, torch.Tensor] = {}
-        self._copied: torch.cuda.Event | None = None
-
-    @property
-    def size_bytes(self) -> int:
-        """Pinned memory."""
-        return sum(buffer.nbytes for buffer in self._buffers.values())
-
-    def begin(
-        self, tensors: Mapping[str, torch.Tensor], *, fresh: bool, at_once: Collection[str] = ()
-    ) -> dict[str, torch.Tensor]:
-        """Begin to copy; the result may be read after `copied`.
-
-        Args:
-            tensors: all on the device; what the current stream has enqueued for them comes first.
-            fresh: an earlier save may still read the buffers of the last call: use others.
-            at_once: names of what may change after this call without `order`: the current stream copies it itself.
-
-        """
-        if fresh:
-            self._buffers = {}
-        current = torch.cuda.current_stream(self._device)
-        with torch.cuda.device(self._device), torch.no_grad():
-            for name in at_once:
-                self._buffer(name, tensors[name]).copy_(tensors[name].detach(), non_blocking=True)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream), torch.no_grad():
-            for name, tensor in tensors.items():
-                if name not in at_once:
-                    self._buffer(name, tensor).copy_(tensor.detach(), non_blocking=True)
-                    tensor.record_stream(self._stream)  # the allocator must not give its memory away before the copy
-            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._copied.record(self._stream)
-        return {name: self._buffers[name] for name in tensors}
-
-    def _buffer(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.dtype != tensor.dtype or buffer.shape != tensor.shape:
-            buffer = self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return buffer
-
-    def order(self) -> None:
-        """What the current stream does from here on comes after the copy; the host does not wait."""
-        if self._copied is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._copied)
-
-    def copied(self) -> torch.cuda.Event:
-        """The event of the last `begin`: `synchronize` it before the copies are read."""
-        assert self._copied is not None, "nothing was begun"
-        return self._copied
+PAGE_BYTES, SLAB_BYTES = 16 << 20, 64 << 20
 
 
 class Engine(Protocol):
-    """What copies from a device to pinned pages."""
+    """What copies from a device to pinned pages, in an order of its own beside what the caller gives the device."""
 
     def make_page(self, size_bytes: int) -> torch.Tensor:
-        """Memory that it can copy to by itself."""
+        """Memory that it can copy to by itself; bytes."""
 
     def follow(self) -> None:
         """What is begun from here on comes after all that was enqueued for the device until now."""
@@ -91,6 +34,17 @@ class Engine(Protocol):
 
     def wait(self, token: Any) -> None:
         """Return when that copy is done."""
+
+    def copy(self, source: torch.Tensor, out: torch.Tensor, *, at_once: bool) -> None:
+        """Begin to copy a tensor to one of its type and shape in a page. `at_once`: among what the caller enqueues, so
+        that all that it enqueues afterwards comes after the copy.
+        """
+
+    def mark(self) -> Any:
+        """What `wait` needs to wait for all that was begun so far (what is `at_once` only if `follow` was called)."""
+
+    def hold(self, token: Any) -> None:
+        """What the caller enqueues for the device from here on comes after what was marked; the host does not wait."""
 
 
 class CudaEngine:
@@ -109,12 +63,99 @@ class CudaEngine:
     def begin(self, source: torch.Tensor, page: torch.Tensor) -> torch.cuda.Event:
         with torch.cuda.stream(self._stream), torch.no_grad():
             page[: source.numel()].copy_(source, non_blocking=True)
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            done.record(self._stream)
-        return done
+        return self.mark()
 
     def wait(self, token: torch.cuda.Event) -> None:
         token.synchronize()
+
+    def copy(self, source: torch.Tensor, out: torch.Tensor, *, at_once: bool) -> None:
+        stream = torch.cuda.current_stream(self._device) if at_once else self._stream
+        with torch.cuda.stream(stream), torch.no_grad():
+            out.copy_(source, non_blocking=True)
+        if not at_once:
+            source.record_stream(stream)  # the allocator must not give its memory away before the copy
+
+    def mark(self) -> torch.cuda.Event:
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record(self._stream)
+        return done
+
+    def hold(self, token: torch.cuda.Event) -> None:
+        torch.cuda.current_stream(self._device).wait_event(token)
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """What was begun at one time."""
+
+    _engine: Engine
+    _token: Any
+
+    def synchronize(self) -> None:
+        """Wait until it is on the host."""
+        self._engine.wait(self._token)
+
+
+class Staging:
+    """Copies of device tensors on the host, in pinned memory of the state's size that is used again by every save."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._slabs: list[torch.Tensor] = []
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._token: Any = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Pinned memory."""
+        return sum(slab.nbytes for slab in self._slabs)
+
+    def begin(
+        self, tensors: Mapping[str, torch.Tensor], *, fresh: bool, at_once: Collection[str] = ()
+    ) -> dict[str, torch.Tensor]:
+        """Begin to copy; the result may be read when `copied` is.
+
+        Args:
+            tensors: all on the device; what the current stream has enqueued for them comes first.
+            fresh: an earlier save may still read the buffers of the last call: use others.
+            at_once: names of what may change after this call without `order`: the current stream copies it itself.
+
+        """
+        if fresh or not self._fits(tensors):
+            self._make(tensors)
+        for name in at_once:
+            self._engine.copy(tensors[name].detach(), self._buffers[name], at_once=True)
+        self._engine.follow()
+        for name, tensor in tensors.items():
+            if name not in at_once:
+                self._engine.copy(tensor.detach(), self._buffers[name], at_once=False)
+        self._token = self._engine.mark()
+        return dict(self._buffers)
+
+    def _fits(self, tensors: Mapping[str, torch.Tensor]) -> bool:
+        held = self._buffers
+        return tensors.keys() == held.keys() and all(
+            held[name].dtype == one.dtype and held[name].shape == one.shape for name, one in tensors.items()
+        )
+
+    def _make(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Memory in few slabs: to pin some takes long, however little it is."""
+        self._slabs, self._buffers = [], {}
+        sizes, places = lay_out([tensor.nbytes for tensor in tensors.values()], SLAB_BYTES)
+        self._slabs = [self._engine.make_page(size) for size in sizes]
+        for (name, tensor), (slab, start) in zip(tensors.items(), places, strict=True):
+            taken = self._slabs[slab][start : start + tensor.nbytes] if tensor.nbytes else torch.empty(0)
+            self._buffers[name] = taken.view(tensor.dtype).view(tensor.shape)
+
+    def order(self) -> None:
+        """What the current stream does from here on comes after the copy; the host does not wait."""
+        if self._token is not None:
+            self._engine.hold(self._token)
+
+    def copied(self) -> Copied:
+        """What the last `begin` has begun: `synchronize` it before the copies are read."""
+        assert self._token is not None, "nothing was begun"
+        return Copied(self._engine, self._token)
 
 
 class _Passing:

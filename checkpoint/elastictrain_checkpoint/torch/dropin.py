@@ -26,7 +26,6 @@ _INSTEAD = {
     "renamed={…} other names; who writes what is decided here",
     "async_stager": "nothing is staged: state is read while it stays as it is. Leave it out; done() and result() are "
     "of the checkpoint itself",
-    "state_dict_type": "pass the state dict itself",
 }
 _WITHOUT_MEANING = {"use_collectives", "async_checkpointer_type"}
 """How DCP goes about it; here there is one way, which needs neither a process nor a plan of its own."""
@@ -129,9 +128,8 @@ def _saver_of(place: str | Path | Store, group: dist.ProcessGroup | None, bounce
         if idle not in _savers:
             del _by_place[other]
         elif other[1:] == key[1:] and not idle.is_busy:
-            del _by_place[other]
             idle.move_to(place if isinstance(place, Store) else Store(place))
-            _by_place[key] = idle
+            _by_place[key] = _by_place.pop(other)
             return idle
     _by_place[key] = AsyncSaver(place, group=group, bounce_bytes=bounce_bytes)
     return _by_place[key]

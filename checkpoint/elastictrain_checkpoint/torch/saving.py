@@ -285,7 +285,7 @@ class AsyncSaver:
 
     def _new_staging(self, device: torch.device) -> Staging | Bounced:
         if self._bounce_bytes is None:
-            return Staging(device)
+            return Staging(CudaEngine(device))
         return Bounced(CudaEngine(device), self._bounce_bytes, deadline_s=self._deadline_s)
 
     def _ready(self, taken: Taken, step: int) -> Callable[[], None] | None:

@@ -77,7 +77,7 @@ def take_hosts(flat: Flat) -> tuple[Taken, dict[str, torch.Tensor]]:
         local = flat.tensors[name] = tensor.detach()
         if flat.spread and isinstance(local, DTensor):
             local = local.to_local()
-        if local.is_cuda:
+        if is_staged(local):
             on_device[name] = local
             watched.append((name, local, version_of(local), local.data_ptr()))
             continue
@@ -92,6 +92,11 @@ def take_hosts(flat: Flat) -> tuple[Taken, dict[str, torch.Tensor]]:
         else:
             watched.append((name, local, version_of(local), address))
     return taken, on_device
+
+
+def is_staged(tensor: torch.Tensor) -> bool:
+    """Whether it is copied from its device in the background."""
+    return tensor.is_cuda
 
 
 class Changing:

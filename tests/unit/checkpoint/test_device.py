@@ -10,34 +10,8 @@ import torch
 
 from elastictrain_checkpoint.errors import SaveTimeout
 from elastictrain_checkpoint.torch import device
-from elastictrain_checkpoint.torch.device import Bounced
-
-
-class LateEngine:
-    """A copy is done when it is waited for, and not before the gate is open."""
-
-    def __init__(self) -> None:
-        self.gate, self.fails, self.follows, self.pages = threading.Event(), 0, 0, 0
-        self.gate.set()
-
-    def make_page(self, size_bytes: int) -> Any:
-        self.pages += 1
-        return torch.zeros(size_bytes, dtype=torch.uint8)
-
-    def follow(self) -> None:
-        self.follows += 1
-
-    def begin(self, source: Any, page: Any) -> Any:
-        return source, page
-
-    def wait(self, token: Any) -> None:
-        assert self.gate.wait(30)
-        if self.fails:
-            self.fails -= 1
-            if not self.fails:
-                raise RuntimeError("the device is gone")
-        source, page = token
-        page[: source.numel()].copy_(source)
+from elastictrain_checkpoint.torch.device import Bounced, Staging
+from tests.support.late_engine import LateEngine
 
 
 def state() -> dict[str, Any]:
@@ -144,3 +118,77 @@ def test_a_change_does_not_wait_for_ever() -> None:
         bounced.order()
     engine.gate.set()
     bounced.copied().synchronize()
+
+
+# --- all of it at once, in memory that is pinned ---
+
+
+def test_staged_tensors_come_whole_into_memory_that_is_used_again() -> None:
+    engine = LateEngine()
+    staging = Staging(engine)
+    memory: dict[str, int] = {}
+    for turn in range(3):
+        tensors = {name: value + turn if value.is_floating_point() else value for name, value in state().items()}
+        expected = {name: value.clone() for name, value in tensors.items()}
+        found = staging.begin(tensors, fresh=False, at_once={"half"})
+        tensors["half"].zero_()
+        assert engine.begun, "the host has waited for nothing"
+        if turn:
+            staging.order()
+            tensors["rows"].zero_()
+        staging.copied().synchronize()
+        for name, value in expected.items():
+            assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape)
+            assert torch.equal(found[name], value), name
+        places = {name: value.data_ptr() for name, value in found.items()}
+        assert places == (memory or places)
+        memory = places
+    assert (engine.follows, engine.pages) == (3, 1), "one piece of memory for all that is small"
+
+
+def test_staged_memory_that_is_still_read_or_does_not_fit_is_not_used_again() -> None:
+    staging = Staging(LateEngine())
+    first = staging.begin(state(), fresh=False)
+    staging.copied().synchronize()
+    size = staging.size_bytes
+    staging.begin({name: value.clone().zero_() for name, value in state().items()}, fresh=True)
+    staging.copied().synchronize()
+    assert torch.equal(first["rows"], state()["rows"])
+    assert staging.size_bytes == size
+    for other in ({"rows": torch.ones(50, 8)}, {"others": torch.ones(3)}):
+        found = staging.begin(other, fresh=False)
+        staging.copied().synchronize()
+        assert found.keys() == other.keys()
+        assert all(torch.equal(found[name], value) for name, value in other.items())
+        assert staging.size_bytes == sum(value.nbytes for value in other.values()), "the rest is let go"
+
+
+def test_staged_tensors_larger_than_a_slab_have_one_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "SLAB_BYTES", 256)
+    staging = Staging(LateEngine())
+    tensors = {str(number): torch.randn(size) for number, size in enumerate([3, 100, 50, 1, 20, 64])}
+    found = staging.begin(tensors, fresh=False)
+    staging.copied().synchronize()
+    assert all(torch.equal(found[name], value) for name, value in tensors.items())
+    assert [slab.nbytes for slab in staging._slabs] == [12, 400, 200, 144, 256]
+
+
+def test_what_may_change_at_once_is_waited_for_and_nothing_else() -> None:
+    class Counted(LateEngine):
+        waits = 0
+
+        def wait(self, token: Any) -> None:
+            super().wait(token)
+            self.waits += 1
+            if self.waits == 3:  # all that is urgent: the rest waits until the test has looked
+                self.gate.clear()
+
+    engine = Counted()
+    bounced = Bounced(engine, 200, deadline_s=30)
+    tensors = {"later": torch.ones(100), "now": torch.arange(60.0)}
+    found = bounced.begin(tensors, fresh=False, at_once={"now"})
+    tensors["now"].zero_()
+    assert torch.equal(found["now"], torch.arange(60.0))
+    engine.gate.set()
+    bounced.copied().synchronize()
+    assert torch.equal(found["later"], torch.ones(100))

@@ -14,7 +14,9 @@ from torch import nn
 
 import elastictrain_checkpoint.torch as checkpoint
 from elastictrain_checkpoint import Store
-from elastictrain_checkpoint.torch import dropin, optimizers
+from elastictrain_checkpoint.torch import dropin, optimizers, taking
+from elastictrain_checkpoint.torch.device import Bounced, Staging
+from tests.support.late_engine import LateEngine
 from tests.unit.checkpoint.test_torch import Gate
 
 MODULES = [checkpoint, pytest.param(dcp, marks=pytest.mark.filterwarnings("ignore"))]
@@ -170,6 +172,38 @@ def test_a_place_whose_save_runs_keeps_its_saver(tmp_path: Path, gate: Gate) -> 
     gate.opened.set()
     first.result(30)
     assert checkpoint.async_save({"a": torch.zeros(9)}, held).result(30).step == 1
+
+
+class OnDevice(checkpoint.AsyncSaver):
+    """A device on the host, through which all tensors of rank 1 and more come."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.engine = LateEngine()
+
+    def _new_staging(self, device: torch.device) -> Staging | Bounced:
+        size = self._bounce_bytes
+        return Staging(self.engine) if size is None else Bounced(self.engine, size, deadline_s=30)
+
+
+@pytest.mark.parametrize("bounce_bytes", [None, 1 << 10])
+@pytest.mark.parametrize("lazy", [None, False], ids=["lazy", "eager"])
+def test_a_state_on_a_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bounce_bytes: int | None, lazy: bool | None
+) -> None:
+    """Also statistics that the next forward changes, and what is averaged by hand."""
+    monkeypatch.setattr(taking, "is_staged", lambda tensor: tensor.dim() > 0)
+    monkeypatch.setattr(dropin, "AsyncSaver", OnDevice)
+    trained = Trained()
+    for number in range(3):
+        trained.step()
+        state = trained.state(objects=False)
+        expected = digest_of(state, tmp_path / f"expected-{number}")
+        handle = checkpoint.async_save(state, tmp_path / "a", lazy=lazy, bounce_bytes=bounce_bytes)
+        trained.step()
+        trained.step()
+        assert handle.result(30).digest == expected
+    assert list(dropin._by_place) == [(str(tmp_path / "a"), None, bounce_bytes)]
 
 
 CALLS = [checkpoint.save, checkpoint.async_save, checkpoint.load]
