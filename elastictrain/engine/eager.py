@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.optim import optimizer as _torch_optimizer
 
+_SAVERS = "elastictrain_checkpoint.torch.optimizers"
+"""Hears of every step of a script's optimizers; a run tells its saver by itself."""
 _DISABLED = "__dynamo_disable"
 """Where torch keeps, on a method that its compiler must not trace, what to call instead."""
 
@@ -61,7 +63,11 @@ def plain_step(optimizer: torch.optim.Optimizer) -> Callable[[Any], object] | No
     hooks = (
         optimizer._optimizer_step_pre_hooks,
         optimizer._optimizer_step_post_hooks,
-        _torch_optimizer._global_optimizer_pre_hooks,
+        [
+            one
+            for one in _torch_optimizer._global_optimizer_pre_hooks.values()
+            if getattr(one, "__module__", "") != _SAVERS
+        ],
         _torch_optimizer._global_optimizer_post_hooks,
     )
     if not (own and switches) or "step" in vars(optimizer) or any(hooks) or optimizer.defaults.get("differentiable"):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
 
 from elastictrain.engine import eager
 from tests.unit.engine.optimizer_table import ELEMENT_WISE
@@ -70,6 +70,14 @@ def test_a_plain_step_computes_what_torchs_computes(name: str) -> None:
     ours, torchs = stepped(ELEMENT_WISE[name], plain), stepped(ELEMENT_WISE[name], lambda o: o.step())
     assert len(ours) == len(torchs)
     assert all(torch.equal(a, b) for a, b in zip(ours, torchs, strict=True))
+
+
+def test_savers_that_hear_of_every_step_leave_it_plain() -> None:
+    import elastictrain_checkpoint.torch as checkpoint
+
+    assert checkpoint.async_save
+    assert _global_optimizer_pre_hooks, "nobody hears of steps"
+    assert eager.plain_step(adamw()) is not None
 
 
 def adamw(**settings: Any) -> AdamW:
