@@ -10,7 +10,6 @@ thread goes on writing. So memory is bounded, and the price is time where storag
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -22,7 +21,7 @@ from elastictrain_checkpoint.collector import no_collections
 from elastictrain_checkpoint.handle import DEADLINE_S, SaveHandle, SaveState
 from elastictrain_checkpoint.hashing import block_sum
 from elastictrain_checkpoint.incremental import Base, check_base
-from elastictrain_checkpoint.pace import REMEMBERED
+from elastictrain_checkpoint.pace import Pace
 from elastictrain_checkpoint.pack import DEFAULT_PACK_BYTES, Piece, record_of
 from elastictrain_checkpoint.part import Part, check_names
 from elastictrain_checkpoint.paths import step_folder
@@ -80,7 +79,7 @@ class LazySaver:
         self._jobs: list[Job] = []
         self._failed: list[SaveHandle] = []
         self._arena: dict[tuple[str, int], list[Bytes]] = {}
-        self._windows_s: deque[float] = deque(maxlen=REMEMBERED)
+        self._pace = Pace()
         self._thread = Standby("elastictrain-save")
 
     def save(
@@ -142,7 +141,7 @@ class LazySaver:
         self._jobs = [job for job in self._jobs if not job.handle.done]
         copied, own = set(eager), set(stable)
         frozen = self._copied(pieces, copied)
-        job = Job(handle, self.pool, finish, intact or _always_intact, self._windows_s)
+        job = Job(handle, self.pool, finish, intact or _always_intact, self._pace.begin(time.perf_counter()))
         self._jobs.append(job)
         names = (step, attempt, writer)
         self._thread.give(partial(self._run, job, frozen, later, copied | own, ready, dropped, base, names))
@@ -167,7 +166,7 @@ class LazySaver:
             begun = time.perf_counter()
             if not job.seen:
                 job.seen = True
-                self._windows_s.append(begun - job.begun_s)
+                self._pace.windows_s.append(begun - job.course.begun_s)
             if not job.handle.done:
                 job.freeze(self._deadline_s, self.max_copy if max_copy is None else max_copy)
                 job.handle.stall_s += time.perf_counter() - begun
@@ -341,4 +340,4 @@ class _Stream:
             self._job.wrote(number)
 
     def past_cache(self) -> bool:
-        return self._job.has_time()
+        return self._job.past_cache()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from elastictrain_checkpoint import hashing
 from elastictrain_checkpoint.errors import SaveTimeout, StateChanged
 from elastictrain_checkpoint.handle import SaveHandle, SaveState
 from elastictrain_checkpoint.ledger import Ledger
-from elastictrain_checkpoint.pace import has_time
+from elastictrain_checkpoint.pace import Course
 from elastictrain_checkpoint.part import Part
 from elastictrain_checkpoint.pool import Pool
 from elastictrain_checkpoint.units import Bytes, Plan, Unit, gather
@@ -36,11 +36,11 @@ class Job:
         pool: Pool,
         finish: Callable[[Part], Any] | None,
         intact: Callable[[], str],
-        windows_s: Iterable[float] = (),
+        course: Course,
     ) -> None:
         self.handle, self.pool, self.finish, self.intact = handle, pool, finish, intact
-        self._windows_s = tuple(windows_s)
-        self.begun_s, self.seen = time.perf_counter(), False
+        self.course = course
+        self.seen = False
         self.lock = threading.Condition(threading.Lock())
         self.planned = threading.Event()
         self.plan: Plan | None = None
@@ -102,15 +102,15 @@ class Job:
         if slot is not None:
             self.pool.give_back([slot])
 
-    def has_time(self) -> bool:
-        """Whether what is left can be written slowly; not when the state waits for it, or somebody for the outcome."""
+    def past_cache(self) -> bool:
+        """Whether to go on past the page cache; who waits for the state, or for the outcome, hurries."""
         with self.lock:
             live_bytes = self.ledger.live * hashing.SUM_BLOCK_BYTES
-            return not (self.handle.awaited or (self.touched and live_bytes)) and has_time(
+            return self.course.past_cache(
                 read_bytes=self.handle.written_bytes,
                 live_bytes=live_bytes,
-                since_s=time.perf_counter() - self.begun_s,
-                windows_s=self._windows_s,
+                now_s=time.perf_counter(),
+                hurries=self.handle.awaited or (self.touched and live_bytes > 0),
             )
 
     def freeze(self, deadline_s: float, max_copy: float) -> None:

@@ -79,7 +79,7 @@ def test_the_first_save_is_in_a_hurry_and_the_next_knows_its_time(clock: list[fl
         scene.saver.before_mutation()
         clock[0] += 50.0
         scene.saver.before_mutation()  # the time to the first change is what counts
-    assert list(scene.saver._windows_s) == [2.0, 2.0]
+    assert list(scene.saver._pace.windows_s) == [2.0, 2.0]
 
 
 def test_only_the_last_few_windows_are_remembered(clock: list[float]) -> None:
@@ -88,7 +88,7 @@ def test_only_the_last_few_windows_are_remembered(clock: list[float]) -> None:
         assert scene.save(step)._ended.wait(30)
         clock[0] += step
         scene.saver.before_mutation()
-    assert list(scene.saver._windows_s) == [4.0, 5.0, 6.0, 7.0]
+    assert list(scene.saver._pace.windows_s) == [4.0, 5.0, 6.0, 7.0]
 
 
 def test_while_a_change_waits_the_rest_is_read_as_fast_as_can_be(clock: list[float]) -> None:
