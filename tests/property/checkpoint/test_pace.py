@@ -61,6 +61,12 @@ def test_it_ends_in_time_or_nearly_as_soon_as_the_fast_way(window: float, units:
     assert at <= max(MARGIN * window, probe_s + units / fast) + 1 / slow + 1e-6
 
 
+def test_the_time_that_is_gone_counts() -> None:
+    course = Course(0.0, (1.0 / MARGIN,), cached=1000.0 * MB, direct=100.0 * MB)
+    assert course.past_cache(read_bytes=0, live_bytes=60 * MB, now_s=0.3), "0.6 s of the 0.7 that are left"
+    assert not course.past_cache(read_bytes=0, live_bytes=60 * MB, now_s=0.5), "0.6 s of the 0.5 that are left"
+
+
 @given(window=seconds, units=st.integers(PROBE, 400), slow=rates)
 def test_a_disk_that_was_too_slow_is_tried_anew_for_a_part_of_the_time(window: float, units: int, slow: float) -> None:
     """The cache takes no time."""
