@@ -189,7 +189,7 @@ class AsyncSaver:
         """Call it right before the state changes; see `LazySaver.before_mutation`."""
         if self._staging is not None and self._staged is not None:
             self._staging.order()
-            self._staged.watched = []  # from here on changes come after the copy
+            self._staged.settle()
         self._lazy.before_mutation()
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
@@ -295,7 +295,7 @@ class AsyncSaver:
 
         def wait() -> None:
             copied.synchronize()
-            changed = taken.changed()
+            changed = taken.settle()
             if changed:
                 raise StateChanged(
                     f"step {step} was not saved: {changed} has changed while it was copied from its device. Call "

@@ -7,6 +7,7 @@ the background.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import translate
@@ -32,6 +33,7 @@ class Taken:
         own: names of those that are the save's own.
         watched: (name, tensor, version, address) of what may not change before it is read.
         staged: whether some came from a device.
+        early: what had changed before its owner said that it would (`settle`).
 
     """
 
@@ -39,6 +41,8 @@ class Taken:
     own: set[str] = field(default_factory=set)
     watched: list[tuple[str, torch.Tensor, int, int]] = field(default_factory=list)
     staged: bool = False
+    early: str = ""
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def buffers(self) -> dict[str, memoryview]:
         """The bytes of every tensor."""
@@ -59,6 +63,15 @@ class Taken:
             if version_of(tensor) != version or tensor.data_ptr() != address:
                 return name
         return ""
+
+    def settle(self) -> str:
+        """Nothing is watched from now on: what changes next does so after the copy. Returns the first that had changed
+        before, now or at an earlier call. By the owner before every change, and by whoever has the copy, in any order.
+        """
+        with self.lock:
+            self.early = self.early or self.changed()
+            self.watched = []
+            return self.early
 
 
 def version_of(tensor: torch.Tensor) -> int:
