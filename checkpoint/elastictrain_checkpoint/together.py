@@ -73,8 +73,8 @@ class Posts(Protocol):
         """
 
 
-TURNS = 3
-"""Of an exchange that `Posts`: one that is read, the one before, which is under way, and one that others may begin."""
+TURNS = 2
+"""Of an exchange that `Posts`: one that is read, and the one before, which is under way."""
 _SOUND, _DAMAGED, _FAILED, _OTHER = range(4)
 """What a worker says at the end of its share."""
 
@@ -244,11 +244,9 @@ class Together:
 
     def _by_posting(self, exchange: Posts) -> None:
         """The same; the next round is read while one is under way, and what comes is expected before it is sent."""
-        share, coming, expected = self._share, deque[Callable[[], None]](), 0
+        share, coming = self._share, deque[Callable[[], None]]()
         for number, spans in enumerate(self._rounds):
-            while expected < min(number + TURNS - 1, len(self._rounds)):
-                coming.append(exchange.expect(self._coming(self._rounds[expected])))
-                expected += 1
+            coming.append(exchange.expect(self._coming(spans)))
             self._read(spans[share.worker], share.scratch)
             exchange.send(share.leaving(spans[share.worker], damaged=self._error is not None))
             share.keep(spans[share.worker])

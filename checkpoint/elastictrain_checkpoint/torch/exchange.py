@@ -69,7 +69,7 @@ class GroupExchange:
 
     def make_room(self, sent_bytes: int, come_bytes: int) -> None:
         """See `elastictrain_checkpoint.together.Posts`."""
-        self._leaving = deque(torch.empty(sent_bytes, dtype=torch.uint8) for _ in range(TURNS - 1))
+        self._leaving = deque(torch.empty(sent_bytes, dtype=torch.uint8) for _ in range(TURNS))
         self._arriving = deque(torch.empty(come_bytes, dtype=torch.uint8) for _ in range(TURNS))
 
     def expect(self, come: Sequence[Sequence[NDArray[Any]]]) -> Callable[[], None]:
