@@ -189,13 +189,13 @@ class HostExchange:
             first = self._next(sizes, "share")
             end, taken = first + len(sizes), dict.fromkeys(self._others, first)
             while self._filled[self._worker] < end or min(taken.values(), default=end) < end:
+                self._listen(0)  # before all decisions: what is heard between them and the waiting is not said again
                 turn, idle = self._filled[self._worker], True
                 if turn < end and self._may_fill(turn):
                     memory, idle = self._slot(self._worker, turn)[: sizes[turn - first]], False
                     fill(turn - first, memory)
                     self._say_filled()
                     take(turn - first, self._worker, memory)
-                self._listen(0)
                 for other in self._others:
                     while taken[other] < min(self._filled[other], end):  # it may have filled memory for the next call
                         take(taken[other] - first, other, self._slot(other, taken[other]))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import sys
+import termios
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -134,6 +137,42 @@ def test_a_worker_goes_ahead_as_far_as_there_is_memory_and_no_further() -> None:
 
     assert Host(2).run_with_exchange(work) == [None, None]
     assert taken == list(range(20))
+
+
+def test_what_is_heard_while_it_decides_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worker 1 is done but for the last turn of worker 0, which finds its memory full; only then worker 1 reads, says
+    so, and has no more to say.
+    """
+    turns, taken, full = SLOTS + 1, list[int](), threading.Event()
+    real = HostExchange._may_fill
+
+    def found(self: HostExchange, turn: int) -> bool:
+        may = real(self, turn)
+        if self._worker == 0 and len(taken) < turns:
+            return False
+        if self._worker == 0 and not may:
+            full.set()
+            said = bytearray(4)
+            while int.from_bytes(said, sys.byteorder) < SLOTS:
+                fcntl.ioctl(self._pipes.inboxes[1], termios.FIONREAD, said)
+        return may
+
+    monkeypatch.setattr(HostExchange, "_may_fill", found)
+
+    def one(worker: int) -> None:
+        def take(turn: int, other: int, memory: memoryview) -> None:
+            del turn, memory
+            if (worker, other) == (0, 1):
+                taken.append(1)
+            elif (worker, other) == (1, 0):
+                assert full.wait(30)
+
+        exchange = HostExchange(worker, 2, host.gather(worker), timeout_s=10.0)
+        exchange.make_room(10)
+        exchange.stream([10] * turns, lambda *_: None, take)
+
+    host = Host(2)
+    assert host.run(one) == [None, None]
 
 
 def test_what_a_call_has_given_stays_until_the_next() -> None:
