@@ -99,8 +99,8 @@ class NoticeReader:
         while self.going is None and not self._stop.wait(self._every_s):
             try:
                 self.going = self._ask()
-            except (OSError, ValueError, KeyError, TypeError):
-                continue  # no such service, or not now
+            except Exception:  # no such service, or not now; or nonsense, in the middle of which the line was cut
+                continue
 
     def close(self) -> None:
         self._stop.set()

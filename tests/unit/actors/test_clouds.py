@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from http.client import HTTPException, IncompleteRead
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.error import URLError
 
@@ -143,6 +144,22 @@ def test_a_reader_asks_until_there_is_an_answer_and_survives_nonsense() -> None:
     reader.close()
     assert reader.going == Going(5.0, "why")
     assert answers == []  # asked no more
+
+
+def test_an_answer_that_is_cut_off_does_not_end_the_asking() -> None:
+    answers: list[Going | HTTPException] = [IncompleteRead(b"{"), Going(5.0, "why")]
+    done = threading.Event()
+
+    def ask() -> Going:
+        said = answers.pop(0)
+        if isinstance(said, HTTPException):
+            raise said
+        done.set()
+        return said
+
+    reader = NoticeReader(ask, every_s=0.0)
+    assert done.wait(30.0)
+    reader.close()
 
 
 def test_every_cloud_that_a_job_can_name_is_there() -> None:
