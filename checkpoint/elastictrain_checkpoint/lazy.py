@@ -9,6 +9,7 @@ thread goes on writing. So memory is bounded, and the price is time where storag
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -257,7 +258,6 @@ class LazySaver:
         base: Callable[[], Base | None] | None,
         names: tuple[int, str, str],
     ) -> None:
-        told = dropped or (lambda _: None)
         try:
             time.sleep(YIELD_S + YIELD_PIECE_S * (later[0] if later else len(frozen)))
             with no_collections():
@@ -283,10 +283,10 @@ class LazySaver:
             else:
                 job.handle._end(SaveState.COMMITTED, job.finish(part))
         except Superseded:
-            told(None)
+            _tell(dropped, None)
             job.handle._end(SaveState.SUPERSEDED)
         except BaseException as error:  # whatever it is, it must reach the thread that trains
-            told(error)
+            _tell(dropped, error)
             job.handle._end(SaveState.FAILED, error=error)
         finally:
             job.close()
@@ -307,6 +307,15 @@ class LazySaver:
         assert hashes is not None
         with no_collections():
             return make_part(plan, files, hashes, step=step, attempt=attempt, writer=writer)
+
+
+def _tell(dropped: Callable[[BaseException | None], None] | None, error: BaseException | None) -> None:
+    """Those who depend on a save that has failed. A storage that has failed fails here once more."""
+    try:
+        if dropped is not None:
+            dropped(error)
+    except Exception:  # the outcome must be known all the same
+        logging.getLogger(__name__).exception("nobody could be told that a save was dropped")
 
 
 def _in_place(pieces: Sequence[Piece], frozen: Sequence[Piece]) -> Sequence[Piece]:

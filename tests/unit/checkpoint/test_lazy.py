@@ -203,6 +203,21 @@ def test_an_error_of_the_storage_is_said_once_at_the_next_call(scene: Scene) -> 
     assert list_steps(scene.store) == [2]
 
 
+def test_the_outcome_is_known_although_nobody_could_be_told(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    """The storage that has failed is also where others would learn of it, and not all storage raises OSErrors."""
+
+    def nobody_hears(error: BaseException | None) -> None:
+        raise RuntimeError("SSH session not active")
+
+    scene.gate.error = OSError(5, "Input/output error")
+    scene.gate.opened.set()
+    handle = scene.save(1, dropped=nobody_hears)
+    assert handle.wait(30) is SaveState.FAILED
+    scene.gate.error = None
+    assert scene.save(2).result(30).step == 2
+    assert "SSH session not active" in caplog.text
+
+
 def test_an_error_that_somebody_has_asked_for_is_not_said_again(scene: Scene) -> None:
     scene.gate.error = OSError(5, "Input/output error")
     scene.gate.opened.set()
