@@ -221,7 +221,7 @@ class Ahead:
             window = self._following(coming.window)
             if window is not None:
                 following = window, coming.due + self._steps_of(coming.window, int(coming.due))
-        except Exception:  # who asks for the window reads it, and gets the error if there still is one
+        except BaseException:  # who asks for the window reads it, and gets the error if there still is one
             loaded = None
         finally:
             with self._changed:

@@ -42,7 +42,7 @@ class BlockServer:
         self._items: dict[int, object] = {}
         self._threads: list[threading.Thread] = []
         self._key: str | None = None
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._pause_s, self._next_reader_s = 0.0, float("-inf")
         self._usual_s = 0.0
         self._counts = {"decoded": 0, "decoded_bytes": 0, "handed_out": 0, "refused": 0, "peak_bytes": 0}
@@ -142,7 +142,7 @@ class BlockServer:
     def _serve(self) -> None:
         try:
             source = self._open()
-        except Exception as error:
+        except BaseException as error:  # also a panic in Rust, which is no Exception: workers wait for this thread
             self._give_up(error)
             return
         try:
@@ -153,7 +153,7 @@ class BlockServer:
                 return
             while (block := self._wait_for_work()) is not None:
                 self._read(source, warm, block)
-        except Exception as error:
+        except BaseException as error:
             self._give_up(error)
         finally:
             source.close()
@@ -167,7 +167,7 @@ class BlockServer:
             self._changed.notify_all()
             return key == self._key
 
-    def _give_up(self, error: Exception | None) -> None:
+    def _give_up(self, error: BaseException | None) -> None:
         """The thread that calls this reads nothing; another one may be tried after a pause."""
         with self._changed:
             if self._key is None:
@@ -195,7 +195,7 @@ class BlockServer:
             if self._reserve(block, arrays, decoded):
                 item = self._put(arrays)
                 self._show(block, item, self._clock() - begun_s)
-        except Exception:  # who needs the block reads it, and gets the error if there still is one
+        except BaseException:  # who needs the block reads it, and gets the error if there still is one
             with self._changed:
                 self._ledger.failed(block)
                 self._changed.notify_all()

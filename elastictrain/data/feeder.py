@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -126,7 +127,7 @@ class Feeder:
         self._lock = threading.RLock()  # taken for every batch: entering the condition itself takes longer
         self._changed = threading.Condition(self._lock)
         self._wanted: deque[Place] = deque()
-        self._ready: dict[Place, Tensors | Exception] = {}
+        self._ready: dict[Place, Tensors | BaseException] = {}
         self._ready_bytes = self._usual_bytes = 0
         self._rests = False  # the thread, since the budget is used up
         self._impatient = 0  # callers that are to be woken up
@@ -202,7 +203,7 @@ class Feeder:
             result = self._wait_for(place, begun_s + self._deadline_s)
             if isinstance(result, Tensors):
                 result.waited = waited_for(before, self.meter.read(), time.monotonic() - begun_s)
-        if isinstance(result, Exception):
+        if isinstance(result, BaseException):
             raise result
         if result.copied is not None:  # what computes waits for the copy; the host does not
             current = torch.cuda.current_stream(self._device)
@@ -213,7 +214,7 @@ class Feeder:
             result.widen()
         return result
 
-    def _wait_for(self, place: Place, deadline: float) -> Tensors | Exception:
+    def _wait_for(self, place: Place, deadline: float) -> Tensors | BaseException:
         """Wait for a batch that is being read, or read one that is not."""
         with self._lock:
             try:
@@ -262,13 +263,13 @@ class Feeder:
     ) -> None:
         self.close()
 
-    def _take(self, place: Place) -> Tensors | Exception | None:
+    def _take(self, place: Place) -> Tensors | BaseException | None:
         result = self._ready.pop(place, None)
         if isinstance(result, Tensors):
             self._ready_bytes -= result.bytes
         return result
 
-    def _put(self, place: Place, result: Tensors | Exception) -> None:
+    def _put(self, place: Place, result: Tensors | BaseException) -> None:
         self._ready[place] = result
         if isinstance(result, Tensors):
             self._ready_bytes += result.bytes
@@ -302,18 +303,19 @@ class Feeder:
 
     def _read_ahead(self) -> None:
         while (place := self._next_place()) is not None:
-            result: Tensors | Exception
+            result: Tensors | BaseException
             try:
                 result = self._read(place)
-            except Exception as error:
+            except BaseException as error:  # also a panic in Rust, which is no Exception: somebody waits for it
                 result = error
             with self._lock:
                 if self._keep_in_flight and not self._closed:
                     self._put(place, result)
                 self._in_flight = None
-                self._put_what_is_made()
                 if self._impatient:
                     self._changed.notify_all()
+                with suppress(BaseException):  # who asks for such a batch gets its error; this thread goes on
+                    self._put_what_is_made()
 
     def _next_place(self) -> Place | None:
         """Wait for a place that is to be read; None when closed."""

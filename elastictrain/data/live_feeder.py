@@ -59,7 +59,7 @@ class LiveFeeder:
         self._looks = self._waits = 0  # for segments: how often it was looked, and how often somebody began to wait
         self._answered = 0  # `_waits` at the begin of the last look
         self._rests_until_s = 0.0  # when nothing was there
-        self._error: tuple[int, Exception] | None = None  # of the last look: its number, and what it raised
+        self._error: tuple[int, BaseException] | None = None  # of the last look: its number, and what it raised
         self._closed = False
         self._thread = threading.Thread(target=self._look_out, name="elastictrain-segments", daemon=True)
         self._thread.start()
@@ -195,7 +195,7 @@ class LiveFeeder:
             if is_due:
                 self._look()
             elif step is not None:
-                with suppress(Exception):  # who needs that step gets it
+                with suppress(BaseException):  # who needs that step gets it
                     self._source.prepare(step)
                 with self._changed:
                     self._prepared = max(self._prepared, step + 1)
@@ -204,10 +204,11 @@ class LiveFeeder:
         with self._changed:
             needed = self._needed > self._source.decided
             self._looks, self._answered = self._looks + 1, self._waits
-        grown, failed = False, None
+        grown = False
+        failed: BaseException | None = None
         try:
             grown = self._source.advance(needed=needed)
-        except Exception as error:
+        except BaseException as error:  # also a panic in Rust, which is no Exception: somebody waits for this look
             failed = error
         if grown:
             with self._handing:

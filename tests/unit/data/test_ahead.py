@@ -21,6 +21,7 @@ from elastictrain.data.order import LaneOrder, Window
 from elastictrain.data.windows import Block, Loaded, key_of, place_of
 from elastictrain.errors import DataError
 from elastictrain.job import Data
+from tests.support.panic import Panic
 
 BLOCK_BYTES = 80
 LANES, BLOCKS = 3, 24
@@ -47,6 +48,7 @@ class Files:
         self.reads: list[Name] = []
         self.gates: dict[Name, threading.Event] = {}
         self.broken: set[Name] = set()
+        self.error: type[BaseException] = DataError
         self.progress = threading.Condition()
         self.ahead: Ahead | None = None
 
@@ -57,7 +59,7 @@ class Files:
         if name_of(window) in self.gates:
             assert self.gates[name_of(window)].wait(30)
         if name_of(window) in self.broken:
-            raise DataError("broken")
+            raise self.error("broken")
         assert self.ahead is not None
         self.ahead.check()
         return FakeLoaded(window)  # type: ignore[return-value]
@@ -183,8 +185,10 @@ def test_a_window_that_is_being_read_is_waited_for_and_one_that_is_not_is_left_t
         assert (1, (0, 0)) not in files.reads, "the caller has it"
 
 
-def test_what_cannot_be_read_is_left_to_the_caller_and_the_rest_goes_on() -> None:
+@pytest.mark.parametrize("error", [DataError, Panic])
+def test_what_cannot_be_read_is_left_to_the_caller_and_the_rest_goes_on(error: type[BaseException]) -> None:
     with reading(100, lambda files: files.broken.add((0, (0, 0)))) as (files, ahead):
+        files.error = error
         ahead.expect([(0, files.first(0)), (1, files.first(1))], range(LANES))
         assert (1, (0, 0)) in until_ready(ahead, 2)
         assert ahead.take(files.first(0)) is None

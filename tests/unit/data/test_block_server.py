@@ -21,6 +21,7 @@ from elastictrain.data.block_server import BlockServer
 from elastictrain.data.sharing import Answer, Ask, Look
 from elastictrain.data.warm import Arrays, cache_key
 from elastictrain.data_settings import Mixture
+from tests.support.panic import Panic
 from tests.unit.data.test_node_feeding import PLENTY, Wire, bits, read_only, source_of, wait_until, write
 
 READ_S = 30.0
@@ -156,6 +157,45 @@ def test_a_thread_that_cannot_open_the_data_is_tried_again_and_the_others_go_on(
         assert ask(0, wait_s=READ_S).look is Look.HERE
     finally:
         opener.gate.set()
+        server.close()
+
+
+def panic() -> Source:
+    raise Panic("unwrap on None")
+
+
+def test_a_panic_while_the_data_are_opened_is_said() -> None:
+    server = BlockServer(panic, read_only, limit_bytes=PLENTY, cpus=2)
+    try:
+        assert server.opened(READ_S) == "Panic: unwrap on None"
+        assert not server.is_opening
+    finally:
+        server.close()
+
+
+def test_a_block_whose_reading_panics_is_left_to_the_worker_and_the_next_one_is_read(tmp_path: Path) -> None:
+    folder = write(tmp_path / "data")
+    opener, broken = Slow(folder), {0}
+
+    def opening() -> Source:
+        source = opener()
+        read = source.read_block
+
+        def panicking(block: int) -> Arrays:
+            if block in broken:
+                raise Panic
+            return read(block)
+
+        source.read_block = panicking  # type: ignore[method-assign]
+        return source
+
+    opener.gate.set()
+    server = started(opening)
+    try:
+        ask = Asker(server, cache_key(source_of(folder).content))
+        assert ask(0, wait_s=READ_S).look is Look.NONE
+        assert ask(1, wait_s=READ_S).look is Look.HERE
+    finally:
         server.close()
 
 

@@ -20,6 +20,7 @@ from elastictrain.data.meter import Meter, timed
 from elastictrain.data.runs import Batch, Run
 from elastictrain.errors import DataError
 from elastictrain.job import Data
+from tests.support.panic import Panic
 
 BATCH_BYTES = 16  # of the fake's: two int64
 
@@ -31,6 +32,7 @@ class FakeReader:
         self.reads: list[Place] = []
         self.gates: dict[Place, threading.Event] = {}
         self.broken: set[Place] = set()
+        self.panics = self.cannot_make = False
         self.progress = threading.Condition()
 
     def batch(self, step: int, lane: int) -> Batch:
@@ -40,7 +42,7 @@ class FakeReader:
         if (step, lane) in self.gates:
             assert self.gates[step, lane].wait(30)
         if (step, lane) in self.broken:
-            raise DataError(f"broken at {step}, {lane}")
+            raise Panic if self.panics else DataError(f"broken at {step}, {lane}")
         return Batch({"x": np.asarray([step, lane])}, sample_ids([step], [lane]))
 
     def take(self, step: int, lane: int) -> tuple[Run, int]:
@@ -48,6 +50,8 @@ class FakeReader:
         return Run(step, lane, 1, dict(batch), batch.ids), 0
 
     def made(self, places: Iterable[Place], count: int) -> list[tuple[Run, int]]:
+        if self.cannot_make:
+            raise TypeError("no tensor can be made of these")
         return []
 
     def wait_for_reads(self, count: int) -> None:
@@ -334,3 +338,32 @@ def test_a_batch_that_could_not_be_read_does_not_lie_ready() -> None:
         assert not feeder.ready(1, 0)
         with pytest.raises(DataError, match="broken at 1, 0"):
             feeder.batch(1, 0)
+
+
+def test_a_panic_in_the_thread_is_raised_by_its_batch_and_the_thread_goes_on() -> None:
+    reader = FakeReader()
+    reader.broken, reader.panics = {(0, 1)}, True
+    with feeder_of(reader, deadline_s=30.0) as feeder:
+        feeder.expect([(0, 0), (0, 1), (0, 2)])
+        reader.wait_for_reads(3)
+        with pytest.raises(Panic):
+            feeder.batch(0, 1)
+        assert feeder.batch(0, 2)["x"].tolist() == [0, 2]
+        assert len(reader.reads) == 3
+
+
+def test_who_waits_is_woken_although_what_follows_cannot_be_made() -> None:
+    reader = FakeReader()
+    reader.gates[0, 0], reader.cannot_make = threading.Event(), True
+    with feeder_of(reader) as feeder:
+        sleeps = when_it_waits(feeder, "_impatient")
+        feeder.expect([(0, 0), (0, 1)])
+        found: list[list[int]] = []
+        reader.wait_for_reads(1)
+        caller = threading.Thread(target=lambda: found.append(feeder.batch(0, 0)["x"].tolist()), daemon=True)
+        caller.start()
+        assert sleeps.wait(30)
+        reader.gates[0, 0].set()
+        caller.join(30)
+        assert found == [[0, 0]]
+        reader.wait_for_reads(2)

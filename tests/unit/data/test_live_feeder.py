@@ -10,6 +10,7 @@ import pytest
 
 from elastictrain.data.live_feeder import LiveFeeder
 from elastictrain.errors import DataError
+from tests.support.panic import Panic
 
 PATIENCE_S = 30.0
 
@@ -70,6 +71,10 @@ def fails(_: bool) -> bool:
     raise DataError("out of reach")
 
 
+def panics(_: bool) -> bool:
+    raise Panic
+
+
 def grows(_: bool) -> bool:
     return True
 
@@ -95,6 +100,13 @@ def test_what_fails_while_somebody_waits_is_raised_and_then_over() -> None:
             feeder.batch(0, 0)
         assert feeder.batch(0, 0) == {"step": 0, "lane": 0}
     assert script.asked == [True, True]
+
+
+def test_a_panic_while_somebody_waits_is_raised_and_the_next_look_goes_on() -> None:
+    with feeding(Script(panics, grows)) as feeder:
+        with pytest.raises(Panic):
+            feeder.batch(0, 0)
+        assert feeder.batch(0, 0) == {"step": 0, "lane": 0}
 
 
 @pytest.mark.parametrize("fails_first", [False, True])
