@@ -140,7 +140,7 @@ def test_a_reader_asks_until_there_is_an_answer_and_survives_nonsense() -> None:
         return answer
 
     reader = NoticeReader(ask, every_s=0.0)
-    assert done.wait(10.0)
+    assert done.wait(30.0)
     reader.close()
     assert reader.going == Going(5.0, "why")
     assert answers == []  # asked no more

@@ -75,14 +75,14 @@ def order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunOrder]
     yield RunOrder(job, str(tmp_path / "run"), FACTS, Restore(0, None), (), (), {}, "namespace", "token")
     for thread in threading.enumerate():
         if thread.name == "elastictrain-controller":
-            thread.join(10)
+            thread.join(60)
     assert ended == [("controller", "namespace")], "when all is over it ends its own actor"
 
 
 def run_to_its_end(actor: ControllerActor) -> tuple[list[tuple[str, Any]], Outcome]:
     """As the watcher sees it."""
     items: list[tuple[str, Any]] = []
-    until_s, outcome = time.monotonic() + 10.0, None
+    until_s, outcome = time.monotonic() + 60.0, None
     while outcome is None and time.monotonic() < until_s:
         found, outcome = actor.take(1.0)
         items += found

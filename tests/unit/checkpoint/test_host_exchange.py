@@ -167,7 +167,7 @@ def test_what_is_heard_while_it_decides_is_not_waited_for(monkeypatch: pytest.Mo
             elif (worker, other) == (1, 0):
                 assert full.wait(30)
 
-        exchange = HostExchange(worker, 2, host.gather(worker), timeout_s=10.0)
+        exchange = HostExchange(worker, 2, host.gather(worker), timeout_s=30.0)
         exchange.make_room(10)
         exchange.stream([10] * turns, lambda *_: None, take)
 

@@ -196,7 +196,7 @@ def test_work_is_not_given_to_a_thread_that_is_told_to_end(monkeypatch: pytest.M
     thread.join(30)
     monkeypatch.setattr(thread, "is_alive", lambda: True)  # that moment
     standby.give(done.set)
-    assert done.wait(10)
+    assert done.wait(30)
 
 
 def test_a_forked_process_has_a_thread_of_its_own() -> None:

@@ -91,7 +91,7 @@ def test_commits_follow_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert gate.reached.wait(60)
     second = threading.Thread(target=begin_commit, args=(saver, model, 4, 1, told, waits.set))
     second.start()
-    assert waits.wait(10), "the first one is under way"
+    assert waits.wait(60), "the first one is under way"
     gate.go_on.set()
     second.join(60)
     saver.wait_for_commit(STAY)
