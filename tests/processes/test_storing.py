@@ -13,6 +13,7 @@ from tests.processes.test_stop_and_resume import stored
 from tests.support.plants import both, wait_for_pause
 from tests.support.plants_storing import (
     commits_are_known,
+    commits_are_seen,
     dies_before_it_says_what_was_lost,
     dies_waiting_for_shares,
     manifest_hangs,
@@ -151,7 +152,7 @@ def test_the_publisher_dies_between_packs_and_manifest(
     folder: Path, tmp_path: Path, reference: Run, still: Store
 ) -> None:
     job = byte_job(folder, checkpoint=stored(tmp_path, every_steps=4, at_end=False))
-    run = run_job(job, [kill(0, 4, "manifest")], patch=storage_is_fast)
+    run = run_job(job, [kill(0, 4, "manifest")], patch=both(storage_is_fast, commits_are_seen))
     assert run.digest == reference.digest
     found = whole(tmp_path, still)
     assert found[0] in (5, 6)
@@ -166,7 +167,7 @@ def test_the_publisher_dies_right_after_the_manifest_and_its_successor_finds_it(
     folder: Path, tmp_path: Path, reference: Run, still: Store
 ) -> None:
     job = byte_job(folder, checkpoint=stored(tmp_path, every_steps=4, at_end=False))
-    run = run_job(job, [kill(0, 4, "committed")], patch=storage_is_fast)
+    run = run_job(job, [kill(0, 4, "committed")], patch=both(storage_is_fast, commits_are_seen))
     assert run.digest == reference.digest
     assert whole(tmp_path, still) == [4, 8], "nothing is stored in its place"
     assert [event["step"] for event in run.record.of("checkpoint")] == [4, 8]
@@ -242,7 +243,9 @@ def test_by_a_budget_too_the_sealed_step_is_stored_instead(
     folder: Path, tmp_path: Path, reference: Run, still: Store
 ) -> None:
     settings = {"path": str(tmp_path / "ckpt"), "max_loss": "1h", "keep": 10, "at_end": False}
-    run = run_job(byte_job(folder, checkpoint=settings), [kill(0, 1, "manifest")], patch=storage_is_fast)
+    run = run_job(
+        byte_job(folder, checkpoint=settings), [kill(0, 1, "manifest")], patch=both(storage_is_fast, commits_are_seen)
+    )
     assert run.digest == reference.digest
     (lost,) = run.record.of("checkpoint_given_up")
     assert lost["step"] == 1
