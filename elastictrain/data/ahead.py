@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from elastictrain.data.order import Window
@@ -200,7 +201,8 @@ class Ahead:
 
     def _run(self) -> None:
         while (coming := self._wait_for_work()) is not None:
-            self._read(coming)
+            with suppress(BaseException):  # the thread goes on, whatever a window was read with
+                self._read(coming)
             del coming  # a window that was used up must not live on here
 
     def _wait_for_work(self) -> _Coming | None:
@@ -221,6 +223,8 @@ class Ahead:
             window = self._following(coming.window)
             if window is not None:
                 following = window, coming.due + self._steps_of(coming.window, int(coming.due))
+        except (KeyboardInterrupt, SystemExit):  # meant for whoever waits, if that reads here
+            raise
         except BaseException:  # who asks for the window reads it, and gets the error if there still is one
             loaded = None
         finally:
