@@ -31,7 +31,7 @@ def test_policies_and_a_pin_decide_what_stays(folder: Path, tmp_path: Path, refe
 
     keep = {"newest": 3, "every_steps": 4, "best": {"metric": "loss", "mode": "max"}, "verify": True}
     job = byte_job(folder, checkpoint=stored(tmp_path, keep=keep))
-    run = run_job(job, [kill(2, 6, "vote")], patch=both(storage_is_fast, pins(2)))
+    run = run_job(job, [kill(2, 6, "vote")], patch=both(commits_are_fast, pins(2)))
     assert run.digest == reference.digest
     losses = {step: load(store, step).info["loss"] for step in list_steps(store)}
     assert losses == {step: reference.losses[step] for step in losses}, "manifests say the metrics of their step"
