@@ -194,7 +194,7 @@ def test_many_faults_in_one_run(folder):
     undisturbed = run_job(byte_job(folder, steps=steps, workers=1))
     faults = [kill(w, 4 + 7 * w, PHASES[w % 6]) for w in range(7)]
     job = byte_job(folder, steps=steps, workers={"max": 3, "spares": 1, "replace": True})
-    run = run_job(job, faults, patch=wait_for_company(3))
+    run = run_job(job, faults, patch=wait_for_company(3), all_ready_first=True)
     assert run.digest == undisturbed.digest
     assert run.losses == undisturbed.losses
     assert sorted(lost["worker"] for lost in run.record.of("worker_lost")) == list(range(7))
