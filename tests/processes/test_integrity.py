@@ -193,7 +193,7 @@ def test_flips_among_other_faults(folder: Path) -> None:
     job = byte_job(folder, steps=40, workers={"max": 4, "spares": 1, "replace": True})
     alone = run_job(byte_job(folder, steps=40, workers=1))
     faults = [kill(0, 5, "vote"), flip(1, 9, "master"), flip(2, 9, "gradient"), kill(3, 16, "apply")]
-    run = run_job(job, [*faults, flip(4, 22, "optimizer")], patch=wait_for_company(4))
+    run = run_job(job, [*faults, flip(4, 22, "optimizer")], patch=wait_for_company(4), all_ready_first=True)
     same(run, alone)
     assert {1, 2, 4} == set(named(run))
 
