@@ -185,7 +185,7 @@ def test_a_window_that_is_being_read_is_waited_for_and_one_that_is_not_is_left_t
         assert (1, (0, 0)) not in files.reads, "the caller has it"
 
 
-@pytest.mark.parametrize("error", [DataError, Panic])
+@pytest.mark.parametrize("error", [DataError, Panic, SystemExit])
 def test_what_cannot_be_read_is_left_to_the_caller_and_the_rest_goes_on(error: type[BaseException]) -> None:
     with reading(100, lambda files: files.broken.add((0, (0, 0)))) as (files, ahead):
         files.error = error

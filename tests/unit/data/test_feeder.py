@@ -254,9 +254,11 @@ def when_it_waits(feeder: Feeder, attribute: str) -> threading.Event:
     return waits
 
 
-def test_who_has_waited_for_a_while_is_woken_by_the_batch() -> None:
+@pytest.mark.parametrize("cannot_make", [False, True])
+def test_who_has_waited_for_a_while_is_woken_by_the_batch(cannot_make: bool) -> None:
+    """Also if what lies ready of the next ones cannot be made; and the thread goes on."""
     reader = FakeReader()
-    reader.gates[0, 0] = threading.Event()
+    reader.gates[0, 0], reader.cannot_make = threading.Event(), cannot_make
     with feeder_of(reader) as feeder:
         sleeps = when_it_waits(feeder, "_impatient")
         feeder.expect([(0, 0), (0, 1)])
@@ -269,6 +271,7 @@ def test_who_has_waited_for_a_while_is_woken_by_the_batch() -> None:
         caller.join(30)
         assert found == [[0, 0]]
         assert feeder._impatient == 0
+        reader.wait_for_reads(2)
 
 
 def test_a_feeder_of_its_own_gives_the_same_bits_and_shares_the_budget(tmp_path: Path) -> None:
@@ -350,20 +353,3 @@ def test_a_panic_in_the_thread_is_raised_by_its_batch_and_the_thread_goes_on() -
             feeder.batch(0, 1)
         assert feeder.batch(0, 2)["x"].tolist() == [0, 2]
         assert len(reader.reads) == 3
-
-
-def test_who_waits_is_woken_although_what_follows_cannot_be_made() -> None:
-    reader = FakeReader()
-    reader.gates[0, 0], reader.cannot_make = threading.Event(), True
-    with feeder_of(reader) as feeder:
-        sleeps = when_it_waits(feeder, "_impatient")
-        feeder.expect([(0, 0), (0, 1)])
-        found: list[list[int]] = []
-        reader.wait_for_reads(1)
-        caller = threading.Thread(target=lambda: found.append(feeder.batch(0, 0)["x"].tolist()), daemon=True)
-        caller.start()
-        assert sleeps.wait(30)
-        reader.gates[0, 0].set()
-        caller.join(30)
-        assert found == [[0, 0]]
-        reader.wait_for_reads(2)
