@@ -109,7 +109,7 @@ def test_stopped_locked_and_spinning_workers_are_named_killed_and_confirmed(yard
         began_s = time.monotonic()
         assert yard.agent.kill(1, pid, ticks) is KillAnswer.GONE
         assert time.monotonic() - began_s < 2.0
-        assert yard.workers[number].wait(timeout=60) == -signal.SIGKILL
+        assert yard.workers[number].wait(timeout=5) == -signal.SIGKILL
         yard.watchman.worker_gone(number)
         yard.watchman.formed(number + 2, range(number + 1, 3))
 
