@@ -172,10 +172,9 @@ class Driver:
     def _turn(self) -> None:
         deadline_s = self.machine.next_deadline_s()
         wait_s = POLL_S if deadline_s is None else min(POLL_S, max(0.0, deadline_s - self._clock()))
-        messages = list(self.effects.poll(wait_s))
-        if any(isinstance(message, ev.WorkerFailed) and message.kind not in NO_END for message in messages):
-            messages = self._last_words() + messages
-        self._hear(messages)
+        ends = self._hear_but_ends(wait_s)
+        if ends:
+            self._hear(ends + self._last_words())
         while not self._requests.empty():
             self._handle(self._requests.get())
         if deadline_s is not None and self._clock() >= deadline_s:
@@ -224,11 +223,19 @@ class Driver:
         self._awaiting[said.worker] = said.why
 
     def _last_words(self) -> list[Heard]:
-        """An error may end the run at once; what others have published by then must still be heard."""
-        until_s, found = time.monotonic() + LAST_WORDS_S, list[Heard]()
+        """An error may end the run at once; what others have published by then must still be heard, before it and in
+        the order in which it was said: the row of a step that comes after a later one's is none. Returns further ends.
+        """
+        until_s, ends = time.monotonic() + LAST_WORDS_S, list[Heard]()
         while (left_s := until_s - time.monotonic()) > 0:
-            found += self.effects.poll(left_s)
-        return found
+            ends += self._hear_but_ends(left_s)
+        return ends
+
+    def _hear_but_ends(self, wait_s: float) -> list[Heard]:
+        """Hear the next messages but those that end the run, which are returned."""
+        messages = self.effects.poll(wait_s)
+        self._hear([message for message in messages if not _ends(message)])
+        return [message for message in messages if _ends(message)]
 
     def _handle(self, event: ev.Event) -> None:
         if self._outcome is not None:
@@ -282,6 +289,10 @@ class Driver:
         alive = {worker["worker"] for worker in self._seen["workers"]}
         self._awaiting = {worker: why for worker, why in self._awaiting.items() if worker in alive}
         return next((f"data: {why}" for why in self._awaiting.values()), None)
+
+
+def _ends(message: Heard) -> bool:
+    return isinstance(message, ev.WorkerFailed) and message.kind not in NO_END
 
 
 def _in_words(error: OSError) -> str:

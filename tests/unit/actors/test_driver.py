@@ -150,12 +150,35 @@ def test_requests_come_in_between_events():
 def test_what_others_have_published_before_an_error_is_heard(kind: str):
     """The error may come first: it is urgent, and rows ride along with what comes later."""
     failed = ev.WorkerFailed(0.0, 1, 0, kind, "ValueError: the recipe's")
-    later = [Row({"step": 3}), ev.Progress(0.0, 1, 3)]
+    later = [Row({"step": 4}), ev.Progress(0.0, 1, 4)]
     sealed = [ev.Sealed(0.0, 1, 0, 0), Row({"step": 1})]
-    outcome, _, record, _, _ = drive([READY], sealed, [failed, Row({"step": 2})], [], later)
-    assert (outcome.outcome, outcome.step) == ("failed", 3)
+    with_it = [Row({"step": 2}), failed, Row({"step": 3})]
+    outcome, _, record, _, _ = drive([READY], sealed, with_it, [], later)
+    assert (outcome.outcome, outcome.step) == ("failed", 4)
     assert "ValueError: the recipe's" in outcome.error
-    assert sorted(row["step"] for row in record.rows) == [1, 2, 3]
+    assert [row["step"] for row in record.rows] == [1, 2, 3, 4], "in order: a row after a later one's is not written"
+
+
+def test_of_several_errors_the_first_that_is_heard_ends_the_run():
+    failed = [ev.WorkerFailed(0.0, 1, 0, "user", f"ValueError: {which}") for which in ("first", "second")]
+    outcome, _, record, _, _ = drive([READY], [ev.Sealed(0.0, 1, 0, 0)], failed[:1], [Row({"step": 1}), failed[1]])
+    assert (outcome.outcome, "ValueError: first" in outcome.error) == ("failed", True)
+    assert [row["step"] for row in record.rows] == [1]
+
+
+def test_what_is_heard_before_an_error_is_written_before_the_next_poll():
+    """A poll tells the workers that they may forget what the one before it has returned."""
+    failed = ev.WorkerFailed(0.0, 1, 0, "user", "ValueError: the recipe's")
+    record, written = Record(), []
+
+    class Forgetting(Scripted):
+        def poll(self, timeout_s: float) -> list[Any]:
+            written.append([row["step"] for row in record.rows])
+            return super().poll(timeout_s)
+
+    effects = Forgetting([READY], [ev.Sealed(0.0, 1, 0, 0)], [Row({"step": 1}), failed], [Row({"step": 2})], [])
+    Driver(Machine(SPEC), effects, record, Journal()).run(ev.Begun(0.0, Restore(0, None)))
+    assert written[:5] == [[], [], [], [1], [1, 2]]
 
 
 def test_status_speaks_the_words_of_the_run_directory():
