@@ -159,7 +159,9 @@ class Miscompute(_Fault):
 
 class Slow(_Fault):
     """From `step` on, for `steps` steps (default: to the end), the "compute" (or the wait for "data") of `worker`'s
-    lanes takes `factor` times as long. Emulated: it waits after each of them.
+    lanes takes `factor` times as long; or what it gets over its "link": its exchange of gradients does (waiting for
+    those who come later to it included), or takes `delay_s` longer in each step. Emulated: it waits after each lane, or
+    after what has come. Who then needs it waits, too.
     """
 
     do: Literal["slow"] = "slow"
@@ -167,7 +169,18 @@ class Slow(_Fault):
     step: PositiveInt = 1
     steps: PositiveInt | None = None
     factor: Annotated[float, BeforeValidator(not_a_switch), Field(gt=1, le=1000.0)] = 2.0
-    what: Literal["compute", "data"] = "compute"
+    what: Literal["compute", "data", "link"] = "compute"
+    delay_s: Annotated[float, BeforeValidator(not_a_switch), Field(gt=0, le=3600.0)] | None = None
+
+    @model_validator(mode="after")
+    def _exists(self) -> Self:
+        if self.delay_s is None:
+            return self
+        if self.what != "link":
+            raise ValueError(f"delay_s={self.delay_s} and what={self.what}: only a link has a delay; use factor")
+        if self.factor != type(self).model_fields["factor"].default:
+            raise ValueError(f"delay_s={self.delay_s} and factor={self.factor}: a link has one of them; remove one")
+        return self
 
 
 AtPhase = Kill | Fail | Freeze | Terminate | LoseNode
@@ -212,8 +225,16 @@ def miscompute(worker: int, step: int = 1, *, one_in: int = 10, seed: int = 0) -
     return _checked(Miscompute, worker=worker, step=step, one_in=one_in, seed=seed)
 
 
-def slow(worker: int, step: int = 1, *, factor: float = 2.0, steps: int | None = None, what: str = "compute") -> Slow:
-    return _checked(Slow, worker=worker, step=step, factor=factor, steps=steps, what=what)
+def slow(
+    worker: int,
+    step: int = 1,
+    *,
+    factor: float = 2.0,
+    steps: int | None = None,
+    what: str = "compute",
+    delay_s: float | None = None,
+) -> Slow:
+    return _checked(Slow, worker=worker, step=step, factor=factor, steps=steps, what=what, delay_s=delay_s)
 
 
 def add(step: int) -> Add:

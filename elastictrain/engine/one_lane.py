@@ -16,6 +16,7 @@ from elastictrain.data.seeds import lane_seed
 from elastictrain.engine.flat import FlatModel
 from elastictrain.engine.integrity import LaneSum
 from elastictrain.engine.lanes import LaneTree
+from elastictrain.engine.signals import Timer
 from elastictrain.errors import RecipeError
 from elastictrain.job import Job
 from elastictrain.signs import Activity
@@ -65,8 +66,8 @@ class LaneResult:
 
 class OneLane:
     """Runs lanes; `check` raises when the session has parked, `enter` says what this worker is doing, `spoils(step)`
-    whether the next lane is to come out wrong, `drags(step, what)` by what factor its "compute" or its "data" are to
-    take longer (injected faults).
+    whether the next lane is to come out wrong, `drags(step, what, took_s)` how many seconds more its "compute", its
+    "data" or its "link" are to take (injected faults).
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class OneLane:
         check: Callable[[], None],
         enter: Callable[[Activity], None],
         spoils: Callable[[int], bool],
-        drags: Callable[[int, str], float] = lambda _, __: 1.0,
+        drags: Callable[[int, str, float], float] = lambda *_: 0.0,
     ) -> None:
         self._job, self._recipe, self._flat, self._tree, self._batches = job, recipe, flat, tree, batches
         self._check, self._enter, self._spoils, self._drags = check, enter, spoils, drags
@@ -95,7 +96,7 @@ class OneLane:
         begun = time.perf_counter()
         batch = self._batches.batch(step, lane)
         waited = lost_to_data(getattr(batch, "waited", {}), time.perf_counter() - begun)
-        dragged_s = self._drag(step, "data", begun)
+        dragged_s = self._drag(step, "data", time.perf_counter() - begun)
         self._enter(Activity.COMPUTE)
         begun = time.perf_counter()
         self._flat.before_lane()
@@ -110,7 +111,7 @@ class OneLane:
             self._tree.end_micro_batch()
             total, weight = total + float(loss.detach()), weight + part
         self._tree.end(self._flat.after_lane(first))
-        self._drag(step, "compute", begun)
+        self._drag(step, "compute", time.perf_counter() - begun)
         tokens = batch.get("tokens")
         rows, length = (tokens.shape[0], tokens.shape[1] - 1) if tokens is not None and tokens.dim() == 2 else (0, 0)
         if dragged_s:
@@ -118,12 +119,20 @@ class OneLane:
         samples_hash = getattr(batch, "samples_hash", 0)
         return LaneResult(total, weight, rows * length, samples_hash, waited, float(rows * length * length))
 
-    def _drag(self, step: int, what: str, begun: float) -> float:
-        """Wait, where a fault asks for it: emulates a slower device or slower data. Returns the seconds waited."""
-        factor = self._drags(step, what)
-        if factor <= 1.0:
-            return 0.0
-        wait_s = (factor - 1.0) * (time.perf_counter() - begun)
+    def link(self, step: int, seconds: dict[str, float]) -> None:
+        """What has come in the exchange comes later, where a fault asks for it: in `seconds` it is a part of
+        "exchange_s", and "dragged_s" says how much of that is emulated.
+        """
+        with Timer(seconds, "exchange_s"):
+            dragged_s = self._drag(step, "link", seconds.get("exchange_s", 0.0))
+        if dragged_s:
+            seconds["dragged_s"] = dragged_s
+
+    def _drag(self, step: int, what: str, took_s: float) -> float:
+        """Wait, where a fault asks for it: emulates a slower device, slower data or a slower link for what has taken
+        `took_s`. Returns the seconds waited.
+        """
+        wait_s = self._drags(step, what, took_s)
         until = time.perf_counter() + wait_s
         while (left_s := until - time.perf_counter()) > 0:  # as a slow device, it can be told to stop
             time.sleep(min(left_s, DRAG_S))

@@ -88,13 +88,14 @@ class Probes:
         self._lanes += bool(self._miscomputes)
         return any(f.step <= step and mix(f.seed, self._lanes) % f.one_in == 0 for f in self._miscomputes)
 
-    def drags(self, step: int, what: str) -> float:
-        """By what factor this worker's "compute" or "data" take longer in `step`."""
-        factor = 1.0
+    def drags(self, step: int, what: str, took_s: float) -> float:
+        """How many seconds more this worker's "compute", "data" or "link" take in `step`, where they took `took_s`."""
+        factor, more_s = 1.0, 0.0
         for fault in self._slow:
             if fault.what == what and fault.step <= step and (fault.steps is None or step < fault.step + fault.steps):
-                factor *= fault.factor
-        return factor
+                factor *= fault.factor if fault.delay_s is None else 1.0
+                more_s += fault.delay_s or 0.0
+        return (factor - 1.0) * took_s + more_s
 
 
 def flip_bit(tensor: torch.Tensor, bit: int) -> None:

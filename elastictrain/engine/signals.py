@@ -88,6 +88,7 @@ class StepClock:
             data_s=data_s,
             arrive_s=max(0.0, (self._arrived_at or time.perf_counter()) - self._voted_at),
             exchange_s=seconds.get("exchange_s", 0.0) + seconds.get("mirror_s", 0.0),
+            mirror_s=seconds.get("mirror_s", 0.0),
             collected_s=collected_s,
             vote_s=self._before.get("vote_s", 0.0),
             gather_s=self._before.get("gather_s", 0.0),

@@ -42,7 +42,7 @@ class StepRunner:
     """The phases of a step under one layout. `probe(phase)` is called in the middle of each phase (fault injection);
     `check` raises when the session has parked; `enter` says what this worker is doing (its sign of life). With `guard`
     the vote carries sums of the state. `kinds`: of numerics, by worker. `spoils(step)`: the next lane is to be wrong;
-    `drags(step, what)`: by what factor its computation or its data are to take longer. `clock`: measures for the watch.
+    `drags(step, what, took_s)`: seconds that computation, data or link take longer. `clock`: measures for the watch.
     `shares`: where more than one worker may compute a lane.
     """
 
@@ -64,7 +64,7 @@ class StepRunner:
         guard: Guard | None = None,
         kinds: Mapping[int, str] | None = None,
         spoils: Callable[[int], bool] = lambda _: False,
-        drags: Callable[[int, str], float] = lambda _, __: 1.0,
+        drags: Callable[[int, str, float], float] = lambda *_: 0.0,
         clock: StepClock | None = None,
         shares: SharedLanes | ReplayedLanes | None = None,
     ) -> None:
@@ -230,6 +230,7 @@ class StepRunner:
         """The owner sends its reduced gradient, not its state, to its mirror: the redo-log entry's second copy. What
         comes lies in `base`, at its own place: what lay there has been sent to the owner and is needed no more.
         """
+        self.lane.link(pending.step, self.seconds)
         if self.guard is not None:
             with Timer(self.seconds, "sums_s"):
                 self.guard.reduced({shard: pending.reduced[shard] for shard in self._owned})

@@ -13,7 +13,7 @@ from statistics import median
 
 import numpy as np
 
-from elastictrain.stragglers.signals import Flags, Records, checked, counted, dealt
+from elastictrain.stragglers.signals import Flags, Records, checked, counted, dealt, mirrored_s
 
 _KEPT_STEPS = 15
 
@@ -53,10 +53,11 @@ class Arrival:
         """Seconds until the last one had computed its lanes: what they say (`computed_s`), or more where the others
         waited longer than that. `judging`: a move is being verified; then it is not learned how much is usual.
 
-        Everybody leaves the exchange at about the same time, so the median of arrival and exchange together is no
-        matter of one worker's words. What usually lies between computing and exchange is taken out.
+        Everybody leaves the exchange (the mirror follows it) at about the same time, so the median of arrival and
+        exchange together is no matter of one worker's words, nor of one worker's link. What usually lies between
+        computing and exchange is taken out.
         """
-        exchange = records["exchange_s"].astype(np.float64)
+        exchange = np.maximum(0.0, records["exchange_s"].astype(np.float64) - mirrored_s(records))
         seen = float(np.median(records["arrive_s"].astype(np.float64) + exchange)) - float(exchange.min())
         if not judging:
             self._more = [*self._more[1 - _KEPT_STEPS :], max(0.0, seen - computed_s)]

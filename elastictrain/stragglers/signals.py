@@ -36,7 +36,7 @@ _MOST_MORE = 127
 LONGEST_S = 86_400.0
 """No duration of one step is longer than a day; whoever says so has a broken clock."""
 
-_RECORD = struct.Struct("<HHffffffffddi")
+_RECORD = struct.Struct("<HHffffffffddif")
 RECORD_BYTES = 64
 """Room in the vote for each worker; what the fields leave of it is zero."""
 _PADDING = bytes(RECORD_BYTES - _RECORD.size)
@@ -45,15 +45,14 @@ RECORD = np.dtype(
     {
         "names": [
             "flags", "lanes", "data_s", "compute_s", "arrive_s", "exchange_s", "vote_s", "gather_s", "step_s",
-            "collected_s", "tokens", "squares", "more",
+            "collected_s", "tokens", "squares", "more", "mirror_s",
         ],
-        "formats": ["<u2", "<u2", *["<f4"] * 8, "<f8", "<f8", "<i4"],
-        "offsets": [0, 2, *range(4, 36, 4), 36, 44, 52],
+        "formats": ["<u2", "<u2", *["<f4"] * 8, "<f8", "<f8", "<i4", "<f4"],
+        "offsets": [0, 2, *range(4, 36, 4), 36, 44, 52, 56],
         "itemsize": RECORD_BYTES,
     }
 )  # fmt: skip
-"""The record as an array's element. Seconds; the last four of them (vote, gather, whole step, see `Signal`) are of the
-step before."""
+"""The record as an array's element. Seconds; vote, gather and the whole step (see `Signal`) are of the step before."""
 
 Records = npt.NDArray[np.void]
 Floats = npt.NDArray[np.float64]
@@ -65,10 +64,11 @@ class Signal:
     """One worker's step.
 
     `data_s`: waited for batches. `compute_s`: forward and backward of all its `lanes`, without that. `arrive_s`: from
-    the last vote's end to the exchange. `exchange_s`: in exchange and mirror, waiting included. `collected_s`: of
-    `compute_s`, in Python's garbage collector. `vote_s`, `gather_s`, `step_s`: of the step before (they are not over
-    when this travels). `tokens`, `squares`: Σ of the lanes' sequence lengths, and of their squares. `more`: so many
-    lanes more than were dealt out to it has it computed (less: negative), where lanes are shared (`redundancy`).
+    the last vote's end to the exchange. `exchange_s`: in exchange and mirror, waiting included, `mirror_s` of it in the
+    mirror. `collected_s`: of `compute_s`, in Python's garbage collector. `vote_s`, `gather_s`, `step_s`: of the step
+    before (they are not over when this travels). `tokens`, `squares`: Σ of the lanes' sequence lengths, and of their
+    squares. `more`: so many lanes more than were dealt out to it has it computed (less: negative), where lanes are
+    shared (`redundancy`).
     """
 
     lanes: int
@@ -84,6 +84,7 @@ class Signal:
     squares: float = 0.0
     flags: int = 0
     more: int = 0
+    mirror_s: float = 0.0
 
     def encode(self) -> bytes:
         """The record, `RECORD_BYTES` long. Numbers that do not fit say so by being the largest that does."""
@@ -101,6 +102,7 @@ class Signal:
                 self.tokens,
                 self.squares,
                 self.more if abs(self.more) >= _MOST_MORE else 0,
+                _fits(self.mirror_s),
             )
             + _PADDING
         )  # fmt: skip
@@ -140,6 +142,9 @@ def table(**columns: Any) -> Records:
 
 
 _SLACK, _SLACK_S = 1.05, 1e-3
+_DURATIONS = (
+    "data_s", "compute_s", "arrive_s", "exchange_s", "vote_s", "gather_s", "step_s", "collected_s", "mirror_s",
+)  # fmt: skip
 LEAST_LANE_S = 1e-6
 """No lane is computed in less: whoever says so has no clock."""
 
@@ -150,7 +155,9 @@ def checked(records: Records) -> Flags:
     negative. Shape [workers].
     """
     sound = np.ones(len(records), dtype=bool)
-    for name in ("data_s", "compute_s", "arrive_s", "exchange_s", "vote_s", "gather_s", "step_s", "collected_s"):
+    for name in _DURATIONS:
+        if name not in (records.dtype.names or ()):  # of an older version
+            continue
         values = records[name]
         sound &= (values >= 0) & (values <= LONGEST_S)  # NaN is neither
     for name in ("tokens", "squares"):
@@ -203,13 +210,24 @@ def as_dealt(records: Records) -> Records:
 
 
 def parts(records: Records, sound: Flags) -> tuple[Floats, Floats]:
-    """(wait, transfer) of the exchange in seconds, shape [workers]: who waited for the last one to arrive, and how long
-    data took after that. Unsound records count for nothing and get 0.
+    """(wait, transfer) of exchange and mirror in seconds, shape [workers]: who waited for the last one to come to
+    either, and how long data took after that. So who waits in the mirror for one whose exchange took long has no slow
+    link itself. Unsound records count for nothing and get 0.
     """
     arrive = np.where(sound, records["arrive_s"], 0.0).astype(np.float64)
-    exchange = np.where(sound, records["exchange_s"], 0.0).astype(np.float64)
+    both = np.where(sound, records["exchange_s"], 0.0).astype(np.float64)
+    mirror = np.minimum(both, np.where(sound, mirrored_s(records), 0.0))
+    exchange = both - mirror
     wait = np.where(sound, np.minimum(exchange, arrive.max(initial=0.0) - arrive), 0.0)
-    return wait, exchange - wait
+    done = arrive + exchange
+    wait += np.where(sound, np.minimum(mirror, done.max(initial=0.0) - done), 0.0)
+    return wait, both - wait
+
+
+def mirrored_s(records: Records) -> Floats:
+    """Seconds in the mirror; 0 in records of an older version, which do not tell it from the exchange."""
+    there = "mirror_s" in (records.dtype.names or ())
+    return records["mirror_s"].astype(np.float64) if there else np.zeros(len(records))
 
 
 def logarithms(records: Records, sound: Flags, used: Flags, work: Floats, ordinary_s: Floats) -> Floats:

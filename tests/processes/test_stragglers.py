@@ -150,6 +150,30 @@ def test_slow_data_are_told_and_move_nothing(folder, undisturbed):
     assert not run.record.of("lanes_moved")
 
 
+def says_the_link(worker: int) -> None:
+    """Times are made up, but for what a fault has really waited after the exchange."""
+    says({})(worker)
+    made_up = StepClock.signal
+
+    def signal(self: StepClock, lanes: int, seconds: dict[str, float], *args: Any, **kwargs: Any) -> Signal:
+        said = made_up(self, lanes, seconds, *args, **kwargs)
+        return replace(said, exchange_s=0.001 + seconds.get("dragged_s", 0.0), mirror_s=0.0)
+
+    StepClock.signal = signal  # type: ignore[method-assign]
+
+
+def test_a_slow_link_is_named_and_no_bit_changes(folder, undisturbed):
+    """The fault really waits, in the exchange of four workers over gloo."""
+    faults = [slow(2, FIRST, what="link", delay_s=0.1, steps=8)]
+    run = run_job(straggling_job(folder), faults, patch=says_the_link)
+    assert run.digest == undisturbed.digest
+    assert run.losses == undisturbed.losses
+    named = [(said["worker"], said["cause"], said["what"]) for said in run.record.of("straggler")]
+    assert named == [(2, "link", "slow"), (2, "link", "recovered")]
+    assert run.record.of("straggler")[0]["since"] == FIRST
+    assert not run.record.of("lanes_moved")
+
+
 def test_unequal_devices_are_learned_from_the_first_steps(folder, undisturbed):
     """Speeds 1 : 2 : 4 from the start; nobody is called slow for it."""
     run = run_job(straggling_job(folder, 3), patch=says({1: 2.0, 2: 4.0}))

@@ -78,6 +78,19 @@ WRONG: list[tuple[Any, str]] = [
         {"do": "flip", "worker": 1, "step": 2, "what": "gradient", "when": "apply"},
         "entry: what=gradient and when=apply: a gradient is there only at when=reduced",
     ),
+    (
+        {"do": "slow", "worker": 1, "what": "net"},
+        "what: Input should be 'compute', 'data' or 'link' (got 'net')",
+    ),
+    (
+        {"do": "slow", "worker": 1, "delay_s": 0.5},
+        "entry: delay_s=0.5 and what=compute: only a link has a delay; use factor",
+    ),
+    (
+        {"do": "slow", "worker": 1, "what": "link", "delay_s": 0.5, "factor": 3.0},
+        "entry: delay_s=0.5 and factor=3.0: a link has one of them; remove one",
+    ),
+    ({"do": "slow", "worker": 1, "what": "link", "delay_s": 0}, "delay_s: Input should be greater than 0 (got 0)"),
     ({"do": "flip", "worker": 1, "step": 2, "what": "master", "bit": 32}, "bit: Input should be less than 32 (got 32)"),
     ("kill", "expected a mapping such as {do: kill, worker: 1, step: 17}"),
 ]
@@ -147,7 +160,8 @@ scripts = st.lists(
     | st.builds(lose_node, workers, steps, phases, how=st.sampled_from(["stop", "kill"]), silent_s=st.floats(0.1, 99.0))
     | st.builds(flip, workers, steps, st.sampled_from(["master", "optimizer", "gradient"]))
     | st.builds(miscompute, workers, steps, one_in=steps)
-    | st.builds(slow, workers, steps, factor=st.floats(1.5, 9.0), what=st.sampled_from(["compute", "data"]))
+    | st.builds(slow, workers, steps, factor=st.floats(1.5, 9.0), what=st.sampled_from(["compute", "data", "link"]))
+    | st.builds(slow, workers, steps, what=st.just("link"), delay_s=st.floats(0.01, 9.0))
     | st.builds(add, steps)
     | st.builds(drain, workers, steps),
     max_size=8,

@@ -47,6 +47,7 @@ def test_phases_become_a_signal(time):
     seconds = {"compute_s": 2.5, "exchange_s": 0.75, "mirror_s": 0.25}
     said = signal(clock, seconds, {"read": 0.25, "decode": 0.25})
     assert (said.compute_s, said.data_s, said.arrive_s, said.exchange_s) == (2.0, 0.5, 3.0, 1.0)
+    assert said.mirror_s == 0.25
     assert (said.lanes, said.tokens, said.squares) == (4, 10.0, 20.0)
     time.now_s += 5.0
     clock.voted()
@@ -83,5 +84,12 @@ def test_garbage_collection_is_heard(time):
 
 def test_a_slowness_has_a_beginning_and_an_end():
     probes = Probes(1, [slow(1, 5, factor=3.0, steps=2), slow(1, 6, factor=2.0), slow(1, 1, what="data"), slow(2, 1)])
-    assert [probes.drags(step, "compute") for step in (4, 5, 6, 7, 99)] == [1.0, 3.0, 6.0, 2.0, 2.0]
-    assert probes.drags(3, "data") == 2.0
+    assert [probes.drags(step, "compute", 0.5) for step in (4, 5, 6, 7, 99)] == [0.0, 1.0, 2.5, 0.5, 0.5]
+    assert probes.drags(3, "data", 1.0) == 1.0
+    assert probes.drags(3, "link", 1.0) == 0.0
+
+
+def test_a_slow_link_takes_some_times_as_long_or_a_delay_longer():
+    probes = Probes(1, [slow(1, 5, factor=3.0, steps=2, what="link"), slow(1, 6, what="link", delay_s=0.25)])
+    assert [probes.drags(step, "link", 0.5) for step in (4, 5, 6, 7)] == [0.0, 1.0, 1.25, 0.25]
+    assert probes.drags(6, "compute", 0.5) == 0.0

@@ -203,5 +203,7 @@ def test_when_the_last_one_came_is_what_the_others_waited_for():
     told = table(arrive_s=[0.12, 0.06, 0.05], exchange_s=[0.01, 0.07, 0.08])
     assert arrival.last_s(0.1, told, judging=False) == pytest.approx(0.1), "20 ms are for something else"
     assert arrival.last_s(0.1, told, judging=True) == pytest.approx(0.1)
+    link = table(arrive_s=[0.12, 0.06, 0.05], exchange_s=[0.51, 0.57, 0.08], mirror_s=[0.0, 0.5, 0.0])
+    assert arrival.last_s(0.1, link, judging=True) == pytest.approx(0.1), "a slow link is no slow computation"
     hidden = table(arrive_s=[0.01, 0.06, 0.05], exchange_s=[0.01, 0.17, 0.18])
     assert arrival.last_s(0.06, hidden, judging=True) == pytest.approx(0.2)

@@ -22,11 +22,14 @@ from elastictrain.stragglers.signals import (
 
 
 def test_a_record_has_64_bytes_and_comes_back():
-    signal = Signal(7, 1.5, 0.25, 2.0, 0.5, 0.125, 0.0625, 0.03125, 4.0, 1e9, 1e13, flags=5)
+    signal = Signal(7, 1.5, 0.25, 2.0, 0.5, 0.125, 0.0625, 0.03125, 4.0, 1e9, 1e13, flags=5, mirror_s=0.375)
     raw = signal.encode()
     assert len(raw) == RECORD_BYTES == 64
     (record,) = decode(raw)
-    names = ("lanes", "compute_s", "data_s", "arrive_s", "exchange_s", "collected_s", "vote_s", "gather_s", "step_s")
+    names = (
+        "lanes", "compute_s", "data_s", "arrive_s", "exchange_s", "collected_s", "vote_s", "gather_s", "step_s",
+        "mirror_s",
+    )  # fmt: skip
     assert {name: record[name] for name in names} == {name: getattr(signal, name) for name in names}
     assert (record["tokens"], record["squares"], record["flags"]) == (1e9, 1e13, 5)
 
@@ -54,6 +57,8 @@ def test_what_does_not_fit_can_be_sent_and_is_not_believed(wild):
         ({"data_s": -1e-3}, False),
         ({"arrive_s": math.inf}, False),
         ({"exchange_s": 1e6}, False),
+        ({"mirror_s": -1.0}, False),
+        ({"mirror_s": math.nan}, False),
         ({"tokens": -5.0}, False),
         ({"squares": math.nan}, False),
     ],
@@ -71,6 +76,17 @@ def test_waiting_for_the_last_one_is_no_transfer():
     wait, transfer = parts(records, np.array([True, True, False]))  # the last one is not believed: nobody waited for it
     assert wait == pytest.approx([0.5, 0.0, 0.0])
     assert transfer[2] == 0.0
+
+
+def test_who_waits_in_the_mirror_for_a_slow_link_has_none_itself():
+    """The exchange of the second one takes 0.4 s longer; the third one mirrors it, the first one does not."""
+    records = table(arrive_s=[1.0, 1.0, 1.0], exchange_s=[0.2, 0.6, 0.6], mirror_s=[0.1, 0.1, 0.5])
+    wait, transfer = parts(records, np.ones(3, dtype=bool))
+    assert transfer == pytest.approx([0.1, 0.6, 0.2])
+    assert wait == pytest.approx([0.1, 0.0, 0.4])
+    older = records[[name for name in records.dtype.names if name != "mirror_s"]]
+    assert parts(older, np.ones(3, dtype=bool))[1] == pytest.approx([0.2, 0.6, 0.6]), "of an older version"
+    assert checked(older).tolist() == checked(records).tolist()
 
 
 def test_lanes_of_others_are_told_apart_from_those_that_were_dealt_out():
