@@ -172,9 +172,10 @@ class Driver:
     def _turn(self) -> None:
         deadline_s = self.machine.next_deadline_s()
         wait_s = POLL_S if deadline_s is None else min(POLL_S, max(0.0, deadline_s - self._clock()))
-        ends = self._hear_but_ends(wait_s)
-        if ends:
-            self._hear(ends + self._last_words())
+        messages = list(self.effects.poll(wait_s))
+        if any(map(_ends, messages)):
+            messages = sorted(messages + self._last_words(), key=_ends)
+        self._hear(messages)
         while not self._requests.empty():
             self._handle(self._requests.get())
         if deadline_s is not None and self._clock() >= deadline_s:
@@ -224,18 +225,13 @@ class Driver:
 
     def _last_words(self) -> list[Heard]:
         """An error may end the run at once; what others have published by then must still be heard, before it and in
-        the order in which it was said: the row of a step that comes after a later one's is none. Returns further ends.
+        the order in which it was said: the row of a step that comes after a later one's is none. Until then nothing is
+        done about any of it: who is told to go on would.
         """
-        until_s, ends = time.monotonic() + LAST_WORDS_S, list[Heard]()
+        until_s, found = time.monotonic() + LAST_WORDS_S, list[Heard]()
         while (left_s := until_s - time.monotonic()) > 0:
-            ends += self._hear_but_ends(left_s)
-        return ends
-
-    def _hear_but_ends(self, wait_s: float) -> list[Heard]:
-        """Hear the next messages but those that end the run, which are returned."""
-        messages = self.effects.poll(wait_s)
-        self._hear([message for message in messages if not _ends(message)])
-        return [message for message in messages if _ends(message)]
+            found += self.effects.poll(left_s)
+        return found
 
     def _handle(self, event: ev.Event) -> None:
         if self._outcome is not None:

@@ -166,19 +166,24 @@ def test_of_several_errors_the_first_that_is_heard_ends_the_run():
     assert [row["step"] for row in record.rows] == [1]
 
 
-def test_what_is_heard_before_an_error_is_written_before_the_next_poll():
-    """A poll tells the workers that they may forget what the one before it has returned."""
-    failed = ev.WorkerFailed(0.0, 1, 0, "user", "ValueError: the recipe's")
-    record, written = Record(), []
+def test_nothing_is_done_while_last_words_are_heard():
+    """A worker that was parked because of the error would train on in a generation that nobody is to form."""
+    failed = ev.WorkerFailed(0.0, 1, 0, "internal", "ValueError: the disk")
+    asked: list[int] = []
 
-    class Forgetting(Scripted):
+    class Counting(Scripted):
         def poll(self, timeout_s: float) -> list[Any]:
-            written.append([row["step"] for row in record.rows])
+            asked.append(len(self.commands))
             return super().poll(timeout_s)
 
-    effects = Forgetting([READY], [ev.Sealed(0.0, 1, 0, 0)], [Row({"step": 1}), failed], [Row({"step": 2})], [])
-    Driver(Machine(SPEC), effects, record, Journal()).run(ev.Begun(0.0, Restore(0, None)))
-    assert written[:5] == [[], [], [], [1], [1, 2]]
+    joined, sealed = ev.WorkerReady(0.0, 1, "there"), ev.Sealed(0.0, 1, 0, 0)
+    effects = Counting([READY, joined], [sealed], [ev.WorkerDied(0.0, 1, "gone"), failed], [], [])
+    driver = Driver(Machine(replace(SPEC, initial_workers=2)), effects, Record(), Journal())
+    outcome = driver.run(ev.Begun(0.0, Restore(0, None)))
+    assert "ValueError: the disk" in outcome.error
+    assert len(asked) > 5
+    assert len(set(asked[2:])) == 1, "nobody is told to park"
+    assert any(isinstance(command, cmd.Park) for command in effects.commands), "after them he is"
 
 
 def test_status_speaks_the_words_of_the_run_directory():
