@@ -210,14 +210,15 @@ def _no_answer(store: Store, deadline_s: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """The newest checkpoint that a worker has begun to write. `travelled`: all shares were durable, and whoever
-    published had them.
+    """A checkpoint that a worker has begun to write. `travelled`: all shares were durable, and whoever published had
+    them. `noted`: all members know that it was committed; whoever has committed it may die before the controller does.
     """
 
     step: int
     attempt: str
     generation: int
     travelled: bool = False
+    noted: bool = False
 
     def is_committed(self, store: Store) -> bool:
         """Whether its manifest is in the store. A store that cannot be asked does not have it."""
@@ -228,61 +229,67 @@ class Begun:
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """What one member knows at a seal of a checkpoint that was under way: its `step` (0: of none), the generation in
-    which it was begun, whether its shares had travelled, and whether its manifest is there (the publisher has looked).
+    """What one member knows at a seal of a checkpoint that was under way: its `step`, the generation in which it was
+    begun, whether its shares had travelled, and whether its manifest is there (the publisher has looked).
     """
 
-    step: int = 0
-    generation: int = 0
+    step: int
+    generation: int
     travelled: bool = False
     found: bool = False
 
     @classmethod
-    def of(cls, begun: Begun | None, known_step: int, found: Callable[[Begun], bool]) -> Account:
-        """Of a worker that has begun `begun`, where the controller knows of checkpoints up to `known_step`."""
-        if begun is None or begun.step <= known_step:
-            return cls()
-        return cls(begun.step, begun.generation, begun.travelled, found(begun))
-
-
-def settled(accounts: Sequence[Account]) -> Account:
-    """What has become of the newest checkpoint that was under way, from what all members know. A member that was slower
-    than others may never have begun it.
-    """
-    newest = max(accounts, key=lambda one: (one.step, one.generation), default=Account())
-    same = [one for one in accounts if (one.step, one.generation) == (newest.step, newest.generation)]
-    return Account(newest.step, newest.generation, _any(same, "travelled"), _any(same, "found"))
+    def of(cls, begun: Sequence[Begun], known_step: int, found: Callable[[Begun], bool]) -> tuple[Account, ...]:
+        """Of a worker that has begun `begun`, where the controller knows of checkpoints up to `known_step`. What was
+        committed and is not found is not lost: it was removed since.
+        """
+        unknown = ((one, found(one)) for one in begun if one.step > known_step)
+        return tuple(cls(one.step, one.generation, one.travelled, it) for one, it in unknown if it or not one.noted)
 
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """All that one member says at a seal of what was stored: its account, what else has come to nothing that the
+    """All that one member says at a seal of what was stored: its accounts, what else has come to nothing that the
     controller may not have heard of (see `lost`), and the call that it has left open.
     """
 
-    account: Account = Account()
+    accounts: tuple[Account, ...] = ()
     lost: tuple[Account, ...] = ()
     open: Open | None = None
 
     def to_bytes(self) -> bytes:
         left = None if self.open is None else [self.open.step, self.open.generation]
-        return json.dumps([astuple(self.account), [astuple(one) for one in self.lost], left]).encode()
+        return json.dumps([*([astuple(one) for one in these] for these in (self.accounts, self.lost)), left]).encode()
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Statement:
-        account, lost, left = json.loads(raw)
-        return cls(Account(*account), tuple(Account(*one) for one in lost), None if left is None else Open(*left))
+        of, lost, left = json.loads(raw)
+        accounts = tuple(Account(*one) for one in of)
+        return cls(accounts, tuple(Account(*one) for one in lost), None if left is None else Open(*left))
+
+
+def settled(said: Iterable[Statement]) -> tuple[Account, ...]:
+    """What has become of each checkpoint that was under way, the oldest first, from what all members know. More than
+    one may have been: while the manifest of one is made the next is written. A member that was slower than others may
+    never have begun the newest.
+    """
+    of: dict[tuple[int, int], list[Account]] = {}
+    for account in (one for statement in said for one in statement.accounts):
+        of.setdefault((account.step, account.generation), []).append(account)
+    return tuple(Account(*place, _any(same, "travelled"), _any(same, "found")) for place, same in sorted(of.items()))
 
 
 def still_lost(said: Sequence[Statement], known_step: int, heard: tuple[int, int]) -> tuple[Account, ...]:
     """Checkpoints that have come to nothing and are not settled yet, in the order in which they were begun: the
     controller has not heard of them (it has heard of all up to `heard`: generation and step), or nothing newer is
     committed (`known_step` is). What one member knows all know from this seal on.
+
+    What is older than one that was found is not lost for not being found: retention may have removed it.
     """
-    newest = settled([one.account for one in said])
+    under_way = settled(said)
+    newest = max((one.step for one in under_way if one.found), default=0)
     found = {(one.generation, one.step): one for statement in said for one in statement.lost}
-    if newest.step and not newest.found:
-        found[newest.generation, newest.step] = newest
+    found |= {(one.generation, one.step): one for one in under_way if one.step > newest}
     return tuple(one for place, one in sorted(found.items()) if place > heard or one.step > known_step)
 
 

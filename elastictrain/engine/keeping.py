@@ -8,7 +8,7 @@ has become of it before it takes a step.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -72,9 +72,9 @@ class Keeper:
     # --- at the seal ---
 
     def settle(self) -> None:
-        """Find out what has become of the checkpoint that was under way when the generation before this one ended:
-        whoever was to create its manifest may have died doing it. Whoever publishes now looks, and everybody hears of
-        it. A manifest that is there counts; without it that checkpoint is given up, and said to be.
+        """Find out what has become of the checkpoints that were under way when the generation before this one ended:
+        whoever was to create a manifest may have died doing it. Whoever publishes now looks, and everybody hears of it.
+        A manifest that is there counts; without it that checkpoint is given up, and said to be.
         """
         s, plan = self._session, self._plan
         if s.saver is None:
@@ -83,28 +83,28 @@ class Keeper:
         if looks:
             s.pulse.enter(Activity.STORE)
         begun, left_open = s.saver.begun, s.saver.open  # asked before looking: what is open may end meanwhile
-        account = Account.of(begun, self.known_step, lambda begun: looks and self._saver.is_committed(begun))
-        mine = Statement(account, s.saver.lost, left_open)
+        accounts = Account.of(begun, self.known_step, lambda one: looks and self._saver.is_committed(one))
+        statement = Statement(accounts, s.saver.lost, left_open)
         s.pulse.enter(Activity.VOTE)
         usual_s, self._groups.gather_deadline_s = self._groups.gather_deadline_s, FIRST_STEP_DEADLINE_S
-        said = [Statement.from_bytes(raw) for raw in self._groups.all_gather_sized(mine.to_bytes())]
+        said = [Statement.from_bytes(raw) for raw in self._groups.all_gather_sized(statement.to_bytes())]
         self._groups.gather_deadline_s = usual_s
-        what = settled([one.account for one in said])
-        if what.found:
-            self.known_step = what.step
-        elif looks and left_open is not None:
-            self._late = begun
+        found = [one.step for one in settled(said) if one.found]
+        self.known_step = max(self.known_step, *found, 0)
+        if looks and left_open is not None:
+            mine = [one for one in begun if left_open.step in (0, one.step) and one.step not in found]
+            self._late = mine[-1] if mine else None
         members = zip(plan.layout.workers, said, strict=True)
         self._open_elsewhere = tuple(one.open for worker, one in members if one.open and worker != s.worker)
         self._lost = still_lost(said, self.known_step, plan.given_up)
         if self.is_publisher:
-            self._tell(what)
+            self._tell(found)
             s.saver.copies.serve()
         else:
             s.saver.copies.rest()
-        s.saver.begun, s.saver.lost = None, self._lost
+        s.saver.begun, s.saver.lost = (), self._lost
 
-    def _tell(self, what: Account) -> None:
+    def _tell(self, found: Iterable[int]) -> None:
         """Say what has become of earlier checkpoints, also what whoever published before may have died with."""
         generation, worker = self._plan.generation, self._session.worker
         instead = self._plan.step if self.has_missed(self._plan.step) else None
@@ -112,8 +112,8 @@ class Keeper:
             if (lost.generation, lost.step) > self._plan.given_up:
                 facts = (worker, lost.step, lost.generation, lost.travelled, instead)
                 self._session.emit(ev.CheckpointGivenUp(0.0, generation, *facts))
-        if what.found:
-            self._session.emit(ev.CheckpointCommitted(0.0, generation, what.step, self._saver.path_of(what.step)))
+        for step in found:
+            self._session.emit(ev.CheckpointCommitted(0.0, generation, step, self._saver.path_of(step)))
 
     def has_missed(self, step: int) -> bool:
         """Whether a checkpoint that was due up to `step`, the one that was sealed, does not exist."""
@@ -266,8 +266,7 @@ class Keeper:
     def _note_committed(self, step: int) -> None:
         self.known_step = step
         self._session.pacing.durable(step)
-        if self._saver.begun is not None and self._saver.begun.step == step:
-            self._saver.begun = None
+        self._saver.noted(step)
 
     def _stay(self) -> None:
         """Raise Parked when this generation is over. Asking is no beat: to wait is no sign of progress."""

@@ -52,6 +52,10 @@ def generation_of(attempt: str) -> int | None:
     return int(digits) if named and attempt_of(int(digits)) == attempt else None
 
 
+UNDER_WAY = 3
+"""Checkpoints at a time of which it may not be known what becomes of them: one's manifest is there and nobody has said
+so, one's is being made, one is being written.
+"""
 INCREMENTS = "increments"
 """In a manifest's info: so many checkpoints in a row, this one included, refer to earlier ones; 0: it stands alone."""
 
@@ -156,8 +160,8 @@ class Saver:
         self._committer = Committer(self._store)
         self._bases = Bases(self._store, settings.full_every) if settings.incremental else None
         self.copies = Copies(settings, self._store)
-        self.begun: Begun | None = None
-        """The newest checkpoint that this worker has begun to write."""
+        self.begun: tuple[Begun, ...] = ()
+        """The newest checkpoints that this worker has begun to write, the oldest first; see `noted`."""
         self.lost: tuple[Account, ...] = ()
         """Checkpoints that have come to nothing and are not settled yet; see `committing.still_lost`."""
         self._distrusted: list[tuple[int, int]] = []
@@ -182,7 +186,7 @@ class Saver:
                 owned.pieces, step=step, attempt=attempt, writer=writer, stable=owned.copies, base=base,
                 ready=self._to_host.copied() if owned.is_staged else None,
             )  # fmt: skip
-        self.begun = Begun(step, attempt, generation)
+        self.begun = (*self.begun[1 - UNDER_WAY :], Begun(step, attempt, generation))
         return Writing(self, handle, attempt, dict(owned.numbers))
 
     def before_apply(self) -> None:
@@ -284,8 +288,12 @@ class Saver:
 
     def travelled(self, step: int) -> None:
         """All shares of the checkpoint of `step` are durable, and the publisher has them."""
-        if self.begun is not None and self.begun.step == step:
-            self.begun = replace(self.begun, travelled=True)
+        self.begun = tuple(replace(one, travelled=True) if one.step == step else one for one in self.begun)
+
+    def noted(self, step: int) -> None:
+        """All members know that the checkpoint of `step` is committed, and so what has become of older ones."""
+        newer = tuple(one for one in self.begun if one.step >= step)
+        self.begun = tuple(replace(one, noted=True) if one.step == step else one for one in newer)
 
     def is_committed(self, begun: Begun) -> bool:
         """Whether the manifest of a checkpoint that was begun is in the store."""

@@ -19,6 +19,7 @@ from tests.support.plants_storing import (
     manifest_hangs,
     manifest_has_no_room,
     manifest_waits_for_the_end,
+    manifest_waits_for_the_next_save,
     peers_wait_for,
     storage_is_fast,
     storage_waits,
@@ -172,6 +173,19 @@ def test_the_publisher_dies_right_after_the_manifest_and_its_successor_finds_it(
     assert whole(tmp_path, still) == [4, 8], "nothing is stored in its place"
     assert [event["step"] for event in run.record.of("checkpoint")] == [4, 8]
     assert run.record.of("checkpoint_given_up") == []
+    assert not orphans(tmp_path)
+
+
+def test_the_publisher_dies_after_a_manifest_while_the_next_is_written_and_both_are_settled(
+    folder: Path, tmp_path: Path, reference: Run, still: Store
+) -> None:
+    job = byte_job(folder, checkpoint=stored(tmp_path, every_steps=3, at_end=False))
+    run = run_job(job, [kill(0, 3, "committed")], patch=both(storage_is_fast, manifest_waits_for_the_next_save(3)))
+    assert run.digest == reference.digest
+    found, (lost,) = whole(tmp_path, still), run.record.of("checkpoint_given_up")
+    assert found[0] == 3
+    assert (lost["step"], [lost["stored_instead"]]) == (6, found[1:])
+    assert [event["step"] for event in run.record.of("checkpoint")] == found, "the older one has its name"
     assert not orphans(tmp_path)
 
 

@@ -60,10 +60,8 @@ def commits_are_seen(worker: int) -> None:
 
     def after_the_manifest(self: keeping.Keeper) -> None:
         saver = self._session.saver
-        begun = None if saver is None else saver.begun
-        while saver is not None and begun is not None and begun.step == self._handed:
-            if saver.is_committed(begun):
-                break
+        handed = [] if saver is None else [one for one in saver.begun if one.step == self._handed]
+        while saver is not None and handed and not saver.is_committed(handed[0]):
             self._session.check()
             threading.Event().wait(0.01)
         heed(self)
@@ -149,6 +147,28 @@ def _manifest_waits_for_the_end(step: int, worker: int) -> None:
         return create(self, store, shares, **facts)
 
     committing.Committer.give_up = leave  # type: ignore[method-assign]
+    saver.Saver._create = wait  # type: ignore[method-assign]
+
+
+def manifest_waits_for_the_next_save(step: int) -> Callable[[int], None]:
+    """The manifest of checkpoint `step` is made when the save after it has begun."""
+    return partial(_manifest_waits_for_the_next_save, step)
+
+
+def _manifest_waits_for_the_next_save(at: int, worker: int) -> None:
+    del worker
+    begun, begin, create = threading.Event(), keeping.Keeper.begin, saver.Saver._create
+
+    def and_say(self: keeping.Keeper, step: int, *rest: Any) -> None:
+        begin(self, step, *rest)
+        if step > at:
+            begun.set()
+
+    def wait(self: saver.Saver, store: Any, shares: Any, **facts: Any) -> str:
+        assert facts["step"] != at or begun.wait(60)
+        return create(self, store, shares, **facts)
+
+    keeping.Keeper.begin = and_say  # type: ignore[method-assign]
     saver.Saver._create = wait  # type: ignore[method-assign]
 
 

@@ -111,7 +111,7 @@ def test_what_is_given_up_ends_with_the_call_that_it_is_in(
     [owned] = pieces_of(model, [[(0, len(model.space.blocks))]])
     writing = saver.begin(owned, step=2, generation=1, worker=0)
     share = writing.share()
-    assert saver.begun == Begun(2, "g000001", 1)
+    assert saver.begun == (Begun(2, "g000001", 1),)
     gate = Gate(monkeypatch, verb)
     facts: dict[str, Any] = {"step": 2, "generation": 1, "tree": {}, "info": {}, "aliases": model.space.aliases}
     told_of = {
@@ -122,7 +122,7 @@ def test_what_is_given_up_ends_with_the_call_that_it_is_in(
     }
     saver.begin_commit([share], **told_of, **facts)
     saver.travelled(2)
-    assert saver.begun == Begun(2, "g000001", 1, travelled=True)
+    assert saver.begun == (Begun(2, "g000001", 1, travelled=True),)
     assert gate.reached.wait(60)
     work = saver._committer._work
     assert work is not None
@@ -136,7 +136,7 @@ def test_what_is_given_up_ends_with_the_call_that_it_is_in(
     assert gate.calls == 1, "no further call"
     assert told == []
     assert saver.committed() == []
-    assert saver.is_committed(saver.begun) == is_there
+    assert saver.is_committed(saver.begun[0]) == is_there
     assert (list_steps(Store(settings.path)) == [2]) == is_there
 
 
@@ -163,8 +163,7 @@ def left_open(saver: Saver, model: Any, told: list[str], monkeypatch: pytest.Mon
     with monkeypatch.context() as patch:
         gate = Gate(patch, "publish")
         begin_commit(saver, model, 2, 1, told)
-        begun = saver.begun
-        assert begun is not None
+        (begun,) = saver.begun
         assert gate.reached.wait(60)
         saver.give_up()
     return gate, begun
@@ -276,25 +275,55 @@ def test_other_names_are_of_no_generation(name: str) -> None:
     assert generation_of(name) is None
 
 
-accounts = st.builds(Account, st.integers(0, 3), st.integers(0, 3), st.booleans(), st.booleans())
+accounts = st.builds(Account, st.integers(1, 3), st.integers(1, 3), st.booleans(), st.booleans())
+several = st.lists(accounts, max_size=3).map(tuple)
+statements = st.builds(Statement, several, several)
 
 
-@given(st.lists(accounts, min_size=1, max_size=5))
-def test_all_members_come_to_the_newest_that_one_of_them_has_begun(found: list[Account]) -> None:
-    what = settled([Statement.from_bytes(Statement(one).to_bytes()).account for one in found])
-    assert what == settled(found[::-1]), "whatever the order"
-    assert (what.step, what.generation) == max((one.step, one.generation) for one in found)
-    same = [one for one in found if (one.step, one.generation) == (what.step, what.generation)]
-    assert what.found == any(one.found for one in same)
-    assert what.travelled == any(one.travelled for one in same)
+@given(st.lists(statements, max_size=4))
+def test_all_members_come_to_the_same_of_all_that_one_of_them_has_begun(said: list[Statement]) -> None:
+    what = settled([Statement.from_bytes(one.to_bytes()) for one in said])
+    assert what == settled(said[::-1]), "whatever the order"
+    begun = [one for statement in said for one in statement.accounts]
+    assert [(one.step, one.generation) for one in what] == sorted({(one.step, one.generation) for one in begun})
+    for one in what:
+        same = [other for other in begun if (other.step, other.generation) == (one.step, one.generation)]
+        assert one.found == any(other.found for other in same)
+        assert one.travelled == any(other.travelled for other in same)
 
 
 def test_what_the_controller_knows_of_is_settled() -> None:
-    begun = Begun(4, "g000001", 1, travelled=True)
-    assert Account.of(begun, 4, lambda _: True) == Account()
-    assert Account.of(None, 0, lambda _: True) == Account()
-    assert Account.of(begun, 3, lambda _: False) == Account(4, 1, True, False)
-    assert Account.of(begun, 3, lambda _: True) == Account(4, 1, True, True)
+    begun = (Begun(4, "g000001", 1, travelled=True), Begun(6, "g000001", 1))
+    assert Account.of(begun, 6, lambda _: True) == ()
+    assert Account.of((), 0, lambda _: True) == ()
+    assert Account.of(begun, 4, lambda _: False) == (Account(6, 1, False, False),)
+    assert Account.of(begun, 3, lambda one: one.step == 4) == (Account(4, 1, True, True), Account(6, 1, False, False))
+
+
+def test_what_was_committed_and_is_not_there_was_removed_since() -> None:
+    begun = (Begun(4, "g000001", 1, travelled=True, noted=True), Begun(6, "g000001", 1))
+    assert Account.of(begun, 3, lambda _: False) == (Account(6, 1, False, False),)
+    assert Account.of(begun, 3, lambda _: True)[0] == Account(4, 1, True, True), "its publisher may have died with it"
+
+
+def test_of_several_under_way_each_is_settled() -> None:
+    slower = Statement((Account(4, 1, True, False),))
+    looked = Statement((Account(4, 1, True, True), Account(6, 1, True, False), Account(8, 1, False, False)))
+    assert [one.step for one in settled([slower, looked]) if one.found] == [4]
+    assert [one.step for one in still_lost([slower, looked], 4, (0, 0))] == [6, 8]
+    newest = Statement((Account(4, 1, True, False), Account(6, 1, True, True)))
+    assert still_lost([slower, newest], 6, (0, 0)) == (), "retention may have removed the older one"
+
+
+def test_a_saver_remembers_what_nobody_has_settled(tmp_path: Path) -> None:
+    model, saver = trained(make_job(NetRecipe(), lanes=2)), Saver(store_of(tmp_path))
+    [owned] = pieces_of(model, [[(0, len(model.space.blocks))]])
+    for step in (1, 2, 3, 4):
+        saver.begin(owned, step=step, generation=1, worker=0).share()
+        saver.travelled(step)
+    assert [one.step for one in saver.begun] == [2, 3, 4]
+    saver.noted(3)
+    assert [(one.step, one.noted) for one in saver.begun] == [(3, True), (4, False)]
 
 
 def test_an_update_never_waits_for_the_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,7 +347,6 @@ def test_an_update_never_waits_for_the_storage(tmp_path: Path, monkeypatch: pyte
 
 # --- what has come to nothing ---
 
-statements = st.builds(Statement, accounts, st.lists(accounts.filter(lambda one: one.step > 0), max_size=3).map(tuple))
 places = st.tuples(st.integers(0, 3), st.integers(0, 3))
 
 
@@ -331,21 +359,22 @@ def test_what_one_member_knows_to_be_lost_all_know(said: list[Statement], known:
     }, "whatever the order"
     found = {(one.generation, one.step) for one in lost}
     assert [(one.generation, one.step) for one in lost] == sorted(found), "in the order in which they were begun"
-    newest = settled([one.account for one in said])
+    under_way = settled(said)
+    newest = max((one.step for one in under_way if one.found), default=0)
     said_lost = {(one.generation, one.step) for statement in said for one in statement.lost}
-    new = {(newest.generation, newest.step)} if newest.step and not newest.found else set()
+    new = {(one.generation, one.step) for one in under_way if one.step > newest}
     assert found <= said_lost | new
     for place in (said_lost | new) - found:
         assert place <= heard, "who publishes may have died before the controller heard of it"
         assert place[1] <= known, "and nothing newer is there"
-    assert still_lost([Statement(Account(), lost)], known, heard) == lost, "until something is known"
+    assert still_lost([Statement(lost=lost)], known, heard) == lost, "until something is known"
 
 
 def test_lost_is_lost_until_it_is_said_and_made_up_for() -> None:
-    begun = Statement(Account(4, 1, travelled=True))
+    begun = Statement((Account(4, 1, travelled=True),))
     (lost,) = still_lost([Statement(), begun], 0, (0, 0))
     assert lost == Account(4, 1, travelled=True)
-    nobody_heard = still_lost([Statement(lost=(lost,)), Statement(Account(5, 2))], 0, (0, 0))
+    nobody_heard = still_lost([Statement(lost=(lost,)), Statement((Account(5, 2),))], 0, (0, 0))
     assert nobody_heard == (lost, Account(5, 2))
     assert still_lost([Statement(lost=nobody_heard)], 0, (1, 4)) == nobody_heard, "heard, but nothing newer is stored"
     assert still_lost([Statement(lost=nobody_heard)], 5, (1, 4)) == (Account(5, 2),)
