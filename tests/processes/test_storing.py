@@ -189,6 +189,18 @@ def test_the_publisher_dies_after_a_manifest_while_the_next_is_written_and_both_
     assert not orphans(tmp_path)
 
 
+def test_a_late_manifest_is_named_although_a_newer_save_had_begun(
+    folder: Path, tmp_path: Path, reference: Run, still: Store
+) -> None:
+    job = byte_job(folder, checkpoint=stored(tmp_path, every_steps=3, at_end=False))
+    run = run_job(job, [kill(2, 7, "exchange")], patch=both(storage_is_fast, manifest_hangs(3, until=7)))
+    assert run.digest == reference.digest
+    found = whole(tmp_path, still)
+    assert found[0] == 3
+    assert [event["step"] for event in run.record.of("checkpoint")] == found
+    assert [lost["step"] for lost in run.record.of("checkpoint_given_up")] == [3, 6], "it was not there at the seal"
+
+
 def test_another_worker_dies_while_the_publisher_commits(
     folder: Path, tmp_path: Path, reference: Run, still: Store
 ) -> None:
