@@ -8,7 +8,7 @@ has become of it before it takes a step.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -104,16 +104,24 @@ class Keeper:
             s.saver.copies.rest()
         s.saver.begun, s.saver.lost = (), self._lost
 
-    def _tell(self, found: Iterable[int]) -> None:
-        """Say what has become of earlier checkpoints, also what whoever published before may have died with."""
+    def _tell(self, found: Sequence[int]) -> None:
+        """Say what has become of earlier checkpoints, also what whoever published before may have died with. What was
+        given up after one that was found is said after it: it is still to be made up for.
+        """
         generation, worker = self._plan.generation, self._session.worker
         instead = self._plan.step if self.has_missed(self._plan.step) else None
-        for lost in self._lost:
-            if (lost.generation, lost.step) > self._plan.given_up:
-                facts = (worker, lost.step, lost.generation, lost.travelled, instead)
-                self._session.emit(ev.CheckpointGivenUp(0.0, generation, *facts))
-        for step in found:
-            self._session.emit(ev.CheckpointCommitted(0.0, generation, step, self._saver.path_of(step)))
+        given_up = [lost for lost in self._lost if (lost.generation, lost.step) > self._plan.given_up]
+        older = [step for step in found if any(step < lost.step for lost in given_up)]
+        self._say_committed(older)
+        for lost in given_up:
+            facts = (worker, lost.step, lost.generation, lost.travelled, instead)
+            self._session.emit(ev.CheckpointGivenUp(0.0, generation, *facts))
+        self._say_committed(found[len(older) :])
+
+    def _say_committed(self, steps: Iterable[int]) -> None:
+        for step in steps:
+            path = self._saver.path_of(step)
+            self._session.emit(ev.CheckpointCommitted(0.0, self._plan.generation, step, path))
 
     def has_missed(self, step: int) -> bool:
         """Whether a checkpoint that was due up to `step`, the one that was sealed, does not exist."""
