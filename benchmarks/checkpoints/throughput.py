@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 import common
-from elastictrain_checkpoint import PackWriter, Piece, Reader, Request, Store, commit, hashing, load, reader
+from elastictrain_checkpoint import PackWriter, Piece, Reader, Request, Store, commit, hashing, load, reader, verify
 
 Arrays = Mapping[str, np.ndarray]
 MIB = 1 << 20
@@ -52,6 +52,12 @@ def our_load(folder: Path, state: Arrays) -> None:
     store = Store(folder)
     source = Reader(store, load(store, 1))
     source.read_many([Request(name, 0, value.size, value) for name, value in state.items()])
+
+
+def our_verify(folder: Path, _: Arrays) -> None:
+    store = Store(folder)
+    if problems := verify(store, load(store, 1)):
+        raise AssertionError(problems)
 
 
 # --- the peer, and the disk ---
@@ -161,6 +167,7 @@ def measure(folder: Path, state: Arrays, rounds: int) -> dict[str, list[float]]:
         "raw": (raw_load, "raw"),
         "elastictrain": (our_load, "elastictrain"),
         "elastictrain without hashes": (without_hashes(our_load), "elastictrain without hashes"),
+        "elastictrain, verify alone": (our_verify, "elastictrain"),
         "DCP": (dcp_load, "DCP"),
     }
     found: dict[str, list[float]] = {f"save {name}": [] for name in saves} | {f"load {name}": [] for name in loads}
@@ -280,6 +287,7 @@ def case(results: common.Results, folder: Path, name: str, state: Arrays, rounds
             None,
         )
         figure("load, verified, warm: throughput / raw readinto", "load elastictrain", "load raw", 0.8)
+        figure("verify, warm: throughput / raw readinto", "load elastictrain, verify alone", "load raw", 1.0)
         figure("save: throughput / DCP at its best", "save elastictrain", best, 1.6)
         figure("load: throughput / DCP", "load elastictrain", "load DCP", 2.0)
         priced = measure_hashing(folder / "hashing", state, 3 * rounds)
@@ -319,6 +327,7 @@ def main() -> None:
             "What hashing costs: the mean of the fastest third of the rounds with hashes against that of those without "
             "(what disturbs a round only adds time), and where it lies when pairs of neighbours are drawn anew."
         ),
+        "Verify alone: what `elastictrain ckpt verify` does, which keeps no tensor.",
         "A load includes opening the checkpoint: reading and checking the manifest, or DCP's metadata.",
         "DCP: FileSystemWriter without a process group, one thread or two, sync_files; it verifies nothing on load.",
     ]

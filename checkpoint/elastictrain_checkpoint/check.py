@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from elastictrain_checkpoint.dtypes import item_bytes, num_elements
 from elastictrain_checkpoint.errors import CorruptData
 from elastictrain_checkpoint.hashing import DIGEST_BLOCK_ELEMENTS, block_hashes, block_sum, combine_digest
 from elastictrain_checkpoint.manifest import Manifest
-from elastictrain_checkpoint.reader import Reader, corrupt
+from elastictrain_checkpoint.reader import PARALLEL_BYTES, Reader, corrupt
 from elastictrain_checkpoint.sidecar import check_sidecar
 from elastictrain_checkpoint.store import Store
+from elastictrain_checkpoint.threads import in_threads
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -37,28 +39,60 @@ class Problem:
     message: str
 
 
-def verify(store: Store, manifest: Manifest, progress: Progress | None = None) -> list[Problem]:
+def verify(
+    store: Store, manifest: Manifest, progress: Progress | None = None, *, threads: int | None = None
+) -> list[Problem]:
     """Read every byte of every pack, and of the files beside them, and compare it with its sum; an empty list means
     sound.
+
+    Args:
+        store: where the checkpoint lies.
+        manifest: of the checkpoint.
+        progress: is called from one thread at a time, not always the same one.
+        threads: read and hash at the same time where there are `PARALLEL_BYTES` or more; the store's own number if not
+            given. Each holds one window.
+
+    Raises:
+        OSError: the storage cannot be read.
+
     """
-    problems: list[Problem] = []
-    done, total = 0, manifest.size_bytes
-    for number, file in enumerate(manifest.files):
-        size = store.size(manifest.paths[number])
-        if size != file.size_bytes:
-            why = "the file is missing" if size is None else f"the file has {size} bytes, not {file.size_bytes}"
-            block = None if size is None or size > file.size_bytes else size // manifest.block_bytes
-            problems.append(_problem(corrupt(manifest, number, block, why)))
-        done_before = done
-        for at in range(0, min(size or 0, file.size_bytes), WINDOW_BYTES):
-            problems += _verify_window(store, manifest, number, at)
-            done = min(at + WINDOW_BYTES, file.size_bytes) + done_before
+    problems: dict[tuple[int, int], list[Problem]] = {}
+    done, total, lock, own = 0, manifest.size_bytes, threading.Lock(), threading.local()
+    most = max(1, store.read_window_bytes // manifest.block_bytes) * manifest.block_bytes  # whole blocks
+
+    def windows() -> Iterator[tuple[int, int, int]]:
+        for number, file in enumerate(manifest.files):
+            there = _there(store, manifest, number, problems.setdefault((number, -1), []))
+            for at in range(0, there, most):
+                yield number, at, min(most, file.size_bytes - at)
+
+    def check(window: tuple[int, int, int]) -> None:
+        nonlocal done
+        number, at, size = window
+        if not hasattr(own, "buffer") or len(own.buffer) < size:
+            own.buffer = memoryview(bytearray(size))
+        found = _verify_window(store, manifest, number, at, own.buffer[:size])
+        with lock:
+            done += size
+            problems[number, at] = found
             if progress:
                 progress(done, total)
-        done = done_before + file.size_bytes
+
+    several = store.read_threads if threads is None else threads
+    in_threads(1 if total < PARALLEL_BYTES else several, windows(), check)
     if progress:
-        progress(done, total)
-    return _once(problems) + _verify_sidecars(store, manifest)
+        progress(total, total)
+    return _once([one for _, found in sorted(problems.items()) for one in found]) + _verify_sidecars(store, manifest)
+
+
+def _there(store: Store, manifest: Manifest, number: int, problems: list[Problem]) -> int:
+    """How many bytes of a pack can be checked. That it is missing, or of another size, is a problem."""
+    size, file = store.size(manifest.paths[number]), manifest.files[number]
+    if size != file.size_bytes:
+        why = "the file is missing" if size is None else f"the file has {size} bytes, not {file.size_bytes}"
+        block = None if size is None or size > file.size_bytes else size // manifest.block_bytes
+        problems.append(_problem(corrupt(manifest, number, block, why)))
+    return min(size or 0, file.size_bytes)
 
 
 def _verify_sidecars(store: Store, manifest: Manifest) -> list[Problem]:
@@ -73,9 +107,8 @@ def _verify_sidecars(store: Store, manifest: Manifest) -> list[Problem]:
     return problems
 
 
-def _verify_window(store: Store, manifest: Manifest, number: int, at: int) -> list[Problem]:
+def _verify_window(store: Store, manifest: Manifest, number: int, at: int, buffer: memoryview) -> list[Problem]:
     block = manifest.block_bytes
-    buffer = memoryview(bytearray(min(WINDOW_BYTES, manifest.files[number].size_bytes - at)))
     got = store.read_into(manifest.paths[number], at, buffer)
     problems = []
     for offset in range(0, got, block):

@@ -18,6 +18,7 @@ from elastictrain_checkpoint import (
     digest,
     verify,
 )
+from elastictrain_checkpoint.posix import PosixBackend
 from tests.unit.checkpoint.build import State, flip, live_digest, make_state, save
 
 MIB = 1 << 20
@@ -97,6 +98,48 @@ def test_missing(saved: tuple[Store, Manifest]) -> None:
     assert problem.tensors == ("big", "second", "tiny")
     with pytest.raises(CorruptData, match="the file is missing; tensors in it: big, second, tiny"):
         Reader(store, manifest).read("big")
+
+
+@pytest.mark.parametrize("window_bytes", [MIB, 5 * MIB // 2, 1 << 30], ids=["a block", "no whole blocks", "all"])
+def test_several_threads_find_what_one_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window_bytes: int
+) -> None:
+    """In the order of the files, and each byte read once."""
+    monkeypatch.setattr(PosixBackend, "read_window_bytes", window_bytes)
+    store = Store(tmp_path)
+    manifest = save(store, make_state({f"part{i}": ("F32", (1 + i, 1000, 500)) for i in range(4)}), (0.3, 0.6), step=3)
+    assert len(manifest.paths) > 2
+    flip(store, manifest.paths[0], MIB + 17)
+    flip(store, manifest.paths[1], 2 * MIB + 17)
+    store.remove(manifest.paths[2])
+    read, inner = list[int](), Store.read_into
+
+    def counted(self: Store, path: str, offset: int, out: memoryview) -> int:
+        read.append(len(out))
+        return inner(self, path, offset, out)
+
+    monkeypatch.setattr(Store, "read_into", counted)
+    one = verify(store, manifest, threads=1)
+    assert [problem.file for problem in one] == list(manifest.paths[:3])
+    there = sum(file.size_bytes for file, path in zip(manifest.files, manifest.paths, strict=True) if store.size(path))
+    assert sum(read) == there
+    seen: list[tuple[int, int]] = []
+    assert verify(store, manifest, lambda *at: seen.append(at), threads=4) == one
+    assert sum(read) == 2 * there
+    assert seen == sorted(seen), "progress goes forward"
+    assert seen[-1] == (manifest.size_bytes, manifest.size_bytes)
+
+
+def test_a_store_that_cannot_be_read_is_no_damage(
+    saved: tuple[Store, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: Store, path: str, offset: int, out: memoryview) -> int:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(Store, "read_into", fails)
+    store, manifest = saved
+    with pytest.raises(PermissionError):
+        verify(store, manifest, threads=4)
 
 
 def test_every_byte_of_storage_is_read_once(saved: tuple[Store, Manifest]) -> None:
