@@ -108,10 +108,11 @@ def test_several_threads_find_what_one_finds(
     monkeypatch.setattr(PosixBackend, "read_window_bytes", window_bytes)
     store = Store(tmp_path)
     manifest = save(store, make_state({f"part{i}": ("F32", (1 + i, 1000, 500)) for i in range(4)}), (0.3, 0.6), step=3)
-    assert len(manifest.paths) > 2
-    flip(store, manifest.paths[0], MIB + 17)
-    flip(store, manifest.paths[1], 2 * MIB + 17)
-    store.remove(manifest.paths[2])
+    first, gone, last = (manifest.paths[number] for number in (0, 4, 8))
+    flip(store, first, 5 * MIB + 17)
+    flip(store, first, MIB + 17)
+    flip(store, last, 2 * MIB + 17)
+    store.remove(gone)
     read, inner = list[int](), Store.read_into
 
     def counted(self: Store, path: str, offset: int, out: memoryview) -> int:
@@ -120,7 +121,7 @@ def test_several_threads_find_what_one_finds(
 
     monkeypatch.setattr(Store, "read_into", counted)
     one = verify(store, manifest, threads=1)
-    assert [problem.file for problem in one] == list(manifest.paths[:3])
+    assert [(problem.file, problem.block) for problem in one] == [(first, 1), (first, 5), (gone, None), (last, 2)]
     there = sum(file.size_bytes for file, path in zip(manifest.files, manifest.paths, strict=True) if store.size(path))
     assert sum(read) == there
     seen: list[tuple[int, int]] = []
