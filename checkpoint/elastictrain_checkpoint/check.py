@@ -58,7 +58,11 @@ def verify(
     """
     problems: dict[tuple[int, int], list[Problem]] = {}
     done, total, lock, own = 0, manifest.size_bytes, threading.Lock(), threading.local()
-    most = max(1, store.read_window_bytes // manifest.block_bytes) * manifest.block_bytes  # whole blocks
+    several, most = 1, WINDOW_BYTES
+    if total >= PARALLEL_BYTES:
+        several = store.read_threads if threads is None else threads
+        most = store.read_window_bytes
+    most = max(1, most // manifest.block_bytes) * manifest.block_bytes  # whole blocks
 
     def windows() -> Iterator[tuple[int, int, int]]:
         for number, file in enumerate(manifest.files):
@@ -78,8 +82,7 @@ def verify(
             if progress:
                 progress(done, total)
 
-    several = store.read_threads if threads is None else threads
-    in_threads(1 if total < PARALLEL_BYTES else several, windows(), check)
+    in_threads(several, windows(), check)
     if progress:
         progress(total, total)
     return _once([one for _, found in sorted(problems.items()) for one in found]) + _verify_sidecars(store, manifest)
